@@ -1,0 +1,129 @@
+"""RSST and Refill: structured sparsity on top of :mod:`torch.nn.utils.prune`.
+
+``import torch_rsst as prune`` is a drop-in for ``from torch.nn.utils import prune``: everything
+that module defines is here, plus what follows in ``__all__``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch.nn.utils.prune import (
+    BasePruningMethod,
+    CustomFromMask,
+    Identity,
+    L1Unstructured,
+    LnStructured,
+    PruningContainer,
+    RandomStructured,
+    RandomUnstructured,
+    _compute_norm,
+    _compute_nparams_toprune,
+    _validate_pruning_amount,
+    _validate_pruning_amount_init,
+    _validate_pruning_dim,
+    _validate_structured_pruning,
+    custom_from_mask,
+    identity,
+    is_pruned,
+    l1_unstructured,
+    ln_structured,
+    random_structured,
+    random_unstructured,
+    remove,
+)
+
+from torch_rsst import discovery, importance, schedules
+from torch_rsst._version import __version__
+from torch_rsst.discovery import find_groups
+from torch_rsst.errors import (
+    InertPenaltyWarning,
+    RoundWarning,
+    RSSTWarning,
+    UnsupportedModuleWarning,
+)
+from torch_rsst.functional import fillback, global_unstructured, head_structured
+from torch_rsst.groups import Group, GroupLayer, Groups, Member, head_layer
+from torch_rsst.masks import (
+    apply_mask,
+    extract_mask,
+    penalty_mask,
+    prepare_from_state_dict,
+    remove_all,
+)
+from torch_rsst.methods import Fillback, GlobalL1, HeadRegroup
+from torch_rsst.regroup import regroup
+from torch_rsst.regularizer import RegularizedPruner
+from torch_rsst.report import LayerReport, SparsityReport, sparsity_report
+from torch_rsst.rounds import RSST, Refill, Round
+
+__all__ = [
+    "RSST",
+    "BasePruningMethod",
+    "CustomFromMask",
+    "Fillback",
+    "GlobalL1",
+    "Group",
+    "GroupLayer",
+    "Groups",
+    "HeadRegroup",
+    "Identity",
+    "InertPenaltyWarning",
+    "L1Unstructured",
+    "LayerReport",
+    "LnStructured",
+    "Member",
+    "PruningContainer",
+    "RSSTWarning",
+    "RandomStructured",
+    "RandomUnstructured",
+    "Refill",
+    "RegularizedPruner",
+    "Round",
+    "RoundWarning",
+    "SparsityReport",
+    "UnsupportedModuleWarning",
+    "__version__",
+    "apply_mask",
+    "custom_from_mask",
+    "discovery",
+    "extract_mask",
+    "fillback",
+    "find_groups",
+    "global_unstructured",
+    "head_layer",
+    "head_structured",
+    "identity",
+    "importance",
+    "is_pruned",
+    "l1_unstructured",
+    "ln_structured",
+    "penalty_mask",
+    "prepare_from_state_dict",
+    "random_structured",
+    "random_unstructured",
+    "regroup",
+    "remove",
+    "remove_all",
+    "schedules",
+    "sparsity_report",
+]
+
+# Not for `import *`, but part of the stock module that some tests and libraries call.
+_STOCK_HELPERS = (
+    _compute_norm,
+    _compute_nparams_toprune,
+    _validate_pruning_amount,
+    _validate_pruning_amount_init,
+    _validate_pruning_dim,
+    _validate_structured_pruning,
+)
+
+_LAZY = ("plot", "testing")  # they import matplotlib and hypothesis
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"torch_rsst.{name}")
+    raise AttributeError(f"module 'torch_rsst' has no attribute {name!r}")

@@ -1,0 +1,21 @@
+"""Discovery: which units a model has. One small file per family knows how to find its groups."""
+
+from torch_rsst.discovery.adapter import ADAPTERS, Adapter, Probe, Unsupported, register
+from torch_rsst.discovery.finder import KINDS, find_groups
+from torch_rsst.discovery.fused_attention import FusedAttention
+from torch_rsst.discovery.two_layer_mlp import TwoLayerMLP
+
+register(FusedAttention())
+register(TwoLayerMLP())
+
+__all__ = [
+    "ADAPTERS",
+    "KINDS",
+    "Adapter",
+    "FusedAttention",
+    "Probe",
+    "TwoLayerMLP",
+    "Unsupported",
+    "find_groups",
+    "register",
+]

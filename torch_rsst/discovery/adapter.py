@@ -1,0 +1,169 @@
+"""The contract of an adapter, the registry, and the probe that adapters check themselves with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.groups import GroupLayer
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A module that looks like a family, and why its units cannot be offered."""
+
+    layer: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.layer or 'the model'} ({self.kind}): {self.reason}"
+
+
+class Adapter(Protocol):
+    """Knows one family of modules by its type and structure."""
+
+    kind: str
+
+    def find(self, name: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsupported | None:
+        """The units of ``module``, why they cannot be offered, or None for another family.
+
+        Args:
+            name: the module's dotted name in the model, "" for the model itself.
+            module: looked at, never changed.
+            probe: runs the module to check that its units are what they seem.
+        """
+        ...
+
+
+ADAPTERS: list[Adapter] = []
+
+
+def register(adapter: Adapter) -> Adapter:
+    """Add a family; :func:`torch_rsst.find_groups` asks the adapters in order.
+
+    Returns:
+        the adapter that was given.
+    """
+    ADAPTERS.append(adapter)
+    return adapter
+
+
+class _Seen(Exception):  # noqa: N818 - control flow: the input we wanted is there
+    """Ends a forward pass early."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Runs single modules to see which inputs of one depend on which outputs of another.
+
+    Attributes:
+        inputs: module → the (args, kwargs) that it got in a run of the model on the user's
+            example inputs. Other modules get random tokens.
+    """
+
+    inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+
+    def units_differ(
+        self,
+        module: nn.Module,
+        producer: nn.Linear,
+        consumer: nn.Linear,
+        disturbed: Tensor,
+        unit: Tensor,
+    ) -> str | None:
+        """Check that disturbing a unit's outputs reaches that unit's inputs of the next layer alone.
+
+        Args:
+            module: run on its own.
+            producer: its layer that puts the units out.
+            consumer: its layer that takes them in.
+            disturbed: bool mask of the unit's features among the producer's outputs.
+            unit: bool mask of its features among the consumer's inputs.
+
+        Returns:
+            None if so, else the reason why not.
+        """
+        weight = producer.weight
+        if weight.device.type == "meta":
+            return "its weights are on the meta device, so that it cannot be run"
+        args, kwargs = self.inputs.get(module, ((_tokens(producer),), {}))
+        try:
+            with undisturbed(module):
+                before = _input_of(consumer, module, args, kwargs)
+                with _disturb(producer, disturbed):
+                    after = _input_of(consumer, module, args, kwargs)
+        except Exception as error:
+            return f"it does not run on (batch, tokens, features) ({error}); pass example_inputs"
+        changed = (before != after).flatten(0, -2).any(0).cpu()
+        if before.shape != after.shape or changed.shape != unit.shape:
+            return "its output layer gets inputs of an unexpected shape"
+        if bool(changed[~unit].any()):
+            return "its units mix before the output layer, so that none can be removed exactly"
+        if not bool(changed[unit].any()):
+            return "its input layer does not feed its output layer"
+        return None
+
+
+def _tokens(layer: nn.Linear) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 4, layer.in_features, generator=generator)
+    return tokens.to(layer.weight)
+
+
+def _input_of(
+    consumer: nn.Linear, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    seen: list[Tensor] = []
+
+    def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].detach().clone())
+        raise _Seen
+
+    handle = consumer.register_forward_pre_hook(capture, prepend=True)
+    try:
+        module(*args, **kwargs)
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise RuntimeError("its output layer was not called")
+    return seen[0]
+
+
+@contextmanager
+def _disturb(producer: nn.Linear, features: Tensor) -> Iterator[None]:
+    def replace(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        # Positive and larger than before, so that no activation hides the difference.
+        return torch.where(features.to(output.device), output.abs() + 1.0, output)
+
+    handle = producer.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode without gradients; put modes, RNG and masked products back."""
+    modes = [(m, m.training) for m in module.modules()]
+    attributes = [
+        (m, {k: v for k, v in m.__dict__.items() if isinstance(v, Tensor)}) for m, _ in modes
+    ]
+    devices = [p.device for p in module.parameters() if p.device.type == "cuda"]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=set(devices)):
+            module.eval()
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for m, tensors in attributes:
+            m.__dict__.update(tensors)

@@ -1,0 +1,56 @@
+"""What every message says: the thing, what was expected, what was given, the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RSSTWarning(UserWarning):
+    """Base class of this library's warnings: silence or escalate them all with one filter."""
+
+
+class InertPenaltyWarning(RSSTWarning):
+    """A penalty that was meant to shrink weights did not."""
+
+
+class RoundWarning(RSSTWarning):
+    """The rounds were driven in a way that will not give what was asked for."""
+
+
+class UnsupportedModuleWarning(RSSTWarning):
+    """A module looks prunable, but its units cannot be removed exactly."""
+
+
+def message(subject: str, *, expected: str, got: object, remedy: str) -> str:
+    """Compose one error text.
+
+    >>> print(message("amount", expected="a fraction in [0, 1]", got=1.5, remedy="Try 0.5."))
+    amount: expected a fraction in [0, 1], got 1.5. Try 0.5.
+    """
+    return f"{subject}: expected {expected}, got {got}. {remedy}"
+
+
+def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:
+    """The error text for a name that is not one of ``choices``, with the nearest one suggested.
+
+    >>> print(unknown_choice("scope", "layr", ["layer", "type", "global"]))
+    scope: expected one of 'layer', 'type', 'global', got 'layr'. Did you mean 'layer'?
+    """
+    names = list(choices)
+    near = difflib.get_close_matches(str(got), names, n=1)
+    remedy = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
+    listed = ", ".join(map(repr, names))
+    return message(subject, expected=f"one of {listed}", got=repr(got), remedy=remedy)
+
+
+def listing(names: Iterable[str], limit: int = 5) -> str:
+    """Names for a message, the first few of them.
+
+    >>> listing(["a", "b", "c"], limit=2)
+    "'a', 'b' and 1 more"
+    """
+    names = list(names)
+    shown = ", ".join(map(repr, names[:limit]))
+    rest = len(names) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown

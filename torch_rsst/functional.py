@@ -1,0 +1,268 @@
+"""The stock-shaped calls: functions on modules and parameter names that prune in place."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from torch_rsst.budget import Amount, to_count
+from torch_rsst.errors import message
+from torch_rsst.importance import Importance
+from torch_rsst.masked_parameter import Site, check_site, install
+from torch_rsst.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
+from torch_rsst.selection import lowest
+
+Parameter = tuple[nn.Module, str]
+_STOCK_L1 = prune.L1Unstructured.compute_mask
+
+
+def global_unstructured(
+    parameters: Iterable[Parameter],
+    pruning_method: type[prune.BasePruningMethod],
+    importance_scores: Mapping[Parameter, Tensor] | None = None,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    **kwargs: Any,
+) -> None:
+    """Rank the alive entries of all parameters together and mask the lowest, in place.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(10, 4), torch.nn.Linear(4, 1))
+        >>> parameters = [(net[0], "weight"), (net[1], "weight")]
+        >>> torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.25)
+        >>> sum(int((layer.weight_mask == 0).sum()) for layer in net)
+        11
+
+    A drop-in for :func:`torch.nn.utils.prune.global_unstructured`, with these differences: scores
+    come from ``weight_orig``, never from the possibly stale ``weight``; ties go to the earliest
+    entry; a NaN in an alive score is an error; a repeated call updates the mask and hook that are
+    there; parameters keep their order; either all parameters are masked or, after an error, none.
+
+    Args:
+        parameters: (module, name) pairs, each once. Any iterable.
+        pruning_method: :class:`GlobalL1`, or any class with ``PRUNING_TYPE = "unstructured"``.
+        importance_scores: (module, name) → scores of the parameter's shape, used in its place.
+        process_group: for replicas of one model on several ranks: after ranking, all ranks must
+            have chosen the same entries.
+        **kwargs: the arguments of ``pruning_method``, such as ``amount``: an int counts entries, a
+            float is the fraction of what is still alive.
+
+    Raises:
+        TypeError: for parameters that are no pairs, or a method of another ``PRUNING_TYPE``.
+        ValueError: for an empty list, a parameter listed twice, scores of another shape, NaN in
+            the score of an alive entry, or an amount out of range.
+        RuntimeError: if the ranks of ``process_group`` disagree; on every rank.
+    """
+    sites = _distinct_sites(parameters)
+    method: Any = pruning_method(**kwargs)  # stock methods carry no types
+    if method.PRUNING_TYPE != "unstructured":
+        raise TypeError(
+            message(
+                "pruning_method",
+                expected='a class with PRUNING_TYPE "unstructured"',
+                got=f'{pruning_method.__name__} with "{method.PRUNING_TYPE}"',
+                remedy="Use GlobalL1, or prune whole units with regroup() and apply_mask().",
+            )
+        )
+    unique = list({id(site.original): site for site in sites}.values())
+    scores = [_scores_of(site, importance_scores) for site in unique]
+    masks = _rank(method, unique, scores)
+    if process_group is not None:
+        _check_replicas(masks, process_group)
+    mask_of = {id(site.original): mask for site, mask in zip(unique, masks, strict=True)}
+    install([(site, mask_of[id(site.original)]) for site in sites])
+
+
+def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
+    if not isinstance(parameters, Iterable):
+        remedy = "Pass a list such as [(model.fc, 'weight')]."
+        raise TypeError(
+            message(
+                "parameters",
+                expected="(module, name) pairs",
+                got=type(parameters).__name__,
+                remedy=remedy,
+            )
+        )
+    sites: list[Site] = []
+    for pair in parameters:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            remedy = "Pass a list such as [(model.fc, 'weight')]."
+            raise TypeError(
+                message(
+                    "parameters", expected="(module, name) pairs", got=repr(pair), remedy=remedy
+                )
+            )
+        site = check_site(*pair)
+        if site in sites:
+            remedy = "List every parameter once: twice, its entries would be counted twice."
+            raise ValueError(
+                message(
+                    f"parameter {site}", expected="to be listed once", got="it twice", remedy=remedy
+                )
+            )
+        sites.append(site)
+    if not sites:
+        remedy = "Name the parameters to prune."
+        raise ValueError(message("parameters", expected="at least one", got="none", remedy=remedy))
+    return sites
+
+
+def _scores_of(site: Site, importance_scores: Mapping[Parameter, Tensor] | None) -> Tensor:
+    if importance_scores is None:
+        return site.original.detach()
+    if not isinstance(importance_scores, Mapping):
+        remedy = "Map (module, name) pairs to tensors."
+        got = type(importance_scores).__name__
+        raise TypeError(message("importance_scores", expected="a dict", got=got, remedy=remedy))
+    scores = importance_scores.get((site.module, site.name), site.original).detach()
+    if scores.shape != site.original.shape:
+        raise ValueError(
+            message(
+                f"importance_scores for {site}",
+                expected=f"shape {tuple(site.original.shape)}",
+                got=f"shape {tuple(scores.shape)}",
+                remedy="Give every entry of the parameter one score.",
+            )
+        )
+    return scores
+
+
+def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:
+    """The new bool masks of all sites; L1 ranking without joining them into one vector."""
+    stock_l1 = type(method).compute_mask is _STOCK_L1
+    if isinstance(method, GlobalL1) or stock_l1:
+        alive = [site.alive for site in sites]
+        total = sum(
+            site.original.numel() if mask is None else int(mask.sum())
+            for site, mask in zip(sites, alive, strict=True)
+        )
+        count = to_count(method.amount, total, of="alive entries")
+        goes = lowest(
+            scores, count, among=alive, absolute=True, names=[str(site) for site in sites]
+        )
+        return [~go if mask is None else mask & ~go for go, mask in zip(goes, alive, strict=True)]
+    return _rank_joined(method, sites, scores)
+
+
+def _rank_joined(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:
+    """Any other unstructured method sees the alive entries of all parameters as one vector."""
+    alive = torch.cat(
+        [
+            torch.ones_like(site.original, dtype=torch.bool).reshape(-1)
+            if mask is None
+            else mask.reshape(-1)
+            for site in sites
+            for mask in [site.alive]
+        ]
+    )
+    candidates = torch.cat([score.reshape(-1) for score in scores])[alive]
+    alive[alive.clone()] = method.compute_mask(candidates, torch.ones_like(candidates)) != 0
+    parts = torch.split(alive, [site.original.numel() for site in sites])
+    return [part.reshape(site.original.shape) for part, site in zip(parts, sites, strict=True)]
+
+
+def _check_replicas(masks: list[Tensor], process_group: dist.ProcessGroup) -> None:
+    """Raise on every rank where the ranks chose different entries."""
+    digest = hashlib.sha256()
+    for mask in masks:
+        flat = mask.cpu().contiguous()
+        digest.update(ctypes.string_at(flat.data_ptr(), flat.numel()))
+    gathered: list[str | None] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(gathered, digest.hexdigest(), group=process_group)
+    if len(set(gathered)) > 1:
+        odd = [rank for rank, other in enumerate(gathered) if other != gathered[0]]
+        raise RuntimeError(
+            message(
+                "process_group",
+                expected="the same mask on every rank",
+                got=f"another one on rank(s) {odd} than on rank 0",
+                remedy="Broadcast parameters and buffers from one rank before pruning.",
+            )
+        )
+
+
+def head_structured(
+    module: nn.Module,
+    name: str,
+    amount: Amount | None,
+    num_heads: int,
+    *,
+    projections: int = 3,
+    dim: int = 0,
+    importance: str | Importance = "magnitude",
+) -> nn.Module:
+    """Mask the least important heads of one parameter whole, in place; the others become dense.
+
+    Example:
+        >>> qkv = torch.nn.Linear(8, 24)
+        >>> _ = torch_rsst.head_structured(qkv, "weight", amount=1, num_heads=2)
+        >>> int(qkv.weight_mask.sum())
+        96
+
+    Args:
+        module: holds the parameter.
+        name: the parameter's name.
+        amount: fraction (float) or number (int) of all heads that go; None takes as many as the
+            density of the present mask says: ``round(Σ alive / size)`` heads stay.
+        num_heads: heads of each projection.
+        projections: projections stacked along ``dim``: 3 for a fused qkv, 1 for a single one.
+        dim: 0 for weights that produce heads, 1 for an output projection.
+        importance: ``"remain"``, ``"magnitude"`` or a callable.
+
+    Returns:
+        the module that was given, with ``name_orig`` and ``name_mask`` added.
+
+    Raises:
+        ValueError: where heads do not divide the rows, or an argument is out of range.
+    """
+    HeadRegroup.apply(
+        module, name, amount, num_heads, projections=projections, dim=dim, importance=importance
+    )
+    return module
+
+
+def fillback(
+    module: nn.Module,
+    name: str,
+    rate: Amount,
+    importance_scores: Tensor | None = None,
+    *,
+    policy: FillbackPolicy = "latent",
+    snapshot: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Give the highest-scored masked entries of a parameter back, in place; take nothing.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 1, bias=False)
+        >>> _ = torch_rsst.l1_unstructured(layer, "weight", amount=2)
+        >>> _ = torch_rsst.fillback(layer, "weight", rate=0.5)
+        >>> int(layer.weight_mask.sum())
+        3
+
+    Args:
+        module: holds the masked parameter.
+        name: the parameter's name.
+        rate: fraction (float) or number (int) of the masked entries to give back.
+        importance_scores: of the parameter's shape; |``weight_orig``| by default.
+        policy: the value that returns: ``"latent"`` is what ``weight_orig`` holds, ``"snapshot"``
+            what ``snapshot`` holds, ``"zero"`` zero.
+        snapshot: a state dict of the module, for ``policy="snapshot"``.
+
+    Returns:
+        the module that was given.
+
+    Raises:
+        ValueError: for a dense parameter, a rate out of range, a NaN score or a missing snapshot.
+    """
+    Fillback.apply(
+        module, name, rate, importance_scores=importance_scores, policy=policy, snapshot=snapshot
+    )
+    return module

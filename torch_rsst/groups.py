@@ -1,0 +1,269 @@
+"""Groups: what stands or falls together. Frozen data; no model is looked at here.
+
+A :class:`GroupLayer` holds the units of one kind in one layer, as index tables; that is what all
+computations use. A :class:`Group` is one of its units, made on demand when you iterate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from torch_rsst.budget import check_count
+from torch_rsst.errors import message
+
+NO_UNIT = -1
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One parameter's share in one unit: the slices ``index`` along ``dim``, which has ``size``."""
+
+    parameter: str
+    dim: int
+    size: int
+    index: tuple[int, ...]
+    ranked: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """A unit with all coupled slices of all parameters: one head, one neuron, one channel."""
+
+    layer: str
+    kind: str
+    unit: int
+    members: tuple[Slab, ...]
+
+    def __str__(self) -> str:
+        return f"{self.layer} {self.kind}[{self.unit}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One parameter's part in a layer of units.
+
+    Attributes:
+        parameter: the dense name.
+        dim: the dimension that is dealt out to units.
+        unit_of: int64 tensor, the unit of each index along ``dim``; −1 for none.
+        ranked: whether its entries are ranked and count in densities; biases and norm affines
+            are followers instead.
+    """
+
+    parameter: str
+    dim: int
+    unit_of: Tensor
+    ranked: bool
+
+    def spread(self, values: Tensor, ndim: int, fill: bool = True) -> Tensor:
+        """Per-unit values laid along ``dim``, shaped to broadcast over the parameter."""
+        owned = self.unit_of != NO_UNIT
+        along = torch.full(self.unit_of.shape, fill, dtype=values.dtype)
+        along[owned] = values.cpu()[self.unit_of[owned]]
+        return along.reshape([-1 if d == self.dim else 1 for d in range(ndim)])
+
+    def owned(self, ndim: int) -> Tensor:
+        """Where some unit owns the slice, shaped to broadcast over the parameter."""
+        return (self.unit_of != NO_UNIT).reshape([-1 if d == self.dim else 1 for d in range(ndim)])
+
+    def sum_per_unit(self, entries: Tensor, units: int) -> Tensor:
+        """Sum entries of the parameter's shape over each unit, in float64, on the CPU."""
+        others = [d for d in range(entries.ndim) if d != self.dim]
+        along = entries.sum(dim=others, dtype=torch.float64) if others else entries.double()
+        owned = self.unit_of != NO_UNIT
+        total = torch.zeros(units, dtype=torch.float64)
+        return total.index_add_(0, self.unit_of[owned], along.cpu()[owned])
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayer:
+    """All units of one kind in one layer: the heads of an attention, the neurons of an MLP."""
+
+    name: str
+    kind: str
+    units: int
+    members: tuple[Member, ...]
+
+    @property
+    def ranked(self) -> tuple[Member, ...]:
+        """Members whose entries are ranked."""
+        return tuple(member for member in self.members if member.ranked)
+
+    def group(self, unit: int) -> Group:
+        """One unit."""
+        slabs = []
+        for member in self.members:
+            index = (member.unit_of == unit).nonzero().flatten().tolist()
+            if index:
+                size = member.unit_of.numel()
+                slabs.append(Slab(member.parameter, member.dim, size, tuple(index), member.ranked))
+        return Group(self.name, self.kind, unit, tuple(slabs))
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.units} {self.kind})"
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(Sequence[Group]):
+    """The groups of a model: a sequence of units, kept layer by layer.
+
+    Example:
+        >>> layer = head_layer("attn.qkv.weight", rows=12, num_heads=2)
+        >>> groups = Groups((layer,))
+        >>> len(groups), groups[1].members[0].index
+        (2, (2, 3, 6, 7, 10, 11))
+    """
+
+    layers: tuple[GroupLayer, ...] = ()
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts = [0]
+        for layer in self.layers:
+            starts.append(starts[-1] + layer.units)
+        return starts
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __iter__(self) -> Iterator[Group]:
+        for layer in self.layers:
+            for unit in range(layer.units):
+                yield layer.group(unit)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} groups")
+        which = next(i for i, start in enumerate(self._starts[1:]) if position < start)
+        return self.layers[which].group(position - self._starts[which])
+
+    def of_kind(self, *kinds: str) -> Groups:
+        """The layers of these kinds."""
+        return Groups(tuple(layer for layer in self.layers if layer.kind in kinds))
+
+    def __str__(self) -> str:
+        kinds = {layer.kind: 0 for layer in self.layers}
+        for layer in self.layers:
+            kinds[layer.kind] += layer.units
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"{listed or 'no groups'} in {len(self.layers)} layers"
+
+
+def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLayer]) -> Groups:
+    """Whatever holds groups, as :class:`Groups`: also a list or generator of single units.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(groups, Groups):
+        return groups
+    items = [groups] if isinstance(groups, GroupLayer) else list(groups)
+    layers = [item for item in items if isinstance(item, GroupLayer)]
+    units = [item for item in items if isinstance(item, Group)]
+    if len(layers) + len(units) != len(items):
+        wrong = next(i for i in items if not isinstance(i, (Group, GroupLayer)))
+        remedy = "Pass what find_groups(model) returns, or a selection of its items."
+        raise TypeError(message("groups", expected="groups", got=repr(wrong), remedy=remedy))
+    return Groups((*layers, *_regather(units)))
+
+
+def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
+    """Layers made of the given units only; their other units belong to no group."""
+    by_layer: dict[tuple[str, str], list[Group]] = {}
+    for unit in units:
+        by_layer.setdefault((unit.layer, unit.kind), []).append(unit)
+    for (name, kind), chosen in by_layer.items():
+        tables: dict[tuple[str, int, bool], Tensor] = {}
+        for position, unit in enumerate(chosen):
+            for slab in unit.members:
+                key = (slab.parameter, slab.dim, slab.ranked)
+                table = tables.setdefault(key, torch.full((slab.size,), NO_UNIT, dtype=torch.int64))
+                table[list(slab.index)] = position
+        members = tuple(
+            Member(parameter, dim, table, ranked)
+            for (parameter, dim, ranked), table in tables.items()
+        )
+        yield GroupLayer(name, kind, len(chosen), members)
+
+
+def check_groups(weights: Mapping[str, Tensor], groups: Groups) -> None:
+    """Raise unless every member of the groups is a parameter of fitting size."""
+    for layer in groups.layers:
+        if not layer.ranked:
+            remedy = "Mark at least one member as ranked."
+            raise ValueError(
+                message(f"groups of {layer}", expected="a ranked member", got="none", remedy=remedy)
+            )
+        for member in layer.members:
+            subject = f"groups of {layer}: {member.parameter!r}"
+            weight = weights.get(member.parameter)
+            remedy = "Find the groups of this very model: find_groups(model)."
+            if weight is None:
+                raise KeyError(
+                    message(
+                        subject,
+                        expected="a parameter of the model",
+                        got="no such name",
+                        remedy=remedy,
+                    )
+                )
+            size = member.unit_of.numel()
+            if member.dim >= weight.ndim or weight.shape[member.dim] != size:
+                expected = f"size {size} along dim {member.dim}"
+                raise ValueError(
+                    message(
+                        subject,
+                        expected=expected,
+                        got=f"shape {tuple(weight.shape)}",
+                        remedy=remedy,
+                    )
+                )
+
+
+def head_rows(rows: int, num_heads: int, projections: int = 1) -> Tensor:
+    """The head of each row of ``projections`` stacked projections (q, k, v), each split into heads.
+
+    >>> head_rows(8, num_heads=2, projections=2).tolist()
+    [0, 0, 1, 1, 0, 0, 1, 1]
+
+    Raises:
+        ValueError: where heads and projections do not divide the rows.
+    """
+    check_count(num_heads, "num_heads", at_least=1)
+    check_count(projections, "projections", at_least=1)
+    if rows % (projections * num_heads):
+        raise ValueError(
+            message(
+                "num_heads",
+                expected=f"a count that divides the {rows} rows of {projections} projection(s)",
+                got=num_heads,
+                remedy="Check num_heads and projections (3 for a fused qkv, 1 for a single one).",
+            )
+        )
+    head_dim = rows // (projections * num_heads)
+    return torch.arange(num_heads).repeat_interleave(head_dim).repeat(projections)
+
+
+def head_layer(
+    parameter: str, *, rows: int, num_heads: int, projections: int = 3, dim: int = 0
+) -> GroupLayer:
+    """The heads of one parameter alone.
+
+    >>> str(head_layer("qkv.weight", rows=192, num_heads=3))
+    'qkv.weight (3 heads)'
+    """
+    member = Member(parameter, dim, head_rows(rows, num_heads, projections), ranked=True)
+    return GroupLayer(parameter, "heads", num_heads, (member,))

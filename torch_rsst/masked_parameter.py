@@ -1,0 +1,308 @@
+"""One parameter and its mask: find it, mask it, restore it; all or nothing.
+
+This is the only room that touches PyTorch's reparametrization: ``weight`` becomes the parameter
+``weight_orig`` (the same object, at the same place in the parameter order), the buffer
+``weight_mask`` and a forward pre-hook that recomputes their product ``weight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod, PruningContainer
+
+from torch_rsst.errors import listing, message
+
+ORIG, MASK = "_orig", "_mask"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that holds a parameter: ``module`` and the parameter's dense name in it."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def original(self) -> nn.Parameter:
+        """The trainable parameter: ``weight_orig`` where masked, else ``weight``."""
+        parameters = self.module._parameters
+        found = parameters.get(self.name + ORIG) if self.is_masked else parameters.get(self.name)
+        assert found is not None, "check_site() lets no other parameter in"
+        return found
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether ``weight_orig`` and ``weight_mask`` both exist."""
+        has_orig = self.module._parameters.get(self.name + ORIG) is not None
+        return has_orig and self.module._buffers.get(self.name + MASK) is not None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask buffer, in the parameter's dtype; None where dense."""
+        return self.module._buffers[self.name + MASK] if self.is_masked else None
+
+    @property
+    def alive(self) -> Tensor | None:
+        """The current mask as bool, None where dense (all alive)."""
+        return None if self.mask is None else self.mask != 0
+
+    def __str__(self) -> str:
+        return f"'{self.name}' of {type(self.module).__name__}"
+
+
+def dense_name(module: nn.Module, key: str) -> str:
+    """The name that parameter ``key`` of ``module`` has when nothing is pruned."""
+    name = key.removesuffix(ORIG)
+    return name if name != key and Site(module, name).is_masked else key
+
+
+def check_site(module: object, name: object) -> Site:
+    """The site of a parameter that can be masked.
+
+    Raises:
+        TypeError: unless given a module and a string.
+        ValueError: where the name is no maskable parameter; says which are.
+    """
+    if not isinstance(module, nn.Module) or not isinstance(name, str):
+        got = f"({type(module).__name__}, {name!r})"
+        remedy = "Pass for example (model.fc, 'weight')."
+        raise TypeError(
+            message("parameter", expected="a (module, name) pair", got=got, remedy=remedy)
+        )
+    site = Site(module, name)
+    if site.is_masked:
+        return site
+    subject = f"parameter {site}"
+    own = [dense_name(module, key) for key, p in module._parameters.items() if p is not None]
+    if parametrize.is_parametrized(module, name):
+        remedy = "Call torch.nn.utils.parametrize.remove_parametrizations first."
+        raise ValueError(
+            message(subject, expected="a plain parameter", got="a parametrized one", remedy=remedy)
+        )
+    if name.endswith(ORIG) and name.removesuffix(ORIG) in own:
+        remedy = f"Pass {name.removesuffix(ORIG)!r}: masks of one parameter combine."
+        got = "the original of a parameter that is masked already"
+        raise ValueError(
+            message(subject, expected="a dense parameter name", got=got, remedy=remedy)
+        )
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        remedy = f"It has {listing(own)}." if own else "It has no parameters of its own."
+        raise ValueError(
+            message(subject, expected="one of the module's parameters", got="none", remedy=remedy)
+        )
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        remedy = "Run one forward pass first, so that its shape is known."
+        raise ValueError(
+            message(subject, expected="an initialized parameter", got="a lazy one", remedy=remedy)
+        )
+    if not parameter.is_floating_point():
+        remedy = "Only floating-point weights can be pruned."
+        raise ValueError(
+            message(subject, expected="a floating dtype", got=parameter.dtype, remedy=remedy)
+        )
+    return site
+
+
+class MaskHook(BasePruningMethod):
+    """A forward pre-hook that keeps ``weight`` at ``weight_orig`` where the mask is 1, else 0.
+
+    Unlike the stock methods it holds no tensor, keeps the order of parameters, scores
+    ``weight_orig`` instead of the product, changes nothing when it fails, and replaces its own
+    earlier state instead of stacking. Subclasses override :meth:`compute_mask`, which is pure;
+    what they leave in the model is a plain hook, so that a pruned model pickles whatever
+    arguments they had.
+    """
+
+    PRUNING_TYPE = "global"
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """The mask as it is."""
+        return default_mask
+
+    def apply_mask(self, module: nn.Module) -> Tensor:
+        """``weight_orig`` with masked entries replaced by 0, so that no inf or NaN leaks out."""
+        site = Site(module, self._tensor_name)
+        mask = site.mask
+        assert mask is not None, "the hook is there exactly as long as the mask is"
+        return site.original.masked_fill(mask == 0, 0.0)
+
+    def remove(self, module: nn.Module) -> None:
+        """Make the pruning permanent: ``weight`` is a parameter again, zero where it was masked."""
+        restore(Site(module, self._tensor_name))
+
+    @classmethod
+    def apply(
+        cls,
+        module: nn.Module,
+        name: str,
+        *args: Any,
+        importance_scores: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BasePruningMethod:
+        """Mask one parameter, as :meth:`torch.nn.utils.prune.BasePruningMethod.apply` does."""
+        method = cls(*args, **kwargs)
+        method._apply_to(check_site(module, name), importance_scores)
+        return method
+
+    def _apply_to(self, site: Site, importance_scores: Tensor | None) -> None:
+        scores = site.original.detach() if importance_scores is None else importance_scores
+        if scores.shape != site.original.shape:
+            raise ValueError(
+                message(
+                    f"importance_scores for {site}",
+                    expected=f"shape {tuple(site.original.shape)}",
+                    got=f"shape {tuple(scores.shape)}",
+                    remedy="Give every entry of the parameter one score.",
+                )
+            )
+        default = torch.ones_like(site.original) if site.mask is None else site.mask.clone()
+        mask = self.compute_mask(scores, default_mask=default.detach())
+        install([(site, mask != 0)])
+        self._tensor_name = site.name
+
+
+def install(masks: Sequence[tuple[Site, Tensor]]) -> None:
+    """Set masks exactly, in place, all or none.
+
+    Args:
+        masks: sites and bool masks of their parameters' shapes.
+    """
+    with rolled_back_on_failure([site for site, _ in masks]):
+        shared: dict[int, Tensor] = {}  # tied parameters share one mask as they share one original
+        for site, alive in masks:
+            mask = shared.setdefault(id(site.original), _mask_buffer(site, alive))
+            _reparametrize(site, mask)
+            _set_hook(site)
+            refresh(site)
+
+
+def _mask_buffer(site: Site, alive: Tensor) -> Tensor:
+    """The site's mask, holding ``alive``; written in place where there is one already."""
+    mask = site.mask
+    if mask is None:
+        return alive.to(device=site.original.device, dtype=site.original.dtype)
+    with torch.no_grad():
+        return mask.copy_(alive)
+
+
+def refresh(site: Site) -> None:
+    """Recompute the masked weight now, as the site's hook does before every forward pass."""
+    found = find_hook(site)
+    assert found is not None, "whoever masks a site leaves a hook"
+    product = found[1].apply_mask(site.module)  # type: ignore[no-untyped-call] # stock has no types
+    setattr(site.module, site.name, product)
+
+
+def find_hook(site: Site) -> tuple[int, BasePruningMethod] | None:
+    """The pruning hook of a site and its key."""
+    for key, hook in site.module._forward_pre_hooks.items():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == site.name:
+            return key, hook
+    return None
+
+
+def _reparametrize(site: Site, mask: Tensor) -> None:
+    if site.is_masked:
+        if site.mask is not mask:
+            site.module._buffers[site.name + MASK] = mask
+        return
+    _rename(site.module._parameters, site.name, site.name + ORIG)
+    site.module.register_buffer(site.name + MASK, mask)
+
+
+def _set_hook(site: Site) -> None:
+    """Leave one hook of ours, alone or behind the stock methods that came before."""
+    found = find_hook(site)
+    if found is not None and isinstance(found[1], MaskHook):
+        return
+    hook = MaskHook()
+    hook._tensor_name = site.name
+    if found is None:
+        site.module.register_forward_pre_hook(hook)
+        return
+    key, present = found
+    earlier = tuple(present) if isinstance(present, PruningContainer) else (present,)
+    stock = [method for method in earlier if not isinstance(method, MaskHook)]
+    site.module._forward_pre_hooks[key] = PruningContainer(*stock, hook)
+
+
+def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
+    """Rename a key where it stands: optimizers address parameters by position."""
+    items = [(new if key == old else key, value) for key, value in ordered.items()]
+    ordered.clear()
+    ordered.update(items)
+
+
+def restore(site: Site) -> None:
+    """Undo the reparametrization in place: the parameter keeps its identity, place and gradient."""
+    found, mask, original = find_hook(site), site.mask, site.original
+    assert mask is not None
+    if found is not None:
+        del site.module._forward_pre_hooks[found[0]]
+    with torch.no_grad():
+        original.masked_fill_(mask == 0, 0.0)
+    site.module.__dict__.pop(site.name, None)
+    del site.module._buffers[site.name + MASK]
+    order = list(site.module._parameters)
+    del site.module._parameters[site.name + ORIG]
+    # Through setattr, which recurrent layers listen to; then back to its place.
+    setattr(site.module, site.name, original)
+    place = order.index(site.name + ORIG)
+    for key in order[place + 1 :]:
+        site.module._parameters[key] = site.module._parameters.pop(key)
+
+
+@contextmanager
+def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
+    """Put modules back exactly as they were if the block raises, interrupts included."""
+    modules = {id(site.module): site.module for site in sites}.values()
+    saved = [(module, _shallow(module)) for module in modules]
+    values = [(mask, mask != 0) for site in sites if (mask := site.mask) is not None]
+    try:
+        yield
+    except BaseException:
+        for module, state in saved:
+            _put_back(module, state)
+        with torch.no_grad():
+            for mask, alive in values:
+                mask.copy_(alive)
+        raise
+
+
+def _shallow(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes, registries (and a recurrent layer's list of weights) copied."""
+    return {
+        key: value.copy() if isinstance(value, (dict, list)) else value
+        for key, value in module.__dict__.items()
+    }
+
+
+def _put_back(module: nn.Module, state: dict[str, Any]) -> None:
+    for key in module.__dict__.keys() - state.keys():
+        del module.__dict__[key]
+    for key, value in state.items():
+        present = module.__dict__.get(key)
+        if isinstance(present, dict) and isinstance(value, dict):
+            # In place: hook handles hold weak references to these registries.
+            present.clear()
+            present.update(value)
+        else:
+            module.__dict__[key] = value
+
+
+def masked_sites(modules: Iterable[nn.Module]) -> list[Site]:
+    """Every site of the modules that is masked, by whatever pruning method."""
+    return [
+        Site(module, key.removesuffix(ORIG))
+        for module in modules
+        for key in module._parameters
+        if key.endswith(ORIG) and Site(module, key.removesuffix(ORIG)).is_masked
+    ]

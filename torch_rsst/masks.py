@@ -1,0 +1,334 @@
+"""Mask sets: dicts from dense parameter names to bool tensors. Extract, apply, combine, check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.errors import listing, message
+from torch_rsst.masked_parameter import (
+    MASK,
+    ORIG,
+    Site,
+    check_site,
+    dense_name,
+    install,
+    masked_sites,
+    restore,
+)
+
+Masks: TypeAlias = dict[str, Tensor]
+
+# What DataParallel and DistributedDataParallel, torch.compile and FSDP put around a module.
+_OUTER_PREFIX = "module."
+_INNER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _without_wrappers(name: str) -> str:
+    for prefix in _INNER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def named_sites(model: nn.Module) -> dict[str, list[Site]]:
+    """Dense name → every place that holds the parameter, in ``named_parameters`` order.
+
+    Tied parameters appear once, under their first name, with all their sites.
+    """
+    first_names: dict[int, str] = {}
+    sites: dict[str, list[Site]] = {}
+    for path, module in unwrap(model).named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                own = dense_name(module, key)
+                full = _without_wrappers(f"{path}.{own}" if path else own)
+                name = first_names.setdefault(id(parameter), full)
+                sites.setdefault(name, []).append(Site(module, own))
+    return sites
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Dense name → trainable tensor, ``weight_orig`` where masked; detached, sharing memory."""
+    return {name: places[0].original.detach() for name, places in named_sites(model).items()}
+
+
+def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks:
+    """Read the masks of a model or of its state dict.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> _ = torch_rsst.custom_from_mask(layer, "weight", torch.tensor([[1, 0]]))
+        >>> torch_rsst.extract_mask(layer)
+        {'weight': tensor([[ True, False]])}
+
+    A key ``K`` exists only where both ``K_orig`` and ``K_mask`` do. Prefixes of wrappers
+    (``module.``, ``_orig_mod.``) are stripped; a tied tensor appears once, under its first name.
+
+    Returns:
+        bool tensors, new memory, on the devices of the masks.
+
+    Raises:
+        TypeError: for anything but a module or a mapping.
+        ValueError: where a mask holds values other than 0 and 1.
+    """
+    if isinstance(model_or_state_dict, nn.Module):
+        found = {
+            name: next((site.mask for site in places if site.mask is not None), None)
+            for name, places in named_sites(model_or_state_dict).items()
+        }
+    elif isinstance(model_or_state_dict, Mapping):
+        found = dict(_masks_of_state_dict(model_or_state_dict))
+    else:
+        got = type(model_or_state_dict).__name__
+        remedy = "Pass the model or model.state_dict()."
+        raise TypeError(
+            message("extract_mask", expected="a model or state dict", got=got, remedy=remedy)
+        )
+    return {name: as_bool(mask, name) for name, mask in found.items() if mask is not None}
+
+
+def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    wrapped = bool(state) and all(key.startswith(_OUTER_PREFIX) for key in state)
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    for key, original in state.items():
+        name = key.removesuffix(ORIG)
+        if name == key or name + MASK not in state:
+            continue
+        if original.numel() and original.device.type != "meta":
+            storage = (original.data_ptr(), original.shape, original.stride())
+            if storage in seen:
+                continue
+            seen.add(storage)
+        yield (
+            _without_wrappers(name.removeprefix(_OUTER_PREFIX) if wrapped else name),
+            state[name + MASK],
+        )
+
+
+def as_bool(mask: Tensor, name: str) -> Tensor:
+    """A 0/1 tensor of any dtype as a new bool tensor.
+
+    Raises:
+        TypeError: unless given a tensor.
+        ValueError: for other values than 0 and 1.
+    """
+    subject = f"mask of {name!r}"
+    if not isinstance(mask, Tensor):
+        remedy = "A mask set maps parameter names to tensors."
+        raise TypeError(
+            message(subject, expected="a tensor", got=type(mask).__name__, remedy=remedy)
+        )
+    if mask.dtype == torch.bool:
+        return mask.clone()
+    alive = mask != 0
+    if not bool((mask == alive).all()):
+        remedy = "Compare with a threshold first: mask > 0.5."
+        raise ValueError(
+            message(subject, expected="zeros and ones", got="other values", remedy=remedy)
+        )
+    return alive
+
+
+def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = False) -> None:
+    """Set the masks of a model exactly, in place; entries can also come back to 1.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> torch_rsst.apply_mask(layer, {"weight": torch.tensor([[True, False]])})
+        >>> layer.weight_mask
+        tensor([[1., 0.]])
+
+    For each name: ``name`` is replaced by the parameter ``name_orig`` (the same object, at the
+    same place), the buffer ``name_mask`` (the parameter's dtype) and a forward pre-hook; where
+    they exist, the buffer is overwritten. Parameters that ``masks`` does not name are left alone.
+    Either all masks are set or, after an error, none.
+
+    Args:
+        model: the model, wrapped or not.
+        masks: dense parameter name → tensor of zeros and ones, of the parameter's shape.
+        strict: also require that every parameter that is masked now is named.
+
+    Raises:
+        KeyError: for a name that the model does not have, or, if strict, lacks in ``masks``.
+        ValueError: for a mask of another shape or with values other than 0 and 1.
+    """
+    sites = named_sites(model)
+    chosen = [(name, as_bool(mask, name)) for name, mask in masks.items()]
+    resolved = {name: _resolve(name, sites) for name, _ in chosen}
+    if strict and (left := set(extract_mask(model)) - set(resolved.values())):
+        remedy = "Add them, or pass strict=False to leave them as they are."
+        raise KeyError(
+            message(
+                "masks",
+                expected="every masked parameter",
+                got=f"none for {listing(sorted(left))}",
+                remedy=remedy,
+            )
+        )
+    work: list[tuple[Site, Tensor]] = []
+    for name, mask in chosen:
+        for site in sites[resolved[name]]:
+            check_site(site.module, site.name)
+            _check_shape(name, mask, site)
+            work.append((site, mask))
+    install(work)
+
+
+def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
+    for candidate in (
+        name,
+        _without_wrappers(name),
+        _without_wrappers(name).removeprefix(_OUTER_PREFIX),
+    ):
+        if candidate in sites:
+            return candidate
+    remedy = f"It has {listing(sites)}."
+    raise KeyError(
+        message(
+            f"mask {name!r}", expected="a parameter of the model", got="no such name", remedy=remedy
+        )
+    )
+
+
+def _check_shape(name: str, mask: Tensor, site: Site) -> None:
+    if mask.shape != site.original.shape:
+        raise ValueError(
+            message(
+                f"mask of {name!r}",
+                expected=f"the parameter's shape {tuple(site.original.shape)}",
+                got=f"shape {tuple(mask.shape)}",
+                remedy="Masks are made for one architecture; extract them from the same one.",
+            )
+        )
+
+
+def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, Tensor]) -> Masks:
+    """The penalized set P: alive now, meant to go.
+
+    Example:
+        >>> current, refill = torch.tensor([True, True, False]), torch.tensor([True, False, False])
+        >>> torch_rsst.penalty_mask({"weight": current}, {"weight": refill})
+        {'weight': tensor([False,  True, False])}
+
+    P = (refill_mask == 0) & (current_mask == 1). A key only in ``refill_mask`` counts as wholly
+    alive; a key only in ``current_mask`` is not penalized and does not appear.
+
+    Raises:
+        ValueError: where the shapes of the two masks of a name differ.
+    """
+    penalized: Masks = {}
+    for name, refill in refill_mask.items():
+        go = ~as_bool(refill, name)
+        if name in current_mask:
+            current = as_bool(current_mask[name], name)
+            if current.shape != go.shape:
+                remedy = "Both masks must come from the same model."
+                raise ValueError(
+                    message(
+                        f"refill mask of {name!r}",
+                        expected=f"the current mask's shape {tuple(current.shape)}",
+                        got=f"shape {tuple(go.shape)}",
+                        remedy=remedy,
+                    )
+                )
+            go &= current.to(go.device)
+        penalized[name] = go
+    return penalized
+
+
+def alive_in(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], name: str) -> Tensor:
+    """The mask of ``name``, all ones where there is none, on the weight's device."""
+    weight = weights[name]
+    if name not in masks:
+        return torch.ones_like(weight, dtype=torch.bool)
+    return masks[name].to(weight.device)
+
+
+def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
+    """Masks as bool, on their weights' devices.
+
+    Raises:
+        KeyError: for a name without a weight.
+        ValueError: for another shape or other values than 0 and 1.
+    """
+    checked: Masks = {}
+    for name, mask in masks.items():
+        if name not in weights:
+            remedy = f"It has {listing(weights)}."
+            raise KeyError(
+                message(
+                    f"mask {name!r}",
+                    expected="a parameter of the model",
+                    got="no such name",
+                    remedy=remedy,
+                )
+            )
+        alive = as_bool(mask, name)
+        if alive.shape != weights[name].shape:
+            expected = f"the parameter's shape {tuple(weights[name].shape)}"
+            remedy = "Take the masks from the same model."
+            raise ValueError(
+                message(
+                    f"mask of {name!r}",
+                    expected=expected,
+                    got=f"shape {tuple(alive.shape)}",
+                    remedy=remedy,
+                )
+            )
+        checked[name] = alive.to(weights[name].device)
+    return checked
+
+
+def remove_all(model: nn.Module) -> nn.Module:
+    """Make all pruning permanent, in place: plain parameters, zero where they were masked.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> torch_rsst.apply_mask(layer, {"weight": torch.tensor([[True, False]])})
+        >>> _ = torch_rsst.remove_all(layer)
+        >>> [name for name, _ in layer.named_parameters()]
+        ['weight', 'bias']
+
+    Whatever pruned a parameter, ours or stock, ``name_orig`` becomes ``name`` again (the same
+    object, its gradient and place kept) and ``name_mask`` and the hook go. Calling it again does
+    nothing. Zeros come back to life if you train on: a plain parameter has no mask.
+
+    Returns:
+        the model that was given.
+    """
+    for site in masked_sites(unwrap(model).modules()):
+        restore(site)
+    return model
+
+
+def prepare_from_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Give a dense model the masks of a state dict, so that ``load_state_dict(strict=True)`` works.
+
+    Example:
+        >>> pruned, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        >>> torch_rsst.apply_mask(pruned, {"weight": torch.tensor([[True, False]])})
+        >>> _ = torch_rsst.prepare_from_state_dict(fresh, pruned.state_dict())
+        >>> fresh.load_state_dict(pruned.state_dict())
+        <All keys matched successfully>
+
+    Changes the model as :func:`apply_mask` does, and raises as it does.
+
+    Returns:
+        the model that was given.
+    """
+    apply_mask(model, extract_mask(state_dict))
+    return model

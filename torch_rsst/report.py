@@ -1,0 +1,289 @@
+"""The sparsity report: counts of what is really there, as data. Never prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.masks import Masks, alive_in, check_masks, extract_mask, named_weights, penalty_mask
+from torch_rsst.unit_selection import ScopeBudget
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of units.
+
+    Attributes:
+        name: the layer's dotted name.
+        kind: ``"heads"``, ``"neurons"``, ``"channels"``.
+        units: how many there are.
+        gone: units whose every entry, biases included, is masked or exactly 0.
+        alive_share: per unit, the share of ranked entries that are not masked and not 0.
+        elements: ranked entries of all units.
+        zeros: how many of them are masked or exactly 0.
+        penalized: entries in P, biases included.
+        penalized_norm: the L2 norm of the weights in P.
+        kept_norm: the L2 norm of the weights that are alive and meant to stay.
+        dropped: units absent from the refill mask; None without one.
+    """
+
+    name: str
+    kind: str
+    units: int
+    gone: int
+    alive_share: tuple[float, ...]
+    elements: int
+    zeros: int
+    penalized: int
+    penalized_norm: float
+    kept_norm: float
+    dropped: int | None
+
+    @property
+    def element_sparsity(self) -> float:
+        """The share of ranked entries that are masked or exactly 0."""
+        return self.zeros / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What is gone, what is meant to go, per layer and in total.
+
+    ``str(report)`` is a table; ``report.to_dict()`` holds plain Python for JSON.
+
+    Attributes:
+        layers: per layer of units.
+        elements: ranked entries of the model, each counted once.
+        zeros: how many of them are masked or exactly 0.
+        penalized: entries in P.
+        penalized_norm: the L2 norm of the weights in P.
+        kept_norm: the L2 norm of the weights alive and meant to stay.
+        budgets: units requested and realized, per scope; empty where no round chose them.
+    """
+
+    layers: tuple[LayerReport, ...]
+    elements: int
+    zeros: int
+    penalized: int
+    penalized_norm: float
+    kept_norm: float
+    budgets: tuple[ScopeBudget, ...]
+
+    @property
+    def element_sparsity(self) -> float:
+        """The share of ranked entries that are masked or exactly 0."""
+        return self.zeros / self.elements if self.elements else 0.0
+
+    @property
+    def penalized_norm_ratio(self) -> float:
+        """‖w‖ on P relative to ‖w‖ on what is kept; NaN where nothing is kept."""
+        return self.penalized_norm / self.kept_norm if self.kept_norm else math.nan
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of units, in order of appearance."""
+        return tuple(dict.fromkeys(layer.kind for layer in self.layers))
+
+    def units(self, kind: str) -> int:
+        """How many units of a kind there are."""
+        return sum(layer.units for layer in self.layers if layer.kind == kind)
+
+    def gone(self, kind: str) -> int:
+        """How many units of a kind are gone."""
+        return sum(layer.gone for layer in self.layers if layer.kind == kind)
+
+    def unit_sparsity(self, kind: str) -> float:
+        """The share of units of a kind that are gone; 0 where there are none."""
+        return self.gone(kind) / self.units(kind) if self.units(kind) else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers; NaN becomes None."""
+        ratio = self.penalized_norm_ratio
+        return {
+            "element_sparsity": self.element_sparsity,
+            "penalized_norm_ratio": None if math.isnan(ratio) else ratio,
+            "kinds": {
+                kind: {
+                    "units": self.units(kind),
+                    "gone": self.gone(kind),
+                    "sparsity": self.unit_sparsity(kind),
+                }
+                for kind in self.kinds
+            },
+            **asdict(self),
+        }
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def sparsity_report(
+    model: nn.Module,
+    groups: Groups | Iterable[Group] | Iterable[GroupLayer],
+    *,
+    refill_mask: Mapping[str, Tensor] | None = None,
+    budgets: Sequence[ScopeBudget] = (),
+) -> SparsityReport:
+    """Count what is gone in a model, layer by layer.
+
+    Example:
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        >>> groups = torch_rsst.find_groups(mlp)
+        >>> torch_rsst.apply_mask(mlp, torch_rsst.regroup(mlp, groups, amount=0.25))
+        >>> report = torch_rsst.sparsity_report(mlp, groups)
+        >>> report.gone("neurons"), report.element_sparsity
+        (2, 0.25)
+
+    Every number is counted on the weights as they act: an entry is zero where it is masked or
+    exactly 0, whether or not a mask is still attached.
+
+    Args:
+        model: dense or pruned; not changed.
+        groups: from :func:`find_groups`.
+        refill_mask: what is meant to stay; the penalized set P is what is alive outside it.
+        budgets: from a round, for units requested and realized.
+
+    Raises:
+        KeyError, ValueError: for groups or masks of another model.
+    """
+    groups = as_groups(groups)
+    weights = named_weights(model)
+    check_groups(weights, groups)
+    refill = None if refill_mask is None else check_masks(weights, refill_mask)
+    entries = _Entries(weights, extract_mask(model), refill)
+    ranked = dict.fromkeys(m.parameter for layer in groups.layers for m in layer.ranked)
+    members = dict.fromkeys(m.parameter for layer in groups.layers for m in layer.members)
+    everything = dict.fromkeys([*members, *(refill or {})])
+    return SparsityReport(
+        layers=tuple(_layer_report(layer, entries) for layer in groups.layers),
+        elements=sum(weights[name].numel() for name in ranked),
+        zeros=sum(weights[name].numel() - int(entries.nonzero(name).sum()) for name in ranked),
+        penalized=sum(int(entries.penalized(name).sum()) for name in everything),
+        penalized_norm=entries.norm(everything, penalized=True),
+        kept_norm=entries.norm(everything, penalized=False),
+        budgets=tuple(budgets),
+    )
+
+
+class _Entries:
+    """Facts about every entry of a parameter, by dense name."""
+
+    def __init__(self, weights: Mapping[str, Tensor], current: Masks, refill: Masks | None) -> None:
+        self.weights, self.current, self.refill = weights, current, refill
+        self.penalty = {} if refill is None else penalty_mask(current, refill)
+
+    def nonzero(self, name: str) -> Tensor:
+        return (self.weights[name] != 0) & alive_in(self.weights, self.current, name)
+
+    def penalized(self, name: str) -> Tensor:
+        found = self.penalty.get(name)
+        return torch.zeros_like(self.weights[name], dtype=torch.bool) if found is None else found
+
+    def norm(self, names: Iterable[str], *, penalized: bool) -> float:
+        total = 0.0
+        for name in names:
+            p = self.penalized(name)
+            where = p if penalized else alive_in(self.weights, self.current, name) & ~p
+            total += float(self.weights[name].double().masked_fill(~where, 0.0).square().sum())
+        return math.sqrt(total)
+
+
+def _layer_report(layer: GroupLayer, entries: _Entries) -> LayerReport:
+    size = torch.zeros(layer.units, dtype=torch.float64)
+    ranked, every, stays = size.clone(), size.clone(), size.clone()
+    for member in layer.members:
+        name = member.parameter
+        nonzero = entries.nonzero(name)
+        count = member.sum_per_unit(nonzero, layer.units)
+        every += count
+        if member.ranked:
+            ranked += count
+            size += member.sum_per_unit(torch.ones_like(nonzero), layer.units)
+        if entries.refill is not None:
+            refill = alive_in(entries.weights, entries.refill, name)
+            stays += member.sum_per_unit(refill, layer.units)
+    names = [member.parameter for member in layer.members]
+    return LayerReport(
+        name=layer.name,
+        kind=layer.kind,
+        units=layer.units,
+        gone=int((every == 0).sum()),
+        alive_share=tuple((ranked / size).tolist()),
+        elements=int(size.sum()),
+        zeros=int((size - ranked).sum()),
+        penalized=sum(int(entries.penalized(name).sum()) for name in names),
+        penalized_norm=entries.norm(names, penalized=True),
+        kept_norm=entries.norm(names, penalized=False),
+        dropped=None if entries.refill is None else int((stays == 0).sum()),
+    )
+
+
+def _table(report: SparsityReport) -> str:
+    header = (
+        "layer",
+        "kind",
+        "units",
+        "gone",
+        "elements",
+        "sparsity",
+        "penalized",
+        "|P|/|kept|",
+        "to go",
+    )
+    rows = [
+        (
+            layer.name or "(model)",
+            layer.kind,
+            f"{layer.units}",
+            f"{layer.gone}",
+            f"{layer.elements}",
+            f"{layer.element_sparsity:.1%}",
+            f"{layer.penalized}",
+            _ratio(layer.penalized_norm, layer.kept_norm),
+            "" if layer.dropped is None else f"{layer.dropped}",
+        )
+        for layer in report.layers
+    ]
+    totals = (
+        "total",
+        "",
+        f"{sum(layer.units for layer in report.layers)}",
+        f"{sum(layer.gone for layer in report.layers)}",
+        f"{report.elements}",
+        f"{report.element_sparsity:.1%}",
+        f"{report.penalized}",
+        _ratio(report.penalized_norm, report.kept_norm),
+        ""
+        if any(r.dropped is None for r in report.layers)
+        else f"{sum(r.dropped or 0 for r in report.layers)}",
+    )
+    lines = _aligned([header, *rows, totals])
+    rule = "─" * len(lines[0])
+    text = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    text += [
+        f"{kind}: {report.gone(kind)} of {report.units(kind)} gone ({report.unit_sparsity(kind):.1%})"
+        for kind in report.kinds
+    ]
+    text += [str(budget) for budget in report.budgets if budget.requested != budget.realized]
+    return "\n".join(text)
+
+
+def _ratio(penalized: float, kept: float) -> str:
+    return f"{penalized / kept:.2e}" if kept else "-"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

@@ -1,0 +1,88 @@
+"""Rewinding: a copy of weights and buffers, put back where entries survive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.errors import listing, message, unknown_choice
+from torch_rsst.masked_parameter import MASK, ORIG
+from torch_rsst.masks import named_sites, named_weights, unwrap
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Weights by dense name and buffers by name; empty where nothing is rewound."""
+
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, rewind: object) -> Snapshot:
+        """What ``rewind`` asks for: None, ``"init"`` (the model as it is now) or a state dict.
+
+        Raises:
+            TypeError, ValueError: for anything else, or a state dict of another model.
+        """
+        if rewind is None:
+            return cls({}, {})
+        weights = named_weights(model)
+        buffers = _buffers(model)
+        if rewind == "init":
+            return cls(_copied(weights), _copied(buffers))
+        if isinstance(rewind, str):
+            raise ValueError(unknown_choice("rewind", rewind, ["init"]))
+        if not isinstance(rewind, Mapping):
+            got = type(rewind).__name__
+            remedy = "Pass model.state_dict() of an earlier moment."
+            raise TypeError(
+                message("rewind", expected="None, 'init' or a state dict", got=got, remedy=remedy)
+            )
+        chosen = {name: rewind.get(name + ORIG, rewind.get(name)) for name in weights}
+        unfit = [n for n, v in chosen.items() if v is None or v.shape != weights[n].shape]
+        if unfit:
+            remedy = "Pass the full state dict of this very model."
+            raise ValueError(
+                message(
+                    "rewind",
+                    expected="every parameter in its shape",
+                    got=f"none for {listing(unfit)}",
+                    remedy=remedy,
+                )
+            )
+        return cls(
+            _copied({name: value for name, value in chosen.items() if value is not None}),
+            _copied({name: rewind[name] for name in buffers if name in rewind}),
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        """Put alive entries of every parameter and all buffers back, in place; masked latents stay."""
+        present = _buffers(model)
+        with torch.no_grad():
+            for name, places in named_sites(model).items():
+                if name in self.weights:
+                    original, alive = places[0].original, places[0].alive
+                    value = self.weights[name].to(original)
+                    original.copy_(value if alive is None else torch.where(alive, value, original))
+            for name, buffer in self.buffers.items():
+                present[name].copy_(buffer)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Copies, for a checkpoint."""
+        return {"weights": _copied(self.weights), "buffers": _copied(self.buffers)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Mapping[str, Tensor]]) -> Snapshot:
+        """The snapshot of a checkpoint."""
+        return cls(_copied(state["weights"]), _copied(state["buffers"]))
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {n: b for n, b in unwrap(model).named_buffers() if not n.endswith(MASK)}
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,338 @@
+"""What RSST and Refill share: rank → regroup → yield. The iterator is the state.
+
+It owns no optimizer, device or data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_rsst.budget import Amount, check_amount, check_count
+from torch_rsst.errors import RoundWarning, message
+from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.masks import Masks, apply_mask, check_masks, extract_mask, named_weights, unwrap
+from torch_rsst.ranking import Parameter, rank, ranked_names
+from torch_rsst.regroup import RegroupPlan, decide, refill_from
+from torch_rsst.regularizer import RegularizedPruner
+from torch_rsst.report import SparsityReport, sparsity_report
+from torch_rsst.rewind import Snapshot
+from torch_rsst.unit_selection import ScopeBudget
+
+RegroupAmount: TypeAlias = Amount | Callable[[int], Amount] | None
+Rewind: TypeAlias = Literal["init"] | Mapping[str, Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One round, ready to be trained.
+
+    Attributes:
+        index: 0 … rounds − 1; −1 for the unpenalized round of ``train_first``.
+        start_step: optimizer steps already made in it: 0, or more after a resume.
+        current_mask: what is alive, as ranked for this round.
+        refill_mask: what should be alive.
+        budgets: units requested and realized, per scope.
+        pruner: counts the steps and, in RSST, carries the penalty.
+    """
+
+    index: int
+    start_step: int
+    current_mask: Masks
+    refill_mask: Masks
+    budgets: tuple[ScopeBudget, ...]
+    pruner: RegularizedPruner
+    _model: nn.Module
+    _groups: Groups
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let an optimizer that is made inside the loop carry penalty and step count.
+
+        Raises:
+            RuntimeError: where one is attached already.
+            ValueError: where it does not update a penalized parameter.
+        """
+        self.pruner.attach(optimizer)
+
+    def report(self) -> SparsityReport:
+        """The sparsity of the model as it is now, with this round's refill mask and budgets."""
+        return sparsity_report(
+            self._model, self._groups, refill_mask=self.refill_mask, budgets=self.budgets
+        )
+
+
+class Rounds(ABC):
+    """What RSST and Refill share: rank → regroup → yield; explicit, resumable state."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups | Iterable[Group] | Iterable[GroupLayer],
+        plan: RegroupPlan,
+        *,
+        optimizer: Optimizer | None,
+        steps_per_round: int,
+        rounds: int,
+        amount: Amount,
+        regroup_amount: RegroupAmount,
+        rewind: Rewind,
+        train_first: bool,
+        parameters: Iterable[Parameter | str] | None,
+        penalty: Mapping[str, Any],
+    ) -> None:
+        check_count(steps_per_round, "steps_per_round", at_least=1)
+        check_count(rounds, "rounds", at_least=1)
+        check_amount(amount)
+        if regroup_amount is None:
+            if plan.ungrouped == "element":
+                remedy = "Pass regroup_amount, or ungrouped='keep'."
+                got = "regroup_amount=None"
+                raise ValueError(
+                    message("ungrouped='element'", expected="an amount", got=got, remedy=remedy)
+                )
+        elif not callable(regroup_amount):
+            check_amount(regroup_amount, "regroup_amount")
+        self._model, self._groups, self._plan = unwrap(model), as_groups(groups), plan
+        check_groups(named_weights(model), self._groups)
+        self._ranked = ranked_names(model, self._groups, parameters)
+        self._snapshot = Snapshot.of(model, rewind)
+        self._optimizer, self._penalty = optimizer, dict(penalty)
+        self.steps_per_round, self.rounds = steps_per_round, rounds
+        self.amount, self.regroup_amount = amount, regroup_amount
+        self._next_index = -1 if train_first else 0
+        self._round: Round | None = None  # the one in training
+        self._last: Round | None = None  # the latest, open or closed
+        self._resumed = False
+        self._finalized = False
+
+    # What the two methods differ in
+
+    @abstractmethod
+    def _training_mask(self, current: Masks, refill: Masks) -> Masks:
+        """The mask that the round trains under."""
+
+    @abstractmethod
+    def _alive_to_penalize(self, current: Masks, refill: Masks) -> Masks:
+        """The current mask that the penalized set is computed from."""
+
+    @abstractmethod
+    def _final_mask(self, current: Masks, refill: Masks) -> Masks:
+        """The mask that the model ends with."""
+
+    def _mask_to_rank(self) -> Masks:
+        """What is alive before the next ranking."""
+        return extract_mask(self._model)
+
+    # The iterator
+
+    def __iter__(self) -> Iterator[Round]:
+        return self
+
+    def __next__(self) -> Round:
+        if self._resumed and self._round is not None:
+            self._resumed = False
+            return self._round
+        self._close()
+        if self._next_index >= self.rounds or self._finalized:
+            raise StopIteration
+        index = self._next_index
+        current, refill, budgets = self._choose(index)
+        opened = self._open(index, current, refill, budgets, rewind=index >= 0)
+        self._next_index = index + 1
+        return opened
+
+    @property
+    def round(self) -> Round | None:
+        """The latest round, open or closed; None before the first."""
+        return self._last
+
+    def finalize(self) -> None:
+        """Close the open round and apply the last masks for good; ranks nothing.
+
+        RSST masks whatever the last refill mask does not keep; Refill already has. Masks stay
+        masks: :func:`torch_rsst.remove_all` makes them permanent.
+
+        Raises:
+            RuntimeError: before the first round.
+        """
+        if self._last is None:
+            remedy = "Train at least one: for rnd in rsst: …"
+            raise RuntimeError(
+                message("finalize", expected="a round", got="none yet", remedy=remedy)
+            )
+        self._close()
+        apply_mask(self._model, self._final_mask(self._last.current_mask, self._last.refill_mask))
+        self._finalized = True
+
+    def report(self) -> SparsityReport:
+        """The sparsity of the model as it is now."""
+        if self._last is None:
+            return sparsity_report(self._model, self._groups)
+        return self._last.report()
+
+    # A round's life
+
+    def _choose(self, index: int) -> tuple[Masks, Masks, tuple[ScopeBudget, ...]]:
+        """Rank and regroup; reads the model only."""
+        alive = self._mask_to_rank()
+        if index < 0:
+            return alive, alive, ()
+        weights = named_weights(self._model)
+        current = rank(weights, alive, self._groups, self._ranked, self.amount)
+        amount = (
+            self.regroup_amount(index) if callable(self.regroup_amount) else self.regroup_amount
+        )
+        decision = decide(weights, self._groups, current, amount, self._plan)
+        refill = refill_from(decision, weights, self._groups, current, amount, self._plan)
+        return current, refill, decision.budgets
+
+    def _open(
+        self,
+        index: int,
+        current: Masks,
+        refill: Masks,
+        budgets: tuple[ScopeBudget, ...],
+        *,
+        rewind: bool,
+    ) -> Round:
+        # The regularizer comes first: whatever can fail does so before the model is touched.
+        pruner = RegularizedPruner(
+            self._model,
+            refill,
+            current_mask=self._alive_to_penalize(current, refill),
+            total_steps=self.steps_per_round,
+            optimizer=self._optimizer,
+            **self._penalty,
+        )
+        try:
+            apply_mask(self._model, self._training_mask(current, refill))
+        except BaseException:
+            pruner.detach()
+            raise
+        if rewind:
+            self._snapshot.restore(self._model)
+            pruner.reset()
+        self._round = self._last = Round(
+            index, 0, current, refill, budgets, pruner, self._model, self._groups
+        )
+        return self._round
+
+    def _close(self) -> None:
+        if self._round is None:
+            return
+        pruner, self._round = self._round.pruner, None
+        if pruner.steps < self.steps_per_round:
+            warnings.warn(
+                f"Round {self._last.index if self._last else 0} closed after {pruner.steps} of "
+                f"steps_per_round={self.steps_per_round} optimizer steps: the penalty never reached "
+                f"its full strength. Train longer, or lower steps_per_round. (Without an optimizer, "
+                f"call rnd.pruner.step() after each step.)",
+                RoundWarning,
+                stacklevel=3,
+            )
+        pruner.remove()
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs, as plain Python and tensors (copies).
+
+        Round, step, both masks, the rewind snapshot and the settings. Weights, optimizer, RNG and
+        the order of data are yours to save.
+        """
+        last = self._last
+        return {
+            "settings": self._settings(),
+            "next_index": self._next_index,
+            "finalized": self._finalized,
+            "snapshot": self._snapshot.state(),
+            "round": None
+            if last is None
+            else {
+                "index": last.index,
+                "open": self._round is not None,
+                "current_mask": {k: v.clone() for k, v in last.current_mask.items()},
+                "refill_mask": {k: v.clone() for k, v in last.refill_mask.items()},
+                "budgets": [asdict(budget) for budget in last.budgets],
+                "pruner": last.pruner.state_dict(),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken: call it before loading model, optimizer and RNG.
+
+        Masks and hooks are created again, so that the model's state dict fits; the next ``for``
+        yields the same round with ``start_step`` set.
+
+        Raises:
+            ValueError: for the state of rounds with other settings or of another model.
+        """
+        saved, own = state["settings"], self._settings()
+        if saved != own:
+            differing = [key for key in own if saved.get(key) != own[key]]
+            raise ValueError(
+                message(
+                    "state",
+                    expected=", ".join(f"{key}={own[key]!r}" for key in differing),
+                    got=", ".join(f"{key}={saved.get(key)!r}" for key in differing),
+                    remedy="Build the rounds with the arguments of the saved ones.",
+                )
+            )
+        if self._round is not None:
+            self._round.pruner.detach()
+            self._round = None
+        if (last := state["round"]) is not None:
+            self._reopen(last, finalized=state["finalized"])
+        self._snapshot = Snapshot.from_state(state["snapshot"])
+        self._next_index, self._finalized = state["next_index"], state["finalized"]
+
+    def _reopen(self, saved: Mapping[str, Any], *, finalized: bool) -> None:
+        weights = named_weights(self._model)
+        current = check_masks(weights, saved["current_mask"])
+        refill = check_masks(weights, saved["refill_mask"])
+        budgets = tuple(ScopeBudget(**budget) for budget in saved["budgets"])
+        opened = self._open(saved["index"], current, refill, budgets, rewind=False)
+        opened.pruner.load_state_dict(saved["pruner"])
+        self._last = Round(
+            opened.index,
+            opened.pruner.steps,
+            current,
+            refill,
+            budgets,
+            opened.pruner,
+            self._model,
+            self._groups,
+        )
+        if saved["open"]:
+            self._round, self._resumed = self._last, True
+            return
+        opened.pruner.detach()
+        self._round = None
+        if finalized:
+            apply_mask(self._model, self._final_mask(current, refill))
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be equal for a state to fit: plain values, callables by their name."""
+        settings = {
+            "method": type(self).__name__,
+            "rounds": self.rounds,
+            "steps_per_round": self.steps_per_round,
+            "amount": self.amount,
+            "regroup_amount": self.regroup_amount,
+            **asdict(self._plan),
+            **self._penalty,
+            "groups": [str(layer) for layer in self._groups.layers],
+        }
+        return {key: _plain(value) for key, value in settings.items()}
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, (bool, int, float, str, list)):
+        return value
+    return getattr(value, "__qualname__", None) or repr(value)

@@ -1,0 +1,111 @@
+"""Schedules of the penalty: t in (0, 1] → strength λ. Pure, frozen, picklable.
+
+The research code behind RSST accumulates an unnormalized granularity, so that its λ depends on
+how long a run is. Here t = step / total_steps, and λ depends on progress alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+from torch_rsst.errors import message, unknown_choice
+
+Schedule: TypeAlias = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """λ(t) = strength · t^power.
+
+    >>> Polynomial(power=2, strength=0.5)(0.5)
+    0.125
+    """
+
+    power: float
+    strength: float = 0.5
+
+    def __call__(self, t: float) -> float:
+        return self.strength * float(t**self.power)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """λ(t) = strength · e^(t − 1): starts at 37 % of its end.
+
+    >>> Exponential(strength=0.5)(1.0)
+    0.5
+    """
+
+    strength: float = 0.5
+
+    def __call__(self, t: float) -> float:
+        return self.strength * math.exp(t - 1.0)
+
+
+@dataclass(frozen=True)
+class NormalizedExponential:
+    """λ(t) = strength · (e^(t^power) − 1) / (e − 1): from 0 to ``strength``, late for large powers.
+
+    >>> NormalizedExponential(power=4, strength=0.5)(1.0)
+    0.5
+    """
+
+    power: float = 4.0
+    strength: float = 0.5
+
+    def __call__(self, t: float) -> float:
+        return self.strength * math.expm1(t**self.power) / (math.e - 1.0)
+
+
+_linear = partial(Polynomial, 1)
+_quadratic = partial(Polynomial, 2)
+_cubic = partial(Polynomial, 3)
+_late = partial(NormalizedExponential, 4)
+
+SCHEDULES: dict[str, Callable[[float], Schedule]] = {
+    "linear": _linear,
+    "x": _linear,
+    "quadratic": _quadratic,
+    "x^2": _quadratic,
+    "cubic": _cubic,
+    "x^3": _cubic,
+    "exponential": Exponential,
+    "exp": Exponential,
+    "normalized_exponential": _late,
+    "exp_custom_exponents": _late,
+    "exp_custom": partial(NormalizedExponential, 1),
+}
+"""Name → constructor that takes the strength. Add a schedule with one line."""
+
+
+def resolve_schedule(schedule: str | Schedule, strength: float = 0.5) -> Schedule:
+    """The schedule of a name, at the given strength; a callable is returned as it is.
+
+    >>> resolve_schedule("linear", strength=0.4)
+    Polynomial(power=1, strength=0.4)
+
+    Raises:
+        ValueError: for an unknown name or a strength that is negative or not finite.
+        TypeError: for a schedule that is neither a name nor callable.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        got = f"{type(strength).__name__} {strength!r}"
+        raise TypeError(message("strength", expected="a number >= 0", got=got, remedy="Try 0.5."))
+    if not (math.isfinite(strength) and strength >= 0.0):
+        raise ValueError(
+            message("strength", expected="a finite number >= 0", got=strength, remedy="Try 0.5.")
+        )
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise ValueError(unknown_choice("schedule", schedule, SCHEDULES))
+        return SCHEDULES[schedule](strength)
+    if not callable(schedule):
+        remedy = "A callable takes t in (0, 1] and returns λ."
+        raise TypeError(
+            message("schedule", expected="a name or a callable", got=repr(schedule), remedy=remedy)
+        )
+    return schedule
