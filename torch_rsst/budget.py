@@ -41,7 +41,9 @@ def check_fraction(value: object, subject: str) -> None:
         raise TypeError(
             message(subject, expected=expected, got=got, remedy="Pass 0.1 for a tenth.")
         )
-    if not 0.0 <= float(value) <= 1.0:
+    # Ints are not compared as floats: a huge one has none.
+    in_range = int(value) in (0, 1) if isinstance(value, Integral) else 0.0 <= float(value) <= 1.0
+    if not in_range:
         raise ValueError(
             message(subject, expected=expected, got=repr(value), remedy="Pass 0.1 for a tenth.")
         )

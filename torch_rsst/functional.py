@@ -15,12 +15,13 @@ from torch.nn.utils import prune
 from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import message
 from torch_rsst.importance import Importance
-from torch_rsst.masked_parameter import Site, check_site, install
+from torch_rsst.masked_parameter import Site, check_scores, check_site, install
 from torch_rsst.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.selection import lowest
 
 Parameter = tuple[nn.Module, str]
-_STOCK_L1 = prune.L1Unstructured.compute_mask
+# Methods whose rule is known, so that they need no joined vector; an override is called instead.
+_L1_RULES = (GlobalL1.compute_mask, prune.L1Unstructured.compute_mask)
 
 
 def global_unstructured(
@@ -62,12 +63,13 @@ def global_unstructured(
     """
     sites = _distinct_sites(parameters)
     method: Any = pruning_method(**kwargs)  # stock methods carry no types
-    if method.PRUNING_TYPE != "unstructured":
+    kind = getattr(method, "PRUNING_TYPE", None)
+    if kind != "unstructured":
         raise TypeError(
             message(
                 "pruning_method",
                 expected='a class with PRUNING_TYPE "unstructured"',
-                got=f'{pruning_method.__name__} with "{method.PRUNING_TYPE}"',
+                got=f'{type(method).__name__} with "{kind}"',
                 remedy="Use GlobalL1, or prune whole units with regroup() and apply_mask().",
             )
         )
@@ -117,28 +119,17 @@ def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
 
 def _scores_of(site: Site, importance_scores: Mapping[Parameter, Tensor] | None) -> Tensor:
     if importance_scores is None:
-        return site.original.detach()
+        return check_scores(site, None)
     if not isinstance(importance_scores, Mapping):
         remedy = "Map (module, name) pairs to tensors."
         got = type(importance_scores).__name__
         raise TypeError(message("importance_scores", expected="a dict", got=got, remedy=remedy))
-    scores = importance_scores.get((site.module, site.name), site.original).detach()
-    if scores.shape != site.original.shape:
-        raise ValueError(
-            message(
-                f"importance_scores for {site}",
-                expected=f"shape {tuple(site.original.shape)}",
-                got=f"shape {tuple(scores.shape)}",
-                remedy="Give every entry of the parameter one score.",
-            )
-        )
-    return scores
+    return check_scores(site, importance_scores.get((site.module, site.name)))
 
 
 def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:
     """The new bool masks of all sites; L1 ranking without joining them into one vector."""
-    stock_l1 = type(method).compute_mask is _STOCK_L1
-    if isinstance(method, GlobalL1) or stock_l1:
+    if type(method).compute_mask in _L1_RULES:
         alive = [site.alive for site in sites]
         total = sum(
             site.original.numel() if mask is None else int(mask.sum())

@@ -41,7 +41,7 @@ class Group:
     members: tuple[Slab, ...]
 
     def __str__(self) -> str:
-        return f"{self.layer} {self.kind}[{self.unit}]"
+        return f"{self.layer or 'the model'} {self.kind}[{self.unit}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class GroupLayer:
         return Group(self.name, self.kind, unit, tuple(slabs))
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.units} {self.kind})"
+        return f"{self.name or 'the model'} ({self.units} {self.kind})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +183,12 @@ def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLaye
 def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
     """Layers made of the given units only; their other units belong to no group."""
     by_layer: dict[tuple[str, str], list[Group]] = {}
+    if len(set(units)) < len(units):
+        twice = next(unit for i, unit in enumerate(units) if unit in units[:i])
+        remedy = "List every unit once: twice, it would count twice in the budget."
+        raise ValueError(
+            message(f"groups: {twice}", expected="it once", got="it twice", remedy=remedy)
+        )
     for unit in units:
         by_layer.setdefault((unit.layer, unit.kind), []).append(unit)
     for (name, kind), chosen in by_layer.items():
@@ -262,7 +268,7 @@ def head_layer(
 ) -> GroupLayer:
     """The heads of one parameter alone.
 
-    >>> str(head_layer("qkv.weight", rows=192, num_heads=3))
+    >>> str(head_layer("qkv.weight", rows=576, num_heads=3))
     'qkv.weight (3 heads)'
     """
     member = Member(parameter, dim, head_rows(rows, num_heads, projections), ranked=True)

@@ -31,7 +31,7 @@ class Site:
 
     @property
     def original(self) -> nn.Parameter:
-        """The trainable parameter: ``weight_orig`` where masked, else ``weight``."""
+        """The trainable parameter, ``weight_orig`` where masked, else ``weight``."""
         parameters = self.module._parameters
         found = parameters.get(self.name + ORIG) if self.is_masked else parameters.get(self.name)
         assert found is not None, "check_site() lets no other parameter in"
@@ -111,7 +111,26 @@ def check_site(module: object, name: object) -> Site:
     return site
 
 
-class MaskHook(BasePruningMethod):
+class _Masked(BasePruningMethod):
+    """How a hook of ours recomputes the masked weight and makes it permanent."""
+
+    def apply_mask(self, module: nn.Module) -> Tensor:
+        """``weight_orig`` with masked entries replaced by 0, so that no inf or NaN leaks out."""
+        site = Site(module, self._tensor_name)
+        mask = site.mask
+        assert mask is not None, "the hook is there exactly as long as the mask is"
+        return site.original.masked_fill(mask == 0, 0.0)
+
+    def remove(self, module: nn.Module) -> None:
+        """Make the pruning permanent: ``weight`` is a parameter again, zero where it was masked.
+
+        As with the stock methods, the caller deletes the hook: :func:`torch.nn.utils.prune.remove`
+        and other libraries do.
+        """
+        make_permanent(Site(module, self._tensor_name))
+
+
+class MaskHook(_Masked):
     """A forward pre-hook that keeps ``weight`` at ``weight_orig`` where the mask is 1, else 0.
 
     Unlike the stock methods it holds no tensor, keeps the order of parameters, scores
@@ -126,17 +145,6 @@ class MaskHook(BasePruningMethod):
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The mask as it is."""
         return default_mask
-
-    def apply_mask(self, module: nn.Module) -> Tensor:
-        """``weight_orig`` with masked entries replaced by 0, so that no inf or NaN leaks out."""
-        site = Site(module, self._tensor_name)
-        mask = site.mask
-        assert mask is not None, "the hook is there exactly as long as the mask is"
-        return site.original.masked_fill(mask == 0, 0.0)
-
-    def remove(self, module: nn.Module) -> None:
-        """Make the pruning permanent: ``weight`` is a parameter again, zero where it was masked."""
-        restore(Site(module, self._tensor_name))
 
     @classmethod
     def apply(
@@ -153,20 +161,36 @@ class MaskHook(BasePruningMethod):
         return method
 
     def _apply_to(self, site: Site, importance_scores: Tensor | None) -> None:
-        scores = site.original.detach() if importance_scores is None else importance_scores
-        if scores.shape != site.original.shape:
-            raise ValueError(
-                message(
-                    f"importance_scores for {site}",
-                    expected=f"shape {tuple(site.original.shape)}",
-                    got=f"shape {tuple(scores.shape)}",
-                    remedy="Give every entry of the parameter one score.",
-                )
-            )
+        scores = check_scores(site, importance_scores)
         default = torch.ones_like(site.original) if site.mask is None else site.mask.clone()
         mask = self.compute_mask(scores, default_mask=default.detach())
         install([(site, mask != 0)])
         self._tensor_name = site.name
+
+
+class MaskContainer(_Masked, PruningContainer):
+    """Stock methods that came first and ours, as PyTorch composes them."""
+
+
+def check_scores(site: Site, scores: Tensor | None) -> Tensor:
+    """What a site is ranked by: ``weight_orig``, or the scores that were given.
+
+    Raises:
+        TypeError: unless given a tensor of numbers.
+        ValueError: for another shape than the parameter's.
+    """
+    if scores is None:
+        return site.original.detach()
+    subject = f"importance_scores for {site}"
+    remedy = "Give every entry of the parameter one score."
+    if not isinstance(scores, Tensor) or scores.is_complex() or scores.dtype == torch.bool:
+        got = str(scores.dtype) if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(message(subject, expected="a tensor of numbers", got=got, remedy=remedy))
+    if scores.shape != site.original.shape:
+        expected = f"shape {tuple(site.original.shape)}"
+        got = f"shape {tuple(scores.shape)}"
+        raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+    return scores.detach()
 
 
 def install(masks: Sequence[tuple[Site, Tensor]]) -> None:
@@ -231,7 +255,11 @@ def _set_hook(site: Site) -> None:
     key, present = found
     earlier = tuple(present) if isinstance(present, PruningContainer) else (present,)
     stock = [method for method in earlier if not isinstance(method, MaskHook)]
-    site.module._forward_pre_hooks[key] = PruningContainer(*stock, hook)
+    container = MaskContainer()
+    container._tensor_name = site.name
+    for method in (*stock, hook):
+        container.add_pruning_method(method)
+    site.module._forward_pre_hooks[key] = container
 
 
 def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
@@ -242,11 +270,17 @@ def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
 
 
 def restore(site: Site) -> None:
-    """Undo the reparametrization in place: the parameter keeps its identity, place and gradient."""
-    found, mask, original = find_hook(site), site.mask, site.original
-    assert mask is not None
+    """Make a site's pruning permanent and delete its hook, ours or stock."""
+    found = find_hook(site)
+    make_permanent(site)
     if found is not None:
         del site.module._forward_pre_hooks[found[0]]
+
+
+def make_permanent(site: Site) -> None:
+    """Undo the reparametrization in place: the parameter keeps its identity, place and gradient."""
+    mask, original = site.mask, site.original
+    assert mask is not None, "only masked sites are made permanent"
     with torch.no_grad():
         original.masked_fill_(mask == 0, 0.0)
     site.module.__dict__.pop(site.name, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
@@ -28,7 +28,14 @@ _INNER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers."""
+    """The module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers.
+
+    Raises:
+        TypeError: unless given a module.
+    """
+    if not isinstance(model, nn.Module):
+        got, remedy = type(model).__name__, "Pass the torch.nn.Module to prune."
+        raise TypeError(message("model", expected="a module", got=got, remedy=remedy))
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -38,9 +45,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """A dotted name without the prefixes of wrappers inside the model.
+
+    >>> without_wrappers("blocks.0._orig_mod.mlp"), without_wrappers("mlp._orig_mod")
+    ('blocks.0.mlp', 'mlp')
+    """
     for prefix in _INNER_PREFIXES:
-        name = name.replace(prefix, "")
+        name = name.replace(prefix, "").removesuffix(f".{prefix[:-1]}")
     return name
 
 
@@ -55,7 +67,7 @@ def named_sites(model: nn.Module) -> dict[str, list[Site]]:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 own = dense_name(module, key)
-                full = _without_wrappers(f"{path}.{own}" if path else own)
+                full = without_wrappers(f"{path}.{own}" if path else own)
                 name = first_names.setdefault(id(parameter), full)
                 sites.setdefault(name, []).append(Site(module, own))
     return sites
@@ -87,36 +99,42 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
     """
     if isinstance(model_or_state_dict, nn.Module):
         found = {
-            name: next((site.mask for site in places if site.mask is not None), None)
+            name: mask
             for name, places in named_sites(model_or_state_dict).items()
+            for mask in [next((site.mask for site in places if site.mask is not None), None)]
+            if mask is not None
         }
     elif isinstance(model_or_state_dict, Mapping):
-        found = dict(_masks_of_state_dict(model_or_state_dict))
+        found = _masks_of_state_dict(model_or_state_dict)
     else:
         got = type(model_or_state_dict).__name__
         remedy = "Pass the model or model.state_dict()."
         raise TypeError(
             message("extract_mask", expected="a model or state dict", got=got, remedy=remedy)
         )
-    return {name: as_bool(mask, name) for name, mask in found.items() if mask is not None}
+    return {name: as_bool(mask, name) for name, mask in found.items()}
 
 
-def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
     wrapped = bool(state) and all(key.startswith(_OUTER_PREFIX) for key in state)
-    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    found: Masks = {}
     for key, original in state.items():
-        name = key.removesuffix(ORIG)
-        if name == key or name + MASK not in state:
-            continue
-        if original.numel() and original.device.type != "meta":
-            storage = (original.data_ptr(), original.shape, original.stride())
-            if storage in seen:
-                continue
-            seen.add(storage)
-        yield (
-            _without_wrappers(name.removeprefix(_OUTER_PREFIX) if wrapped else name),
-            state[name + MASK],
-        )
+        own = key.removesuffix(ORIG)
+        masked = own != key and own + MASK in state
+        name = own if masked else key
+        # Sharded and meta tensors have no address of their own; extra state is no tensor.
+        if (
+            isinstance(original, Tensor)
+            and original.layout == torch.strided
+            and original.data_ptr()
+        ):
+            place = (original.data_ptr(), original.shape, original.stride())
+            name = first_names.setdefault(place, name)
+        if masked:
+            dense = without_wrappers(name.removeprefix(_OUTER_PREFIX) if wrapped else name)
+            found.setdefault(dense, state[own + MASK])
+    return found
 
 
 def as_bool(mask: Tensor, name: str) -> Tensor:
@@ -143,6 +161,24 @@ def as_bool(mask: Tensor, name: str) -> Tensor:
     return alive
 
 
+def as_masks(masks: Mapping[str, Tensor]) -> Masks:
+    """A mask set as new bool tensors.
+
+    Raises:
+        TypeError: unless given a mapping from strings to tensors.
+        ValueError: for other values than 0 and 1.
+    """
+    wrong = (
+        [f"the name {name!r}" for name in masks if not isinstance(name, str)]
+        if isinstance(masks, Mapping)
+        else [type(masks).__name__]
+    )
+    if wrong:
+        remedy = "A mask set maps parameter names to tensors."
+        raise TypeError(message("masks", expected="a mask set", got=wrong[0], remedy=remedy))
+    return {name: as_bool(mask, name) for name, mask in masks.items()}
+
+
 def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = False) -> None:
     """Set the masks of a model exactly, in place; entries can also come back to 1.
 
@@ -167,7 +203,7 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
         ValueError: for a mask of another shape or with values other than 0 and 1.
     """
     sites = named_sites(model)
-    chosen = [(name, as_bool(mask, name)) for name, mask in masks.items()]
+    chosen = list(as_masks(masks).items())
     resolved = {name: _resolve(name, sites) for name, _ in chosen}
     if strict and (left := set(extract_mask(model)) - set(resolved.values())):
         remedy = "Add them, or pass strict=False to leave them as they are."
@@ -189,10 +225,12 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
 
 
 def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
+    inner = without_wrappers(name)
     for candidate in (
         name,
-        _without_wrappers(name),
-        _without_wrappers(name).removeprefix(_OUTER_PREFIX),
+        inner,
+        inner.removeprefix(_OUTER_PREFIX),
+        _OUTER_PREFIX + inner,  # the model itself has one child, called "module"
     ):
         if candidate in sites:
             return candidate
@@ -231,10 +269,11 @@ def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, T
         ValueError: where the shapes of the two masks of a name differ.
     """
     penalized: Masks = {}
-    for name, refill in refill_mask.items():
-        go = ~as_bool(refill, name)
-        if name in current_mask:
-            current = as_bool(current_mask[name], name)
+    alive = as_masks(current_mask)
+    for name, refill in as_masks(refill_mask).items():
+        go = ~refill
+        if name in alive:
+            current = alive[name]
             if current.shape != go.shape:
                 remedy = "Both masks must come from the same model."
                 raise ValueError(
@@ -266,7 +305,7 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> M
         ValueError: for another shape or other values than 0 and 1.
     """
     checked: Masks = {}
-    for name, mask in masks.items():
+    for name, alive in as_masks(masks).items():
         if name not in weights:
             remedy = f"It has {listing(weights)}."
             raise KeyError(
@@ -277,7 +316,6 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> M
                     remedy=remedy,
                 )
             )
-        alive = as_bool(mask, name)
         if alive.shape != weights[name].shape:
             expected = f"the parameter's shape {tuple(weights[name].shape)}"
             remedy = "Take the masks from the same model."

@@ -144,6 +144,9 @@ class Fillback(MaskHook):
         check_amount(rate, "rate")
         if policy not in POLICIES:
             raise ValueError(unknown_choice("policy", policy, POLICIES))
+        if snapshot is not None and not isinstance(snapshot, Mapping):
+            got, remedy = type(snapshot).__name__, "Pass snapshot=module.state_dict()."
+            raise TypeError(message("snapshot", expected="a state dict", got=got, remedy=remedy))
         if (policy == "snapshot") != (snapshot is not None):
             remedy = "Pass snapshot=module.state_dict() with policy='snapshot', and only then."
             got = f"policy={policy!r} with{'' if snapshot is not None else 'out'} one"

@@ -96,7 +96,7 @@ class RegularizedPruner:
         if mode not in ("auto", "coupled", "decoupled"):
             raise ValueError(unknown_choice("mode", mode, ("auto", "coupled", "decoupled")))
         self.schedule = resolve_schedule(schedule, strength)
-        self.total_steps, self.steps = total_steps, 0
+        self.total_steps, self.steps = int(total_steps), 0
         self.block_loss_grad = block_loss_grad
         self.accumulation_steps, self.grad_scale = accumulation_steps, grad_scale
         self._requested_mode: Mode = mode
@@ -198,7 +198,7 @@ class RegularizedPruner:
             remedy = "optimizer.step() counts by itself; drop this call."
             got = "an attached optimizer"
             raise RuntimeError(message("step", expected="no optimizer", got=got, remedy=remedy))
-        self._finish_step(None)
+        self._finish_step()
 
     def remove(self) -> None:
         """Detach from model and optimizer; a second call does nothing.
@@ -296,10 +296,21 @@ class RegularizedPruner:
 
             return after_accumulation
 
+        trained = [(name, p) for name, p, _ in self._entries() if p.requires_grad]
+        if self.mode == "coupled" and len(trained) < len(self._penalized):
+            frozen = self._penalized.keys() - {name for name, _ in trained}
+            raise ValueError(
+                message(
+                    "model",
+                    expected="penalized parameters that require gradients",
+                    got=f"frozen {listing(sorted(frozen))}",
+                    remedy="No backward pass reaches them: pass the optimizer, or unfreeze them.",
+                )
+            )
         # Not Tensor.register_hook: torch.autograd.grad would run it, and no step follows there.
         self._handles = [
             p.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
-            for name, p, _ in self._entries()
+            for name, p in trained
         ]
 
     # What a step does
@@ -323,14 +334,15 @@ class RegularizedPruner:
         return args, {**kwargs, "closure": penalized_closure}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._finish_step(getattr(optimizer, "found_inf", None))
+        # Under a GradScaler a fused optimizer skips a step for inf inside its kernel. To know waits
+        # for the device, as the scaler itself does before the step of every other optimizer.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not bool(found_inf):
+            self._finish_step()
 
-    def _finish_step(self, found_inf: Tensor | None) -> None:
+    def _finish_step(self) -> None:
         if self.mode == "decoupled":
-            keep: float | Tensor = 1.0 - min(1.0, self.strength)
-            if found_inf is not None:
-                # A fused optimizer skips the step on the device; so must the shrinking.
-                keep = torch.where(found_inf > 0, 1.0, keep)
+            keep = 1.0 - min(1.0, self.strength)
             with torch.no_grad():
                 for _, parameter, rest in self._entries():
                     parameter.copy_(torch.where(rest, parameter, parameter * keep))
@@ -346,6 +358,8 @@ class RegularizedPruner:
         parameter, rest = self._entry(name)
         with torch.no_grad():
             if parameter.grad is None:
+                if self.mode == "decoupled":
+                    return  # nothing to block; a gradient of zeros would decay the whole parameter
                 parameter.grad = torch.zeros_like(parameter)
             if self.block_loss_grad:
                 parameter.grad.masked_fill_(~rest, 0.0)
@@ -375,7 +389,7 @@ class RegularizedPruner:
         if not self._penalized or not (self.steps or self._hooks_fired):
             return
         norm = self.penalized_norm()
-        if 0.0 < self._start_norm <= norm:
+        if self._start_norm > 0.0 and not norm < self._start_norm:  # NaN is not down either
             warnings.warn(
                 f"The penalty did not act: the norm of the penalized weights went from "
                 f"{self._start_norm:.4g} to {norm:.4g} in {self.steps} of {self.total_steps} steps "

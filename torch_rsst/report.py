@@ -117,6 +117,10 @@ class SparsityReport:
                 for kind in self.kinds
             },
             **asdict(self),
+            "layers": [
+                {**asdict(layer), "alive_share": list(layer.alive_share)} for layer in self.layers
+            ],
+            "budgets": [asdict(budget) for budget in self.budgets],
         }
 
     def __str__(self) -> str:
@@ -214,7 +218,7 @@ def _layer_report(layer: GroupLayer, entries: _Entries) -> LayerReport:
         kind=layer.kind,
         units=layer.units,
         gone=int((every == 0).sum()),
-        alive_share=tuple((ranked / size).tolist()),
+        alive_share=tuple((ranked / size.clamp(min=1)).tolist()),
         elements=int(size.sum()),
         zeros=int((size - ranked).sum()),
         penalized=sum(int(entries.penalized(name).sum()) for name in names),

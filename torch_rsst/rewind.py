@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.errors import listing, message, unknown_choice
-from torch_rsst.masked_parameter import MASK, ORIG
-from torch_rsst.masks import named_sites, named_weights, unwrap
+from torch_rsst.masked_parameter import ORIG
+from torch_rsst.masks import named_sites, named_weights, unwrap, without_wrappers
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,21 +41,28 @@ class Snapshot:
             raise TypeError(
                 message("rewind", expected="None, 'init' or a state dict", got=got, remedy=remedy)
             )
-        chosen = {name: rewind.get(name + ORIG, rewind.get(name)) for name in weights}
-        unfit = [n for n, v in chosen.items() if v is None or v.shape != weights[n].shape]
+        saved = {without_wrappers(name): value for name, value in rewind.items()}
+        chosen = {name: saved.get(name + ORIG, saved.get(name)) for name in weights}
+        kept = {name: saved[name] for name in buffers if name in saved}
+        present = {**weights, **buffers}
+        unfit = [
+            name
+            for name, value in {**chosen, **kept}.items()
+            if not isinstance(value, Tensor) or value.shape != present[name].shape
+        ]
         if unfit:
             remedy = "Pass the full state dict of this very model."
             raise ValueError(
                 message(
                     "rewind",
-                    expected="every parameter in its shape",
+                    expected="every parameter and buffer in its shape",
                     got=f"none for {listing(unfit)}",
                     remedy=remedy,
                 )
             )
         return cls(
             _copied({name: value for name, value in chosen.items() if value is not None}),
-            _copied({name: rewind[name] for name in buffers if name in rewind}),
+            _copied(kept),
         )
 
     def restore(self, model: nn.Module) -> None:
@@ -81,7 +88,12 @@ class Snapshot:
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {n: b for n, b in unwrap(model).named_buffers() if not n.endswith(MASK)}
+    masks = {id(site.mask) for places in named_sites(model).values() for site in places}
+    return {
+        without_wrappers(name): buffer
+        for name, buffer in unwrap(model).named_buffers()
+        if id(buffer) not in masks
+    }
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

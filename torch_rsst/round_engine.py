@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ class Rounds(ABC):
         self._ranked = ranked_names(model, self._groups, parameters)
         self._snapshot = Snapshot.of(model, rewind)
         self._optimizer, self._penalty = optimizer, dict(penalty)
-        self.steps_per_round, self.rounds = steps_per_round, rounds
+        self.steps_per_round, self.rounds = int(steps_per_round), int(rounds)
         self.amount, self.regroup_amount = amount, regroup_amount
         self._next_index = -1 if train_first else 0
         self._round: Round | None = None  # the one in training
@@ -226,17 +226,19 @@ class Rounds(ABC):
     def _close(self) -> None:
         if self._round is None:
             return
-        pruner, self._round = self._round.pruner, None
-        if pruner.steps < self.steps_per_round:
-            warnings.warn(
-                f"Round {self._last.index if self._last else 0} closed after {pruner.steps} of "
-                f"steps_per_round={self.steps_per_round} optimizer steps: the penalty never reached "
-                f"its full strength. Train longer, or lower steps_per_round. (Without an optimizer, "
-                f"call rnd.pruner.step() after each step.)",
-                RoundWarning,
-                stacklevel=3,
-            )
-        pruner.remove()
+        index, pruner, self._round = self._round.index, self._round.pruner, None
+        try:
+            if pruner.steps < self.steps_per_round:
+                warnings.warn(
+                    f"Round {index} closed after {pruner.steps} of steps_per_round="
+                    f"{self.steps_per_round} optimizer steps: the penalty never reached its full "
+                    f"strength. Train longer, or lower steps_per_round. (Without an optimizer, "
+                    f"call rnd.pruner.step() after each step.)",
+                    RoundWarning,
+                    stacklevel=3,
+                )
+        finally:  # also where warnings are errors
+            pruner.remove()
 
     # State
 
@@ -286,7 +288,7 @@ class Rounds(ABC):
             )
         if self._round is not None:
             self._round.pruner.detach()
-            self._round = None
+        self._round, self._last, self._resumed = None, None, False
         if (last := state["round"]) is not None:
             self._reopen(last, finalized=state["finalized"])
         self._snapshot = Snapshot.from_state(state["snapshot"])
@@ -325,7 +327,8 @@ class Rounds(ABC):
             "steps_per_round": self.steps_per_round,
             "amount": self.amount,
             "regroup_amount": self.regroup_amount,
-            **asdict(self._plan),
+            "parameters": self._ranked,
+            **vars(self._plan),
             **self._penalty,
             "groups": [str(layer) for layer in self._groups.layers],
         }
@@ -335,4 +338,6 @@ class Rounds(ABC):
 def _plain(value: object) -> object:
     if value is None or isinstance(value, (bool, int, float, str, list)):
         return value
-    return getattr(value, "__qualname__", None) or repr(value)
+    if is_dataclass(value):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)  # repr may hold an address

@@ -244,4 +244,6 @@ def _union(a: Masks, b: Masks) -> Masks:
 
 
 def _intersection(a: Masks, b: Masks) -> Masks:
-    return {name: a[name] & b[name] if name in b else a[name] for name in a}
+    """A key in one of them only: wholly alive in the other."""
+    both = {name: a[name] & b[name] for name in a.keys() & b.keys()}
+    return {**a, **b, **both}

@@ -91,7 +91,8 @@ def keep_units(
 def _alive_of_size(layers: Sequence[ScoredLayer]) -> dict[int, int]:
     totals: dict[int, int] = {}
     for layer in layers:
-        for size in set(layer.sizes.tolist()):
+        # A unit without ranked entries is dead: it adds nothing to the density.
+        for size in set(layer.sizes.tolist()) - {0}:
             totals[int(size)] = totals.get(int(size), 0) + int(
                 layer.alive[layer.sizes == size].sum()
             )

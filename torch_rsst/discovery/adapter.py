@@ -100,9 +100,9 @@ class Probe:
                     after = _input_of(consumer, module, args, kwargs)
         except Exception as error:
             return f"it does not run on (batch, tokens, features) ({error}); pass example_inputs"
-        changed = (before != after).flatten(0, -2).any(0).cpu()
-        if before.shape != after.shape or changed.shape != unit.shape:
+        if before.shape != after.shape or before.shape[-1:] != unit.shape:
             return "its output layer gets inputs of an unexpected shape"
+        changed = (before != after).reshape(-1, unit.numel()).any(0).cpu()
         if bool(changed[~unit].any()):
             return "its units mix before the output layer, so that none can be removed exactly"
         if not bool(changed[unit].any()):

@@ -12,7 +12,7 @@ from torch_rsst.discovery.adapter import ADAPTERS, Probe, Unsupported, undisturb
 from torch_rsst.errors import UnsupportedModuleWarning, message, unknown_choice
 from torch_rsst.groups import GroupLayer, Groups
 from torch_rsst.masked_parameter import Site
-from torch_rsst.masks import named_sites, unwrap
+from torch_rsst.masks import named_sites, unwrap, without_wrappers
 
 KINDS = ("heads", "neurons", "channels")
 
@@ -54,11 +54,7 @@ def find_groups(
         ValueError: for an unknown kind, for no unit of a kind asked for, or, with
             ``on_unsupported="raise"``, for a module that is not understood.
     """
-    if not isinstance(model, nn.Module):
-        remedy = "Pass the torch.nn.Module to prune."
-        raise TypeError(
-            message("model", expected="a module", got=type(model).__name__, remedy=remedy)
-        )
+    bare = unwrap(model)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds:
         if kind not in KINDS:
@@ -67,7 +63,6 @@ def find_groups(
         raise ValueError(
             unknown_choice("on_unsupported", on_unsupported, ("warn", "raise", "ignore"))
         )
-    bare = unwrap(model)
     probe = Probe(_record_inputs(bare, example_inputs))
     layers, refused = _ask_adapters(bare, kinds, probe)
     _report(refused, on_unsupported)
@@ -82,10 +77,12 @@ def _ask_adapters(
     refused: list[Unsupported] = []
     sites = named_sites(model)
     for name, module in model.named_modules():
+        if unwrap(module) is not module:
+            continue  # what is inside follows
         for adapter in ADAPTERS:
             if adapter.kind not in kinds:
                 continue
-            found = adapter.find(name.replace("_orig_mod.", ""), module, probe)
+            found = adapter.find(without_wrappers(name), module, probe)
             if isinstance(found, GroupLayer):
                 tied = _tied(found, sites)
                 found = found if tied is None else Unsupported(found.name, found.kind, tied)

@@ -25,6 +25,9 @@ class TwoLayerMLP:
             return None
         (first_name, first), (second_name, second) = linear
         hidden = second.in_features
+        if first.out_features == 2 * hidden:
+            gated = f"{first_name} puts out twice what {second_name} takes in, as gated MLPs do"
+            return Unsupported(name, self.kind, gated)
         if first.out_features != hidden:
             return None
         others = [

@@ -1,0 +1,7 @@
+"""``python -m torch_rsst``: the same as ``torch-rsst``."""
+
+import sys
+
+from torch_rsst.cli import main
+
+sys.exit(main())

@@ -1,0 +1,257 @@
+"""``torch-rsst``: arguments in, exit codes and terminal out. The only place that prints."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+from torch_rsst.errors import message
+
+_EXTRA = (
+    "torch-rsst: the command line needs more packages ({missing}): pip install 'torch-rsst[cli]'"
+)
+
+# Exit codes: 2 as for wrong options, 130 as shells do for Ctrl-C.
+_WRONG, _INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Show the results of a finished run."""
+
+    folder: Path
+    """The run's output folder."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: without the program's name; those of the process by default.
+
+    Returns:
+        the exit code: 0, 2 for wrong options or files, 130 after Ctrl-C.
+    """
+    try:
+        command = _parse(sys.argv[1:] if args is None else args)
+        return _report(command.folder) if isinstance(command, ReportCommand) else _run(command)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("torch_rsst"):
+            raise
+        print(_EXTRA.format(missing=error.name), file=sys.stderr)
+    except _WrongInput as error:
+        print(f"torch-rsst: {error}", file=sys.stderr)
+    return _WRONG
+
+
+class _WrongInput(Exception):  # noqa: N818 - carries a message for the user, not a fault of ours
+    """Something that the user can put right."""
+
+
+def _parse(args: Sequence[str]) -> Any:
+    import tyro
+
+    from torch_rsst.recipes.config import RunConfig
+    from torch_rsst.recipes.run_folder import RunFolder
+
+    def parse(default: RunConfig) -> Any:
+        run = Annotated[RunConfig, tyro.conf.subcommand("run", default=default)]
+        report = Annotated[ReportCommand, tyro.conf.subcommand("report")]
+        description = "Structured sparsity for vision transformers: RSST and Refill."
+        return tyro.cli(run | report, prog="torch-rsst", description=description, args=list(args))
+
+    try:
+        command = parse(RunConfig())
+        if isinstance(command, RunConfig) and command.resume:
+            # A resumed run keeps its own options; naming another value is an error, found later.
+            own = RunFolder(command.output).read_config()
+            command = parse(replace(own, output=command.output, resume=True))
+    except (TypeError, ValueError, OSError) as error:
+        raise _WrongInput(_one_line(error)) from error
+    return command
+
+
+def _run(config: Any) -> int:
+    from torch_rsst.recipes.experiment import Experiment
+    from torch_rsst.recipes.run_folder import RunFolder
+    from torch_rsst.recipes.training import Interrupted
+
+    folder = RunFolder(config.output)
+    if config.resume and folder.report.is_file():
+        return _report(config.output)
+    stop = _StopOnCtrlC()
+    try:
+        with stop, _Terminal(config) as terminal:
+            try:
+                experiment = Experiment(config, terminal, stop.asked)
+            except (TypeError, ValueError, KeyError, OSError) as error:
+                raise _WrongInput(_one_line(error)) from error
+            terminal.plan(experiment)
+            results = experiment.run()
+    except Interrupted:
+        print(
+            f"Stopped. Continue with: torch-rsst run --resume --output {config.output}",
+            file=sys.stderr,
+        )
+        return _INTERRUPTED
+    except OSError as error:
+        raise _WrongInput(
+            message(
+                str(config.output),
+                expected="to write there",
+                got=str(error),
+                remedy=f"Make room, then: torch-rsst run --resume --output {config.output}",
+            )
+        ) from error
+    _summary(config.output, results)
+    return 0
+
+
+def _report(path: Path) -> int:
+    from torch_rsst.recipes.run_folder import RunFolder
+
+    try:
+        results = RunFolder(path).read_report()
+        _summary(path, results)
+    except (ValueError, KeyError, OSError) as error:
+        raise _WrongInput(_one_line(error)) from error
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())
+
+
+class _StopOnCtrlC:
+    """The first Ctrl-C asks the run to stop after its step, the second one stops at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: Any = signal.SIG_DFL
+
+    def asked(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> None:
+        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+class _Terminal:
+    """Shows progress: a bar per epoch, a line per stage and per round."""
+
+    def __init__(self, config: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._config = config
+        self._console = Console(highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, console=self._console, transient=True)
+        self._bar = self._progress.add_task("", total=None)
+        self._epochs = self._epoch = 0
+        self._last: dict[str, Any] = {}
+
+    def __enter__(self) -> _Terminal:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def plan(self, experiment: Any) -> None:
+        """Say what is about to happen."""
+        config = self._config
+        parameters = sum(p.numel() for p in experiment.model.parameters())
+        self._console.print(
+            f"ViT of {parameters:,} parameters: {experiment.groups}. {config.method} over "
+            f"{config.rounds} rounds on {experiment.trainer.accelerator.device}; "
+            f"everything goes to {config.output}/"
+        )
+
+    def stage(self, stage: Any, steps: int, done: int) -> None:
+        """A stage begins."""
+        self._end_of_stage()
+        per_epoch = max(1, steps // max(1, stage.epochs))
+        self._name, self._epochs, self._epoch = stage.name, stage.epochs, done // per_epoch
+        self._progress.reset(
+            self._bar, total=per_epoch, completed=done % per_epoch, description=self._description()
+        )
+
+    def step(self) -> None:
+        """One step was made."""
+        self._progress.advance(self._bar)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """An epoch or a round ended."""
+        if record["event"] == "round":
+            self._last = {}
+            self._console.print(_round_line(record, self._config))
+            return
+        self._last = record
+        self._epoch += 1
+        self._progress.reset(self._bar, description=self._description())
+
+    def _description(self) -> str:
+        accuracy = f", accuracy {self._last['accuracy']:.1f} %" if self._last else ""
+        return (
+            f"{self._name}: epoch {min(self._epoch + 1, self._epochs)} of {self._epochs}{accuracy}"
+        )
+
+    def _end_of_stage(self) -> None:
+        if self._last.get("stage") == "dense":
+            self._console.print(f"dense: accuracy {self._last['accuracy']:.2f} %")
+        self._last = {}
+
+
+def _round_line(record: dict[str, Any], config: Any) -> str:
+    gone = ", ".join(
+        f"{kind} {share:.0%} gone ({record['share_to_go'][kind]:.0%} meant to)"
+        for kind, share in record["share_gone"].items()
+    )
+    line = (
+        f"round {record['round'] + 1} of {config.rounds}: accuracy {record['accuracy']:.2f} %, "
+        f"elements {record['element_sparsity']:.1%} masked, {gone}"
+    )
+    if config.method == "rsst":
+        line += f", λ {record['strength']:.2g}, penalized norm {record['penalized_norm']:.2e}"
+    return line
+
+
+def _summary(path: Path, results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{results['method']}: {results['seconds']:.0f} s", show_header=False)
+    rows = {
+        "accuracy, dense": results["dense_accuracy"],
+        "accuracy when the penalized weights reached zero": results["accuracy_first_zero"],
+        "accuracy before the cut": results["accuracy_before_cut"],
+        "accuracy after the cut": results["accuracy_after_cut"],
+        "accuracy, final": results["accuracy"],
+    }
+    for name, percent in rows.items():
+        if percent is not None:
+            table.add_row(name, f"{percent:.2f} %")
+    for name in ("element_sparsity", "head_sparsity", "neuron_sparsity"):
+        table.add_row(name.replace("_", " "), f"{results[name]:.1%}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"Weights, report and pictures are in {path}/")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

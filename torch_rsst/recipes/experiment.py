@@ -1,0 +1,265 @@
+"""The run: train dense, prune over rounds, cut, fine-tune, report; resumable after any step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save
+
+import torch_rsst
+from torch_rsst.recipes.config import RunConfig
+from torch_rsst.recipes.run_folder import RunFolder, write_atomically
+from torch_rsst.recipes.training import Epoch, Interrupted, Stage, Trainer
+from torch_rsst.report import SparsityReport
+from torch_rsst.round_engine import Round, Rounds
+
+# "First zero": the penalized norm fell below this share of its value at the start of the round.
+_ZERO = 0.01
+
+
+class Observer(Protocol):
+    """Is told what happens; shows it or not."""
+
+    def stage(self, stage: Stage, steps: int, done: int) -> None:
+        """A stage of ``steps`` steps begins, ``done`` of them made before."""
+
+    def step(self) -> None:
+        """One optimizer step was made."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """An epoch or a round ended."""
+
+
+@dataclass
+class Progress:
+    """Where the run is: what a checkpoint holds beside model, optimizer and rounds."""
+
+    stage: str = "dense"
+    step: int = 0
+    seconds: float = 0.0
+    dense_accuracy: float = 0.0
+    accuracy_before_cut: float = 0.0
+    accuracy_after_cut: float = 0.0
+    accuracy_first_zero: float | None = None
+
+
+class Experiment:
+    """One run in its folder.
+
+    Example:
+        >>> from torch_rsst.recipes.config import RunConfig
+        >>> results = Experiment(RunConfig(output=path)).run()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, config: RunConfig, observer: Observer, should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.config, self.observer, self._should_stop = config, observer, should_stop
+        self.folder = RunFolder(config.output)
+        self.trainer = Trainer(config)
+        self.folder.open(config)
+        self.model = self.trainer.model
+        self.groups = torch_rsst.find_groups(self.model, ("heads", "neurons"))
+        self.progress = Progress()
+        self.records: list[dict[str, Any]] = []
+        self.rounds: Rounds | None = None
+        self._started = time.monotonic()
+        if config.resume and (state := self.folder.read_checkpoint()) is not None:
+            self._restore(state)
+
+    def run(self) -> dict[str, Any]:
+        """Do what is left to do.
+
+        Returns:
+            the results, as in ``report.json``.
+
+        Raises:
+            Interrupted: when asked to stop; the checkpoint is written.
+        """
+        if self.progress.stage == "dense":
+            self._train(Stage("dense", self.config.dense_epochs, 0, peak=1.0, warmup=50))
+            self.progress.dense_accuracy = self.trainer.evaluate()
+            self.rounds = self._make_rounds()
+            self._advance("rounds")
+        assert self.rounds is not None, "the checkpoint of a later stage holds them"
+        if self.progress.stage == "rounds":
+            self._prune(self.rounds)
+            self._advance("finetune")
+        first = self.config.dense_epochs + self.config.rounds * self.config.epochs
+        self._train(Stage("finetune", self.config.finetune_epochs, first, peak=0.15))
+        return self._finish()
+
+    # The stages
+
+    def _make_rounds(self) -> Rounds:
+        config = self.config
+        common: dict[str, Any] = {
+            "optimizer": self.trainer.optimizer,
+            "steps_per_round": config.epochs * self.trainer.steps_per_epoch,
+            "rounds": config.rounds,
+            "amount": config.amount,
+            "regroup_amount": config.regroup_amount,
+            "importance": config.importance,
+            "scope": config.scope,
+            "rewind": None if config.rewind == "none" else config.rewind,
+        }
+        if config.method == "refill":
+            return torch_rsst.Refill(
+                self.model, self.groups, fillback_rate=config.fillback_rate, **common
+            )
+        return torch_rsst.RSST(
+            self.model,
+            self.groups,
+            schedule=config.schedule,
+            strength=config.strength,
+            mode=config.mode,
+            **common,
+        )
+
+    def _prune(self, rounds: Rounds) -> None:
+        for rnd in rounds:
+            first = self.config.dense_epochs + rnd.index * self.config.epochs
+            self.progress.step = rnd.start_step
+            self._train(Stage(f"round {rnd.index}", self.config.epochs, first, peak=0.7), rnd)
+            self._record_round(rnd)
+        self.progress.accuracy_before_cut = self.trainer.evaluate()
+        rounds.finalize()
+        self.progress.accuracy_after_cut = self.trainer.evaluate()
+
+    def _train(self, stage: Stage, rnd: Round | None = None) -> None:
+        steps = stage.epochs * self.trainer.steps_per_epoch
+        self.observer.stage(stage, steps, self.progress.step)
+        for epoch in self.trainer.run(stage, self.progress.step, self._after_step):
+            self._record_epoch(stage, epoch, rnd)
+            self._save()
+            self._stop_if_asked()
+
+    def _after_step(self, done: int) -> None:
+        self.progress.step = done
+        self.observer.step()
+        if done % self.trainer.steps_per_epoch:  # at the end of an epoch its record comes first
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self._should_stop():
+            self._save()
+            raise Interrupted
+
+    def _advance(self, stage: str) -> None:
+        self.progress.stage, self.progress.step = stage, 0
+        self._save()
+
+    # What is written down
+
+    def _record_epoch(self, stage: Stage, epoch: Epoch, rnd: Round | None) -> None:
+        record: dict[str, Any] = {
+            "event": "epoch",
+            "stage": stage.name,
+            "epoch": stage.first_epoch + epoch.number,
+            "loss": epoch.loss,
+            "accuracy": epoch.accuracy,
+            "learning_rate": epoch.learning_rate,
+        }
+        if rnd is not None and self.config.method == "rsst":
+            norm, start = rnd.pruner.penalized_norm(), rnd.pruner.start_norm
+            record |= {"strength": rnd.pruner.strength, "penalized_norm": norm}
+            if self.progress.accuracy_first_zero is None and start and norm < _ZERO * start:
+                self.progress.accuracy_first_zero = epoch.accuracy
+        self._record(record)
+
+    def _record_round(self, rnd: Round) -> None:
+        report = rnd.report()
+        self._record(
+            {
+                "event": "round",
+                "round": rnd.index,
+                "accuracy": self.trainer.evaluate(),
+                "element_sparsity": report.element_sparsity,
+                "share_gone": {kind: report.unit_sparsity(kind) for kind in report.kinds},
+                "share_to_go": {kind: _share_to_go(report, kind) for kind in report.kinds},
+                "strength": rnd.pruner.strength if self.config.method == "rsst" else 0.0,
+                "penalized_norm": report.penalized_norm,
+                "penalized_norm_ratio": report.to_dict()["penalized_norm_ratio"],
+            }
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.records.append(record | {"seconds": round(self._seconds(), 3)})
+        self.folder.write_metrics(self.records)
+        self.observer.record(self.records[-1])
+
+    def _seconds(self) -> float:
+        return self.progress.seconds + time.monotonic() - self._started
+
+    def _finish(self) -> dict[str, Any]:
+        report = torch_rsst.sparsity_report(self.model, self.groups)
+        tensors = {k: v.contiguous() for k, v in self.model.state_dict().items()}
+        content = save(tensors, {"format": "pt"})
+        write_atomically(self.folder.weights, lambda file: file.write(content))
+        results = {
+            "method": self.config.method,
+            "dense_accuracy": self.progress.dense_accuracy,
+            "accuracy_before_cut": self.progress.accuracy_before_cut,
+            "accuracy_after_cut": self.progress.accuracy_after_cut,
+            "accuracy_first_zero": self.progress.accuracy_first_zero,
+            "accuracy": self.trainer.evaluate(),
+            "element_sparsity": report.element_sparsity,
+            "head_sparsity": report.unit_sparsity("heads"),
+            "neuron_sparsity": report.unit_sparsity("neurons"),
+            "seconds": round(self._seconds(), 1),
+            "sparsity": report.to_dict(),
+        }
+        self._draw(report)
+        self.folder.write_report(results)
+        self.folder.checkpoint.unlink(missing_ok=True)
+        return results
+
+    def _draw(self, report: SparsityReport) -> None:
+        from torch_rsst.recipes.pictures import draw_all  # matplotlib is slow to import
+
+        draw_all(
+            self.folder,
+            self.config,
+            self.records,
+            report,
+            self.model,
+            self.groups,
+            steps_per_round=self.config.epochs * self.trainer.steps_per_epoch,
+        )
+
+    # Checkpoints
+
+    def _save(self) -> None:
+        self.folder.write_checkpoint(
+            {
+                **vars(self.progress),
+                "seconds": self._seconds(),
+                "records": self.records,
+                "rounds": None if self.rounds is None else self.rounds.state_dict(),
+                "model": self.model.state_dict(),
+                "optimizer": self.trainer.optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            }
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["rounds"] is not None:
+            self.rounds = self._make_rounds()
+            self.rounds.load_state_dict(state["rounds"])
+        self.model.load_state_dict(state["model"])
+        self.trainer.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.records = state["records"]
+        self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
+
+
+def _share_to_go(report: SparsityReport, kind: str) -> float:
+    dropped = sum(layer.dropped or 0 for layer in report.layers if layer.kind == kind)
+    return dropped / report.units(kind)
