@@ -218,16 +218,17 @@ class _Terminal:
 
 
 def _round_line(record: dict[str, Any], config: Any) -> str:
-    gone = ", ".join(
-        f"{kind} {share:.0%} gone ({record['share_to_go'][kind]:.0%} meant to)"
+    units = ", ".join(
+        f"{kind} {share:.0%} gone of {record['share_to_go'][kind]:.0%} meant to"
         for kind, share in record["share_gone"].items()
     )
     line = (
         f"round {record['round'] + 1} of {config.rounds}: accuracy {record['accuracy']:.2f} %, "
-        f"elements {record['element_sparsity']:.1%} masked, {gone}"
+        f"weights {record['element_sparsity']:.1%} masked, {units}"
     )
     if config.method == "rsst":
-        line += f", λ {record['strength']:.2g}, penalized norm {record['penalized_norm']:.2e}"
+        start, end = record["penalized_norm_start"], record["penalized_norm"]
+        line += f", λ {record['strength']:.2g}, penalized norm {start:.3g} → {end:.1e}"
     return line
 
 

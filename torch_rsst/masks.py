@@ -116,7 +116,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
 
 
 def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
-    wrapped = bool(state) and all(key.startswith(_OUTER_PREFIX) for key in state)
+    wrapped = bool(state) and all(without_wrappers(key).startswith(_OUTER_PREFIX) for key in state)
     first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     found: Masks = {}
     for key, original in state.items():
@@ -132,7 +132,7 @@ def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
             place = (original.data_ptr(), original.shape, original.stride())
             name = first_names.setdefault(place, name)
         if masked:
-            dense = without_wrappers(name.removeprefix(_OUTER_PREFIX) if wrapped else name)
+            dense = without_wrappers(name).removeprefix(_OUTER_PREFIX if wrapped else "")
             found.setdefault(dense, state[own + MASK])
     return found
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from torch_rsst.report import SparsityReport
 from torch_rsst.schedules import Schedule, resolve_schedule
 
 _ALIVE = "viridis"
+_STAYS, _GONE = "tab:blue", "tab:red"
+_MOST_FRAMES = 64
 _KIND_COLORS = {"heads": "tab:blue", "neurons": "tab:orange", "channels": "tab:green"}
 
 
@@ -95,13 +97,13 @@ def schedule(
 
 
 def mask(mask: Tensor, layer: GroupLayer, parameter: str, *, max_rows: int = 4096) -> Figure:
-    """One mask, alive entries dark, with its units outlined; units that are gone in red.
+    r"""One mask, alive entries dark, with its units outlined; units that are gone in red.
 
     Example:
         >>> layer = torch_rsst.head_layer("weight", rows=8, num_heads=2, projections=1)
         >>> figure = torch_rsst.plot.mask(torch.ones(8, 4), layer, "weight")
         >>> figure.axes[0].get_title()
-        'weight: 0 of 2 heads gone, 100% alive'
+        'weight\n0 of 2 heads gone, 100% alive'
 
     Args:
         mask: a mask of two or more dimensions, bool or 0/1; further ones are flattened.
@@ -133,12 +135,11 @@ def mask(mask: Tensor, layer: GroupLayer, parameter: str, *, max_rows: int = 409
         image[::step, ::step], cmap="Greys", vmin=0, vmax=1.6, aspect="auto",
         interpolation="nearest", extent=(0, width, height, 0),
     )  # fmt: skip
-    _outline(axes, member.unit_of.tolist(), member.dim, (height, width), (counts == 0).tolist())
-    gone = int((counts == 0).sum())
-    axes.set_title(
-        f"{parameter}: {gone} of {layer.units} {layer.kind} gone, {alive.float().mean():.0%} alive"
-    )
-    axes.set_xlabel("input")
+    dead = (counts == 0).tolist()
+    _outline(axes, member.unit_of.tolist(), member.dim, (height, width), layer, dead)
+    share = f"{alive.float().mean():.0%} alive"
+    axes.set_title(f"{parameter}\n{sum(dead)} of {layer.units} {layer.kind} gone, {share}")
+    axes.set_xlabel("input", labelpad=4 if member.dim == 0 else 40)
     axes.set_ylabel("output")
     return figure
 
@@ -149,36 +150,48 @@ def _figure_size(height: int, width: int) -> tuple[float, float]:
 
 
 def _outline(
-    axes: Axes, unit_of: Sequence[int], dim: int, shape: tuple[int, int], gone: Sequence[bool]
+    axes: Axes,
+    unit_of: Sequence[int],
+    dim: int,
+    shape: tuple[int, int],
+    layer: GroupLayer,
+    gone: Sequence[bool],
 ) -> None:
-    """A frame around each run of slices of one unit; thousands of units would only blacken it."""
-    if len(gone) > 64:
+    """A labeled frame around each run of slices of one unit; hundreds would only blacken it."""
+    starts = [0, *(i for i in range(1, len(unit_of)) if unit_of[i] != unit_of[i - 1]), len(unit_of)]
+    runs = [(a, b, unit_of[a]) for a, b in pairwise(starts) if unit_of[a] >= 0]
+    if len(runs) > _MOST_FRAMES:
         return
     height, width = shape
-    starts = [0, *(i for i in range(1, len(unit_of)) if unit_of[i] != unit_of[i - 1]), len(unit_of)]
-    frames: dict[bool, list[list[tuple[float, float]]]] = {False: [], True: []}
-    for first, last in pairwise(starts):
-        if (unit := unit_of[first]) < 0:
-            continue
-        top, bottom, left, right = (first, last, 0, width) if dim == 0 else (0, height, first, last)
-        frame = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-        frames[gone[unit]].append([(float(x), float(y)) for x, y in frame])
-    for is_gone, color in ((False, "tab:blue"), (True, "tab:red")):
-        axes.add_collection(
-            LineCollection(frames[is_gone], colors=color, linewidths=1.5, clip_on=False)
+    for first, last, unit in sorted(runs, key=lambda run: gone[run[2]]):  # the red ones on top
+        left, top = (0, first) if dim == 0 else (first, 0)
+        across, down = (width, last - first) if dim == 0 else (last - first, height)
+        color = _GONE if gone[unit] else _STAYS
+        axes.add_patch(
+            Rectangle(
+                (left, top), across, down, fill=False, edgecolor=color, linewidth=1.5, clip_on=False
+            )
         )
+        label = f"{layer.kind.removesuffix('s')} {unit}"
+        place = (1.01, (first + last) / 2) if dim == 0 else ((first + last) / 2, -0.02)
+        axes.annotate(
+            label, place, xycoords=("axes fraction", "data") if dim == 0 else ("data", "axes fraction"),
+            color=color, fontsize=8, va="center" if dim == 0 else "top", ha="left" if dim == 0 else "center",
+            rotation=0 if dim == 0 else 90, annotation_clip=False,
+        )  # fmt: skip
 
 
-def history(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy over epochs, and below it the sparsity after each round.
+def history(records: Sequence[Mapping[str, Any]], *, final: SparsityReport | None = None) -> Figure:
+    """Accuracy over epochs, and below it the sparsity after each round and after the cut.
 
     Example:
-        >>> figure = torch_rsst.plot.history(records)  # doctest: +SKIP
+        >>> figure = torch_rsst.plot.history(records, final=report)  # doctest: +SKIP
 
     Args:
         records: as in a run's ``metrics.jsonl``: ``"event": "epoch"`` with ``stage``, ``epoch`` and
-            ``accuracy`` in percent; ``"event": "round"`` with ``element_sparsity`` as a fraction.
-            After a round ``share_to_go`` maps kinds of units to the share that is meant to go.
+            ``accuracy`` in percent; ``"event": "round"`` with ``round``, ``element_sparsity`` and, for
+            each kind of unit, ``share_gone`` and ``share_to_go`` as fractions.
+        final: the report after the cut.
     """
     epochs = [record for record in records if record["event"] == "epoch"]
     rounds = [record for record in records if record["event"] == "round"]
@@ -189,30 +202,31 @@ def history(records: Sequence[Mapping[str, Any]]) -> Figure:
     top.set_title("Accuracy and sparsity by round")
     ends = _round_ends(epochs)
     places = [ends[r["round"]] for r in rounds]
-    bottom.plot(
-        places, [r["element_sparsity"] for r in rounds], "o-", color="black", label="masked or 0"
-    )
     for kind in dict.fromkeys(k for r in rounds for k in r["share_gone"]):
         color = _KIND_COLORS.get(kind)
-        bottom.plot(
-            places, [r["share_gone"][kind] for r in rounds], "s-", color=color, label=f"{kind} gone"
+        gone = [r["share_gone"][kind] for r in rounds] + (
+            [final.unit_sparsity(kind)] if final else []
         )
-        bottom.plot(
-            places,
-            [r["share_to_go"][kind] for r in rounds],
-            "x:",
-            color=color,
-            label=f"{kind} meant to go",
-        )
+        to_go = [r["share_to_go"][kind] for r in rounds]
+        bottom.plot(_with_cut(places, gone), gone, "s-", color=color, label=f"{kind} gone")
+        bottom.plot(places, to_go, "x:", color=color, label=f"{kind} meant to go")
+    masked = [r["element_sparsity"] for r in rounds] + ([final.element_sparsity] if final else [])
+    bottom.plot(_with_cut(places, masked), masked, "o-", color="black", label="weights masked or 0")
     bottom.set_ylim(-0.03, 1.03)
     bottom.yaxis.set_major_formatter(PercentFormatter(1.0))
-    bottom.set_xlabel("epoch (lines: ends of rounds)")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bottom.set_xlabel("epoch (lines: ends of rounds; the last with the cut)")
     bottom.set_ylabel("sparsity")
     bottom.legend(loc="upper left", fontsize=8)
     for axes in (top, bottom):
         for end in places:
             axes.axvline(end, color="0.85", linewidth=0.8, zorder=0)
     return figure
+
+
+def _with_cut(places: Sequence[int], values: Sequence[float]) -> list[int]:
+    """The epochs of the values: one at the end of each round, and the cut where the last one ends."""
+    return [*places, *[places[-1]] * (len(values) - len(places))] if places else []
 
 
 def _round_ends(epochs: Sequence[Mapping[str, Any]]) -> dict[int, int]:

@@ -182,6 +182,7 @@ class Experiment:
                 "share_gone": {kind: report.unit_sparsity(kind) for kind in report.kinds},
                 "share_to_go": {kind: _share_to_go(report, kind) for kind in report.kinds},
                 "strength": rnd.pruner.strength if self.config.method == "rsst" else 0.0,
+                "penalized_norm_start": rnd.pruner.start_norm,
                 "penalized_norm": report.penalized_norm,
                 "penalized_norm_ratio": report.to_dict()["penalized_norm_ratio"],
             }

@@ -29,7 +29,7 @@ def draw_all(
     """Draw accuracy and sparsity, the maps of heads and neurons, λ, and one layer's mask."""
     folder.pictures.mkdir(exist_ok=True)
     figures = {
-        "accuracy_and_sparsity": plot.history(records),
+        "accuracy_and_sparsity": plot.history(records, final=report),
         "heads": plot.head_map(report),
         "mask": _first_attention(model, groups),
     }

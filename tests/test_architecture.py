@@ -1,0 +1,143 @@
+"""The import rule, read from the source: a module imports only from lower floors.
+
+Data flows one way, model → groups → scores → masks → (penalize | refill) → report, and so do
+imports. ``torch_rsst`` itself, the public face, has a floor of its own below recipes and command
+line, which use the library as any user does. Submodules of one package may import each other, as
+long as no circle comes of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torch_rsst
+
+ROOT = Path(torch_rsst.__file__).parent
+FLOORS = [
+    ["errors", "_version"],
+    ["budget", "masked_parameter"],
+    ["selection", "groups", "masks", "schedules"],
+    ["importance", "discovery", "regularizer", "unit_selection", "rewind"],
+    ["methods", "report", "ranking"],
+    ["functional", "regroup", "plot"],
+    ["round_engine", "testing"],
+    ["rounds"],
+    ["torch_rsst"],
+    ["recipes"],
+    ["cli"],
+    ["__main__"],
+]
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+OUTSIDERS = ("timm", "torchvision", "hypothesis", "matplotlib", "accelerate", "rich")
+# What the library needs beyond torch, and the only modules that may.
+SPECIALISTS = {
+    "matplotlib": {"plot"},
+    "hypothesis": {"testing"},
+    "timm": set(),
+    "torchvision": set(),
+}
+
+
+def module_name(path: Path) -> str:
+    parts = ("torch_rsst", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    """The name under which a module stands in the table: its first part below the package."""
+    return module.split(".")[1] if "." in module else module
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Every module that a module imports, wherever in it and under whatever condition."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else str(node.module)
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports_of(module) if name.split(".")[0] == "torch_rsst"} - {module}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_floor(module: str) -> None:
+    assert room_of(module) in FLOOR_OF
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_from_lower_floors_only(module: str) -> None:
+    room = room_of(module)
+    for imported in own_imports(module):
+        other = room_of(imported)
+        if other != room:
+            assert FLOOR_OF[other] < FLOOR_OF[room], f"{module} imports {imported}"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join((*path, module))
+        if module not in done:
+            for imported in sorted(own_imports(module) & MODULES.keys()):
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+    assert done == MODULES.keys()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if FLOOR_OF.get(room_of(m), 99) <= 8])
+def test_the_library_needs_torch_alone(module: str) -> None:
+    outside = {name.split(".")[0] for name in imports_of(module)} - {"torch", "torch_rsst"}
+    foreign = {name for name in outside if name not in sys.stdlib_module_names}
+    allowed = {name for name, rooms in SPECIALISTS.items() if room_of(module) in rooms}
+    assert foreign <= allowed
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) != "cli"])
+def test_only_the_command_line_prints(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not [f for f in calls if isinstance(f, ast.Name) and f.id == "print"]
+
+
+def test_importing_the_library_imports_torch_alone() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import torch_rsst; "
+        f"print(sorted({set(OUTSIDERS)} & (set(sys.modules) - before)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_testing_is_imported_on_demand() -> None:
+    code = (
+        "import sys, torch_rsst; assert 'hypothesis' not in sys.modules; "
+        "torch_rsst.testing.assert_mask_invariants; assert 'hypothesis' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if FLOOR_OF.get(room_of(m), 99) <= 8])
+def test_all_names_exist(module: str) -> None:
+    imported = __import__(module, fromlist=["__all__"]) if room_of(module) != "plot" else None
+    names = getattr(imported, "__all__", ())
+    assert [name for name in names if not hasattr(imported, name)] == []
+    assert len(set(names)) == len(names)

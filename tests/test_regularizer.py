@@ -1,0 +1,582 @@
+"""RegularizedPruner: what it penalizes, by how much, when, and how it attaches and detaches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import gradient_step, linear, mlp, same, tokens, weights_of, zero_gradient_step
+from torch import Tensor, nn
+
+from torch_rsst import (
+    InertPenaltyWarning,
+    RegularizedPruner,
+    apply_mask,
+    schedules,
+)
+
+SHAPE = (3, 4)
+GOES = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
+MASKED = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0]], dtype=torch.bool)
+
+# λ(t) at strength 1, written out once more.
+FORMULAS = {
+    "linear": lambda t: t,
+    "x": lambda t: t,
+    "quadratic": lambda t: t * t,
+    "x^2": lambda t: t * t,
+    "cubic": lambda t: t * t * t,
+    "x^3": lambda t: t * t * t,
+    "exponential": lambda t: math.exp(t - 1),
+    "exp": lambda t: math.exp(t - 1),
+    "normalized_exponential": lambda t: (math.exp(t**4) - 1) / (math.e - 1),
+    "exp_custom_exponents": lambda t: (math.exp(t**4) - 1) / (math.e - 1),
+    "exp_custom": lambda t: (math.exp(t) - 1) / (math.e - 1),
+}
+
+
+def sgd(model: nn.Module, **kwargs: object) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1, **kwargs)  # type: ignore[arg-type]
+
+
+def pruner_of(model: nn.Module, goes: Tensor = GOES, **kwargs: object) -> RegularizedPruner:
+    settings = {"total_steps": 4, "schedule": "linear", "strength": 0.5, **kwargs}
+    return RegularizedPruner(model, {"weight": ~goes}, **settings)  # type: ignore[arg-type]
+
+
+masks = st.lists(st.booleans(), min_size=12, max_size=12).map(
+    lambda bits: torch.tensor(bits).reshape(SHAPE)
+)
+
+
+# The penalty against its oracles
+
+
+@given(goes=masks, masked=masks, strength=st.floats(0.0, 2.0), by_hooks=st.booleans())
+def test_coupled_penalty_is_the_gradient_of_the_explicit_penalty(goes, masked, strength, by_hooks):
+    model, oracle = linear().double(), linear().double()
+    optimizer, x = sgd(model), tokens(0, 5, 4).double()
+    for layer in (model, oracle):
+        apply_mask(layer, {"weight": ~masked})
+    pruner = pruner_of(
+        model, goes, strength=strength, total_steps=1, optimizer=None if by_hooks else optimizer
+    )
+    model(x).square().mean().backward()
+    optimizer.step()
+    w = oracle.weight_orig
+    explicit = strength / 2 * w[goes & ~masked].square().sum()
+    (oracle(x).square().mean() + explicit).backward()
+    torch.testing.assert_close(model.weight_orig.grad, w.grad, rtol=1e-12, atol=1e-15)
+    assert same(model.bias.grad, oracle.bias.grad)
+    pruner.detach()
+
+
+@given(goes=masks, masked=masks, strength=st.floats(0.0, 2.0), by_hand=st.booleans())
+def test_decoupled_penalty_multiplies_each_entry_of_p(goes, masked, strength, by_hand):
+    model, plain = linear(), linear()
+    for layer in (model, plain):
+        apply_mask(layer, {"weight": ~masked})
+    optimizer = sgd(model)
+    pruner = pruner_of(
+        model,
+        goes,
+        strength=strength,
+        total_steps=1,
+        mode="decoupled",
+        optimizer=None if by_hand else optimizer,
+    )
+    gradient_step(model, optimizer, 0)
+    gradient_step(plain, sgd(plain), 0)
+    if by_hand:
+        pruner.step()
+    for i in range(3):
+        for j in range(4):
+            expected = plain.weight_orig[i, j].detach()
+            if goes[i, j] and not masked[i, j]:
+                expected = expected * (1 - min(1, strength))
+            assert same(model.weight_orig[i, j], expected)
+    pruner.detach()
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+@given(goes=masks, masked=masks)
+def test_entries_outside_p_stay_as_without_a_regularizer(mode, goes, masked):
+    model, plain = linear(), linear()
+    for layer in (model, plain):
+        apply_mask(layer, {"weight": ~masked})
+    optimizer, plain_optimizer = sgd(model, momentum=0.9), sgd(plain, momentum=0.9)
+    pruner = pruner_of(model, goes, mode=mode, optimizer=optimizer)
+    for step in range(4):
+        # Gradients that do not depend on the weights: only the penalty can tell the two apart.
+        for layer in (model, plain):
+            for number, parameter in enumerate(layer.parameters()):
+                parameter.grad = tokens(10 * step + number, *parameter.shape)
+        optimizer.step()
+        plain_optimizer.step()
+    penalized = goes & ~masked
+    assert same(model.weight_orig[~penalized], plain.weight_orig[~penalized])
+    assert same(model.bias, plain.bias)
+    assert bool((model.weight_orig != plain.weight_orig)[penalized].all())
+    pruner.detach()
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+@pytest.mark.parametrize("by_hooks", [False, True])
+def test_masked_latents_never_change(mode, by_hooks):
+    model = linear()
+    apply_mask(model, {"weight": ~MASKED})
+    before = model.weight_orig.detach().clone()
+    optimizer = sgd(model)
+    pruner = pruner_of(
+        model, ~torch.zeros_like(GOES), mode=mode, optimizer=None if by_hooks else optimizer
+    )
+    for number in range(4):
+        gradient_step(model, optimizer, number)
+        if by_hooks:
+            pruner.step()
+    assert same(model.weight_orig[MASKED], before[MASKED])
+    assert not bool((model.weight_orig == before)[~MASKED].any())
+
+
+def test_nan_and_inf_outside_p_do_not_spread():
+    model = linear()
+    with torch.no_grad():
+        model.weight[0, 0], model.weight[1, 0] = torch.nan, torch.inf
+    optimizer = sgd(model)
+    with pruner_of(model, mode="decoupled", optimizer=optimizer) as pruner:
+        zero_gradient_step(model, optimizer)
+        assert math.isfinite(pruner.penalized_norm())
+    assert bool(model.weight[GOES].isfinite().all())
+    assert model.weight[1, 0] == torch.inf
+
+
+def test_a_parameter_without_a_mask_counts_as_wholly_alive():
+    model = linear()
+    optimizer = sgd(model)
+    before = model.weight.detach().clone()
+    with pruner_of(model, mode="decoupled", total_steps=1, optimizer=optimizer):
+        zero_gradient_step(model, optimizer)
+    assert same(model.weight, torch.where(GOES, before * 0.5, before))
+
+
+def test_an_explicit_current_mask_wins_over_the_model_s():
+    model = linear()
+    apply_mask(model, {"weight": ~MASKED})
+    pruner = pruner_of(model, current_mask={"weight": torch.ones_like(GOES)})
+    assert pruner.start_norm == pytest.approx(float(model.weight_orig.detach()[GOES].norm()), rel=1e-6)
+
+
+def test_p_is_fixed_at_the_start():
+    model = linear()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, mode="decoupled", total_steps=1, optimizer=optimizer)
+    before = model.weight.detach().clone()
+    apply_mask(model, {"weight": ~GOES})
+    zero_gradient_step(model, optimizer)
+    assert same(model.weight_orig, torch.where(GOES, before * 0.5, before))
+    pruner.detach()
+
+
+@pytest.mark.parametrize("by_hooks", [False, True])
+def test_block_loss_grad_leaves_the_penalty_alone_on_p(by_hooks):
+    model, plain = linear().double(), linear().double()
+    optimizer, x = sgd(model), tokens(0, 5, 4).double()
+    pruner = pruner_of(
+        model, total_steps=1, block_loss_grad=True, optimizer=None if by_hooks else optimizer
+    )
+    before = model.weight.detach().clone()
+    for _ in range(2):  # what the first backward pass put there is blocked as well
+        model(x).square().mean().backward()
+        plain(x).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight.grad[GOES], 0.5 * before[GOES], rtol=1e-12, atol=0)
+    assert same(model.weight.grad[~GOES], plain.weight.grad[~GOES])
+    pruner.detach()
+
+
+@pytest.mark.parametrize("by_hooks", [False, True])
+def test_block_loss_grad_decoupled_zeroes_the_gradient_on_p(by_hooks):
+    model = linear()
+    optimizer = sgd(model)
+    pruner = pruner_of(
+        model, mode="decoupled", block_loss_grad=True, optimizer=None if by_hooks else optimizer
+    )
+    gradient_step(model, optimizer, 0)
+    assert bool((model.weight.grad[GOES] == 0).all())
+    assert bool((model.weight.grad[~GOES] != 0).all())
+    pruner.detach()
+
+
+def test_block_loss_grad_makes_no_gradient_where_there_was_none():
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    before = model.weight.detach().clone()
+    pruner = pruner_of(
+        model, mode="decoupled", block_loss_grad=True, total_steps=1, optimizer=optimizer
+    )
+    optimizer.step()
+    assert model.weight.grad is None
+    assert same(model.weight[~GOES], before[~GOES])
+    pruner.detach()
+
+
+def test_add_penalty_serves_gradients_of_autograd_grad():
+    model = linear().double()
+    pruner = pruner_of(model, total_steps=1)
+    loss = model(tokens(0, 5, 4).double()).square().mean()
+    model.weight.grad = torch.autograd.grad(loss, model.weight)[0]
+    loss_grad = model.weight.grad.clone()
+    pruner.add_penalty()
+    penalty = torch.where(GOES, 0.5 * model.weight.detach(), torch.zeros(()).double())
+    torch.testing.assert_close(model.weight.grad, loss_grad + penalty, rtol=1e-12, atol=0)
+
+
+# The strength over time
+
+
+def test_every_schedule_has_a_formula_here():
+    assert FORMULAS.keys() == schedules.SCHEDULES.keys()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_strength_follows_the_schedule_and_stays_at_its_end(name):
+    model = linear().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    pruner = pruner_of(model, schedule=name, strength=0.8, total_steps=5, optimizer=optimizer)
+    for k in range(1, 9):
+        expected = 0.8 * FORMULAS[name](min(1.0, k / 5))
+        assert pruner.strength == pytest.approx(expected, rel=1e-12)
+        before = model.weight.detach().clone()
+        zero_gradient_step(model, optimizer)
+        shrunk = 1 - model.weight.detach()[GOES] / before[GOES]
+        torch.testing.assert_close(
+            shrunk, torch.full_like(shrunk, expected), rtol=1e-6, atol=1e-12
+        )
+    assert pruner.steps == 8
+
+
+def test_a_callable_schedule_returns_the_strength_itself():
+    pruner = pruner_of(linear(), schedule=lambda t: 7 * t, strength=0.1)
+    assert pruner.strength == 7 / 4
+
+
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), "coupled"),
+        (lambda p: torch.optim.AdamW(p), "decoupled"),
+        (lambda p: torch.optim.Adam(p), "decoupled"),
+        (lambda p: torch.optim.LBFGS(p), "decoupled"),
+        (None, "coupled"),
+    ],
+)
+def test_auto_mode_depends_on_the_optimizer(make, mode):
+    model = linear()
+    optimizer = None if make is None else make(model.parameters())
+    assert pruner_of(model, optimizer=optimizer).mode == mode
+
+
+def test_auto_mode_is_decided_anew_when_an_optimizer_is_attached():
+    model = linear()
+    pruner = pruner_of(model)
+    assert pruner.mode == "coupled"
+    pruner.attach(torch.optim.AdamW(model.parameters()))
+    assert pruner.mode == "decoupled"
+
+
+# Attach and detach
+
+
+def test_a_second_pruner_on_one_model_is_an_error_and_harmless():
+    model = linear()
+    optimizer = sgd(model)
+    first = pruner_of(model, optimizer=optimizer)
+    with pytest.raises(RuntimeError, match=r"model: expected one RegularizedPruner, got a second"):
+        pruner_of(model, optimizer=optimizer)
+    zero_gradient_step(model, optimizer)
+    assert first.steps == 1
+    first.remove()
+    second = pruner_of(model, optimizer=optimizer)
+    assert (first.attached, second.attached) == (False, True)
+
+
+def test_wrappers_do_not_hide_that_a_model_has_one_already():
+    model = linear()
+    first = pruner_of(model)
+    with pytest.raises(RuntimeError, match="one RegularizedPruner"):
+        pruner_of(nn.DataParallel(model))
+    first.detach()
+
+
+def test_attaching_a_second_optimizer_is_an_error():
+    model = linear()
+    pruner = pruner_of(model, optimizer=sgd(model))
+    with pytest.raises(RuntimeError, match=r"attach: expected one optimizer, once, got a second"):
+        pruner.attach(sgd(model))
+
+
+def test_attaching_to_a_removed_pruner_is_an_error():
+    model = linear()
+    pruner = pruner_of(model)
+    pruner.remove()
+    with pytest.raises(RuntimeError, match=r"got a removed regularizer\. Make a new"):
+        pruner.attach(sgd(model))
+
+
+def test_attach_replaces_the_gradient_hooks():
+    model = linear()
+    pruner, optimizer = pruner_of(model), sgd(model)
+    pruner.attach(optimizer)
+    model(tokens(0, 5, 4)).square().mean().backward()
+    assert pruner.steps == 0
+    without = model.weight.grad.clone()
+    optimizer.step()
+    assert not same(model.weight.grad[GOES], without[GOES])
+    assert pruner.steps == 1
+
+
+def test_step_by_hand_beside_an_optimizer_is_an_error():
+    model = linear()
+    pruner = pruner_of(model, optimizer=sgd(model))
+    with pytest.raises(RuntimeError, match=r"step: expected no optimizer, got an attached"):
+        pruner.step()
+
+
+@pytest.mark.parametrize("by_hooks", [False, True])
+def test_remove_ends_the_penalty_and_may_be_repeated(by_hooks):
+    model, plain = linear(), linear()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer=None if by_hooks else optimizer)
+    pruner.remove()
+    pruner.remove()
+    gradient_step(model, optimizer, 0)
+    gradient_step(plain, sgd(plain), 0)
+    assert same(model.weight, plain.weight)
+    assert not model.weight._post_accumulate_grad_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_the_context_manager_removes():
+    model = linear()
+    with pruner_of(model) as pruner:
+        assert pruner.attached
+    assert not pruner.attached
+    pruner_of(model).remove()
+
+
+def test_the_context_manager_removes_on_an_error_and_does_not_cover_it():
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with (
+        pytest.raises(KeyError, match="mine"),
+        pruner_of(model, optimizer=optimizer) as pruner,
+    ):
+        zero_gradient_step(model, optimizer)  # inert, but that is not the news now
+        raise KeyError("mine")
+    assert not pruner.attached
+
+
+def test_a_failed_construction_leaves_no_hook_and_no_claim():
+    model = mlp()
+    model[2].weight.requires_grad_(False)
+    goes = {f"{i}.weight": torch.zeros_like(model[i].weight, dtype=torch.bool) for i in (0, 2)}
+    with pytest.raises(ValueError, match=r"that require gradients, got frozen '2\.weight'"):
+        RegularizedPruner(model, goes, total_steps=1)
+    assert not model[0].weight._post_accumulate_grad_hooks
+    RegularizedPruner(model, goes, total_steps=1, mode="decoupled").remove()
+
+
+def test_a_frozen_parameter_is_penalized_through_its_optimizer():
+    model = linear()
+    model.weight.requires_grad_(False)
+    before = model.weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pruner_of(model, total_steps=1, optimizer=optimizer):
+        optimizer.step()
+    assert same(model.weight, torch.where(GOES, before * 0.5, before))
+
+
+def test_a_forgotten_pruner_whose_model_went_too_blocks_nothing():
+    model = linear()
+    optimizer = sgd(model)
+    pruner_of(model, optimizer=optimizer)
+    del optimizer
+    gc.collect()
+    pruner_of(model).remove()
+
+
+def test_deepcopy_of_the_pruner_is_refused_and_of_its_model_is_not():
+    model = linear()
+    pruner = pruner_of(model)
+    with pytest.raises(TypeError, match=r"to stay with its model, got deepcopy\. Copy the model"):
+        copy.deepcopy(pruner)
+    clone, plain = copy.deepcopy(model), linear()
+    for layer in (clone, plain):
+        layer(tokens(0, 5, 4)).square().mean().backward()
+    assert same(clone.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_penalty_follows_a_model_that_changes_dtype(dtype):
+    model = linear()
+    pruner = pruner_of(model, total_steps=1)
+    model.to(dtype).to("cpu")
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    pruner.attach(optimizer)
+    zero_gradient_step(model, optimizer)
+    assert model.weight.dtype == dtype
+    assert same(model.weight, torch.where(GOES, before * 0.5, before))
+
+
+# State
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("saved_at", [0, 3, 7])
+def test_a_state_continues_exactly(make, saved_at):
+    def parts():
+        model = linear()
+        optimizer = make(model.parameters(), lr=0.01, weight_decay=0.1)
+        return model, optimizer, pruner_of(model, optimizer=optimizer, total_steps=5)
+
+    model, optimizer, pruner = parts()
+    for number in range(saved_at):
+        gradient_step(model, optimizer, number)
+    states = copy.deepcopy([x.state_dict() for x in (model, optimizer, pruner)])
+    again = parts()
+    for part, state in zip(again, states, strict=True):
+        part.load_state_dict(state)
+    for number in range(saved_at, 8):
+        gradient_step(model, optimizer, number)
+        gradient_step(again[0], again[1], number)
+    assert same(model.weight, again[0].weight)
+    assert (again[2].steps, again[2].start_norm) == (8, pruner.start_norm)
+
+
+def test_the_state_is_plain_numbers():
+    pruner = pruner_of(linear())
+    assert pruner.state_dict() == {
+        "steps": 0,
+        "total_steps": 4,
+        "start_norm": pruner.penalized_norm(),
+    }
+
+
+def test_the_state_of_other_total_steps_is_refused():
+    state = pruner_of(linear(), total_steps=9).state_dict()
+    with pytest.raises(ValueError, match=r"state: expected total_steps=4, got 9\. Build"):
+        pruner_of(linear()).load_state_dict(state)
+
+
+# Errors, before anything is attached
+
+
+@pytest.mark.parametrize(
+    ("refill", "kwargs", "error", "text"),
+    [
+        ({"wieght": ~GOES}, {}, KeyError, "refill mask 'wieght': expected a parameter"),
+        ({"weight": ~GOES.T}, {}, ValueError, r"shape \(3, 4\), got shape \(4, 3\)"),
+        ({"weight": GOES * 0.5}, {}, ValueError, "zeros and ones, got other values"),
+        (None, {"total_steps": 0}, ValueError, "total_steps: expected an int >= 1, got 0"),
+        (None, {"total_steps": 1.5}, TypeError, "total_steps: expected an int >= 1, got float"),
+        (None, {"accumulation_steps": 0}, ValueError, "accumulation_steps: expected an int >= 1"),
+        (None, {"mode": "couple"}, ValueError, "Did you mean 'coupled'"),
+        (None, {"schedule": "liner"}, ValueError, "Did you mean 'linear'"),
+        (None, {"strength": -1.0}, ValueError, "strength: expected a finite number >= 0"),
+        (
+            None,
+            {"current_mask": {"weight": GOES.T}},
+            ValueError,
+            r"refill mask of 'weight': expected the current mask's shape \(4, 3\)",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(refill, kwargs, error, text):
+    model = linear()
+    refill = {"weight": ~GOES} if refill is None else refill
+    with pytest.raises(error, match=text):
+        RegularizedPruner(model, refill, **{"total_steps": 4, **kwargs})
+    assert not model.weight._post_accumulate_grad_hooks
+    pruner_of(model).remove()
+
+
+def test_an_optimizer_that_lacks_a_penalized_parameter_is_an_error():
+    model = linear()
+    optimizer = torch.optim.SGD([model.bias], lr=0.1)
+    with pytest.raises(ValueError, match=r"every penalized parameter in its groups, got none of 'w"):
+        pruner_of(model, optimizer=optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+    pruner_of(model, torch.zeros_like(GOES), optimizer=optimizer).remove()
+
+
+# The warning of a penalty that did not act
+
+
+def test_a_forgotten_step_warns_with_the_numbers():
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    pruner = pruner_of(model, mode="decoupled")
+    gradient_step(model, optimizer, 0)
+    norm = f"{pruner.start_norm:.4g}"
+    with pytest.warns(InertPenaltyWarning, match=rf"from {norm} to {norm} in 0 of 4 steps.*step\(\)"):
+        pruner.remove()
+
+
+def test_zero_strength_warns():
+    model = linear()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    pruner = pruner_of(model, strength=0.0, optimizer=optimizer)
+    gradient_step(model, optimizer, 0)
+    with pytest.warns(InertPenaltyWarning, match=r"in 1 of 4 steps \(mode 'decoupled', last strength 0"):
+        pruner.remove()
+
+
+def test_a_norm_that_is_no_number_any_more_warns():
+    model = linear()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer=optimizer)
+    gradient_step(model, optimizer, 0)
+    with torch.no_grad():
+        model.weight.fill_(torch.nan)
+    with pytest.warns(InertPenaltyWarning, match="to nan in 1 of 4"):
+        pruner.remove()
+
+
+@pytest.mark.parametrize("case", ["empty P", "P is zero", "no step", "it acted", "detached"])
+def test_no_warning_where_there_is_no_reason(case):
+    model = linear()
+    if case == "P is zero":
+        with torch.no_grad():
+            model.weight.zero_()
+    frozen = case in ("empty P", "P is zero", "detached")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0 if frozen else 0.1)
+    goes = torch.zeros_like(GOES) if case == "empty P" else GOES
+    pruner = pruner_of(model, goes, optimizer=optimizer)
+    if case != "no step":
+        zero_gradient_step(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.detach() if case == "detached" else pruner.remove()
+    assert not pruner.attached
+
+
+def test_reset_measures_the_norm_anew():
+    model = linear()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer=optimizer)
+    zero_gradient_step(model, optimizer)
+    first = weights_of(model)["weight"]
+    with torch.no_grad():
+        model.weight.mul_(3)
+    pruner.reset()
+    assert pruner.steps == 0
+    assert pruner.start_norm == pytest.approx(3 * float(first[GOES].norm()), rel=1e-6)
+    pruner.detach()
