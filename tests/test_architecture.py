@@ -38,6 +38,7 @@ OUTSIDERS = ("timm", "torchvision", "hypothesis", "matplotlib", "accelerate", "r
 # What the library needs beyond torch, and the only modules that may.
 SPECIALISTS = {
     "matplotlib": {"plot"},
+    "numpy": {"plot"},
     "hypothesis": {"testing"},
     "timm": set(),
     "torchvision": set(),

@@ -40,8 +40,15 @@ names = st.one_of(
     st.sampled_from(["weight", "bias", "weight_orig", "weight_mask", "0.weight", "", "."]), things
 )
 dtypes = st.sampled_from(
-    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
-    + [torch.complex64]
+    [
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+    ]
 )
 
 
@@ -70,7 +77,7 @@ def models(draw: st.DrawFn) -> nn.Module:
 @st.composite
 def mask_like(draw: st.DrawFn, model: nn.Module) -> Any:
     """A mask set, or something like one."""
-    known = [name for name in torch_rsst.masks.named_weights(model)]
+    known = list(torch_rsst.masks.named_weights(model))
     if draw(st.integers(0, 9)) == 0:
         return draw(things)
     found: dict[Any, Any] = {}

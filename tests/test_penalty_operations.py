@@ -26,7 +26,11 @@ class Recorder(TorchDispatchMode):
         self.bool_indexed: list[str] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         name = str(func.overloadpacket)
@@ -44,7 +48,9 @@ def attached(mode: str, by_hooks: bool, block: bool) -> tuple[Any, Any, Regulari
     model = mlp()
     apply_mask(model, {"0.weight": torch.arange(32).reshape(8, 4) % 3 > 0})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
-    refill = {n: (torch.arange(w.numel()) % 2 > 0).reshape(w.shape) for n, w in weights_of(model).items()}
+    refill = {
+        n: (torch.arange(w.numel()) % 2 > 0).reshape(w.shape) for n, w in weights_of(model).items()
+    }
     pruner = RegularizedPruner(
         model,
         refill,

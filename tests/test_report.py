@@ -174,7 +174,10 @@ def test_a_shared_parameter_counts_once_in_the_total():
     member = Member("0.weight", 0, torch.arange(8), ranked=True)
     columns = Member("0.weight", 1, torch.arange(4), ranked=True)
     groups = Groups(
-        (GroupLayer("rows", "channels", 8, (member,)), GroupLayer("cols", "channels", 4, (columns,)))
+        (
+            GroupLayer("rows", "channels", 8, (member,)),
+            GroupLayer("cols", "channels", 4, (columns,)),
+        )
     )
     report = sparsity_report(mlp(), groups)
     assert [layer.elements for layer in report.layers] == [32, 32]

@@ -130,7 +130,11 @@ def _without(name: str) -> dict[str, Tensor]:
     [
         ("initial", ValueError, r"rewind: expected one of 'init', got 'initial'\. Did you mean"),
         (3, TypeError, "expected None, 'init' or a state dict, got int"),
-        (_without("fc.weight"), ValueError, r"got none for 'fc\.weight'\. Pass the full state dict"),
+        (
+            _without("fc.weight"),
+            ValueError,
+            r"got none for 'fc\.weight'\. Pass the full state dict",
+        ),
         ({**_without(""), "fc.bias": torch.ones(9)}, ValueError, r"none for 'fc\.bias'"),
         ({**_without(""), "norm.running_var": torch.ones(9)}, ValueError, r"'norm\.running_var'"),
         ({**_without(""), "fc.bias": 1.0}, ValueError, r"none for 'fc\.bias'"),

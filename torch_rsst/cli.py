@@ -251,7 +251,7 @@ def _summary(path: Path, results: dict[str, Any]) -> None:
         table.add_row(name.replace("_", " "), f"{results[name]:.1%}")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"Weights, report and pictures are in {path}/")
+    console.print(f"Open {path}/report.html; weights, numbers and pictures are beside it.")
 
 
 if __name__ == "__main__":

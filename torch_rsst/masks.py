@@ -104,7 +104,9 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
             for mask in [next((site.mask for site in places if site.mask is not None), None)]
             if mask is not None
         }
-    elif isinstance(model_or_state_dict, Mapping):
+    elif isinstance(model_or_state_dict, Mapping) and all(
+        isinstance(key, str) for key in model_or_state_dict
+    ):
         found = _masks_of_state_dict(model_or_state_dict)
     else:
         got = type(model_or_state_dict).__name__

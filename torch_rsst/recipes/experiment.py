@@ -214,12 +214,13 @@ class Experiment:
             "seconds": round(self._seconds(), 1),
             "sparsity": report.to_dict(),
         }
-        self._draw(report)
-        self.folder.write_report(results)
+        self._present(report, results)
+        self.folder.write_report(results)  # last: it is what says that the run has finished
         self.folder.checkpoint.unlink(missing_ok=True)
         return results
 
-    def _draw(self, report: SparsityReport) -> None:
+    def _present(self, report: SparsityReport, results: dict[str, Any]) -> None:
+        from torch_rsst.recipes.page import write_page
         from torch_rsst.recipes.pictures import draw_all  # matplotlib is slow to import
 
         draw_all(
@@ -231,6 +232,7 @@ class Experiment:
             self.groups,
             steps_per_round=self.config.epochs * self.trainer.steps_per_epoch,
         )
+        write_page(self.folder, self.config, results)
 
     # Checkpoints
 

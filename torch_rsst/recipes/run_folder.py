@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "report.json"
 
     @property
+    def page(self) -> Path:
+        """The results for people."""
+        return self.path / "report.html"
+
+    @property
     def pictures(self) -> Path:
         """The folder of pictures."""
         return self.path / "pictures"

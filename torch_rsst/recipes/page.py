@@ -1,0 +1,34 @@
+"""The report as a page for people: ``report.html`` in the run's folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from torch_rsst.recipes.config import RunConfig
+from torch_rsst.recipes.run_folder import RunFolder, write_text
+
+_CAPTIONS = {
+    "accuracy_and_sparsity": "Accuracy over epochs; what is masked and gone after each round.",
+    "heads": "Each head's share of weights that are alive.",
+    "mask": "The mask of one attention layer, its heads framed: alive weights are dark, heads in red "
+    "are gone.",
+    "strength": "The strength of the penalty, which starts anew in every round.",
+}
+
+
+def write_page(folder: RunFolder, config: RunConfig, results: dict[str, Any]) -> None:
+    """Render the results with the pictures that the folder holds."""
+    environment = Environment(
+        loader=PackageLoader("torch_rsst.recipes", "."), autoescape=True, undefined=StrictUndefined
+    )
+    drawn = [(n, c) for n, c in _CAPTIONS.items() if (folder.pictures / f"{n}.png").is_file()]
+    page = environment.get_template("report.html.jinja").render(
+        results=results,
+        config=config,
+        soft=config.method == "rsst",
+        pictures=drawn,
+        percent=lambda share: f"{share:.1%}",
+    )
+    write_text(folder.page, page)
