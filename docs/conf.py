@@ -50,7 +50,7 @@ nitpick_ignore_regex = [
         r"|matplotlib)\..*",
     ),
     (r"py:class", r"Tensor|Masks"),
-    (r"py:class", r"torch_rsst\.masked_parameter\._Masked|torch_rsst\.regroup\.RegroupPlan"),
+    (r"py:class", r"torch_rsst\.masked_parameter\._Masked"),
     (r"py:mod", r"torch_rsst"),
 ]
 

@@ -161,6 +161,7 @@ def test_pruned_and_wrapped_models_have_the_same_groups(tiny_transformer: Any) -
     assert table(find_groups(torch.compile(model))) == expected
     for part in (0, 1):
         model.blocks[part].mlp = torch.compile(model.blocks[part].mlp)
+        model.blocks[part].attn = torch.compile(model.blocks[part].attn)
     groups = find_groups(model)
     assert table(groups) == expected
     assert torch_rsst.regroup(model, groups, amount=0.5).keys() == refill.keys()

@@ -59,13 +59,14 @@ def models(draw: st.DrawFn) -> nn.Module:
     model = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     model.to(dtype)
+    how = draw(st.sampled_from(["dense", "ours", "stock"]))
     with torch.no_grad():
         for layer in (model[0], model[2]):
             shape = tuple(layer.weight.shape)
-            layer.weight.copy_(draw(weights(shape, dtypes=[dtype], allow_infinity=True)))
-            if draw(st.integers(0, 9)) == 0:
+            layer.weight.copy_(draw(weights(shape, dtypes=[dtype], allow_infinity=how != "stock")))
+            # Stock multiplies, so that a masked inf or NaN leaks: not what is tested here.
+            if how != "stock" and draw(st.integers(0, 9)) == 0:
                 layer.weight.reshape(-1)[0] = float("nan")
-    how = draw(st.sampled_from(["dense", "ours", "stock"]))
     if how == "ours":
         torch_rsst.apply_mask(model, {"0.weight": draw(masks(tuple(model[0].weight.shape)))})
     elif how == "stock":

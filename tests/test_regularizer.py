@@ -144,14 +144,16 @@ def test_masked_latents_never_change(mode, by_hooks):
     assert not bool((model.weight_orig == before)[~MASKED].any())
 
 
-def test_nan_and_inf_outside_p_do_not_spread():
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_nan_and_inf_outside_p_do_not_spread(mode):
     model = linear()
     with torch.no_grad():
         model.weight[0, 0], model.weight[1, 0] = torch.nan, torch.inf
     optimizer = sgd(model)
-    with pruner_of(model, mode="decoupled", optimizer=optimizer) as pruner:
+    with pruner_of(model, mode=mode, optimizer=optimizer) as pruner:
         zero_gradient_step(model, optimizer)
         assert math.isfinite(pruner.penalized_norm())
+    assert bool(model.weight.grad.isfinite().all())
     assert bool(model.weight[GOES].isfinite().all())
     assert model.weight[1, 0] == torch.inf
 

@@ -260,6 +260,19 @@ def test_loading_a_closed_state_over_a_resumed_one_forgets_that_it_was_resumed()
     assert again.round.index == 1
 
 
+def test_loading_a_finalized_state_applies_the_final_mask():
+    rounds, model, optimizer = rounds_of(rounds=1)
+    for _ in rounds:
+        for step in range(STEPS):
+            gradient_step(model, optimizer, step)
+    rounds.finalize()
+    again, fresh, _ = rounds_of(rounds=1)
+    again.load_state_dict(rounds.state_dict())
+    expected, found = extract_mask(model), extract_mask(fresh)
+    assert all(same(found[name], mask) for name, mask in expected.items())
+    assert again.report().gone("neurons") == 4
+
+
 def test_loading_the_state_of_a_run_not_begun_forgets_the_present_round():
     state = rounds_of()[0].state_dict()
     rounds = opened()

@@ -38,7 +38,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class RegroupPlan:
-    """The checked arguments of :func:`regroup`, for use over many rounds."""
+    """The checked arguments of :func:`torch_rsst.regroup`, for use over many rounds."""
 
     importance: str | Importance = "magnitude"
     scope: Scope = "layer"
