@@ -444,3 +444,59 @@ def test_window_attention_is_refused_for_its_position_bias() -> None:
 
     attention = WindowAttention(dim=8, num_heads=2, window_size=(2, 2))
     assert "relative_position_bias_table" in refusals(attention)
+
+
+class Bypassed(nn.Module):
+    """Hidden features that also leave the module around its second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        return self.fc2(hidden.relu()) + hidden
+
+
+def test_units_that_bypass_the_output_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match="around the output layer"):
+        torch_rsst.find_groups(nn.Sequential(Bypassed()), on_unsupported="ignore")
+
+
+def test_activations_that_are_not_finite_are_the_reason_given() -> None:
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        mlp[0].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="its activations are not finite"):
+        torch_rsst.find_groups(mlp, on_unsupported="ignore")
+
+
+class _Claims:
+    """An adapter that answers for every two-layer MLP."""
+
+    kind = "neurons"
+
+    def find(self, name, module, probe):
+        if isinstance(module, nn.Sequential):
+            return torch_rsst.discovery.Unsupported(name, self.kind, "mine")
+        return None
+
+
+def test_the_first_adapter_that_knows_a_module_answers_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    adapters = torch_rsst.discovery.ADAPTERS
+    monkeypatch.setattr("torch_rsst.discovery.finder.ADAPTERS", [_Claims(), *adapters])
+    with pytest.raises(ValueError, match="mine"):
+        torch_rsst.find_groups(mlp, on_unsupported="ignore")
+    monkeypatch.setattr("torch_rsst.discovery.finder.ADAPTERS", [*adapters, _Claims()])
+    assert len(torch_rsst.find_groups(mlp)) == 8
+
+
+def test_an_adapter_of_an_unknown_kind_is_refused() -> None:
+    adapter = _Claims()
+    adapter.kind = "neuron"
+    with pytest.raises(ValueError, match="Did you mean 'neurons'"):
+        torch_rsst.discovery.register(adapter)
+    assert adapter not in torch_rsst.discovery.ADAPTERS

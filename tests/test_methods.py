@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
-from torch_rsst import Fillback, GlobalL1, HeadRegroup
+from torch_rsst import Fillback, GlobalL1, HeadRegroup, apply_mask, fillback
 from torch_rsst.masked_parameter import MaskHook
 from torch_rsst.testing import assert_mask_invariants, masks, shapes, weights
 
@@ -437,3 +437,10 @@ def test_a_user_subclass_needs_three_lines() -> None:
     module = parameter(1.0, 2.0, 3.0)
     KeepFirst.apply(module, "weight", 2)
     assert module.weight_mask.tolist() == [1, 0, 0]
+
+
+def test_fillback_ranks_the_scores_it_is_given_with_their_sign() -> None:
+    module = nn.Linear(3, 1, bias=False)
+    apply_mask(module, {"weight": torch.zeros(1, 3)})
+    fillback(module, "weight", 1, importance_scores=torch.tensor([[-9.0, 2.0, 1.0]]))
+    assert module.weight_mask.tolist() == [[0.0, 1.0, 0.0]]

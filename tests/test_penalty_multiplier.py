@@ -252,7 +252,9 @@ def test_autograd_grad_is_not_polluted(by_hooks, mode):
 
 @pytest.mark.parametrize("name", ["sgd", "sgd-fused", "adamw-foreach", "adamw-fused"])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
-def test_a_step_skipped_for_inf_neither_shrinks_nor_counts(name, mode):
+def test_a_step_skipped_for_inf_does_not_shrink(name, mode):
+    # A fused step is skipped on the device: the call is made, and counts.
+    reached = int(name.endswith("fused"))
     model, scaler = mlp().double(), scaler_of()
     optimizer = optimizer_of(model, name)
     pruner = attach(model, mode=mode, optimizer=optimizer)
@@ -261,11 +263,11 @@ def test_a_step_skipped_for_inf_neither_shrinks_nor_counts(name, mode):
     scaler.step(optimizer)
     scaler.update()
     assert all(same(w, before[n]) for n, w in weights_of(model).items())
-    assert pruner.steps == 0
+    assert pruner.steps == reached
     optimizer.zero_grad()
     scaler.scale(loss_of(model, 0)).backward()
     scaler.step(optimizer)
-    assert pruner.steps == 1
+    assert pruner.steps == reached + 1
     assert not any(same(w, before[n]) for n, w in weights_of(model).items())
     pruner.detach()
 

@@ -20,7 +20,9 @@ def test_linked_files_exist():
 
 
 def test_named_functions_exist():
-    names = set(re.findall(r"torch_rsst\.(\w+)\(", README)) | set(re.findall(r"prune\.(\w+)", README))
+    names = set(re.findall(r"torch_rsst\.(\w+)\(", README)) | set(
+        re.findall(r"prune\.(\w+)", README)
+    )
     names.discard("nn")
     assert names
     assert [name for name in names if not hasattr(torch_rsst, name)] == []

@@ -248,7 +248,7 @@ def test_failing_write_leaves_the_old_file(tmp_path):
 )
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
-        quick_config(tmp_path / "run", **options)
+        run(quick_config(tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -20,14 +21,6 @@ _EXTRA = (
 _WRONG, _INTERRUPTED = 2, 130
 
 
-@dataclass(frozen=True)
-class ReportCommand:
-    """Show the results of a finished run."""
-
-    folder: Path
-    """The run's output folder."""
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -38,8 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
         the exit code: 0, 2 for wrong options or files, 130 after Ctrl-C.
     """
     try:
-        command = _parse(sys.argv[1:] if args is None else args)
-        return _report(command.folder) if isinstance(command, ReportCommand) else _run(command)
+        return _parse(sys.argv[1:] if args is None else args)()
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("torch_rsst"):
             raise
@@ -53,27 +45,30 @@ class _WrongInput(Exception):  # noqa: N818 - carries a message for the user, no
     """Something that the user can put right."""
 
 
-def _parse(args: Sequence[str]) -> Any:
+def _parse(args: Sequence[str]) -> Callable[[], int]:
+    """The command that the arguments name, ready to be called."""
     import tyro
 
-    from torch_rsst.recipes.config import RunConfig
+    from torch_rsst.recipes.config import ReportConfig, RunConfig
     from torch_rsst.recipes.run_folder import RunFolder
 
-    def parse(default: RunConfig) -> Any:
+    def parse(default: RunConfig) -> RunConfig | ReportConfig:
         run = Annotated[RunConfig, tyro.conf.subcommand("run", default=default)]
-        report = Annotated[ReportCommand, tyro.conf.subcommand("report")]
+        report = Annotated[ReportConfig, tyro.conf.subcommand("report")]
         description = "Structured sparsity for vision transformers: RSST and Refill."
         return tyro.cli(run | report, prog="torch-rsst", description=description, args=list(args))
 
     try:
-        command = parse(RunConfig())
-        if isinstance(command, RunConfig) and command.resume:
+        config = parse(RunConfig())
+        if isinstance(config, ReportConfig):
+            return partial(_report, config.folder)
+        if config.resume:
             # A resumed run keeps its own options; naming another value is an error, found later.
-            own = RunFolder(command.output).read_config()
-            command = parse(replace(own, output=command.output, resume=True))
+            own = RunFolder(config.output).read_config()
+            return partial(_run, parse(replace(own, output=config.output, resume=True)))
+        return partial(_run, config)
     except (TypeError, ValueError, OSError) as error:
         raise _WrongInput(_one_line(error)) from error
-    return command
 
 
 def _run(config: Any) -> int:

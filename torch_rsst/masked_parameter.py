@@ -163,9 +163,13 @@ class MaskHook(_Masked):
     def _apply_to(self, site: Site, importance_scores: Tensor | None) -> None:
         scores = check_scores(site, importance_scores)
         default = torch.ones_like(site.original) if site.mask is None else site.mask.clone()
-        mask = self.compute_mask(scores, default_mask=default.detach())
+        mask = self._new_mask(scores, default.detach(), given=importance_scores is not None)
         install([(site, mask != 0)])
         self._tensor_name = site.name
+
+    def _new_mask(self, scores: Tensor, mask: Tensor, *, given: bool) -> Tensor:
+        """The mask from the weights, or from scores that the caller has given."""
+        return self.compute_mask(scores, default_mask=mask)
 
 
 class MaskContainer(_Masked, PruningContainer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
 
 
 def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
-    wrapped = bool(state) and all(without_wrappers(key).startswith(_OUTER_PREFIX) for key in state)
+    dense_key = dense_keys(state)
     first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     found: Masks = {}
     for key, original in state.items():
@@ -134,9 +134,21 @@ def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
             place = (original.data_ptr(), original.shape, original.stride())
             name = first_names.setdefault(place, name)
         if masked:
-            dense = without_wrappers(name).removeprefix(_OUTER_PREFIX if wrapped else "")
-            found.setdefault(dense, state[own + MASK])
+            key_of = name + ORIG if name + ORIG in state else name
+            found.setdefault(dense_key[key_of].removesuffix(ORIG), state[own + MASK])
     return found
+
+
+def dense_keys(state: Mapping[str, Any]) -> dict[str, str]:
+    """Each key of a state dict without the prefixes of wrappers, where all keys have them.
+
+    >>> dense_keys({"module.fc.weight": 0, "module.fc.bias": 0})["module.fc.bias"]
+    'fc.bias'
+    """
+    inner = {key: without_wrappers(key) for key in state}
+    if all(name.startswith(_OUTER_PREFIX) for name in inner.values()):
+        return {key: name.removeprefix(_OUTER_PREFIX) for key, name in inner.items()}
+    return inner
 
 
 def as_bool(mask: Tensor, name: str) -> Tensor:

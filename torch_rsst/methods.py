@@ -162,11 +162,16 @@ class Fillback(MaskHook):
         self._snapshot = snapshot
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """``default_mask`` with the highest-scored masked entries set to 1, as a new tensor."""
-        masked = default_mask == 0
+        """``default_mask`` with the masked entries of highest |t| set to 1, as a new tensor."""
+        return self._give_back(t.detach().abs(), default_mask)
+
+    def _new_mask(self, scores: Tensor, mask: Tensor, *, given: bool) -> Tensor:
+        return self._give_back(scores if given else scores.abs(), mask)
+
+    def _give_back(self, scores: Tensor, mask: Tensor) -> Tensor:
+        masked = mask == 0
         count = to_count(self.rate, int(masked.sum()), subject="rate", of="masked entries")
-        returns = lowest([-t.detach().abs()], count, among=[masked])[0]
-        return default_mask.masked_fill(returns, 1)
+        return mask.masked_fill(lowest([-scores], count, among=[masked])[0], 1)
 
     def _apply_to(self, site: Site, importance_scores: Tensor | None) -> None:
         if site.mask is None:

@@ -334,18 +334,17 @@ class RegularizedPruner:
         return args, {**kwargs, "closure": penalized_closure}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Under a GradScaler a fused optimizer skips a step for inf inside its kernel. To know waits
-        # for the device, as the scaler itself does before the step of every other optimizer.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not bool(found_inf):
-            self._finish_step()
+        self._finish_step(getattr(optimizer, "found_inf", None))
 
-    def _finish_step(self) -> None:
+    def _finish_step(self, found_inf: Tensor | None = None) -> None:
         if self.mode == "decoupled":
             keep = 1.0 - min(1.0, self.strength)
             with torch.no_grad():
                 for _, parameter, rest in self._entries():
-                    parameter.copy_(torch.where(rest, parameter, parameter * keep))
+                    # Under a GradScaler a fused optimizer skips a step for inf on the device, where
+                    # nobody has to wait to know; so is the shrinking skipped.
+                    stays = rest if found_inf is None else rest | found_inf.to(rest.device).bool()
+                    parameter.copy_(torch.where(stays, parameter, parameter * keep))
         self.steps += 1
 
     def _penalize_gradients(self, strength: float, scale: Tensor | float | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.errors import listing, message, unknown_choice
 from torch_rsst.masked_parameter import ORIG
-from torch_rsst.masks import named_sites, named_weights, unwrap, without_wrappers
+from torch_rsst.masks import dense_keys, named_sites, named_weights, unwrap, without_wrappers
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Snapshot:
             raise TypeError(
                 message("rewind", expected="None, 'init' or a state dict", got=got, remedy=remedy)
             )
-        saved = {without_wrappers(name): value for name, value in rewind.items()}
+        saved = {name: rewind[key] for key, name in dense_keys(rewind).items()}
         chosen = {name: saved.get(name + ORIG, saved.get(name)) for name in weights}
         kept = {name: saved[name] for name in buffers if name in saved}
         present = {**weights, **buffers}

@@ -231,9 +231,9 @@ class Rounds(ABC):
             if pruner.steps < self.steps_per_round:
                 warnings.warn(
                     f"Round {index} closed after {pruner.steps} of steps_per_round="
-                    f"{self.steps_per_round} optimizer steps: the penalty never reached its full "
-                    f"strength. Train longer, or lower steps_per_round. (Without an optimizer, "
-                    f"call rnd.pruner.step() after each step.)",
+                    f"{self.steps_per_round} optimizer steps, before a penalty has its full strength. "
+                    f"Train longer, or lower steps_per_round. (Without an optimizer, call "
+                    f"rnd.pruner.step() after each step.)",
                     RoundWarning,
                     stacklevel=3,
                 )

@@ -168,7 +168,8 @@ class Refill(Rounds):
     and yields; you train ``steps_per_round`` optimizer steps under the refill mask.
 
     Args:
-        fillback_rate: the share of what would go that is given back. With ``regroup_amount=None``
+        fillback_rate: the share of what would go that is given back, of a ``regroup_amount`` too:
+            of 100 units, 0.5 and 0.1 let 45 go. With ``regroup_amount=None``
             the units then settle at f / (1 − (1 − amount)(1 − f)), 36 % at 0.2 and 0.1.
         regroup_amount: fraction of all units that goes, a callable round index → fraction, or None
             to keep as many as the density after ranking says.
@@ -224,7 +225,8 @@ class Refill(Rounds):
             warnings.warn(
                 f"{self.rounds} rounds at amount={self.amount} ask for {target:.1%} of the weights, "
                 f"but with fillback_rate={self._plan.fillback_rate} the units settle at "
-                f"{limit:.0%}. Pass regroup_amount for an exact share, or lower fillback_rate.",
+                f"{limit:.0%}. Lower fillback_rate; for an exact share, pass regroup_amount and "
+                f"fillback_rate=0.",
                 RoundWarning,
                 stacklevel=3,
             )

@@ -1,7 +1,7 @@
 """Discovery: which units a model has. One small file per family knows how to find its groups."""
 
-from torch_rsst.discovery.adapter import ADAPTERS, Adapter, Probe, Unsupported, register
-from torch_rsst.discovery.finder import KINDS, find_groups
+from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Adapter, Probe, Unsupported, register
+from torch_rsst.discovery.finder import find_groups
 from torch_rsst.discovery.fused_attention import FusedAttention
 from torch_rsst.discovery.two_layer_mlp import TwoLayerMLP
 

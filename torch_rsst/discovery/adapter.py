@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from torch_rsst.errors import unknown_choice
 from torch_rsst.groups import GroupLayer
 
 
@@ -41,15 +43,21 @@ class Adapter(Protocol):
         ...
 
 
+KINDS = ("heads", "neurons", "channels")
 ADAPTERS: list[Adapter] = []
 
 
 def register(adapter: Adapter) -> Adapter:
-    """Add a family; :func:`torch_rsst.find_groups` asks the adapters in order.
+    """Add a family. Of the adapters of a kind, the first that knows a module answers for it.
 
     Returns:
         the adapter that was given.
+
+    Raises:
+        ValueError: for a kind that :func:`torch_rsst.find_groups` does not ask for.
     """
+    if adapter.kind not in KINDS:
+        raise ValueError(unknown_choice(f"kind of {type(adapter).__name__}", adapter.kind, KINDS))
     ADAPTERS.append(adapter)
     return adapter
 
@@ -77,7 +85,7 @@ class Probe:
         disturbed: Tensor,
         unit: Tensor,
     ) -> str | None:
-        """Check that disturbing a unit's outputs reaches that unit's inputs of the next layer alone.
+        """Check that a unit reaches its own inputs of the next layer, and nothing else.
 
         Args:
             module: run on its own.
@@ -98,15 +106,23 @@ class Probe:
                 before = _input_of(consumer, module, args, kwargs)
                 with _disturb(producer, disturbed):
                     after = _input_of(consumer, module, args, kwargs)
+                with _silence(consumer, unit):
+                    without = _output_of(module, args, kwargs)
+                    with _disturb(producer, disturbed):
+                        still = _output_of(module, args, kwargs)
         except Exception as error:
             return f"it does not run on (batch, tokens, features) ({error}); pass example_inputs"
         if before.shape != after.shape or before.shape[-1:] != unit.shape:
             return "its output layer gets inputs of an unexpected shape"
+        if not all(bool(tensor.isfinite().all()) for tensor in (before, *without)):
+            return "its activations are not finite, so that its units cannot be told apart"
         changed = (before != after).reshape(-1, unit.numel()).any(0).cpu()
         if bool(changed[~unit].any()):
             return "its units mix before the output layer, so that none can be removed exactly"
         if not bool(changed[unit].any()):
             return "its input layer does not feed its output layer"
+        if not all(map(torch.equal, without, still)):
+            return "its units also reach its output around the output layer"
         return None
 
 
@@ -137,11 +153,30 @@ def _input_of(
     return seen[0]
 
 
+def _output_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    leaves = tree_leaves(module(*args, **kwargs))
+    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _silence(consumer: nn.Linear, features: Tensor) -> Iterator[None]:
+    """What removing the unit does to the layer that takes it in."""
+
+    def zero(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].masked_fill(features.to(inputs[0].device), 0.0), *inputs[1:])
+
+    handle = consumer.register_forward_pre_hook(zero)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def _disturb(producer: nn.Linear, features: Tensor) -> Iterator[None]:
     def replace(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        # Positive and larger than before, so that no activation hides the difference.
-        return torch.where(features.to(output.device), output.abs() + 1.0, output)
+        # Positive and much larger than before, so that no activation hides the difference.
+        return torch.where(features.to(output.device), output.abs() + 10.0, output)
 
     handle = producer.register_forward_hook(replace)
     try:

@@ -8,13 +8,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from torch_rsst.discovery.adapter import ADAPTERS, Probe, Unsupported, undisturbed
+from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Probe, Unsupported, undisturbed
 from torch_rsst.errors import UnsupportedModuleWarning, message, unknown_choice
 from torch_rsst.groups import GroupLayer, Groups
 from torch_rsst.masked_parameter import Site
 from torch_rsst.masks import named_sites, unwrap, without_wrappers
-
-KINDS = ("heads", "neurons", "channels")
 
 
 def find_groups(
@@ -79,18 +77,22 @@ def _ask_adapters(
     for name, module in model.named_modules():
         if unwrap(module) is not module:
             continue  # what is inside follows
-        for adapter in ADAPTERS:
-            if adapter.kind not in kinds:
-                continue
-            found = adapter.find(without_wrappers(name), module, probe)
-            if isinstance(found, GroupLayer):
-                tied = _tied(found, sites)
-                found = found if tied is None else Unsupported(found.name, found.kind, tied)
+        for kind in kinds:
+            found = _first_answer(kind, without_wrappers(name), module, probe)
+            if isinstance(found, GroupLayer) and (reason := _tied(found, sites)):
+                found = Unsupported(found.name, found.kind, reason)
             if isinstance(found, GroupLayer):
                 layers.append(found)
             elif found is not None:
                 refused.append(found)
     return layers, refused
+
+
+def _first_answer(
+    kind: str, name: str, module: nn.Module, probe: Probe
+) -> GroupLayer | Unsupported | None:
+    answers = (adapter.find(name, module, probe) for adapter in ADAPTERS if adapter.kind == kind)
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def _tied(layer: GroupLayer, sites: Mapping[str, list[Site]]) -> str | None:

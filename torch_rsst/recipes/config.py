@@ -1,12 +1,13 @@
-"""The options of a run: one frozen dataclass, which is also the command line and ``config.yaml``."""
+"""The options of each command: frozen dataclasses, which are the command line and ``config.yaml``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 
 from torch_rsst.budget import check_amount, check_count, check_fraction
@@ -68,7 +69,14 @@ class RunConfig:
     resume: bool = False
     """Continue the run in the output folder where it stopped, with its own options."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise unless every option is in its range.
+
+        Not at construction, so that the command line can say it in its own words.
+
+        Raises:
+            TypeError, ValueError: with the option, what is expected and the remedy.
+        """
         check_count(self.rounds, "rounds", at_least=1)
         check_amount(self.amount)
         check_fraction(self.regroup_amount, "regroup_amount")
@@ -111,9 +119,11 @@ class RunConfig:
         if unknown := [str(key) for key in options if key not in known]:
             raise ValueError(_bad_file(source, f"unknown {listing(unknown)}"))
         try:
-            return cls(**{**options, "output": Path(options.get("output", "runs/latest"))})
-        except TypeError as error:
+            config = cls(**{**options, "output": Path(options.get("output", "runs/latest"))})
+            config.check()
+        except (TypeError, ValueError) as error:
             raise ValueError(_bad_file(source, str(error))) from error
+        return config
 
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:
         """Option → (own, other's) value, where a resumed run may not differ."""
@@ -122,6 +132,14 @@ class RunConfig:
             for f in fields(self)
             if f.name not in _FREE_ON_RESUME and getattr(self, f.name) != getattr(other, f.name)
         }
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Show the results of a finished run."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The run's output folder."""
 
 
 def _bad_file(source: Path, got: str) -> str:

@@ -58,6 +58,7 @@ class Experiment:
     def __init__(
         self, config: RunConfig, observer: Observer, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
+        config.check()
         self.config, self.observer, self._should_stop = config, observer, should_stop
         self.folder = RunFolder(config.output)
         self.trainer = Trainer(config)

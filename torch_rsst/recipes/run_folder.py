@@ -170,7 +170,8 @@ class RunFolder:
                 self.checkpoint, map_location="cpu", weights_only=True
             )
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            got = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = str(error).partition("\n")[0]
+            got = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
             remedy = "Delete it to start this run from its beginning."
             raise ValueError(
                 message(str(self.checkpoint), expected="a checkpoint", got=got, remedy=remedy)
