@@ -20,7 +20,7 @@ import torch_rsst
 
 ROOT = Path(torch_rsst.__file__).parent
 FLOORS = [
-    ["errors", "_version"],
+    ["errors", "_version", "live_weight"],
     ["budget", "masked_parameter"],
     ["selection", "groups", "masks", "schedules"],
     ["importance", "discovery", "regularizer", "unit_selection", "rewind"],

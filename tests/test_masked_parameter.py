@@ -22,7 +22,6 @@ from torch_rsst.masked_parameter import (
     find_hook,
     install,
     masked_sites,
-    refresh,
     restore,
 )
 from torch_rsst.testing import assert_mask_invariants
@@ -203,7 +202,7 @@ def _masked_by_stock() -> nn.Module:
 
 @pytest.mark.parametrize("make", [_dense, _masked_by_us, _masked_by_stock])
 @pytest.mark.parametrize(
-    "point", ["_mask_buffer", "_reparametrize", "_set_hook", "refresh", "_rename"]
+    "point", ["_mask_buffer", "_reparametrize", "make_live", "_set_hook", "_rename"]
 )
 @pytest.mark.parametrize("when", ["first", "second"])
 def test_a_failure_anywhere_in_install_changes_nothing(
@@ -246,7 +245,7 @@ def test_an_interrupt_is_rolled_back_too(
 
     layer = layer_of(3.0, 1.0)
     before = fingerprint(layer)
-    monkeypatch.setattr(masked_parameter, "refresh", interrupt)
+    monkeypatch.setattr(masked_parameter, "_set_hook", interrupt)
     with pytest.raises(KeyboardInterrupt):
         mask(Site(layer, "weight"), 1, 0)
     assert fingerprint(layer) == before
@@ -256,7 +255,7 @@ def test_handles_of_other_hooks_work_after_a_rollback(monkeypatch: pytest.Monkey
     layer = layer_of(3.0, 1.0)
     handle = layer.register_forward_pre_hook(lambda *_: None)
     with monkeypatch.context() as patch:
-        patch.setattr(masked_parameter, "refresh", failing)
+        patch.setattr(masked_parameter, "_set_hook", failing)
         with pytest.raises(InjectedError):
             mask(Site(layer, "weight"), 1, 0)
     handle.remove()
@@ -291,17 +290,6 @@ def test_other_libraries_remove_hooks_by_hand(first: str) -> None:
     assert layer.weight is weight
     assert not torch_rsst.is_pruned(layer)
     layer(torch.ones(1, 4))
-
-
-def test_refresh_follows_an_optimizer_step() -> None:
-    layer = layer_of(3.0, 1.0)
-    site = Site(layer, "weight")
-    mask(site, 1, 0)
-    with torch.no_grad():
-        layer.weight_orig.fill_(7.0)
-    assert layer.weight.tolist() == [[3.0, 0.0]]
-    refresh(site)
-    assert layer.weight.tolist() == [[7.0, 0.0]]
 
 
 def test_pickling_does_not_grow() -> None:

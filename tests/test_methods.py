@@ -406,7 +406,7 @@ def test_pruning_types(method: type[stock.BasePruningMethod], kind: str) -> None
 
 def test_methods_score_the_latent_not_a_stale_product() -> None:
     module = parameter(3.0, 1.0, 2.0)
-    GlobalL1.apply(module, "weight", 0)
+    stock.l1_unstructured(module, "weight", 0)  # stock stores a product that goes stale
     with torch.no_grad():
         module.weight_orig.copy_(torch.tensor([1.0, 3.0, 2.0]))
     assert module.weight.tolist() == [3.0, 1.0, 2.0]

@@ -2,7 +2,7 @@
 
 This is the only room that touches PyTorch's reparametrization: ``weight`` becomes the parameter
 ``weight_orig`` (the same object, at the same place in the parameter order), the buffer
-``weight_mask`` and a forward pre-hook that recomputes their product ``weight``.
+``weight_mask`` and their product ``weight``, with a pruning hook as PyTorch leaves one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from torch_rsst.errors import listing, message
-
-ORIG, MASK = "_orig", "_mask"
+from torch_rsst.live_weight import MASK, ORIG, make_live, make_plain, product
 
 
 @dataclass(frozen=True)
@@ -112,14 +111,16 @@ def check_site(module: object, name: object) -> Site:
 
 
 class _Masked(BasePruningMethod):
-    """How a hook of ours recomputes the masked weight and makes it permanent."""
+    """How a hook of ours gives the masked weight and makes it permanent."""
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        """Before a forward pass; only recurrent layers, which read a list of weights, need it."""
+        if isinstance(module, nn.RNNBase):
+            setattr(module, self._tensor_name, self.apply_mask(module))
 
     def apply_mask(self, module: nn.Module) -> Tensor:
-        """``weight_orig`` with masked entries replaced by 0, so that no inf or NaN leaks out."""
-        site = Site(module, self._tensor_name)
-        mask = site.mask
-        assert mask is not None, "the hook is there exactly as long as the mask is"
-        return site.original.masked_fill(mask == 0, 0.0)
+        """The masked weight; see :func:`torch_rsst.live_weight.product`."""
+        return product(module, self._tensor_name)
 
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent: ``weight`` is a parameter again, zero where it was masked.
@@ -131,7 +132,7 @@ class _Masked(BasePruningMethod):
 
 
 class MaskHook(_Masked):
-    """A forward pre-hook that keeps ``weight`` at ``weight_orig`` where the mask is 1, else 0.
+    """The hook that marks a parameter as masked, and what our pruning methods share.
 
     Unlike the stock methods it holds no tensor, keeps the order of parameters, scores
     ``weight_orig`` instead of the product, changes nothing when it fails, and replaces its own
@@ -208,8 +209,8 @@ def install(masks: Sequence[tuple[Site, Tensor]]) -> None:
         for site, alive in masks:
             mask = shared.setdefault(id(site.original), _mask_buffer(site, alive))
             _reparametrize(site, mask)
-            _set_hook(site)
-            refresh(site)
+            hook = _set_hook(site)
+            hook(site.module, ())
 
 
 def _mask_buffer(site: Site, alive: Tensor) -> Tensor:
@@ -221,14 +222,6 @@ def _mask_buffer(site: Site, alive: Tensor) -> Tensor:
         return mask.copy_(alive)
 
 
-def refresh(site: Site) -> None:
-    """Recompute the masked weight now, as the site's hook does before every forward pass."""
-    found = find_hook(site)
-    assert found is not None, "whoever masks a site leaves a hook"
-    product = found[1].apply_mask(site.module)  # type: ignore[no-untyped-call] # stock has no types
-    setattr(site.module, site.name, product)
-
-
 def find_hook(site: Site) -> tuple[int, BasePruningMethod] | None:
     """The pruning hook of a site and its key."""
     for key, hook in site.module._forward_pre_hooks.items():
@@ -238,24 +231,24 @@ def find_hook(site: Site) -> tuple[int, BasePruningMethod] | None:
 
 
 def _reparametrize(site: Site, mask: Tensor) -> None:
-    if site.is_masked:
-        if site.mask is not mask:
-            site.module._buffers[site.name + MASK] = mask
-        return
-    _rename(site.module._parameters, site.name, site.name + ORIG)
-    site.module.register_buffer(site.name + MASK, mask)
+    if not site.is_masked:
+        _rename(site.module._parameters, site.name, site.name + ORIG)
+        site.module.register_buffer(site.name + MASK, mask)
+    elif site.mask is not mask:
+        site.module._buffers[site.name + MASK] = mask
+    make_live(site.module, site.name)
 
 
-def _set_hook(site: Site) -> None:
+def _set_hook(site: Site) -> _Masked:
     """Leave one hook of ours, alone or behind the stock methods that came before."""
     found = find_hook(site)
     if found is not None and isinstance(found[1], MaskHook):
-        return
+        return found[1]
     hook = MaskHook()
     hook._tensor_name = site.name
     if found is None:
         site.module.register_forward_pre_hook(hook)
-        return
+        return hook
     key, present = found
     earlier = tuple(present) if isinstance(present, PruningContainer) else (present,)
     stock = [method for method in earlier if not isinstance(method, MaskHook)]
@@ -264,6 +257,7 @@ def _set_hook(site: Site) -> None:
     for method in (*stock, hook):
         container.add_pruning_method(method)
     site.module._forward_pre_hooks[key] = container
+    return container
 
 
 def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
@@ -287,6 +281,7 @@ def make_permanent(site: Site) -> None:
     assert mask is not None, "only masked sites are made permanent"
     with torch.no_grad():
         original.masked_fill_(mask == 0, 0.0)
+    make_plain(site.module, site.name)
     site.module.__dict__.pop(site.name, None)
     del site.module._buffers[site.name + MASK]
     order = list(site.module._parameters)
@@ -302,12 +297,13 @@ def make_permanent(site: Site) -> None:
 def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
     """Put modules back exactly as they were if the block raises, interrupts included."""
     modules = {id(site.module): site.module for site in sites}.values()
-    saved = [(module, _shallow(module)) for module in modules]
+    saved = [(module, type(module), _shallow(module)) for module in modules]
     values = [(mask, mask != 0) for site in sites if (mask := site.mask) is not None]
     try:
         yield
     except BaseException:
-        for module, state in saved:
+        for module, cls, state in saved:
+            module.__class__ = cls
             _put_back(module, state)
         with torch.no_grad():
             for mask, alive in values:

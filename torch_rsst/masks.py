@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.errors import listing, message
+from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.masked_parameter import (
-    MASK,
-    ORIG,
     Site,
     check_site,
     dense_name,

@@ -12,7 +12,8 @@ from torch_rsst.budget import Amount, check_amount, to_count
 from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import head_layer
 from torch_rsst.importance import Importance, remain, resolve_importance, score_units
-from torch_rsst.masked_parameter import ORIG, MaskHook, Site, refresh
+from torch_rsst.live_weight import ORIG
+from torch_rsst.masked_parameter import MaskHook, Site
 from torch_rsst.selection import lowest
 from torch_rsst.unit_selection import ScoredLayer, keep_units
 
@@ -190,7 +191,6 @@ class Fillback(MaskHook):
             with torch.no_grad():
                 returned = was_masked & (site.mask != 0)
                 site.original.copy_(torch.where(returned, value, site.original))
-            refresh(site)
 
     def _returning_value(self, name: str, original: Tensor) -> Tensor | None:
         if self.policy == "latent":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.errors import listing, message, unknown_choice
-from torch_rsst.masked_parameter import ORIG
+from torch_rsst.live_weight import ORIG
 from torch_rsst.masks import dense_keys, named_sites, named_weights, unwrap, without_wrappers
 
 

@@ -25,7 +25,8 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from torch_rsst.discovery import find_groups
 from torch_rsst.groups import Groups, head_layer
-from torch_rsst.masked_parameter import MASK, ORIG, Site, masked_sites
+from torch_rsst.live_weight import MASK, ORIG
+from torch_rsst.masked_parameter import Site, masked_sites
 from torch_rsst.masks import (
     Masks,
     apply_mask,
