@@ -57,7 +57,9 @@ nitpick_ignore_regex = [
 # Doctests: pages and docstrings
 
 doctest_global_setup = """
+import os, tempfile
 import torch, torch_rsst
+os.chdir(tempfile.mkdtemp())  # examples write files
 torch.manual_seed(0)
 """
 

@@ -157,6 +157,22 @@ def test_stopped_run_resumes_to_the_same_weights(tmp_path, sign, code):
     assert json.loads((tmp_path / "parts" / "report.json").read_text())["head_sparsity"] == 0.5
 
 
+def test_version(capsys):
+    import torch_rsst
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["torch-rsst", torch_rsst.__version__]
+
+
+def test_warnings_are_a_line_without_code_and_idle_options_are_named(tmp_path, capsys):
+    args = ["--strength", "0", "--fillback-rate", "0.1", "--rounds", "1"]
+    assert exit_code("run", "--output", str(tmp_path / "run"), *QUICK, *args) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Warning: The penalty did not act" in out
+    assert ".py:" not in out
+    assert "Note: --fillback-rate has no effect with --method rsst." in out
+
+
 def test_missing_packages_are_named_with_the_remedy(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["run"]) == 2

@@ -500,3 +500,48 @@ def test_an_adapter_of_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="Did you mean 'neurons'"):
         torch_rsst.discovery.register(adapter)
     assert adapter not in torch_rsst.discovery.ADAPTERS
+
+
+class SharesAModule(nn.Module):
+    """Two MLPs with one first layer: cutting a neuron of one cuts it from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = nn.Linear(4, 8)
+        self.a = nn.Sequential(first, nn.GELU(), nn.Linear(8, 4))
+        self.b = nn.Sequential(first, nn.Sigmoid(), nn.Linear(8, 4))
+
+
+def test_a_module_that_also_stands_elsewhere_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"a \(neurons\): the module of its a.0.weight also stands"
+    ):
+        torch_rsst.find_groups(SharesAModule(), on_unsupported="ignore")
+
+
+def test_a_layer_that_stands_twice_as_a_whole_is_found_once() -> None:
+    block = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    assert len(torch_rsst.find_groups(nn.ModuleList([block, block]))) == 8
+
+
+def test_attention_that_no_adapter_knows_is_named() -> None:
+    layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(ValueError, match="no adapter knows the attention of MultiheadAttention"):
+        torch_rsst.find_groups(layer, ("heads",), on_unsupported="ignore")
+
+
+class CountsCalls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.down(self.up(x).relu())
+
+
+def test_buffers_are_put_back_after_probing() -> None:
+    model = CountsCalls()
+    torch_rsst.find_groups(model)
+    assert model.calls == 0

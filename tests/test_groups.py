@@ -123,7 +123,9 @@ def test_whatever_holds_groups_will_do() -> None:
     assert as_groups(layer).layers == (layer,)
     assert as_groups([layer]).layers == (layer,)
     assert as_groups(()).layers == ()
-    assert len(as_groups([layer, groups[0]])) == 4
+    assert len(as_groups(groups[0])) == 1
+    with pytest.raises(ValueError, match=r"neurons of .*: expected them once, got them twice"):
+        as_groups([layer, groups[0]])
 
 
 def test_a_unit_listed_twice_is_an_error() -> None:
@@ -140,7 +142,7 @@ def test_what_holds_no_groups(groups: Any) -> None:
 
 @pytest.mark.parametrize("groups", [None, 3])
 def test_what_holds_nothing(groups: Any) -> None:
-    with pytest.raises(TypeError, match="not iterable"):
+    with pytest.raises(TypeError, match="expected groups, got"):
         as_groups(groups)
 
 

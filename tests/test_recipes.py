@@ -213,7 +213,7 @@ def test_broken_checkpoint_is_a_clear_error(tmp_path, content):
     with pytest.raises(Interrupted):
         run(quick_config(tmp_path / "run"), stop_after=2)
     (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected the checkpoint of this run"):
         run(replace(quick_config(tmp_path / "run"), resume=True))
 
 
@@ -267,3 +267,77 @@ def test_unreadable_config_says_what_is_wrong(tmp_path, text, words):
 
     with pytest.raises(ValueError, match=words):
         RunConfig.from_yaml(text, tmp_path / "config.yaml")
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
+    from torch_rsst.recipes.run_folder import RunFolder
+
+    first = RunFolder(tmp_path / "run")
+    first.open(quick_config(tmp_path / "run"))
+    with pytest.raises(FileExistsError, match="another process is writing to"):
+        RunFolder(tmp_path / "run").open(replace(quick_config(tmp_path / "run"), resume=True))
+    first.close()
+    RunFolder(tmp_path / "run").open(replace(quick_config(tmp_path / "run"), resume=True))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"model": {}}, {"stage": "bogus"}, {"stage": "rounds"}, {"records": None}, {"rng": None}],
+)
+def test_a_checkpoint_of_another_run_is_a_clear_error(tmp_path, damage):
+    from torch_rsst.recipes.training import Interrupted
+
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(quick_config(folder), stop_after=2)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**state, **damage}, folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match="expected the checkpoint of this run"):
+        run(replace(quick_config(folder), resume=True))
+
+
+def test_a_diverged_training_names_the_learning_rate(tmp_path):
+    from torch_rsst.recipes.training import Diverged
+
+    with pytest.raises(Diverged, match=r"Lower --learning-rate; it is 1e\+20"):
+        run(quick_config(tmp_path / "run", learning_rate=1e20))
+
+
+def test_options_of_the_other_method_are_named(tmp_path):
+    assert quick_config(tmp_path, fillback_rate=0.1).without_effect() == ["fillback_rate"]
+    refill = quick_config(tmp_path, method="refill", strength=0.1, mode="coupled")
+    assert refill.without_effect() == ["strength", "mode"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"epochs": 6}, "the cut removed almost nothing"),
+        ({"strength": 1e-4}, "The penalty did not finish"),
+        ({"method": "refill"}, "has nothing left to do"),
+    ],
+)
+def test_the_page_says_what_was_measured(tmp_path, options, sentence):
+    run(quick_config(tmp_path / "run", rounds=1, **{"epochs": 1, **options}))
+    page = " ".join((tmp_path / "run" / "report.html").read_text().split())
+    assert sentence in page
+    assert page.count("<img") == (3 if options.get("method") else 4)
+
+
+@pytest.mark.parametrize("line", ["method: foo", "device: tpu", "scope: foo", "learning_rate: a"])
+def test_a_config_edited_by_hand_is_checked(tmp_path, line):
+    from torch_rsst.recipes.config import RunConfig
+
+    with pytest.raises(ValueError, match=line.split(":")[0]):
+        RunConfig.from_yaml(line, tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", "{"])
+def test_a_file_that_is_no_report_is_a_clear_error(tmp_path, text):
+    from torch_rsst.recipes.run_folder import RunFolder
+
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(quick_config(tmp_path).to_yaml())
+    folder.report.write_text(text)
+    with pytest.raises(ValueError, match=r"report\.json: expected"):
+        folder.read_report()

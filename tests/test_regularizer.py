@@ -477,7 +477,9 @@ def test_the_state_is_plain_numbers():
 
 def test_the_state_of_other_total_steps_is_refused():
     state = pruner_of(linear(), total_steps=9).state_dict()
-    with pytest.raises(ValueError, match=r"state: expected total_steps=4, got 9\. Build"):
+    with pytest.raises(
+        ValueError, match=r"state of RegularizedPruner: expected total_steps=4, got 9\. Build"
+    ):
         pruner_of(linear()).load_state_dict(state)
 
 
@@ -591,3 +593,41 @@ def test_reset_measures_the_norm_anew():
     assert pruner.steps == 0
     assert pruner.start_norm == pytest.approx(3 * float(first[GOES].norm()), rel=1e-6)
     pruner.detach()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error"),
+    [(lambda t: math.nan, ValueError), (lambda t: -1.0, ValueError), (lambda t: None, TypeError)],
+)
+def test_a_schedule_that_would_destroy_weights_is_refused(schedule, error):
+    layer = linear()
+    with pytest.raises(error, match="schedule: expected a number"):
+        RegularizedPruner(layer, {"weight": ~GOES}, total_steps=1, schedule=schedule)
+    assert RegularizedPruner.attached_to(layer) is None
+
+
+def test_a_removed_regularizer_does_not_act():
+    layer = linear()
+    pruner = RegularizedPruner(layer, {"weight": ~GOES}, total_steps=1, mode="decoupled")
+    pruner.detach()
+    for call in (pruner.step, pruner.add_penalty):
+        with pytest.raises(RuntimeError, match="expected an attached regularizer, got a removed"):
+            call()
+
+
+def test_adding_a_penalty_to_gradients_in_decoupled_mode_is_refused():
+    layer = linear()
+    pruner = RegularizedPruner(layer, {"weight": ~GOES}, total_steps=1, mode="decoupled")
+    with pytest.raises(RuntimeError, match="add_penalty: mode: expected 'coupled'"):
+        pruner.add_penalty()
+    pruner.detach()
+
+
+def test_a_lost_regularizer_is_found_by_its_model():
+    layer = linear()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    RegularizedPruner(layer, {"weight": ~GOES}, total_steps=1, optimizer=optimizer)
+    with pytest.raises(RuntimeError, match=r"attached_to\(model\)\.remove"):
+        RegularizedPruner(layer, {"weight": ~GOES}, total_steps=1, optimizer=optimizer)
+    RegularizedPruner.attached_to(layer).remove()
+    assert RegularizedPruner.attached_to(layer) is None

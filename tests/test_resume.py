@@ -375,7 +375,9 @@ def test_differing_settings_are_named_and_nothing_is_changed(kwargs, text, finge
     state = opened().state_dict()
     again, model, _ = rounds_of(**kwargs)
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=f"state: .*{text}.*Build the rounds with the arguments"):
+    with pytest.raises(
+        ValueError, match=f"state of rounds: .*{text}.*Build the rounds with the arguments"
+    ):
         again.load_state_dict(state)
     assert fingerprint(model) == before
     assert again.round is None

@@ -91,6 +91,7 @@ def test_every_round_ranks_the_weights_as_they_are_now(method):
 
 
 @given(rate=st.floats(0.0, 0.6), rounds=st.integers(1, 5))
+@pytest.mark.filterwarnings("ignore:.*fewer living units:torch_rsst.errors.RoundWarning")
 def test_n_rounds_leave_the_nth_power_of_what_one_leaves(rate, rounds):
     rsst, model, optimizer = rounds_of(rounds=rounds, amount=rate, optimizer=None)
     remaining = 8 * 4 + 2 * 8
@@ -728,3 +729,62 @@ def test_an_interrupted_mask_leaves_no_regularizer(monkeypatch):
     monkeypatch.undo()
     assert next(rounds).index == 0
     assert rounds.round.pruner.attached
+
+
+def test_a_layer_that_the_ranking_empties_is_reported():
+    """Under global ranking a layer of small weights can die whole, whatever min_keep says."""
+    model = torch.nn.Sequential(mlp(), mlp())
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter.mul_(1e-3)
+    rsst = RSST(model, find_groups(model), steps_per_round=1, rounds=1, amount=0.5)
+    with pytest.warns(RoundWarning, match=r"Round 0: .*min_keep=1: 0 \(8 neurons\) keeps 0"):
+        next(rsst)
+    rsst.round.pruner.detach()
+
+
+def test_a_damaged_state_changes_nothing_not_even_the_open_round(fingerprint):
+    rsst, model, _ = rounds_of()
+    rnd = next(rsst)
+    before = fingerprint(model)
+    for damage in (
+        lambda s: s["round"]["refill_mask"].update({"0.weight": torch.zeros(3, 3)}),
+        lambda s: s["round"]["pruner"].update({"total_steps": 99}),
+        lambda s: s["round"].pop("pruner"),
+        lambda s: s.pop("snapshot"),
+        lambda s: s.clear(),
+    ):
+        state = rsst.state_dict()
+        damage(state)
+        with pytest.raises(ValueError, match="expected"):
+            rsst.load_state_dict(state)
+        assert rnd.pruner.attached
+        assert rsst.round is rnd
+        assert fingerprint(model) == before
+    rnd.pruner.detach()
+
+
+def test_a_state_from_before_the_first_round_brings_the_masks_of_its_model():
+    pruned, fresh = mlp(), mlp()
+    apply_mask(pruned, {"0.weight": torch.eye(8, 4) > 0})
+    saved, _, _ = rounds_of(model=pruned)
+    loaded, _, _ = rounds_of(model=fresh)
+    loaded.load_state_dict(saved.state_dict())
+    fresh.load_state_dict(pruned.state_dict(), strict=True)
+
+
+def test_the_optimizer_inside_a_wrapper_carries_the_penalty():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    rsst, model, _ = rounds_of(optimizer=None)
+    rnd = next(rsst)
+    rnd.attach(Wrapper(inner := sgd(model)))
+    assert rnd.pruner.mode == "coupled"
+    for _ in range(STEPS):
+        zero_gradient_step(model, inner)
+    assert rnd.pruner.steps == STEPS
+    with pytest.raises(TypeError, match="optimizer: expected a torch optimizer, got str"):
+        rounds_of(optimizer="sgd")
+    rnd.pruner.detach()

@@ -33,6 +33,12 @@ def check_amount(amount: object, subject: str = "amount") -> None:
         raise ValueError(message(subject, expected=expected, got=repr(amount), remedy=remedy))
 
 
+def plain_amount(amount: Amount) -> Amount:
+    """The amount as Python's own int or float: NumPy's round, overflow and pickle differently."""
+    check_amount(amount)
+    return int(amount) if isinstance(amount, Integral) else float(amount)
+
+
 def check_fraction(value: object, subject: str) -> None:
     """Raise unless ``value`` is a number in [0, 1]; ints 0 and 1 are taken as fractions."""
     expected = "a fraction in [0, 1]"
@@ -52,7 +58,7 @@ def check_fraction(value: object, subject: str) -> None:
 def check_count(value: object, subject: str, *, at_least: int) -> None:
     """Raise unless ``value`` is an int of at least ``at_least``."""
     expected = f"an int >= {at_least}"
-    remedy = f"Pass {max(at_least, 1)} or more."
+    remedy = f"Pass {at_least} or more."
     if isinstance(value, bool) or not isinstance(value, Integral):
         got = f"{type(value).__name__} {value!r}"
         raise TypeError(message(subject, expected=expected, got=got, remedy=remedy))
@@ -67,7 +73,7 @@ def to_count(amount: Amount, n: int, *, subject: str = "amount", of: str = "entr
     (2, 2, 2)
     """
     check_amount(amount, subject)
-    count = int(amount) if isinstance(amount, Integral) else round(amount * n)
+    count = int(amount) if isinstance(amount, Integral) else round(float(amount) * n)
     if count > n:
         remedy = "Lower it, or pass a fraction."
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
+from torch_rsst._version import __version__
 from torch_rsst.errors import message
 
 _EXTRA = (
@@ -31,13 +33,20 @@ def main(args: Sequence[str] | None = None) -> int:
         the exit code: 0, 2 for wrong options or files, 130 after Ctrl-C.
     """
     try:
-        return _parse(sys.argv[1:] if args is None else args)()
+        args = sys.argv[1:] if args is None else args
+        if list(args) == ["--version"]:
+            print(f"torch-rsst {__version__}")
+            return 0
+        return _parse(args)()
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("torch_rsst"):
             raise
         print(_EXTRA.format(missing=error.name), file=sys.stderr)
     except _WrongInput as error:
         print(f"torch-rsst: {error}", file=sys.stderr)
+    except KeyboardInterrupt:  # before a run listens to it, or the second one
+        print("torch-rsst: stopped at once", file=sys.stderr)
+        return _INTERRUPTED
     return _WRONG
 
 
@@ -74,14 +83,15 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
 def _run(config: Any) -> int:
     from torch_rsst.recipes.experiment import Experiment
     from torch_rsst.recipes.run_folder import RunFolder
-    from torch_rsst.recipes.training import Interrupted
+    from torch_rsst.recipes.training import Diverged, Interrupted
 
     folder = RunFolder(config.output)
     if config.resume and folder.report.is_file():
         return _report(config.output)
     stop = _StopOnCtrlC()
     try:
-        with stop, _Terminal(config) as terminal:
+        with stop, warnings.catch_warnings(), _Terminal(config) as terminal:
+            warnings.showwarning = terminal.warn  # type: ignore[assignment] # takes less apart
             try:
                 experiment = Experiment(config, terminal, stop.asked)
             except (TypeError, ValueError, KeyError, OSError) as error:
@@ -94,13 +104,16 @@ def _run(config: Any) -> int:
             file=sys.stderr,
         )
         return _INTERRUPTED
+    except Diverged as error:
+        raise _WrongInput(_one_line(error)) from error
     except OSError as error:
+        again = f"torch-rsst run --resume --output {config.output}"
         raise _WrongInput(
             message(
                 str(config.output),
                 expected="to write there",
                 got=str(error),
-                remedy=f"Make room, then: torch-rsst run --resume --output {config.output}",
+                remedy=f"Check free space and permissions, then: {again}",
             )
         ) from error
     _summary(config.output, results)
@@ -120,6 +133,8 @@ def _report(path: Path) -> int:
 
 def _one_line(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # the system's words, not ours
+        text += ". Pass another folder, or check its permissions."
     return " ".join(text.split())
 
 
@@ -176,12 +191,25 @@ class _Terminal:
             f"{config.rounds} rounds on {experiment.trainer.accelerator.device}; "
             f"everything goes to {config.output}/"
         )
+        if idle := config.without_effect():
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            self._console.print(f"Note: {names} has no effect with --method {config.method}.")
+
+    def warn(self, text: Warning | str, *where: object) -> None:
+        """A warning, without the lines of code that raised it."""
+        self._console.print(f"Warning: {text}", style="yellow")
 
     def stage(self, stage: Any, steps: int, done: int) -> None:
         """A stage begins."""
         self._end_of_stage()
         per_epoch = max(1, steps // max(1, stage.epochs))
-        self._name, self._epochs, self._epoch = stage.name, stage.epochs, done // per_epoch
+        number = stage.name.removeprefix("round ")
+        self._name = (
+            stage.name
+            if number == stage.name
+            else f"round {int(number) + 1} of {self._config.rounds}"
+        )
+        self._epochs, self._epoch = stage.epochs, done // per_epoch
         self._progress.reset(
             self._bar, total=per_epoch, completed=done % per_epoch, description=self._description()
         )
@@ -234,7 +262,7 @@ def _summary(path: Path, results: dict[str, Any]) -> None:
     table = Table(title=f"{results['method']}: {results['seconds']:.0f} s", show_header=False)
     rows = {
         "accuracy, dense": results["dense_accuracy"],
-        "accuracy when the penalized weights reached zero": results["accuracy_first_zero"],
+        "accuracy when penalized weights first fell below 1 %": results["accuracy_first_zero"],
         "accuracy before the cut": results["accuracy_before_cut"],
         "accuracy after the cut": results["accuracy_after_cut"],
         "accuracy, final": results["accuracy"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class RSSTWarning(UserWarning):
@@ -42,6 +42,15 @@ def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:
     remedy = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
     listed = ", ".join(map(repr, names))
     return message(subject, expected=f"one of {listed}", got=repr(got), remedy=remedy)
+
+
+def check_keys(state: object, keys: Iterable[str], subject: str) -> None:
+    """Raise a ValueError unless ``state`` is a mapping that holds ``keys``."""
+    missing = [k for k in keys if k not in state] if isinstance(state, Mapping) else list(keys)
+    if missing:
+        got = f"none for {listing(missing)}" if isinstance(state, Mapping) else type(state).__name__
+        remedy = "Pass what state_dict() has returned."
+        raise ValueError(message(subject, expected="a complete state", got=got, remedy=remedy))
 
 
 def listing(names: Iterable[str], limit: int = 5) -> str:

@@ -170,14 +170,25 @@ def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLaye
     """
     if isinstance(groups, Groups):
         return groups
-    items = [groups] if isinstance(groups, GroupLayer) else list(groups)
+    remedy = "Pass what find_groups(model) returns, or a selection of its items."
+    if isinstance(groups, (Group, GroupLayer)):
+        groups = [groups]
+    if not isinstance(groups, Iterable):
+        got = type(groups).__name__
+        raise TypeError(message("groups", expected="groups", got=got, remedy=remedy))
+    items = list(groups)
     layers = [item for item in items if isinstance(item, GroupLayer)]
     units = [item for item in items if isinstance(item, Group)]
     if len(layers) + len(units) != len(items):
         wrong = next(i for i in items if not isinstance(i, (Group, GroupLayer)))
-        remedy = "Pass what find_groups(model) returns, or a selection of its items."
         raise TypeError(message("groups", expected="groups", got=repr(wrong), remedy=remedy))
-    return Groups((*layers, *_regather(units)))
+    gathered = (*layers, *_regather(units))
+    names = [(layer.name, layer.kind) for layer in gathered]
+    if twice := next((n for i, n in enumerate(names) if n in names[:i]), None):
+        subject = f"groups: {twice[1]} of {twice[0] or 'the model'}"
+        remedy = "List every layer once: twice, its units would compete with themselves."
+        raise ValueError(message(subject, expected="them once", got="them twice", remedy=remedy))
+    return Groups(gathered)
 
 
 def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:

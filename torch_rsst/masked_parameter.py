@@ -204,7 +204,8 @@ def install(masks: Sequence[tuple[Site, Tensor]]) -> None:
     Args:
         masks: sites and bool masks of their parameters' shapes.
     """
-    with rolled_back_on_failure([site for site, _ in masks]):
+    # A mask made in inference mode could not be changed outside it.
+    with torch.inference_mode(False), rolled_back_on_failure([site for site, _ in masks]):
         shared: dict[int, Tensor] = {}  # tied parameters share one mask as they share one original
         for site, alive in masks:
             mask = shared.setdefault(id(site.original), _mask_buffer(site, alive))

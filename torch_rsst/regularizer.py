@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from torch_rsst.budget import check_count
-from torch_rsst.errors import InertPenaltyWarning, listing, message, unknown_choice
+from torch_rsst.errors import (
+    InertPenaltyWarning,
+    check_keys,
+    listing,
+    message,
+    unknown_choice,
+)
 from torch_rsst.masks import Masks, extract_mask, named_sites, penalty_mask, unwrap
-from torch_rsst.schedules import Schedule, resolve_schedule
+from torch_rsst.schedules import Schedule, resolve_schedule, strength_at
 
 Mode: TypeAlias = Literal["auto", "coupled", "decoupled"]
 GradScale: TypeAlias = float | Callable[[], float]
@@ -97,6 +103,7 @@ class RegularizedPruner:
             raise ValueError(unknown_choice("mode", mode, ("auto", "coupled", "decoupled")))
         self.schedule = resolve_schedule(schedule, strength)
         self.total_steps, self.steps = int(total_steps), 0
+        strength_at(self.schedule, 1.0)
         self.block_loss_grad = block_loss_grad
         self.accumulation_steps, self.grad_scale = accumulation_steps, grad_scale
         self._requested_mode: Mode = mode
@@ -128,7 +135,7 @@ class RegularizedPruner:
     @property
     def strength(self) -> float:
         """λ of the step in progress, number ``steps + 1``."""
-        return float(self.schedule(min(1.0, (self.steps + 1) / self.total_steps)))
+        return strength_at(self.schedule, min(1.0, (self.steps + 1) / self.total_steps))
 
     @property
     def attached(self) -> bool:
@@ -148,6 +155,12 @@ class RegularizedPruner:
         """The norm of the weights in P when the regularizer was attached."""
         return self._start_norm
 
+    @staticmethod
+    def attached_to(model: nn.Module) -> RegularizedPruner | None:
+        """The regularizer that is attached to a model, also where nobody holds it any more."""
+        found = _ATTACHED.get(unwrap(model))
+        return None if found is None else found()
+
     def attach(self, optimizer: Optimizer) -> None:
         """Let ``optimizer.step()`` run the penalty and count the steps, instead of gradient hooks.
 
@@ -155,6 +168,7 @@ class RegularizedPruner:
             RuntimeError: where an optimizer is attached already, or the regularizer was removed.
             ValueError: where the optimizer does not update a penalized parameter.
         """
+        optimizer = innermost(optimizer)
         if self._optimizer is not None or _ATTACHED.get(self._model) is not self._self_reference:
             got = "a second one" if self._optimizer is not None else "a removed regularizer"
             remedy = "Make a new RegularizedPruner for another optimizer."
@@ -185,7 +199,17 @@ class RegularizedPruner:
         For gradients that no backward pass has put there, such as those of
         :func:`torch.autograd.grad`. Regular training never needs it. With ``block_loss_grad`` the
         gradient on P is replaced.
+
+        Raises:
+            RuntimeError: in decoupled mode, which leaves gradients alone, or after :meth:`remove`.
         """
+        self._require_attached("add_penalty")
+        if self.mode == "decoupled" and not self.block_loss_grad:
+            remedy = "Call pruner.step() after the update instead, or pass mode='coupled'."
+            got = "'decoupled', which shrinks weights and leaves gradients alone"
+            raise RuntimeError(
+                message("add_penalty: mode", expected="'coupled'", got=got, remedy=remedy)
+            )
         self._penalize_gradients(self.strength)
 
     def step(self) -> None:
@@ -198,6 +222,7 @@ class RegularizedPruner:
             remedy = "optimizer.step() counts by itself; drop this call."
             got = "an attached optimizer"
             raise RuntimeError(message("step", expected="no optimizer", got=got, remedy=remedy))
+        self._require_attached("step")
         self._finish_step()
 
     def remove(self) -> None:
@@ -225,18 +250,27 @@ class RegularizedPruner:
             "start_norm": self._start_norm,
         }
 
+    @staticmethod
+    def check_state(state: Mapping[str, Any], total_steps: int) -> None:
+        """Raise a ValueError unless a regularizer of ``total_steps`` can load the state."""
+        check_keys(state, ("steps", "total_steps", "start_norm"), "state of RegularizedPruner")
+        if state["total_steps"] != total_steps:
+            raise ValueError(
+                message(
+                    "state of RegularizedPruner",
+                    expected=f"total_steps={total_steps}",
+                    got=state["total_steps"],
+                    remedy="Build the regularizer with the same arguments as the saved one.",
+                )
+            )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the state was taken.
 
         Raises:
-            ValueError: for the state of a regularizer with other ``total_steps``.
+            ValueError: for no such state, or that of a regularizer with other ``total_steps``.
         """
-        if state["total_steps"] != self.total_steps:
-            remedy = "Build the regularizer with the same arguments as the saved one."
-            expected = f"total_steps={self.total_steps}"
-            raise ValueError(
-                message("state", expected=expected, got=state["total_steps"], remedy=remedy)
-            )
+        self.check_state(state, self.total_steps)
         self.steps, self._start_norm = int(state["steps"]), float(state["start_norm"])
 
     def __enter__(self) -> RegularizedPruner:
@@ -263,9 +297,8 @@ class RegularizedPruner:
     # How it is attached
 
     def _claim(self) -> None:
-        other = _ATTACHED.get(self._model)
-        if other is not None and other() is not None:
-            remedy = "Call remove() on the first, or merge the two refill masks."
+        if self.attached_to(self._model) is not None:
+            remedy = "Remove the first: RegularizedPruner.attached_to(model).remove()."
             got = "a second one"
             raise RuntimeError(
                 message("model", expected="one RegularizedPruner", got=got, remedy=remedy)
@@ -279,6 +312,14 @@ class RegularizedPruner:
         del _ATTACHED[self._model]
         self._detach_hooks()
         return True
+
+    def _require_attached(self, call: str) -> None:
+        if _ATTACHED.get(self._model) is not self._self_reference:
+            remedy = "Make a new RegularizedPruner."
+            got = "a removed one"
+            raise RuntimeError(
+                message(call, expected="an attached regularizer", got=got, remedy=remedy)
+            )
 
     def _detach_hooks(self) -> None:
         for handle in self._handles:
@@ -397,6 +438,23 @@ class RegularizedPruner:
                 InertPenaltyWarning,
                 stacklevel=3,
             )
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer that steps, inside wrappers such as Accelerate's: its hooks are the ones that run.
+
+    Raises:
+        TypeError: unless there is one.
+    """
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        got, remedy = (
+            type(optimizer).__name__,
+            "Pass for example torch.optim.AdamW(model.parameters()).",
+        )
+        raise TypeError(message("optimizer", expected="a torch optimizer", got=got, remedy=remedy))
+    return optimizer
 
 
 def _locate(model: nn.Module, penalized: Masks) -> dict[str, tuple[nn.Parameter, Tensor]]:

@@ -103,11 +103,10 @@ class SparsityReport:
         return self.gone(kind) / self.units(kind) if self.units(kind) else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers; NaN becomes None."""
-        ratio = self.penalized_norm_ratio
+        """Plain dicts, lists and numbers; what is not finite becomes None, as in strict JSON."""
         return {
             "element_sparsity": self.element_sparsity,
-            "penalized_norm_ratio": None if math.isnan(ratio) else ratio,
+            "penalized_norm_ratio": _finite(self.penalized_norm_ratio),
             "kinds": {
                 kind: {
                     "units": self.units(kind),
@@ -117,14 +116,26 @@ class SparsityReport:
                 for kind in self.kinds
             },
             **asdict(self),
+            "penalized_norm": _finite(self.penalized_norm),
+            "kept_norm": _finite(self.kept_norm),
             "layers": [
-                {**asdict(layer), "alive_share": list(layer.alive_share)} for layer in self.layers
+                {
+                    **asdict(layer),
+                    "alive_share": list(layer.alive_share),
+                    "penalized_norm": _finite(layer.penalized_norm),
+                    "kept_norm": _finite(layer.kept_norm),
+                }
+                for layer in self.layers
             ],
             "budgets": [asdict(budget) for budget in self.budgets],
         }
 
     def __str__(self) -> str:
         return _table(self)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def sparsity_report(

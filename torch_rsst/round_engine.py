@@ -8,19 +8,19 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_rsst.budget import Amount, check_amount, check_count
-from torch_rsst.errors import RoundWarning, message
+from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
+from torch_rsst.errors import RoundWarning, check_keys, message
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.masks import Masks, apply_mask, check_masks, extract_mask, named_weights, unwrap
 from torch_rsst.ranking import Parameter, rank, ranked_names
 from torch_rsst.regroup import RegroupPlan, decide, refill_from
-from torch_rsst.regularizer import RegularizedPruner
+from torch_rsst.regularizer import RegularizedPruner, innermost
 from torch_rsst.report import SparsityReport, sparsity_report
 from torch_rsst.rewind import Snapshot
 from torch_rsst.unit_selection import ScopeBudget
@@ -102,9 +102,15 @@ class Rounds(ABC):
         check_groups(named_weights(model), self._groups)
         self._ranked = ranked_names(model, self._groups, parameters)
         self._snapshot = Snapshot.of(model, rewind)
-        self._optimizer, self._penalty = optimizer, dict(penalty)
+        self._optimizer = None if optimizer is None else innermost(optimizer)
+        self._penalty = dict(penalty)
         self.steps_per_round, self.rounds = int(steps_per_round), int(rounds)
-        self.amount, self.regroup_amount = amount, regroup_amount
+        self.amount = plain_amount(amount)
+        self.regroup_amount = (
+            regroup_amount
+            if regroup_amount is None or callable(regroup_amount)
+            else plain_amount(regroup_amount)
+        )
         self._next_index = -1 if train_first else 0
         self._round: Round | None = None  # the one in training
         self._last: Round | None = None  # the latest, open or closed
@@ -254,6 +260,7 @@ class Rounds(ABC):
             "next_index": self._next_index,
             "finalized": self._finalized,
             "snapshot": self._snapshot.state(),
+            "masks": extract_mask(self._model) if last is None else {},
             "round": None
             if last is None
             else {
@@ -275,42 +282,52 @@ class Rounds(ABC):
         Raises:
             ValueError: for the state of rounds with other settings or of another model.
         """
+        saved = self._check_state(state)
+        if self._round is not None:
+            self._round.pruner.detach()
+        self._round, self._last, self._resumed = None, None, False
+        if saved is None:
+            apply_mask(self._model, state["masks"])
+        else:
+            self._reopen(*saved, state["round"], finalized=state["finalized"])
+        self._snapshot = Snapshot.from_state(state["snapshot"])
+        self._next_index, self._finalized = state["next_index"], state["finalized"]
+
+    def _check_state(self, state: Mapping[str, Any]) -> tuple[Masks, Masks] | None:
+        """The masks of a state that fits, None before its first round; nothing is touched."""
+        parts = ("settings", "next_index", "finalized", "snapshot", "masks", "round")
+        check_keys(state, parts, "state of rounds")
         saved, own = state["settings"], self._settings()
         if saved != own:
             differing = [key for key in own if saved.get(key) != own[key]]
             raise ValueError(
                 message(
-                    "state",
+                    "state of rounds",
                     expected=", ".join(f"{key}={own[key]!r}" for key in differing),
                     got=", ".join(f"{key}={saved.get(key)!r}" for key in differing),
                     remedy="Build the rounds with the arguments of the saved ones.",
                 )
             )
-        if self._round is not None:
-            self._round.pruner.detach()
-        self._round, self._last, self._resumed = None, None, False
-        if (last := state["round"]) is not None:
-            self._reopen(last, finalized=state["finalized"])
-        self._snapshot = Snapshot.from_state(state["snapshot"])
-        self._next_index, self._finalized = state["next_index"], state["finalized"]
-
-    def _reopen(self, saved: Mapping[str, Any], *, finalized: bool) -> None:
+        check_keys(state["snapshot"], ("weights", "buffers"), "rewind snapshot")
         weights = named_weights(self._model)
-        current = check_masks(weights, saved["current_mask"])
-        refill = check_masks(weights, saved["refill_mask"])
+        if (last := state["round"]) is None:
+            check_masks(weights, state["masks"])
+            return None
+        parts = ("index", "open", "current_mask", "refill_mask", "budgets", "pruner")
+        check_keys(last, parts, "state of a round")
+        RegularizedPruner.check_state(last["pruner"], self.steps_per_round)
+        return (
+            check_masks(weights, last["current_mask"]),
+            check_masks(weights, last["refill_mask"]),
+        )
+
+    def _reopen(
+        self, current: Masks, refill: Masks, saved: Mapping[str, Any], *, finalized: bool
+    ) -> None:
         budgets = tuple(ScopeBudget(**budget) for budget in saved["budgets"])
         opened = self._open(saved["index"], current, refill, budgets, rewind=False)
         opened.pruner.load_state_dict(saved["pruner"])
-        self._last = Round(
-            opened.index,
-            opened.pruner.steps,
-            current,
-            refill,
-            budgets,
-            opened.pruner,
-            self._model,
-            self._groups,
-        )
+        self._last = replace(opened, start_step=opened.pruner.steps)
         if saved["open"]:
             self._round, self._resumed = self._last, True
             return
@@ -328,6 +345,7 @@ class Rounds(ABC):
             "amount": self.amount,
             "regroup_amount": self.regroup_amount,
             "parameters": self._ranked,
+            "rewind": bool(self._snapshot.weights),
             **vars(self._plan),
             **self._penalty,
             "groups": [str(layer) for layer in self._groups.layers],

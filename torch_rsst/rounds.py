@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from torch_rsst.budget import Amount, refill_limit
 from torch_rsst.errors import RoundWarning
 from torch_rsst.groups import Group, GroupLayer, Groups
-from torch_rsst.importance import Importance
-from torch_rsst.masks import Masks
+from torch_rsst.importance import Importance, remain
+from torch_rsst.masks import Masks, named_weights
 from torch_rsst.ranking import Parameter
 from torch_rsst.regroup import RegroupPlan, Scope, Ungrouped
 from torch_rsst.regularizer import GradScale, Mode
 from torch_rsst.round_engine import RegroupAmount, Rewind, Round, Rounds
 from torch_rsst.schedules import Schedule, resolve_schedule
+from torch_rsst.unit_selection import ScopeBudget
 
 __all__ = ["RSST", "Refill", "Round", "Rounds"]
 
@@ -124,6 +125,28 @@ class RSST(Rounds):
                 "grad_scale": grad_scale,
             },
         )
+
+    def _choose(self, index: int) -> tuple[Masks, Masks, tuple[ScopeBudget, ...]]:
+        current, refill, budgets = super()._choose(index)
+        self._warn_of_emptied_layers(index, _intersection(current, refill))
+        return current, refill, budgets
+
+    def _warn_of_emptied_layers(self, index: int, final: Masks) -> None:
+        """A global ranking can kill units that the refill mask keeps; RSST gives nothing back."""
+        weights = named_weights(self._model)
+        left = {
+            layer: int((remain(layer, weights, final) > 0).sum()) for layer in self._groups.layers
+        }
+        least = self._plan.min_keep
+        emptied = [f"{layer} keeps {n}" for layer, n in left.items() if n < min(least, layer.units)]
+        if emptied:
+            warnings.warn(
+                f"Round {index}: the ranking leaves layers fewer living units than min_keep={least}: "
+                f"{'; '.join(emptied[:5])}. Lower amount or rounds, rank fewer parameters, or use "
+                f"Refill, which gives kept units their weights back.",
+                RoundWarning,
+                stacklevel=4,
+            )
 
     def _training_mask(self, current: Masks, refill: Masks) -> Masks:
         return _union(current, refill) if self.dense_training else current

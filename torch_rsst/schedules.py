@@ -61,6 +61,22 @@ class NormalizedExponential:
         return self.strength * math.expm1(t**self.power) / (math.e - 1.0)
 
 
+def strength_at(schedule: Schedule, t: float) -> float:
+    """λ(t), checked: a NaN or a negative strength would destroy weights.
+
+    Raises:
+        TypeError, ValueError: for anything but a finite number >= 0.
+    """
+    strength = schedule(t)
+    got = f"{strength!r} at t={t:.3g}"
+    remedy = "Return a finite number >= 0 for every t in (0, 1]."
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise TypeError(message("schedule", expected="a number", got=got, remedy=remedy))
+    if not (math.isfinite(strength) and strength >= 0.0):
+        raise ValueError(message("schedule", expected="a number >= 0", got=got, remedy=remedy))
+    return float(strength)
+
+
 _linear = partial(Polynomial, 1)
 _quadratic = partial(Polynomial, 2)
 _cubic = partial(Polynomial, 3)

@@ -4,7 +4,9 @@ from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Adapter, Probe, Unsupp
 from torch_rsst.discovery.finder import find_groups
 from torch_rsst.discovery.fused_attention import FusedAttention
 from torch_rsst.discovery.two_layer_mlp import TwoLayerMLP
+from torch_rsst.discovery.unknown_attention import UnknownAttention
 
+register(UnknownAttention())  # asked last
 register(FusedAttention())
 register(TwoLayerMLP())
 
@@ -15,6 +17,7 @@ __all__ = [
     "FusedAttention",
     "Probe",
     "TwoLayerMLP",
+    "UnknownAttention",
     "Unsupported",
     "find_groups",
     "register",

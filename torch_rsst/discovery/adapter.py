@@ -48,7 +48,7 @@ ADAPTERS: list[Adapter] = []
 
 
 def register(adapter: Adapter) -> Adapter:
-    """Add a family. Of the adapters of a kind, the first that knows a module answers for it.
+    """Add a family. The latest is asked first; the first that knows a module answers for it.
 
     Returns:
         the adapter that was given.
@@ -58,7 +58,7 @@ def register(adapter: Adapter) -> Adapter:
     """
     if adapter.kind not in KINDS:
         raise ValueError(unknown_choice(f"kind of {type(adapter).__name__}", adapter.kind, KINDS))
-    ADAPTERS.append(adapter)
+    ADAPTERS.insert(0, adapter)
     return adapter
 
 
@@ -77,38 +77,40 @@ class Probe:
 
     inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
-    def units_differ(
+    def why_mixed(
         self,
         module: nn.Module,
         producer: nn.Linear,
         consumer: nn.Linear,
-        disturbed: Tensor,
-        unit: Tensor,
+        rows: Tensor,
+        columns: Tensor,
     ) -> str | None:
-        """Check that a unit reaches its own inputs of the next layer, and nothing else.
+        """Check that every unit reaches its own inputs of the next layer, and nothing else.
 
         Args:
             module: run on its own.
             producer: its layer that puts the units out.
             consumer: its layer that takes them in.
-            disturbed: bool mask of the unit's features among the producer's outputs.
-            unit: bool mask of its features among the consumer's inputs.
+            rows: the unit of each of the producer's outputs, int64.
+            columns: the unit of each of the consumer's inputs, int64.
 
         Returns:
-            None if so, else the reason why not.
+            None if so, else the reason why the units cannot be told apart.
         """
-        weight = producer.weight
-        if weight.device.type == "meta":
+        if producer.weight.device.type == "meta":
             return "its weights are on the meta device, so that it cannot be run"
+        some = _half_of(int(columns.max()) + 1)
+        unit = torch.isin(columns, some)
+        everything = torch.ones_like(rows, dtype=torch.bool)
         args, kwargs = self.inputs.get(module, ((_tokens(producer),), {}))
         try:
             with undisturbed(module):
                 before = _input_of(consumer, module, args, kwargs)
-                with _disturb(producer, disturbed):
+                with _disturb(producer, torch.isin(rows, some)):
                     after = _input_of(consumer, module, args, kwargs)
-                with _silence(consumer, unit):
+                with _silence(consumer):
                     without = _output_of(module, args, kwargs)
-                    with _disturb(producer, disturbed):
+                    with _disturb(producer, everything):
                         still = _output_of(module, args, kwargs)
         except Exception as error:
             return f"it does not run on (batch, tokens, features) ({error}); pass example_inputs"
@@ -124,6 +126,12 @@ class Probe:
         if not all(map(torch.equal, without, still)):
             return "its units also reach its output around the output layer"
         return None
+
+
+def _half_of(units: int) -> Tensor:
+    """Half of the units in no order that a layout could share; the only one, if there is one."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(units, generator=generator)[: max(1, units // 2)]
 
 
 def _tokens(layer: nn.Linear) -> Tensor:
@@ -159,11 +167,11 @@ def _output_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 @contextmanager
-def _silence(consumer: nn.Linear, features: Tensor) -> Iterator[None]:
-    """What removing the unit does to the layer that takes it in."""
+def _silence(consumer: nn.Linear) -> Iterator[None]:
+    """What removing all units does to the layer that takes them in."""
 
     def zero(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].masked_fill(features.to(inputs[0].device), 0.0), *inputs[1:])
+        return (torch.zeros_like(inputs[0]), *inputs[1:])
 
     handle = consumer.register_forward_pre_hook(zero)
     try:
@@ -187,11 +195,12 @@ def _disturb(producer: nn.Linear, features: Tensor) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients; put modes, RNG and masked products back."""
+    """Run the block in eval mode without gradients; put back modes, RNG, buffers and attributes."""
     modes = [(m, m.training) for m in module.modules()]
     attributes = [
         (m, {k: v for k, v in m.__dict__.items() if isinstance(v, Tensor)}) for m, _ in modes
     ]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=set(devices)):
@@ -202,3 +211,6 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             m.training = training
         for m, tensors in attributes:
             m.__dict__.update(tensors)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

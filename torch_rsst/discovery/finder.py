@@ -74,12 +74,17 @@ def _ask_adapters(
     layers: list[GroupLayer] = []
     refused: list[Unsupported] = []
     sites = named_sites(model)
+    paths: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(name)
     for name, module in model.named_modules():
         if unwrap(module) is not module:
             continue  # what is inside follows
         for kind in kinds:
             found = _first_answer(kind, without_wrappers(name), module, probe)
-            if isinstance(found, GroupLayer) and (reason := _tied(found, sites)):
+            if isinstance(found, GroupLayer) and (
+                reason := _tied(found, sites) or _shared(found, module, sites, paths)
+            ):
                 found = Unsupported(found.name, found.kind, reason)
             if isinstance(found, GroupLayer):
                 layers.append(found)
@@ -100,6 +105,23 @@ def _tied(layer: GroupLayer, sites: Mapping[str, list[Site]]) -> str | None:
     for member in layer.members:
         if len(sites.get(member.parameter, ())) != 1:
             return f"its {member.parameter} is tied to a parameter of another module"
+    return None
+
+
+def _shared(
+    layer: GroupLayer,
+    owner: nn.Module,
+    sites: Mapping[str, list[Site]],
+    paths: Mapping[nn.Module, list[str]],
+) -> str | None:
+    """Why a layer one of whose modules also stands outside its owner cannot be cut, or None."""
+    inside = tuple(f"{path}." if path else "" for path in paths[owner])
+    for member in layer.members:
+        module = sites[member.parameter][0].module
+        if outside := [
+            p for p in paths[module] if not p.startswith(inside) and module is not owner
+        ]:
+            return f"the module of its {member.parameter} also stands at {outside[0]}"
     return None
 
 
@@ -133,7 +155,10 @@ def _report(refused: Sequence[Unsupported], on_unsupported: str) -> None:
     listed = "; ".join(map(str, refused[:3])) + (
         f"; and {len(refused) - 3} more" if refused[3:] else ""
     )
-    text = f"No groups for {len(refused)} module(s): {listed}. They stay whole."
+    text = (
+        f"No groups for {len(refused)} module(s): {listed}. They stay whole; the documentation shows, "
+        f"under Extending, how to add a family."
+    )
     if on_unsupported == "raise":
         raise ValueError(text)
     warnings.warn(text, UnsupportedModuleWarning, stacklevel=3)
@@ -151,7 +176,8 @@ def _require(
     remedy = (
         f"Not understood: {'; '.join(reasons[:3])}."
         if reasons
-        else f"Adapters exist for {', '.join(known)}; add one with torch_rsst.discovery.register."
+        else f"Adapters exist for {', '.join(known)}; the documentation shows, under Extending, how to "
+        f"add one. Single weights can be pruned in any model: global_unstructured."
     )
     raise ValueError(
         message(

@@ -39,10 +39,7 @@ class FusedAttention:
         if reason := _foreign_parameters(module, width, width // heads):
             return Unsupported(name, self.kind, reason)
         rows, columns = head_rows(3 * width, heads, 3), head_rows(width, heads)
-        last = heads - 1
-        if heads > 1 and (
-            reason := probe.units_differ(module, qkv, proj, rows == last, columns == last)
-        ):
+        if reason := probe.why_mixed(module, qkv, proj, rows, columns):
             return Unsupported(name, self.kind, reason)
         members = _producer(name, "qkv", qkv, rows)
         if isinstance(gate, nn.Linear):

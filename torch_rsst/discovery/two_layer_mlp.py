@@ -39,8 +39,7 @@ class TwoLayerMLP:
             kinds = ", ".join(f"{k} ({type(m).__name__})" for k, m in others)
             return Unsupported(name, self.kind, f"{kinds} may join its hidden neurons")
         unit = torch.arange(hidden)
-        last = unit == hidden - 1
-        if reason := probe.units_differ(module, first, second, last, last):
+        if reason := probe.why_mixed(module, first, second, unit, unit):
             return Unsupported(name, self.kind, reason)
         prefix = f"{name}." if name else ""
         members = [Member(f"{prefix}{first_name}.weight", 0, unit, ranked=True)]

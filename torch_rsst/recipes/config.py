@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
-from torch_rsst.budget import check_amount, check_count, check_fraction
-from torch_rsst.errors import listing, message
-from torch_rsst.importance import resolve_importance
+from torch_rsst.budget import check_count, check_fraction
+from torch_rsst.errors import listing, message, unknown_choice
 from torch_rsst.schedules import resolve_schedule
 
 # What a resumed run may change: where it runs, not what it computes.
 _FREE_ON_RESUME = ("output", "resume", "device")
+
+_LARGEST_SEED = 2**31 - 1  # seeds of epochs are made from it
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,36 @@ class RunConfig:
         Raises:
             TypeError, ValueError: with the option, what is expected and the remedy.
         """
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise ValueError(unknown_choice(name, getattr(self, name), get_args(kind)))
         check_count(self.rounds, "rounds", at_least=1)
-        check_amount(self.amount)
+        check_fraction(self.amount, "amount")
         check_fraction(self.regroup_amount, "regroup_amount")
         check_fraction(self.fillback_rate, "fillback_rate")
-        resolve_importance(self.importance)
         resolve_schedule(self.schedule, self.strength)
         check_count(self.dense_epochs, "dense_epochs", at_least=0)
         check_count(self.epochs, "epochs", at_least=1)
         check_count(self.finetune_epochs, "finetune_epochs", at_least=0)
         check_count(self.batch_size, "batch_size", at_least=1)
         check_count(self.seed, "seed", at_least=0)
-        if not 0.0 < self.learning_rate < float("inf"):
+        if self.seed > _LARGEST_SEED:
+            remedy = "Pass a smaller one."
+            expected = f"at most {_LARGEST_SEED}"
+            raise ValueError(message("seed", expected=expected, got=self.seed, remedy=remedy))
+        rate = self.learning_rate
+        if not (isinstance(rate, (int, float)) and 0.0 < rate < float("inf")):
             remedy = "Try 0.003."
-            got = self.learning_rate
+            got = repr(rate)
             raise ValueError(
                 message("learning_rate", expected="a number > 0", got=got, remedy=remedy)
             )
+
+    def without_effect(self) -> list[str]:
+        """Options that differ from their defaults but act in the other method only."""
+        other = ("fillback_rate",) if self.method == "rsst" else ("schedule", "strength", "mode")
+        defaults = {f.name: f.default for f in fields(self)}
+        return [name for name in other if getattr(self, name) != defaults[name]]
 
     def to_yaml(self) -> str:
         """The options that make the run what it is, as YAML."""

@@ -62,25 +62,38 @@ class Experiment:
         self.config, self.observer, self._should_stop = config, observer, should_stop
         self.folder = RunFolder(config.output)
         self.trainer = Trainer(config)
-        self.folder.open(config)
         self.model = self.trainer.model
         self.groups = torch_rsst.find_groups(self.model, ("heads", "neurons"))
         self.progress = Progress()
         self.records: list[dict[str, Any]] = []
         self.rounds: Rounds | None = None
         self._started = time.monotonic()
-        if config.resume and (state := self.folder.read_checkpoint()) is not None:
-            self._restore(state)
+        self.folder.open(config)
+        if config.resume:
+            try:
+                if (state := self.folder.read_checkpoint()) is not None:
+                    self._restore(state)
+            except Exception as error:  # whatever does not fit, this is not our checkpoint
+                self.folder.close()
+                raise self.folder.bad_checkpoint(error) from error
 
     def run(self) -> dict[str, Any]:
-        """Do what is left to do.
+        """Do what is left to do, then free the folder.
 
         Returns:
             the results, as in ``report.json``.
 
         Raises:
             Interrupted: when asked to stop; the checkpoint is written.
+            Diverged: when the loss is no number any more.
+            OSError: where the folder cannot be written.
         """
+        try:
+            return self._run()
+        finally:
+            self.folder.close()
+
+    def _run(self) -> dict[str, Any]:
         if self.progress.stage == "dense":
             self._train(Stage("dense", self.config.dense_epochs, 0, peak=1.0, warmup=50))
             self.progress.dense_accuracy = self.trainer.evaluate()
@@ -233,7 +246,7 @@ class Experiment:
             self.groups,
             steps_per_round=self.config.epochs * self.trainer.steps_per_epoch,
         )
-        write_page(self.folder, self.config, results)
+        write_page(self.folder, self.config, results, self.records)
 
     # Checkpoints
 
@@ -252,6 +265,11 @@ class Experiment:
         )
 
     def _restore(self, state: dict[str, Any]) -> None:
+        if state["stage"] not in ("dense", "rounds", "finetune") or not 0 <= state["step"] < 10**9:
+            raise ValueError(f"stage {state['stage']!r}, step {state['step']!r}")
+        if (state["rounds"] is None) != (state["stage"] == "dense"):
+            raise ValueError("no rounds in a stage that has them, or the reverse")
+        list(map(dict, state["records"]))
         if state["rounds"] is not None:
             self.rounds = self._make_rounds()
             self.rounds.load_state_dict(state["rounds"])

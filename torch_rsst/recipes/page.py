@@ -18,7 +18,9 @@ _CAPTIONS = {
 }
 
 
-def write_page(folder: RunFolder, config: RunConfig, results: dict[str, Any]) -> None:
+def write_page(
+    folder: RunFolder, config: RunConfig, results: dict[str, Any], records: list[dict[str, Any]]
+) -> None:
     """Render the results with the pictures that the folder holds."""
     environment = Environment(
         loader=PackageLoader("torch_rsst.recipes", "."), autoescape=True, undefined=StrictUndefined
@@ -28,6 +30,7 @@ def write_page(folder: RunFolder, config: RunConfig, results: dict[str, Any]) ->
         results=results,
         config=config,
         soft=config.method == "rsst",
+        last_round=[record for record in records if record["event"] == "round"][-1],
         pictures=drawn,
         percent=lambda share: f"{share:.1%}",
     )

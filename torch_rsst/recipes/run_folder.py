@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from torch_rsst.errors import listing, message
+from torch_rsst.errors import check_keys, message
 from torch_rsst.recipes.config import RunConfig
+
+RESULTS = (
+    "method",
+    "dense_accuracy",
+    "accuracy_before_cut",
+    "accuracy_after_cut",
+    "accuracy_first_zero",
+    "accuracy",
+    "element_sparsity",
+    "head_sparsity",
+    "neuron_sparsity",
+    "seconds",
+)
+"""What ``report.json`` holds at least."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +84,45 @@ class RunFolder:
         """
         if config.resume:
             self._check_same(config)
-            return
-        if self.path.exists() and not self.path.is_dir():
+        elif self.path.is_symlink() or self.path.exists():
+            self._check_empty()
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            remedy = "Wait for it to end, or pass --output with a new folder."
+            got = "one that another process is writing to"
+            raise FileExistsError(
+                message(str(self.path), expected="a free folder", got=got, remedy=remedy)
+            ) from None
+        for torn in self.path.glob(".*.tmp"):
+            torn.unlink()
+        if not config.resume:
+            self._check_empty()  # again: somebody may have been faster
+            write_text(self.config, config.to_yaml())
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self._lock.release()
+        self._lock_file.unlink(missing_ok=True)
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    @cached_property
+    def _lock(self) -> FileLock:
+        return FileLock(self._lock_file)
+
+    def _check_empty(self) -> None:
+        if not self.path.is_dir():
+            got = "a file or a broken link"
             remedy = "Pass --output with a new folder."
             raise NotADirectoryError(
-                message(str(self.path), expected="a folder", got="a file", remedy=remedy)
+                message(str(self.path), expected="a folder", got=got, remedy=remedy)
             )
-        if self.path.exists() and any(self.path.iterdir()):
+        if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             raise FileExistsError(self._occupied())
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.config, config.to_yaml())
 
     def read_config(self) -> RunConfig:
         """The options of the run that the folder holds.
@@ -96,7 +141,7 @@ class RunFolder:
                     remedy=remedy,
                 )
             )
-        return RunConfig.from_yaml(self.config.read_text(), self.config)
+        return RunConfig.from_yaml(self.config.read_text(errors="replace"), self.config)
 
     def _occupied(self) -> str:
         if not self.config.is_file():
@@ -137,6 +182,7 @@ class RunFolder:
             FileNotFoundError: where the run has not finished.
             ValueError: where they cannot be read.
         """
+        self.read_config()
         if not self.report.is_file():
             remedy = f"Finish it: torch-rsst run --resume --output {self.path}"
             raise FileNotFoundError(
@@ -151,43 +197,38 @@ class RunFolder:
             raise ValueError(
                 message(str(self.report), expected="JSON", got=str(error), remedy=remedy)
             ) from error
+        check_keys(results, RESULTS, str(self.report))
         return results
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
         """Save where to continue."""
-        write_atomically(self.checkpoint, lambda file: torch.save(state, file))
+        # Through memory: torch.save reports a full disk as some RuntimeError of its own.
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomically(self.checkpoint, lambda file: file.write(content.getbuffer()))
 
     def read_checkpoint(self) -> dict[str, Any] | None:
         """Where to continue; None if the run stopped before its first checkpoint.
 
-        Raises:
-            ValueError: for a file that is no checkpoint. Nothing in it is executed.
+        Raises whatever a damaged file makes the reader raise; nothing in it is executed.
         """
         if not self.checkpoint.is_file():
             return None
-        try:
-            state: dict[str, Any] = torch.load(
-                self.checkpoint, map_location="cpu", weights_only=True
-            )
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            got = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-            remedy = "Delete it to start this run from its beginning."
-            raise ValueError(
-                message(str(self.checkpoint), expected="a checkpoint", got=got, remedy=remedy)
-            ) from error
-        wanted = {"stage", "step", "model", "optimizer"}
-        if not isinstance(state, dict) or (missing := wanted - state.keys()):
-            got = (
-                f"no {listing(sorted(missing))}"
-                if isinstance(state, dict)
-                else type(state).__name__
-            )
-            remedy = "Delete it to start this run from its beginning."
-            raise ValueError(
-                message(str(self.checkpoint), expected="a checkpoint", got=got, remedy=remedy)
-            )
+        state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         return state
+
+    def bad_checkpoint(self, error: Exception) -> ValueError:
+        """What to say of a checkpoint that cannot be read or does not fit."""
+        # The first sentence: PyTorch goes on to recommend loading what may execute code.
+        reason = str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
+        return ValueError(
+            message(
+                str(self.checkpoint),
+                expected="the checkpoint of this run",
+                got=f"{type(error).__name__}: {reason}" if reason else type(error).__name__,
+                remedy="Delete it to start this run from its beginning.",
+            )
+        )
 
 
 def write_text(path: Path, text: str) -> None:

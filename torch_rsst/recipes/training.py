@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,10 @@ from torch_rsst.recipes.config import RunConfig
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not a fault
     """The run was asked to stop; everything needed to continue is saved."""
+
+
+class Diverged(Exception):  # noqa: N818 - an outcome of training
+    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,19 @@ class Trainer:
                 schedule.step_update(step)
                 losses.append(self._step(images, labels))
                 after_step(step + 1)
+            loss = float(torch.stack(losses).mean())
+            if not math.isfinite(loss):
+                raise Diverged(
+                    message(
+                        f"loss in epoch {number + 1} of stage {stage.name!r}",
+                        expected="a finite number",
+                        got=loss,
+                        remedy=f"Lower --learning-rate; it is {self.config.learning_rate}.",
+                    )
+                )
             yield Epoch(
                 number,
-                float(torch.stack(losses).mean()),
+                loss,
                 self.evaluate(),
                 float(self.optimizer.param_groups[0]["lr"]),
             )

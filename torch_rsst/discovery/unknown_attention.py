@@ -1,0 +1,26 @@
+"""Attention that no adapter above knows: said aloud, so that no head stays whole unnoticed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from torch_rsst.discovery.adapter import Probe, Unsupported
+
+
+class UnknownAttention:
+    """Recognized by a number of heads and projections of its own; registered last.
+
+    It never offers groups.
+    """
+
+    kind = "heads"
+
+    def find(self, name: str, module: nn.Module, probe: Probe) -> Unsupported | None:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", None))
+        projections = [m for m in module.children() if isinstance(m, nn.Linear)]
+        if not isinstance(heads, int) or not projections:
+            return None
+        return Unsupported(
+            name, self.kind, f"no adapter knows the attention of {type(module).__name__}"
+        )
