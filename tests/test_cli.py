@@ -164,6 +164,7 @@ def test_version(capsys):
     assert capsys.readouterr().out.split() == ["torch-rsst", torch_rsst.__version__]
 
 
+@pytest.mark.filterwarnings("always::torch_rsst.errors.RSSTWarning")
 def test_warnings_are_a_line_without_code_and_idle_options_are_named(tmp_path, capsys):
     args = ["--strength", "0", "--fillback-rate", "0.1", "--rounds", "1"]
     assert exit_code("run", "--output", str(tmp_path / "run"), *QUICK, *args) == 0
