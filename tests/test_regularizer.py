@@ -489,7 +489,7 @@ def test_the_state_of_other_total_steps_is_refused():
 @pytest.mark.parametrize(
     ("refill", "kwargs", "error", "text"),
     [
-        ({"wieght": ~GOES}, {}, KeyError, "refill mask 'wieght': expected a parameter"),
+        ({"wieght": ~GOES}, {}, KeyError, "refill mask of 'wieght': expected a parameter"),
         ({"weight": ~GOES.T}, {}, ValueError, r"shape \(3, 4\), got shape \(4, 3\)"),
         ({"weight": GOES * 0.5}, {}, ValueError, "zeros and ones, got other values"),
         (None, {"total_steps": 0}, ValueError, "total_steps: expected an int >= 1, got 0"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -21,7 +19,8 @@ from torch_rsst.errors import (
     message,
     unknown_choice,
 )
-from torch_rsst.masks import Masks, extract_mask, named_sites, penalty_mask, unwrap
+from torch_rsst.masks import extract_mask, penalty_mask, unwrap
+from torch_rsst.penalized_set import PenalizedSet
 from torch_rsst.schedules import Schedule, resolve_schedule, strength_at
 
 Mode: TypeAlias = Literal["auto", "coupled", "decoupled"]
@@ -109,7 +108,7 @@ class RegularizedPruner:
         self._requested_mode: Mode = mode
         self._model = unwrap(model)
         current = extract_mask(model) if current_mask is None else current_mask
-        self._penalized = _locate(self._model, penalty_mask(current, refill_mask))
+        self._penalized = PenalizedSet(self._model, penalty_mask(current, refill_mask))
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
         self._hooks_fired = False
@@ -144,11 +143,7 @@ class RegularizedPruner:
 
     def penalized_norm(self) -> float:
         """The L2 norm of the weights in P, in float64. Synchronizes the device."""
-        squares = [
-            p.detach().double().square().masked_fill(rest, 0.0).sum()
-            for _, p, rest in self._entries()
-        ]
-        return math.sqrt(sum(float(s) for s in squares))
+        return self._penalized.norm()
 
     @property
     def start_norm(self) -> float:
@@ -176,7 +171,7 @@ class RegularizedPruner:
                 message("attach", expected="one optimizer, once", got=got, remedy=remedy)
             )
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p, _ in self._entries() if id(p) not in updated]
+        missing = [n for n in self._penalized if id(self._penalized.parameter(n)) not in updated]
         if missing:
             raise ValueError(
                 message(
@@ -330,28 +325,27 @@ class RegularizedPruner:
         def hook_for(name: str) -> Callable[[Tensor], None]:
             def after_accumulation(parameter: Tensor) -> None:
                 self._hooks_fired = True
-                if self.mode == "decoupled" and not self.block_loss_grad:
-                    return
                 share = 1 if self.block_loss_grad else self.accumulation_steps
                 self._penalize(name, self.strength / share, self._manual_scale())
 
             return after_accumulation
 
-        trained = [(name, p) for name, p, _ in self._entries() if p.requires_grad]
-        if self.mode == "coupled" and len(trained) < len(self._penalized):
-            frozen = self._penalized.keys() - {name for name, _ in trained}
+        parameters = {name: self._penalized.parameter(name) for name in self._penalized}
+        frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+        if self.mode == "coupled" and frozen:
             raise ValueError(
                 message(
                     "model",
                     expected="penalized parameters that require gradients",
-                    got=f"frozen {listing(sorted(frozen))}",
+                    got=f"frozen {listing(frozen)}",
                     remedy="No backward pass reaches them: pass the optimizer, or unfreeze them.",
                 )
             )
         # Not Tensor.register_hook: torch.autograd.grad would run it, and no step follows there.
         self._handles = [
             p.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
-            for name, p in trained
+            for name, p in parameters.items()
+            if p.requires_grad
         ]
 
     # What a step does
@@ -375,58 +369,30 @@ class RegularizedPruner:
         return args, {**kwargs, "closure": penalized_closure}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # Under a GradScaler a fused optimizer skips a step for inf on the device, where nobody has to
+        # wait to know: so is the shrinking skipped.
         self._finish_step(getattr(optimizer, "found_inf", None))
 
     def _finish_step(self, found_inf: Tensor | None = None) -> None:
         if self.mode == "decoupled":
-            keep = 1.0 - min(1.0, self.strength)
-            with torch.no_grad():
-                for _, parameter, rest in self._entries():
-                    # Under a GradScaler a fused optimizer skips a step for inf on the device, where
-                    # nobody has to wait to know; so is the shrinking skipped.
-                    stays = rest if found_inf is None else rest | found_inf.to(rest.device).bool()
-                    parameter.copy_(torch.where(stays, parameter, parameter * keep))
+            self._penalized.shrink(self.strength, found_inf)
         self.steps += 1
 
     def _penalize_gradients(self, strength: float, scale: Tensor | float | None = None) -> None:
-        if self.mode == "decoupled" and not self.block_loss_grad:
-            return
         for name in self._penalized:
             self._penalize(name, strength, scale)
 
     def _penalize(self, name: str, strength: float, scale: Tensor | float | None) -> None:
-        parameter, rest = self._entry(name)
-        with torch.no_grad():
-            if parameter.grad is None:
-                if self.mode == "decoupled":
-                    return  # nothing to block; a gradient of zeros would decay the whole parameter
-                parameter.grad = torch.zeros_like(parameter)
-            if self.block_loss_grad:
-                parameter.grad.masked_fill_(~rest, 0.0)
-            if self.mode == "coupled":
-                pull = parameter.detach().masked_fill(rest, 0.0)
-                if scale is not None:
-                    pull = pull * scale
-                parameter.grad.add_(pull, alpha=strength)
+        if self.block_loss_grad:
+            self._penalized.block(name)
+        if self.mode == "coupled":
+            self._penalized.pull(name, strength, scale)
 
     def _manual_scale(self) -> float | None:
         return self.grad_scale() if callable(self.grad_scale) else self.grad_scale
 
-    # What is in P
-
-    def _entry(self, name: str) -> tuple[nn.Parameter, Tensor]:
-        """A parameter and the complement of P in it, on its device even after ``model.to``."""
-        parameter, rest = self._penalized[name]
-        if rest.device != parameter.device:
-            rest = rest.to(parameter.device)
-            self._penalized[name] = (parameter, rest)
-        return parameter, rest
-
-    def _entries(self) -> list[tuple[str, nn.Parameter, Tensor]]:
-        return [(name, *self._entry(name)) for name in self._penalized]
-
     def _warn_if_inert(self) -> None:
-        if not self._penalized or not (self.steps or self._hooks_fired):
+        if not len(self._penalized) or not (self.steps or self._hooks_fired):
             return
         norm = self.penalized_norm()
         if self._start_norm > 0.0 and not norm < self._start_norm:  # NaN is not down either
@@ -455,33 +421,3 @@ def innermost(optimizer: Any) -> Optimizer:
         )
         raise TypeError(message("optimizer", expected="a torch optimizer", got=got, remedy=remedy))
     return optimizer
-
-
-def _locate(model: nn.Module, penalized: Masks) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Name → (parameter, complement of P), for names with anything to penalize."""
-    sites = named_sites(model)
-    located: dict[str, tuple[nn.Parameter, Tensor]] = {}
-    for name, mask in penalized.items():
-        if name not in sites:
-            remedy = f"It has {listing(sites)}."
-            raise KeyError(
-                message(
-                    f"refill mask {name!r}",
-                    expected="a parameter of the model",
-                    got="no such name",
-                    remedy=remedy,
-                )
-            )
-        parameter = sites[name][0].original
-        if mask.shape != parameter.shape:
-            raise ValueError(
-                message(
-                    f"refill mask of {name!r}",
-                    expected=f"the parameter's shape {tuple(parameter.shape)}",
-                    got=f"shape {tuple(mask.shape)}",
-                    remedy="Make the masks with regroup(model, …).",
-                )
-            )
-        if bool(mask.any()):
-            located[name] = (parameter, ~mask.to(parameter.device))
-    return located

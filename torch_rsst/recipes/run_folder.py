@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,16 +96,23 @@ class RunFolder:
             raise FileExistsError(
                 message(str(self.path), expected="a free folder", got=got, remedy=remedy)
             ) from None
-        for torn in self.path.glob(".*.tmp"):
-            torn.unlink()
-        if not config.resume:
-            self._check_empty()  # again: somebody may have been faster
-            write_text(self.config, config.to_yaml())
+        try:
+            for torn in self.path.glob(".*.tmp"):
+                torn.unlink()
+            if not config.resume:
+                self._check_empty()  # again: somebody may have been faster
+                write_text(self.config, config.to_yaml())
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let other processes have the folder."""
+        # The file goes while it is still locked: later, somebody else may have locked it. (Windows
+        # keeps locked files; there it stays behind.)
+        with suppress(OSError):
+            self._lock_file.unlink()
         self._lock.release()
-        self._lock_file.unlink(missing_ok=True)
 
     @property
     def _lock_file(self) -> Path:
