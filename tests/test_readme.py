@@ -37,3 +37,9 @@ def test_documented_units_are_what_is_found():
 def test_ci_runs_the_test_line():
     assert README.count("<!-- test line -->") == 1
     assert "<!-- test line -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_public_name_is_on_an_api_page():
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    names = [name for name in torch_rsst.__all__ if not name.startswith("__")]
+    assert [name for name in names if not re.search(rf"torch_rsst\.{name}\b", pages)] == []
