@@ -444,3 +444,20 @@ def test_fillback_ranks_the_scores_it_is_given_with_their_sign() -> None:
     apply_mask(module, {"weight": torch.zeros(1, 3)})
     fillback(module, "weight", 1, importance_scores=torch.tensor([[-9.0, 2.0, 1.0]]))
     assert module.weight_mask.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_a_fillback_that_fails_at_its_end_changes_nothing(
+    fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = nn.Linear(3, 1, bias=False)
+    apply_mask(module, {"weight": torch.tensor([[1.0, 0.0, 0.0]])})
+    before = fingerprint(module)
+
+    def failing(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "where", failing)
+    with pytest.raises(MemoryError):
+        fillback(module, "weight", 1, policy="zero")
+    monkeypatch.undo()
+    assert fingerprint(module) == before

@@ -172,7 +172,9 @@ class Fillback(MaskHook):
     def _give_back(self, scores: Tensor, mask: Tensor) -> Tensor:
         masked = mask == 0
         count = to_count(self.rate, int(masked.sum()), subject="rate", of="masked entries")
-        return mask.masked_fill(lowest([-scores], count, among=[masked])[0], 1)
+        return mask.masked_fill(
+            lowest([-scores], count, among=[masked], names=["the masked entries"])[0], 1
+        )
 
     def _apply_to(self, site: Site, importance_scores: Tensor | None) -> None:
         if site.mask is None:
@@ -184,13 +186,20 @@ class Fillback(MaskHook):
                     remedy="Prune it first; there is nothing to give back.",
                 )
             )
-        was_masked = site.mask == 0
         value = self._returning_value(site.name, site.original)
-        super()._apply_to(site, importance_scores)
-        if value is not None:
-            with torch.no_grad():
+        if value is None:
+            super()._apply_to(site, importance_scores)
+            return
+        was_masked, latent = site.mask == 0, site.original.detach().clone()
+        with torch.no_grad():
+            try:
+                super()._apply_to(site, importance_scores)
                 returned = was_masked & (site.mask != 0)
-                site.original.copy_(torch.where(returned, value, site.original))
+                site.original.copy_(torch.where(returned, value, latent))
+            except BaseException:
+                site.original.copy_(latent)
+                site.mask.copy_(~was_masked)
+                raise
 
     def _returning_value(self, name: str, original: Tensor) -> Tensor | None:
         if self.policy == "latent":

@@ -194,6 +194,8 @@ class Rounds(ABC):
         amount = (
             self.regroup_amount(index) if callable(self.regroup_amount) else self.regroup_amount
         )
+        if amount is not None:
+            check_amount(amount, f"regroup_amount of round {index}")
         decision = decide(weights, self._groups, current, amount, self._plan)
         refill = refill_from(decision, weights, self._groups, current, amount, self._plan)
         return current, refill, decision.budgets
