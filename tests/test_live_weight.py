@@ -110,7 +110,7 @@ def test_averaged_model_of_a_masked_model():
     torch.testing.assert_close(averaged(x), model(x))
 
 
-def trains_only_alive_entries(model, forward, name):
+def assert_trains_only_alive_entries(model, forward, name):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     outputs = []
     for _ in range(3):
@@ -129,14 +129,14 @@ def test_multihead_attention_output_projection_trains():
     """Stock: its forward never runs, so that the second backward raises."""
     attention = half_masked(nn.MultiheadAttention(8, 2, batch_first=True), "out_proj.weight")
     x = torch.randn(2, 3, 8)
-    trains_only_alive_entries(attention, lambda: attention(x, x, x)[0], "out_proj.weight")
+    assert_trains_only_alive_entries(attention, lambda: attention(x, x, x)[0], "out_proj.weight")
 
 
 def test_transformer_layer_agrees_in_training_and_in_its_fast_path():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     half_masked(layer, "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
     x = torch.randn(2, 3, 8)
-    trains_only_alive_entries(layer, lambda: layer(x), "self_attn.out_proj.weight")
+    assert_trains_only_alive_entries(layer, lambda: layer(x), "self_attn.out_proj.weight")
     slow = layer(x)
     with torch.no_grad():
         fast = layer.eval()(x)
@@ -147,7 +147,7 @@ def test_transformer_layer_agrees_in_training_and_in_its_fast_path():
 def test_recurrent_layers_train(make):
     layer = half_masked(make(3, 4), "weight_hh_l0")
     x = torch.randn(5, 2, 3)
-    trains_only_alive_entries(layer, lambda: layer(x)[0], "weight_hh_l0")
+    assert_trains_only_alive_entries(layer, lambda: layer(x)[0], "weight_hh_l0")
 
 
 def test_tied_weights_are_masked_for_every_module_that_shares_them():
@@ -157,7 +157,7 @@ def test_tied_weights_are_masked_for_every_module_that_shares_them():
     assert embedding.weight_orig is head.weight_orig
     assert embedding.weight_mask is head.weight_mask
     assert torch.equal(embedding.weight, head.weight)
-    trains_only_alive_entries(model, lambda: model(torch.arange(5)), "0.weight")
+    assert_trains_only_alive_entries(model, lambda: model(torch.arange(5)), "0.weight")
 
 
 def test_functional_call_sees_its_own_weights():

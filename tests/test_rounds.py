@@ -771,6 +771,7 @@ def test_a_state_from_before_the_first_round_brings_the_masks_of_its_model():
     loaded, _, _ = rounds_of(model=fresh)
     loaded.load_state_dict(saved.state_dict())
     fresh.load_state_dict(pruned.state_dict(), strict=True)
+    assert same(extract_mask(fresh)["0.weight"], torch.eye(8, 4) > 0)
 
 
 def test_the_optimizer_inside_a_wrapper_carries_the_penalty():
