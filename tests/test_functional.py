@@ -213,7 +213,7 @@ def test_overridden_rules_are_called(base: Any) -> None:
         ([(nn.Linear(1, 1), "wieght")], ValueError, "'wieght' of Linear"),
         ([(nn.Linear(1, 1), "weight", 1)], TypeError, "pairs"),
         ([(nn.LazyLinear(1), "weight")], ValueError, "a lazy one"),
-        ("weight", TypeError, "pairs, got 'w'"),
+        ("weight", TypeError, "pairs, got str"),
     ],
 )
 def test_what_is_no_list_of_parameters(parameters: Any, error: Any, text: str) -> None:

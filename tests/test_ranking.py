@@ -173,3 +173,10 @@ def test_nan_is_named_where_it_is_alive_and_ignored_where_it_is_masked():
         rank(weights, {}, groups, ["b", "a"], 1)
     alive = {"a": ~weights["a"].isnan()}
     assert not rank(weights, alive, groups, ["b", "a"], 1)["a"][0, 0]
+
+
+@pytest.mark.parametrize("parameters", [5, "weight", [5], [("weight",)], [(5, "weight")]])
+def test_what_lists_no_parameters_is_refused(parameters):
+    model = mlp()
+    with pytest.raises(TypeError, match=r"expected .*\(module, name\) pair"):
+        ranked_names(model, find_groups(model), parameters)

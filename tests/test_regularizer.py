@@ -414,6 +414,7 @@ def test_a_forgotten_pruner_whose_model_went_too_blocks_nothing():
     pruner_of(model, optimizer=optimizer)
     del optimizer
     gc.collect()
+    assert RegularizedPruner.attached_to(model) is None
     pruner_of(model).remove()
 
 

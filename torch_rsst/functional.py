@@ -15,11 +15,17 @@ from torch.nn.utils import prune
 from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import message
 from torch_rsst.importance import Importance
-from torch_rsst.masked_parameter import Site, check_scores, check_site, install
+from torch_rsst.masked_parameter import (
+    Parameter,
+    Site,
+    check_scores,
+    install,
+    parameter_list,
+    site_of,
+)
 from torch_rsst.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.selection import lowest
 
-Parameter = tuple[nn.Module, str]
 # Methods whose rule is known, so that they need no joined vector; an override is called instead.
 _L1_RULES = (GlobalL1.compute_mask, prune.L1Unstructured.compute_mask)
 
@@ -83,26 +89,9 @@ def global_unstructured(
 
 
 def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
-    if not isinstance(parameters, Iterable):
-        remedy = "Pass a list such as [(model.fc, 'weight')]."
-        raise TypeError(
-            message(
-                "parameters",
-                expected="(module, name) pairs",
-                got=type(parameters).__name__,
-                remedy=remedy,
-            )
-        )
     sites: list[Site] = []
-    for pair in parameters:
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-            remedy = "Pass a list such as [(model.fc, 'weight')]."
-            raise TypeError(
-                message(
-                    "parameters", expected="(module, name) pairs", got=repr(pair), remedy=remedy
-                )
-            )
-        site = check_site(*pair)
+    for pair in parameter_list(parameters):
+        site = site_of(pair)
         if site in sites:
             remedy = "List every parameter once: twice, its entries would be counted twice."
             raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from torch_rsst.errors import listing, message
 from torch_rsst.live_weight import MASK, ORIG, make_live, make_plain, product
+
+Parameter: TypeAlias = tuple[nn.Module, str]
+"""How PyTorch's pruning calls name a parameter."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,33 @@ def check_site(module: object, name: object) -> Site:
             message(subject, expected="a floating dtype", got=parameter.dtype, remedy=remedy)
         )
     return site
+
+
+def parameter_list(parameters: object) -> list[Any]:
+    """What a user lists to be ranked, as a list; any iterable but a string will do.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(parameters, str) or not isinstance(parameters, Iterable):
+        raise TypeError(_not_pairs(type(parameters).__name__))
+    return list(parameters)
+
+
+def site_of(pair: object) -> Site:
+    """The site of a (module, name) pair.
+
+    Raises:
+        TypeError, ValueError: for no such pair, or as :func:`check_site` does.
+    """
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+        raise TypeError(_not_pairs(repr(pair)))
+    return check_site(*pair)
+
+
+def _not_pairs(got: str) -> str:
+    remedy = "Pass a list such as [(model.fc, 'weight')]."
+    return message("parameters", expected="(module, name) pairs", got=got, remedy=remedy)
 
 
 class _Masked(BasePruningMethod):

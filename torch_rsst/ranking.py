@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -11,11 +10,9 @@ from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import listing, message
 from torch_rsst.groups import Groups
 from torch_rsst.importance import remain
-from torch_rsst.masked_parameter import check_site
+from torch_rsst.masked_parameter import Parameter, check_site, parameter_list, site_of
 from torch_rsst.masks import Masks, alive_in, named_sites
 from torch_rsst.selection import lowest
-
-Parameter: TypeAlias = tuple[nn.Module, str]
 
 
 def ranked_names(
@@ -34,14 +31,12 @@ def ranked_names(
     else:
         by_identity = {id(places[0].original): name for name, places in sites.items()}
         names = []
-        for parameter in parameters:
-            name = (
-                parameter
-                if isinstance(parameter, str)
-                else by_identity.get(
-                    id(check_site(*parameter).original), f"{parameter[1]} of another model"
-                )
-            )
+        for parameter in parameter_list(parameters):
+            if isinstance(parameter, str):
+                name = parameter
+            else:
+                site = site_of(parameter)
+                name = by_identity.get(id(site.original), f"{site.name} of another model")
             if name not in sites:
                 remedy = f"It has {listing(sites)}."
                 raise KeyError(

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
 from torch_rsst.errors import RoundWarning, check_keys, message
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.masked_parameter import Parameter
 from torch_rsst.masks import Masks, apply_mask, check_masks, extract_mask, named_weights, unwrap
-from torch_rsst.ranking import Parameter, rank, ranked_names
+from torch_rsst.ranking import rank, ranked_names
 from torch_rsst.regroup import RegroupPlan, decide, refill_from
 from torch_rsst.regularizer import RegularizedPruner, innermost
 from torch_rsst.report import SparsityReport, sparsity_report

@@ -13,8 +13,8 @@ from torch_rsst.budget import Amount, refill_limit
 from torch_rsst.errors import RoundWarning
 from torch_rsst.groups import Group, GroupLayer, Groups
 from torch_rsst.importance import Importance, remain
+from torch_rsst.masked_parameter import Parameter
 from torch_rsst.masks import Masks, named_weights
-from torch_rsst.ranking import Parameter
 from torch_rsst.regroup import RegroupPlan, Scope, Ungrouped
 from torch_rsst.regularizer import GradScale, Mode
 from torch_rsst.round_engine import RegroupAmount, Rewind, Round, Rounds
