@@ -47,7 +47,7 @@ def test_class_name_and_isinstance_stay_and_removal_brings_the_class_back():
     layer = half_masked(nn.Linear(3, 2))
     assert isinstance(layer, nn.Linear)
     assert repr(layer) == repr(nn.Linear(3, 2))
-    torch_rsst.remove_all(layer)
+    torch_rsst.remove_all(layer, freeze_zeros=False)
     assert type(layer) is nn.Linear
     assert "weight" not in vars(layer)
 
@@ -74,7 +74,7 @@ def test_copies_are_independent_and_equal(make, moment):
         if moment == "after backward":
             (out if isinstance(out, torch.Tensor) else out[0]).sum().backward()
     if moment == "removed":
-        torch_rsst.remove_all(module)
+        torch_rsst.remove_all(module, freeze_zeros=False)
     twin = copy.deepcopy(module)
     buffer = io.BytesIO()
     torch.save(module, buffer)

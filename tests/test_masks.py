@@ -259,12 +259,12 @@ def test_remove_all_is_permanent_and_repeatable() -> None:
     identities = [id(p) for p in model.parameters()]
     stock.l1_unstructured(model[0], "weight", 2)
     apply_mask(model, {"2.weight": torch.eye(3, 2)})
-    assert remove_all(model) is model
+    assert remove_all(model, freeze_zeros=False) is model
     assert sorted(id(p) for p in model.parameters()) == sorted(identities)
     assert not torch_rsst.is_pruned(model)
     assert (model[2].weight != 0).int().tolist() == [[1, 0], [0, 1], [0, 0]]
     assert int((model[0].weight == 0).sum()) == 2
-    assert remove_all(model) is model
+    assert remove_all(model, freeze_zeros=False) is model
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_every_number_is_recounted_on_masked_and_on_plain_zeros(seed, share, ref
     apply_mask(model, random_masks(model, seed, share))
     refill = regroup(model, groups, amount=0.5) if refilled else None
     assert_recounted(model, groups, refill)
-    remove_all(model)
+    remove_all(model, freeze_zeros=False)
     assert extract_mask(model) == {}
     assert_recounted(model, groups, refill)
 

@@ -24,39 +24,45 @@ from torch.nn.utils.prune import (
     _validate_pruning_amount_init,
     _validate_pruning_dim,
     _validate_structured_pruning,
-    custom_from_mask,
-    identity,
     is_pruned,
-    l1_unstructured,
-    ln_structured,
-    random_structured,
-    random_unstructured,
-    remove,
 )
 
 from torch_rsst import discovery, importance, schedules
 from torch_rsst._version import __version__
+from torch_rsst.checkpoints import load_dense_state_dict, prepare_from_state_dict
 from torch_rsst.discovery import find_groups
 from torch_rsst.errors import (
     InertPenaltyWarning,
     RoundWarning,
     RSSTWarning,
+    UnfrozenZerosWarning,
     UnsupportedModuleWarning,
 )
+from torch_rsst.freezing import freeze_masked
 from torch_rsst.functional import fillback, global_unstructured, head_structured
 from torch_rsst.groups import Group, GroupLayer, Groups, Member, head_layer
 from torch_rsst.masks import (
     apply_mask,
     extract_mask,
     penalty_mask,
-    prepare_from_state_dict,
-    remove_all,
+    refresh,
 )
 from torch_rsst.methods import Fillback, GlobalL1, HeadRegroup
+from torch_rsst.optimizer_state import convert_optimizer_state
 from torch_rsst.regroup import regroup
 from torch_rsst.regularizer import RegularizedPruner
+from torch_rsst.removal import remove_all
 from torch_rsst.report import LayerReport, SparsityReport, sparsity_report
 from torch_rsst.rounds import RSST, Refill, Round
+from torch_rsst.stock import (
+    custom_from_mask,
+    identity,
+    l1_unstructured,
+    ln_structured,
+    random_structured,
+    random_unstructured,
+    remove,
+)
 
 __all__ = [
     "RSST",
@@ -83,14 +89,17 @@ __all__ = [
     "Round",
     "RoundWarning",
     "SparsityReport",
+    "UnfrozenZerosWarning",
     "UnsupportedModuleWarning",
     "__version__",
     "apply_mask",
+    "convert_optimizer_state",
     "custom_from_mask",
     "discovery",
     "extract_mask",
     "fillback",
     "find_groups",
+    "freeze_masked",
     "global_unstructured",
     "head_layer",
     "head_structured",
@@ -99,10 +108,12 @@ __all__ = [
     "is_pruned",
     "l1_unstructured",
     "ln_structured",
+    "load_dense_state_dict",
     "penalty_mask",
     "prepare_from_state_dict",
     "random_structured",
     "random_unstructured",
+    "refresh",
     "regroup",
     "remove",
     "remove_all",

@@ -18,6 +18,10 @@ class RoundWarning(RSSTWarning):
     """The rounds were driven in a way that will not give what was asked for."""
 
 
+class UnfrozenZerosWarning(RSSTWarning):
+    """Masks were removed, and nothing holds their zeros under further training."""
+
+
 class UnsupportedModuleWarning(RSSTWarning):
     """A module looks prunable, but its units cannot be removed exactly."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,19 +9,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.optim import Optimizer
 
 from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import message
+from torch_rsst.freezing import freeze_latents
 from torch_rsst.importance import Importance
 from torch_rsst.masked_parameter import (
     Parameter,
     Site,
     check_scores,
+    check_site,
     install,
     parameter_list,
     site_of,
 )
 from torch_rsst.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
+from torch_rsst.optimizer_state import reset_moments as reset_entries
+from torch_rsst.regularizer import innermost
+from torch_rsst.replicas import agreed
 from torch_rsst.selection import lowest
 
 # Methods whose rule is known, so that they need no joined vector; an override is called instead.
@@ -56,8 +60,8 @@ def global_unstructured(
         parameters: (module, name) pairs, each once. Any iterable.
         pruning_method: :class:`GlobalL1`, or any class with ``PRUNING_TYPE = "unstructured"``.
         importance_scores: (module, name) → scores of the parameter's shape, used in its place.
-        process_group: for replicas of one model on several ranks: after ranking, all ranks must
-            have chosen the same entries.
+        process_group: for replicas of one model on several ranks: all ranks must choose the same
+            entries, or all raise.
         **kwargs: the arguments of ``pruning_method``, such as ``amount``: an int counts entries, a
             float is the fraction of what is still alive.
 
@@ -65,10 +69,24 @@ def global_unstructured(
         TypeError: for parameters that are no pairs, or a method of another ``PRUNING_TYPE``.
         ValueError: for an empty list, a parameter listed twice, scores of another shape, NaN in
             the score of an alive entry, or an amount out of range.
-        RuntimeError: if the ranks of ``process_group`` disagree; on every rank.
+        RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
     """
-    sites = _distinct_sites(parameters)
-    method: Any = pruning_method(**kwargs)  # stock methods carry no types
+    sites, masks = agreed(
+        process_group,
+        lambda: _choose(_distinct_sites(parameters), pruning_method, importance_scores, kwargs),
+        lambda chosen: ((str(i), mask) for i, mask in enumerate(chosen[1])),
+    )
+    install(list(zip(sites, masks, strict=True)))
+
+
+def _choose(
+    sites: list[Site],
+    pruning_method: type[prune.BasePruningMethod],
+    importance_scores: Mapping[Parameter, Tensor] | None,
+    arguments: Mapping[str, Any],
+) -> tuple[list[Site], list[Tensor]]:
+    """The sites and their new masks; nothing is touched."""
+    method: Any = pruning_method(**arguments)  # stock methods carry no types
     kind = getattr(method, "PRUNING_TYPE", None)
     if kind != "unstructured":
         raise TypeError(
@@ -82,10 +100,8 @@ def global_unstructured(
     unique = list({id(site.original): site for site in sites}.values())
     scores = [_scores_of(site, importance_scores) for site in unique]
     masks = _rank(method, unique, scores)
-    if process_group is not None:
-        _check_replicas(masks, process_group)
     mask_of = {id(site.original): mask for site, mask in zip(unique, masks, strict=True)}
-    install([(site, mask_of[id(site.original)]) for site in sites])
+    return sites, [mask_of[id(site.original)] for site in sites]
 
 
 def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
@@ -149,26 +165,6 @@ def _rank_joined(method: Any, sites: list[Site], scores: list[Tensor]) -> list[T
     return [part.reshape(site.original.shape) for part, site in zip(parts, sites, strict=True)]
 
 
-def _check_replicas(masks: list[Tensor], process_group: dist.ProcessGroup) -> None:
-    """Raise on every rank where the ranks chose different entries."""
-    digest = hashlib.sha256()
-    for mask in masks:
-        flat = mask.cpu().contiguous()
-        digest.update(ctypes.string_at(flat.data_ptr(), flat.numel()))
-    gathered: list[str | None] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(gathered, digest.hexdigest(), group=process_group)
-    if len(set(gathered)) > 1:
-        odd = [rank for rank, other in enumerate(gathered) if other != gathered[0]]
-        raise RuntimeError(
-            message(
-                "process_group",
-                expected="the same mask on every rank",
-                got=f"another one on rank(s) {odd} than on rank 0",
-                remedy="Broadcast parameters and buffers from one rank before pruning.",
-            )
-        )
-
-
 def head_structured(
     module: nn.Module,
     name: str,
@@ -217,6 +213,8 @@ def fillback(
     *,
     policy: FillbackPolicy = "latent",
     snapshot: Mapping[str, Tensor] | None = None,
+    freeze_masked: bool = False,
+    reset_moments: Optimizer | None = None,
 ) -> nn.Module:
     """Give the highest-scored masked entries of a parameter back, in place; take nothing.
 
@@ -235,14 +233,27 @@ def fillback(
         policy: the value that returns: ``"latent"`` is what ``weight_orig`` holds, ``"snapshot"``
             what ``snapshot`` holds, ``"zero"`` zero.
         snapshot: a state dict of the module, for ``policy="snapshot"``.
+        freeze_masked: hold what stays masked from now on, see :func:`freeze_masked`: a latent that
+            nobody froze has drifted under momentum and weight decay.
+        reset_moments: an optimizer whose momentum and running averages of the returned entries
+            start again at 0. By default they are kept: entries go on with what the optimizer
+            remembers of them.
 
     Returns:
         the module that was given.
 
     Raises:
+        TypeError: for anything but a torch optimizer in ``reset_moments``.
         ValueError: for a dense parameter, a rate out of range, a NaN score or a missing snapshot.
     """
+    optimizer = None if reset_moments is None else innermost(reset_moments)
+    site = check_site(module, name)
+    masked = None if site.alive is None else ~site.alive
     Fillback.apply(
         module, name, rate, importance_scores=importance_scores, policy=policy, snapshot=snapshot
     )
+    if optimizer is not None and masked is not None and site.alive is not None:
+        reset_entries(optimizer, site.original, masked & site.alive)
+    if freeze_masked:
+        freeze_latents([site])
     return module

@@ -217,7 +217,7 @@ def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
 
 
 def check_groups(weights: Mapping[str, Tensor], groups: Groups) -> None:
-    """Raise unless every member of the groups is a parameter of fitting size."""
+    """Raise unless every member of the groups is a parameter of fitting size that has values."""
     for layer in groups.layers:
         if not layer.ranked:
             remedy = "Mark at least one member as ranked."
@@ -237,6 +237,9 @@ def check_groups(weights: Mapping[str, Tensor], groups: Groups) -> None:
                         remedy=remedy,
                     )
                 )
+            if weight.is_meta:
+                got, remedy = "a parameter on the meta device", "Materialize the model first."
+                raise ValueError(message(subject, expected="values", got=got, remedy=remedy))
             size = member.unit_of.numel()
             if member.dim >= weight.ndim or weight.shape[member.dim] != size:
                 expected = f"size {size} along dim {member.dim}"

@@ -20,6 +20,8 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch_rsst.errors import listing, message
 from torch_rsst.live_weight import MASK, ORIG, make_live, make_plain, product
 
+MASKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 Parameter: TypeAlias = tuple[nn.Module, str]
 """How PyTorch's pruning calls name a parameter."""
 
@@ -105,11 +107,10 @@ def check_site(module: object, name: object) -> Site:
         raise ValueError(
             message(subject, expected="an initialized parameter", got="a lazy one", remedy=remedy)
         )
-    if not parameter.is_floating_point():
-        remedy = "Only floating-point weights can be pruned."
-        raise ValueError(
-            message(subject, expected="a floating dtype", got=parameter.dtype, remedy=remedy)
-        )
+    if parameter.dtype not in MASKABLE:
+        expected = f"one of {', '.join(map(str, MASKABLE))}"
+        remedy = "Cast it first, or leave it out: only such weights can be pruned."
+        raise ValueError(message(subject, expected=expected, got=parameter.dtype, remedy=remedy))
     return site
 
 
@@ -207,6 +208,14 @@ class MaskContainer(_Masked, PruningContainer):
     """Stock methods that came first and ours, as PyTorch composes them."""
 
 
+def check_has_values(site: Site) -> None:
+    """Raise a ValueError for a parameter on the meta device: it can be masked, but not ranked."""
+    if site.original.is_meta:
+        remedy = "Materialize the model first: load_state_dict(…, assign=True), or to_empty."
+        got = "a parameter on the meta device"
+        raise ValueError(message(f"parameter {site}", expected="values", got=got, remedy=remedy))
+
+
 def check_scores(site: Site, scores: Tensor | None) -> Tensor:
     """What a site is ranked by: ``weight_orig``, or the scores that were given.
 
@@ -215,6 +224,7 @@ def check_scores(site: Site, scores: Tensor | None) -> Tensor:
         ValueError: for another shape than the parameter's.
     """
     if scores is None:
+        check_has_values(site)
         return site.original.detach()
     subject = f"importance_scores for {site}"
     remedy = "Give every entry of the parameter one score."
@@ -298,30 +308,62 @@ def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
     ordered.update(items)
 
 
-def restore(site: Site) -> None:
-    """Make a site's pruning permanent and delete its hook, ours or stock."""
-    found = find_hook(site)
-    make_permanent(site)
-    if found is not None:
-        del site.module._forward_pre_hooks[found[0]]
+def restore(sites: Sequence[Site]) -> None:
+    """Make the pruning of masked sites permanent and delete their hooks, ours or stock; all or none."""
+    masks = [(site.original, site.mask) for site in sites]
+    with rolled_back_on_failure(sites):
+        for site in sites:
+            found = find_hook(site)
+            _make_plain(site)
+            if found is not None:
+                del site.module._forward_pre_hooks[found[0]]
+    # Last: until here the latent values under the masks could have come back.
+    for original, mask in masks:
+        _zero_where_masked(original, mask)
 
 
 def make_permanent(site: Site) -> None:
     """Undo the reparametrization in place: the parameter keeps its identity, place and gradient."""
-    mask, original = site.mask, site.original
+    original, mask = site.original, site.mask
+    _make_plain(site)
+    _zero_where_masked(original, mask)
+
+
+def _zero_where_masked(original: nn.Parameter, mask: Tensor | None) -> None:
     assert mask is not None, "only masked sites are made permanent"
     with torch.no_grad():
         original.masked_fill_(mask == 0, 0.0)
-    make_plain(site.module, site.name)
-    site.module.__dict__.pop(site.name, None)
-    del site.module._buffers[site.name + MASK]
-    order = list(site.module._parameters)
-    del site.module._parameters[site.name + ORIG]
-    # Through setattr, which recurrent layers listen to; then back to its place.
-    setattr(site.module, site.name, original)
-    place = order.index(site.name + ORIG)
-    for key in order[place + 1 :]:
-        site.module._parameters[key] = site.module._parameters.pop(key)
+
+
+def _make_plain(site: Site) -> None:
+    """The parameter under its dense name, at its place; no mask, no property, no stored product."""
+    module, original = site.module, site.original
+    make_plain(module, site.name)
+    module.__dict__.pop(site.name, None)
+    del module._buffers[site.name + MASK]
+    with place_kept(site):
+        del module._parameters[site.name + ORIG]
+        # Through setattr, which recurrent layers listen to.
+        setattr(module, site.name, original)
+
+
+@contextmanager
+def place_kept(site: Site) -> Iterator[None]:
+    """Put the parameter back to its place in the module, whatever name the block gives it."""
+    registry = site.module._parameters
+
+    def key() -> str | None:
+        return next((k for k in (site.name + ORIG, site.name) if k in registry), None)
+
+    old = key()
+    order = list(registry)
+    yield
+    new = key()
+    if old is None or new is None or list(registry)[order.index(old)] == new:
+        return
+    # In place: hooks, optimizers and parametrizations may hold the registry itself.
+    for other in [new, *order[order.index(old) + 1 :]]:
+        registry[other] = registry.pop(other)
 
 
 @contextmanager

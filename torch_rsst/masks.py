@@ -14,10 +14,11 @@ from torch_rsst.masked_parameter import (
     Site,
     check_site,
     dense_name,
+    find_hook,
     install,
     masked_sites,
-    restore,
 )
+from torch_rsst.replicas import agreed, replica_group
 
 Masks: TypeAlias = dict[str, Tensor]
 
@@ -207,14 +208,27 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
     Either all masks are set or, after an error, none.
 
     Args:
-        model: the model, wrapped or not.
+        model: the model, wrapped or not. In a ``DistributedDataParallel`` it is a collective call:
+            all ranks must pass the same masks, or all raise.
         masks: dense parameter name → tensor of zeros and ones, of the parameter's shape.
         strict: also require that every parameter that is masked now is named.
 
     Raises:
         KeyError: for a name that the model does not have, or, if strict, lacks in ``masks``.
         ValueError: for a mask of another shape or with values other than 0 and 1.
+        RuntimeError: where the ranks of a ``DistributedDataParallel`` pass different masks.
     """
+    work = agreed(
+        replica_group(model),
+        lambda: _sites_to_mask(model, masks, strict=strict),
+        lambda work: ((str(i), mask) for i, (_, mask) in enumerate(work)),
+    )
+    install(work)
+
+
+def _sites_to_mask(
+    model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool
+) -> list[tuple[Site, Tensor]]:
     sites = named_sites(model)
     chosen = list(as_masks(masks).items())
     resolved = {name: _resolve(name, sites) for name, _ in chosen}
@@ -234,7 +248,7 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
             check_site(site.module, site.name)
             _check_shape(name, mask, site)
             work.append((site, mask))
-    install(work)
+    return work
 
 
 def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
@@ -344,42 +358,23 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> M
     return checked
 
 
-def remove_all(model: nn.Module) -> nn.Module:
-    """Make all pruning permanent, in place: plain parameters, zero where they were masked.
+def refresh(model: nn.Module) -> nn.Module:
+    """Renew every stored product of weight and mask, in place, without a forward pass.
 
     Example:
-        >>> layer = torch.nn.Linear(2, 1)
-        >>> torch_rsst.apply_mask(layer, {"weight": torch.tensor([[True, False]])})
-        >>> _ = torch_rsst.remove_all(layer)
-        >>> [name for name, _ in layer.named_parameters()]
-        ['weight', 'bias']
+        >>> recurrent = torch.nn.LSTM(2, 3)
+        >>> torch_rsst.apply_mask(recurrent, {"weight_hh_l0": torch.zeros(12, 3)})
+        >>> _ = recurrent.load_state_dict({k: v + 1 for k, v in recurrent.state_dict().items()})
+        >>> _ = torch_rsst.refresh(recurrent)
 
-    Whatever pruned a parameter, ours or stock, ``name_orig`` becomes ``name`` again (the same
-    object, its gradient and place kept) and ``name_mask`` and the hook go. Calling it again does
-    nothing. Zeros come back to life if you train on: a plain parameter has no mask.
+    A mask of this library needs it nowhere: ``weight`` is computed when it is read. It serves code
+    that reads, before the next forward pass, the list of weights that a recurrent layer keeps, or
+    the ``weight`` that ``torch.nn.utils.prune`` has stored.
 
     Returns:
         the model that was given.
     """
     for site in masked_sites(unwrap(model).modules()):
-        restore(site)
-    return model
-
-
-def prepare_from_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """Give a dense model the masks of a state dict, so that ``load_state_dict(strict=True)`` works.
-
-    Example:
-        >>> pruned, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-        >>> torch_rsst.apply_mask(pruned, {"weight": torch.tensor([[True, False]])})
-        >>> _ = torch_rsst.prepare_from_state_dict(fresh, pruned.state_dict())
-        >>> fresh.load_state_dict(pruned.state_dict())
-        <All keys matched successfully>
-
-    Changes the model as :func:`apply_mask` does, and raises as it does.
-
-    Returns:
-        the model that was given.
-    """
-    apply_mask(model, extract_mask(state_dict))
+        if found := find_hook(site):
+            found[1](site.module, ())
     return model

@@ -10,7 +10,7 @@ from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import listing, message
 from torch_rsst.groups import Groups
 from torch_rsst.importance import remain
-from torch_rsst.masked_parameter import Parameter, check_site, parameter_list, site_of
+from torch_rsst.masked_parameter import Parameter, check_has_values, check_site, parameter_list, site_of
 from torch_rsst.masks import Masks, alive_in, named_sites
 from torch_rsst.selection import lowest
 
@@ -57,7 +57,7 @@ def ranked_names(
         remedy = "Pass the result of find_groups(model), or parameters."
         raise ValueError(message("groups", expected="at least one", got="none", remedy=remedy))
     for name in names:
-        check_site(sites[name][0].module, sites[name][0].name)
+        check_has_values(check_site(sites[name][0].module, sites[name][0].name))
     return names
 
 

@@ -13,15 +13,19 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
 from torch_rsst.errors import RoundWarning, check_keys, message
+from torch_rsst.freezing import freeze_masked
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.masked_parameter import Parameter
 from torch_rsst.masks import Masks, apply_mask, check_masks, extract_mask, named_weights, unwrap
+from torch_rsst.optimizer_state import reset_returned
 from torch_rsst.ranking import rank, ranked_names
 from torch_rsst.regroup import RegroupPlan, decide, refill_from
 from torch_rsst.regularizer import RegularizedPruner, innermost
+from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.report import SparsityReport, sparsity_report
 from torch_rsst.rewind import Snapshot
 from torch_rsst.unit_selection import ScopeBudget
@@ -86,9 +90,16 @@ class Rounds(ABC):
         train_first: bool,
         parameters: Iterable[Parameter | str] | None,
         penalty: Mapping[str, Any],
+        freeze_masked: bool = False,
+        reset_moments: bool = False,
     ) -> None:
         check_count(steps_per_round, "steps_per_round", at_least=1)
         check_count(rounds, "rounds", at_least=1)
+        if reset_moments and optimizer is None:
+            remedy = "Pass the optimizer to Refill, or reset_moments=False."
+            raise ValueError(
+                message("reset_moments", expected="an optimizer", got="none", remedy=remedy)
+            )
         check_amount(amount)
         if regroup_amount is None:
             if plan.ungrouped == "element":
@@ -105,6 +116,9 @@ class Rounds(ABC):
         self._snapshot = Snapshot.of(model, rewind)
         self._optimizer = None if optimizer is None else innermost(optimizer)
         self._penalty = dict(penalty)
+        self._replicas = replica_group(model)
+        self.freeze_masked, self.reset_moments = freeze_masked, reset_moments
+        self._frozen: RemovableHandle | None = None
         self.steps_per_round, self.rounds = int(steps_per_round), int(rounds)
         self.amount = plain_amount(amount)
         self.regroup_amount = (
@@ -149,7 +163,14 @@ class Rounds(ABC):
         if self._next_index >= self.rounds or self._finalized:
             raise StopIteration
         index = self._next_index
-        current, refill, budgets = self._choose(index)
+        current, refill, budgets = agreed(
+            self._replicas,
+            lambda: self._choose(index),
+            lambda chosen: [
+                *chosen[0].items(),
+                *((f"refill {n}", m) for n, m in chosen[1].items()),
+            ],
+        )
         opened = self._open(index, current, refill, budgets, rewind=index >= 0)
         self._next_index = index + 1
         return opened
@@ -174,7 +195,7 @@ class Rounds(ABC):
                 message("finalize", expected="a round", got="none yet", remedy=remedy)
             )
         self._close()
-        apply_mask(self._model, self._final_mask(self._last.current_mask, self._last.refill_mask))
+        self._mask(self._final_mask(self._last.current_mask, self._last.refill_mask))
         self._finalized = True
 
     def report(self) -> SparsityReport:
@@ -220,7 +241,7 @@ class Rounds(ABC):
             **self._penalty,
         )
         try:
-            apply_mask(self._model, self._training_mask(current, refill))
+            self._mask(self._training_mask(current, refill))
         except BaseException:
             pruner.detach()
             raise
@@ -337,7 +358,18 @@ class Rounds(ABC):
         opened.pruner.detach()
         self._round = None
         if finalized:
-            apply_mask(self._model, self._final_mask(current, refill))
+            self._mask(self._final_mask(current, refill))
+
+    def _mask(self, masks: Masks) -> None:
+        """Apply masks, freeze what they mask, let returning weights start without a memory."""
+        before = extract_mask(self._model) if self.reset_moments else {}
+        apply_mask(self._model, masks)
+        if self._optimizer is not None:
+            reset_returned([self._optimizer], self._model, before)
+        if self.freeze_masked:
+            if self._frozen is not None:
+                self._frozen.remove()
+            self._frozen = freeze_masked(self._model)
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for a state to fit: plain values, callables by their name."""

@@ -66,6 +66,8 @@ class RSST(Rounds):
         min_keep: units per layer that stay whatever the budget.
         round_to: raise the kept units of each layer to a multiple of this.
         ungrouped: see :func:`regroup`.
+        freeze_masked: hold masked latents as they are, see :func:`freeze_masked`; otherwise they
+            drift under momentum and weight decay, which shows when they come back.
         schedule: of the penalty, see :class:`RegularizedPruner`; as are the arguments that follow.
         strength: λ at the end of a round.
         mode: ``"auto"``, ``"coupled"`` or ``"decoupled"``.
@@ -97,6 +99,7 @@ class RSST(Rounds):
         min_keep: int = 1,
         round_to: int | None = None,
         ungrouped: Ungrouped = "keep",
+        freeze_masked: bool = False,
         schedule: str | Schedule = "exp_custom_exponents",
         strength: float = 0.5,
         mode: Mode = "auto",
@@ -117,6 +120,7 @@ class RSST(Rounds):
             rewind=rewind,
             train_first=train_first,
             parameters=parameters,
+            freeze_masked=freeze_masked,
             penalty={
                 "schedule": resolve_schedule(schedule, strength),
                 "mode": mode,
@@ -196,6 +200,8 @@ class Refill(Rounds):
             the units then settle at f / (1 − (1 − amount)(1 − f)), 36 % at 0.2 and 0.1.
         regroup_amount: fraction of all units that goes, a callable round index → fraction, or None
             to keep as many as the density after ranking says.
+        reset_moments: entries that come back start with momentum and running averages of 0 in the
+            ``optimizer``; by default they go on with what it remembers of them.
 
     The other arguments are those of :class:`RSST`.
 
@@ -222,6 +228,8 @@ class Refill(Rounds):
         min_keep: int = 1,
         round_to: int | None = None,
         ungrouped: Ungrouped = "keep",
+        freeze_masked: bool = False,
+        reset_moments: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -235,6 +243,8 @@ class Refill(Rounds):
             rewind=rewind,
             train_first=train_first,
             parameters=parameters,
+            freeze_masked=freeze_masked,
+            reset_moments=reset_moments,
             penalty={},
         )
         self._warn_about_limit()

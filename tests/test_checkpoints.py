@@ -1,0 +1,175 @@
+"""State dicts between dense and masked models: nothing is guessed, nothing half loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import linear, mlp, same, tokens
+from torch import nn
+
+import torch_rsst
+
+Fingerprint = Callable[[nn.Module], list[Any]]
+KEEP = {"0.weight": torch.eye(8, 4).bool(), "2.bias": torch.tensor([True, False])}
+
+
+def pruned(seed: int = 7) -> nn.Sequential:
+    model = mlp(seed=seed)
+    torch_rsst.apply_mask(model, KEEP)
+    return model
+
+
+def test_a_fresh_model_is_rebuilt_strictly() -> None:
+    old, new = pruned(), mlp(seed=3)
+    torch_rsst.prepare_from_state_dict(new, old.state_dict())
+    new.load_state_dict(old.state_dict(), strict=True)
+    assert same(new(tokens(0, 5, 4)), old(tokens(0, 5, 4)))
+
+
+def test_dense_weights_for_a_masked_parameter_need_a_choice(fingerprint: Fingerprint) -> None:
+    model, state = pruned(), mlp().state_dict()
+    before = fingerprint(model)
+    with pytest.raises(
+        ValueError, match=r"got dense weights for '0.weight', '2.bias'. Call load_dense"
+    ):
+        torch_rsst.prepare_from_state_dict(model, state)
+    assert fingerprint(model) == before
+
+
+def test_keeping_the_masks() -> None:
+    model, dense = pruned(), mlp(seed=1)
+    assert torch_rsst.load_dense_state_dict(model, dense.state_dict(), mask="keep") is model
+    assert torch.equal(torch_rsst.extract_mask(model)["0.weight"], KEEP["0.weight"])
+    assert same(model[0].weight_orig, dense[0].weight)
+    assert same(model[0].weight, dense[0].weight * KEEP["0.weight"])
+    assert same(model[2].weight, dense[2].weight)
+    assert model[2].bias.tolist()[1] == 0.0
+
+
+def test_masking_the_zeros() -> None:
+    saved = torch_rsst.remove_all(pruned(seed=2), freeze_zeros=False).state_dict()
+    saved["0.weight"][0, 0] = 0.0
+    saved["2.weight"][0, 0] = 0.0  # of a parameter that has no mask
+    model = pruned()
+    torch_rsst.load_dense_state_dict(model, saved, mask="zeros")
+    masks = torch_rsst.extract_mask(model)
+    expected = KEEP["0.weight"].clone()
+    expected[0, 0] = False
+    assert masks.keys() == KEEP.keys()
+    assert torch.equal(masks["0.weight"], expected)
+    assert same(model[0].weight, saved["0.weight"])
+
+
+def test_removing_the_masks() -> None:
+    model, dense = pruned(), mlp(seed=1)
+    torch_rsst.load_dense_state_dict(model, dense.state_dict(), mask="remove")
+    assert not torch_rsst.is_pruned(model)
+    assert all(same(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mask", ["keep", "zeros", "remove"])
+def test_wrappers_tied_weights_and_buffers(mask: str) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.second = linear(4, 4), nn.BatchNorm1d(4), linear(4, 4)
+            self.second.weight = self.first.weight
+
+    model, dense = Tied(), Tied()
+    torch_rsst.apply_mask(model, {"first.weight": torch.eye(4)})
+    with torch.no_grad():
+        dense.first.weight.fill_(2.0)
+        dense.norm.running_mean.fill_(3.0)
+    state = {f"module.{key}": value for key, value in dense.state_dict().items()}
+    torch_rsst.load_dense_state_dict(nn.DataParallel(model), state, mask=mask)  # type: ignore[arg-type]
+    assert model.norm.running_mean.tolist() == [3.0] * 4
+    assert model.second.weight.tolist() == model.first.weight.tolist()
+    expected = {
+        "keep": torch.eye(4) * 2,
+        "zeros": torch.full((4, 4), 2.0),
+        "remove": torch.full((4, 4), 2.0),
+    }
+    assert torch.equal(model.first.weight, expected[mask])
+
+
+def _without(key: str) -> dict[str, Any]:
+    return {k: v for k, v in mlp().state_dict().items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("state", "mask", "error", "text"),
+    [
+        (
+            mlp().state_dict(),
+            "kept",
+            ValueError,
+            "mask: expected one of 'keep', 'zeros', 'remove', got",
+        ),
+        (
+            _without("0.bias"),
+            "keep",
+            KeyError,
+            "the model's keys, got none of '0.bias'. Pass the full",
+        ),
+        (
+            {**_without("0.bias"), "x": torch.ones(1)},
+            "remove",
+            KeyError,
+            "the model's keys, got none of '0.bias' and unknown 'x'. Pass",
+        ),
+        (
+            {**mlp().state_dict(), "0.weight": torch.ones(4, 8)},
+            "remove",
+            ValueError,
+            r"state_dict: '0.weight': expected torch.Size\(\[8, 4\]\), got torch.Size\(\[4, 8\]\)",
+        ),
+        ({**mlp().state_dict(), "0.weight": None}, "keep", ValueError, r"got NoneType"),
+        (
+            pruned().state_dict(),
+            "keep",
+            ValueError,
+            "a dense one, got one with masks of its own. Call",
+        ),
+        (3, "keep", TypeError, "state_dict: expected a dict, got int"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(
+    state: Any, mask: Any, error: type[Exception], text: str, fingerprint: Fingerprint
+) -> None:
+    model = pruned()
+    before = fingerprint(model)
+    with pytest.raises(error, match=text):
+        torch_rsst.load_dense_state_dict(model, copy.copy(state), mask=mask)
+    assert fingerprint(model) == before
+
+
+def test_refresh_renews_what_stock_hooks_have_stored() -> None:
+    from torch.nn.utils import prune as stock
+
+    layer = linear()
+    stock.l1_unstructured(layer, "weight", amount=1)
+    layer.load_state_dict({key: value * 2 for key, value in layer.state_dict().items()})
+    stale = layer.weight.detach().clone()
+    assert torch_rsst.refresh(layer) is layer
+    assert same(layer.weight, layer.weight_orig * layer.weight_mask)
+    assert not same(layer.weight, stale)
+
+
+def test_refresh_renews_the_list_that_recurrent_layers_keep() -> None:
+    recurrent = nn.LSTM(2, 3)
+    torch_rsst.apply_mask(recurrent, {"weight_hh_l0": torch.zeros(12, 3)})
+    with torch.no_grad():
+        recurrent.weight_hh_l0_mask.fill_(1.0)
+    torch_rsst.refresh(recurrent)
+    assert same(recurrent._flat_weights[1], recurrent.weight_hh_l0_orig)
+
+
+def test_refresh_of_a_dense_model_does_nothing(fingerprint: Fingerprint) -> None:
+    model = mlp()
+    before = fingerprint(model)
+    assert torch_rsst.refresh(model) is model
+    assert fingerprint(model) == before

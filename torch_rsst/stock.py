@@ -1,0 +1,46 @@
+"""PyTorch's own pruning functions, made safe: the same call and result, without their known faults.
+
+Around each stock function: the parameter keeps its place, so that optimizer state stays with it; the
+masked ``weight`` is live, so that it is never stale and can be copied; a call that fails changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.utils import prune
+
+from torch_rsst.live_weight import make_live, make_plain
+from torch_rsst.masked_parameter import Site, place_kept, rolled_back_on_failure
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _safe(function: F) -> F:
+    """A stock function ``f(module, name, …)`` that keeps place and product, and is all or nothing."""
+
+    @functools.wraps(function)
+    def safe(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(module, nn.Module):  # PyTorch's own error
+            return function(module, name, *args, **kwargs)
+        site = Site(module, name)
+        with rolled_back_on_failure([site]), place_kept(site):
+            result = function(module, name, *args, **kwargs)
+            (make_live if site.is_masked else make_plain)(module, name)
+        return result
+
+    safe.__module__ = __name__  # pickled by reference to this one
+    return safe  # type: ignore[return-value] # functools.wraps keeps the signature
+
+
+identity = _safe(prune.identity)
+random_unstructured = _safe(prune.random_unstructured)
+l1_unstructured = _safe(prune.l1_unstructured)
+random_structured = _safe(prune.random_structured)
+ln_structured = _safe(prune.ln_structured)
+custom_from_mask = _safe(prune.custom_from_mask)
+remove = _safe(prune.remove)
