@@ -217,6 +217,41 @@ def test_broken_checkpoint_is_a_clear_error(tmp_path, content):
         run(replace(quick_config(tmp_path / "run"), resume=True))
 
 
+class _Attack:
+    """Unpickling it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    from torch_rsst.recipes.training import Interrupted
+
+    with pytest.raises(Interrupted):
+        run(quick_config(tmp_path / "run"), stop_after=2)
+    torch.save({"step": _Attack(tmp_path / "owned")}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected the checkpoint of this run"):
+        run(replace(quick_config(tmp_path / "run"), resume=True))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_run_folder_cannot_lead_out_of_itself(tmp_path):
+    from torch_rsst.recipes.training import Interrupted
+
+    with pytest.raises(Interrupted):
+        run(quick_config(tmp_path / "run"), stop_after=2)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "pictures").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"pictures: expected files of its own, got a link to .*elsewhere"
+    ):
+        run(replace(quick_config(tmp_path / "run"), resume=True))
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_failing_write_leaves_the_old_file(tmp_path):
     from torch_rsst.recipes.run_folder import write_atomically
 

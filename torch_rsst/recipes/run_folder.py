@@ -137,7 +137,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: where it holds none.
-            ValueError: where they cannot be read.
+            ValueError: where they cannot be read, or where the folder links to another place.
         """
         if not self.config.is_file():
             remedy = "Check the folder's name."
@@ -149,7 +149,18 @@ class RunFolder:
                     remedy=remedy,
                 )
             )
+        self._check_links()
         return RunConfig.from_yaml(self.config.read_text(errors="replace"), self.config)
+
+    def _check_links(self) -> None:
+        """A folder from a stranger must not make a run write elsewhere."""
+        inside = self.path.resolve()
+        for entry in self.path.iterdir():
+            if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
+                expected, got = "files of its own", f"a link to {entry.resolve()}"
+                raise ValueError(
+                    message(str(entry), expected=expected, got=got, remedy="Delete the link.")
+                )
 
     def _occupied(self) -> str:
         if not self.config.is_file():

@@ -1,0 +1,166 @@
+"""Tensors of which every rank holds a part: the local part, where it lies in the whole, sums over ranks.
+
+``DTensor`` is known here only: what lies above works on local parts, whose counts and scores are
+added up over the ranks. A plain tensor is its own and only part.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torch_rsst.errors import message
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether each rank holds a part (or a replica) of it."""
+    # Nobody can have made one before the module was imported; importing it takes long.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this rank holds, sharing memory; a plain tensor as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Any = tensor.to_local()  # type: ignore[attr-defined] # DTensor is
+        return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]
+
+
+def sharded_like(part: Tensor, whole: Tensor) -> Tensor:
+    """Local parts of all ranks as one tensor, distributed as ``whole`` is."""
+    if not is_sharded(whole):
+        return part
+    placed: Any = whole
+    made: Tensor = type(placed).from_local(
+        part,
+        placed.device_mesh,
+        placed.placements,
+        run_check=False,
+        shape=placed.shape,
+        stride=placed.stride(),
+    )
+    return made
+
+
+def part_of(full: Tensor, whole: Tensor) -> Tensor:
+    """What of a full tensor, the same on all ranks, belongs to this rank's part of ``whole``."""
+    if is_sharded(full):
+        return local(full)
+    layout = Layout.of(whole)
+    if layout is None:
+        return full
+    for dim, (start, size) in enumerate(zip(layout.start, layout.size, strict=True)):
+        full = full.narrow(dim, start, size)
+    return full
+
+
+def gathered(flags: Tensor) -> Tensor:
+    """A whole bool tensor of which each rank holds a part. Communicates a byte per entry."""
+    whole: Any = sharded_like(local(flags).to(torch.uint8), flags)
+    full: Tensor = whole.full_tensor()
+    return full != 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a local part lies in the whole.
+
+    Attributes:
+        shape: of the whole.
+        start, size: of the part, per dimension.
+        counts: whether this rank is the one that counts the part; replicas are counted once.
+    """
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    counts: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout | None:
+        """The layout of a sharded tensor, None for a plain one."""
+        if not is_sharded(tensor):
+            return None
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        placed: Any = tensor
+        mesh, placements = placed.device_mesh, placed.placements
+        if any(placement.is_partial() for placement in placements):
+            remedy = "Redistribute it first."
+            raise ValueError(
+                message(
+                    "parameter", expected="shards or replicas", got="a partial sum", remedy=remedy
+                )
+            )
+        size, start = compute_local_shape_and_global_offset(placed.shape, mesh, placements)
+        replicas = [mesh.get_local_rank(d) for d, p in enumerate(placements) if p.is_replicate()]
+        return cls(tuple(placed.shape), tuple(start), tuple(size), not any(replicas))
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """What a step along each dimension adds to the flat index in the whole."""
+        strides = [1]
+        for length in reversed(self.shape[1:]):
+            strides.append(strides[-1] * length)
+        return tuple(reversed(strides))
+
+    def place(self, index: Any) -> Any:
+        """The flat index in the whole of a flat index (int or tensor) in the part."""
+        place = 0
+        for stride, start, size in zip(
+            reversed(self.strides), reversed(self.start), reversed(self.size), strict=True
+        ):
+            place = place + (index % size + start) * stride
+            index = index // size
+        return place
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share tensors; a single process where ``mesh`` is None."""
+
+    mesh: Any = None
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Ranks:
+        """The ranks that share these tensors.
+
+        Raises:
+            ValueError: for tensors of different device meshes.
+        """
+        meshes: list[Any] = []
+        for tensor in tensors:
+            mesh = getattr(tensor, "device_mesh", None) if is_sharded(tensor) else None
+            if mesh is not None and mesh not in meshes:
+                meshes.append(mesh)
+        if len(meshes) > 1:
+            remedy = "Rank the parameters of each mesh in a call of its own."
+            raise ValueError(
+                message("parameters", expected="one device mesh", got=f"{meshes}", remedy=remedy)
+            )
+        return cls(meshes[0] if meshes else None)
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks; all must call it in the same order."""
+        if self.mesh is None:
+            return values
+        total = values.to(self.mesh.device_type, copy=True).contiguous()
+        for dim in range(self.mesh.ndim):
+            dist.all_reduce(total, group=self.mesh.get_group(dim))
+        return total.to(values.device)
+
+    def counts(self, tensor: Tensor) -> bool:
+        """Whether this rank counts its part; replicas, as plain tensors are, count once."""
+        if self.mesh is None:
+            return True
+        layout = Layout.of(tensor)
+        return layout.counts if layout is not None else not any(self.mesh.get_coordinate())
