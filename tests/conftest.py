@@ -25,6 +25,29 @@ settings.register_profile("explore", max_examples=1000, print_blob=True, **_comm
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "moderate"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--multipliers", action="store_true", help="list the penalty's measured multipliers"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not config.getoption("--multipliers"):
+        return
+    table: dict[str, dict[str, float]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for key, value in report.user_properties:
+                if key == "multiplier":
+                    case, mode, measured = value
+                    table.setdefault(case, {})[mode] = measured
+    terminalreporter.section("multiplier of the penalty")
+    terminalreporter.line(f"{'case':<58}{'coupled':>10}{'decoupled':>11}")
+    for case, of in sorted(table.items()):
+        cells = (f"{of[m]:.3f}" if m in of else "-" for m in ("coupled", "decoupled"))
+        terminalreporter.line("{:<58}{:>10}{:>11}".format(case, *cells))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_timm: skipped where timm cannot be imported")
 

@@ -171,10 +171,11 @@ def test_sums_accumulate_in_float64() -> None:
 def test_spread_leaves_free_slices_at_the_filling() -> None:
     member = Member("w", 1, torch.tensor([1, NO_UNIT, 0]), ranked=True)
     values = torch.tensor([True, False])
-    assert member.spread(values, 2).tolist() == [[False, True, True]]
-    assert member.spread(values, 2, fill=False).tolist() == [[False, False, True]]
-    assert member.spread(values, 3).shape == (1, 3, 1)
-    assert member.owned(2).tolist() == [[True, False, True]]
+    over = torch.empty(2, 3)
+    assert member.spread(values, over).tolist() == [[False, True, True]] * 2
+    assert member.spread(values, over, fill=False).tolist() == [[False, False, True]] * 2
+    assert member.spread(values, torch.empty(2, 3, 4)).shape == (2, 3, 4)
+    assert member.owned(over).tolist() == [[True, False, True]] * 2
 
 
 def test_groups_must_fit_the_model() -> None:

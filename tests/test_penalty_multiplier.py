@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from multipliers import STRENGTH, Record, attach, check_multiplier, loss_of, penalized
 from tiny_models import mlp, same, tokens, weights_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
-from torch_rsst import RegularizedPruner
-
-STRENGTH = 0.375
 SCALE = 1024.0
 BETA = 0.9  # Adam's first moment holds (1 − β) · gradient after one step
-
-
-def penalized(model: nn.Module) -> dict[str, Tensor]:
-    """Every other entry of both weights."""
-    return {
-        name: (torch.arange(w.numel()) % 2 == 0).reshape(w.shape)
-        for name, w in weights_of(model).items()
-        if name.endswith("weight")
-    }
-
-
-def attach(model: nn.Module, **kwargs: Any) -> RegularizedPruner:
-    refill = {name: ~goes for name, goes in penalized(model).items()}
-    settings = {"total_steps": 1, "schedule": "linear", "strength": STRENGTH}
-    return RegularizedPruner(model, refill, **settings, **kwargs)
-
-
-def loss_of(model: nn.Module, number: int) -> Tensor:
-    return model(tokens(number, 5, 4).to(next(model.parameters()).dtype)).square().mean()
 
 
 # How a step can be driven
@@ -112,12 +93,21 @@ def closure_of(model: nn.Module, optimizer: Optimizer) -> Callable[[], Tensor]:
     return closure
 
 
-def closure(model: nn.Module, optimizer: Optimizer) -> None:
+def a_closure(model: nn.Module, optimizer: Optimizer) -> None:
     assert optimizer.step(closure_of(model, optimizer)) == loss_of(mlp().double(), 0)
 
 
-def closure_as_keyword(model: nn.Module, optimizer: Optimizer) -> None:
+def a_closure_as_keyword(model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.step(closure=closure_of(model, optimizer))
+
+
+def compiled(model: nn.Module, optimizer: Optimizer) -> None:
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend="eager")
+    loss_of(model, 0).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what it cannot trace
+        step()
 
 
 DRIVES = [
@@ -130,18 +120,45 @@ DRIVES = [
     zeroed_in_place,
     without_a_gradient_in_one_layer,
     without_any_gradient,
-    closure,
-    closure_as_keyword,
+    a_closure,
+    a_closure_as_keyword,
 ]
 
 
 # What can carry it
 
 
+class NestedSGD(torch.optim.SGD):
+    """A step within a step: PyTorch runs the hooks of both."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class TwiceNestedAdam(torch.optim.Adam):
+    """Evaluates the closure itself, and updates twice in one step: the second time by nothing."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        super().step()
+        for group in self.param_groups:
+            group["lr"], lr = 0.0, group["lr"]
+            moments = [s["exp_avg"].clone() for s in self.state.values() if s]
+            super().step()
+            for s, moment in zip(filter(None, self.state.values()), moments, strict=True):
+                s["exp_avg"].copy_(moment)
+            group["lr"] = lr
+        return loss
+
+
 def optimizer_of(model: nn.Module, name: str) -> Optimizer:
     parameters = list(model.parameters())
     adam = {"lr": 0.01, "betas": (BETA, 0.99)}
+    # PyTorch hooks a class when its first instance is made.
+    torch.optim.SGD(parameters, lr=1.0), torch.optim.Adam(parameters)
     return {
+        "sgd-nested": lambda: NestedSGD(parameters, lr=1.0),
+        "adam-nested": lambda: TwiceNestedAdam(parameters, foreach=False, **adam),
         "sgd": lambda: torch.optim.SGD(parameters, lr=1.0, foreach=False),
         "sgd-foreach": lambda: torch.optim.SGD(parameters, lr=1.0, foreach=True),
         "sgd-fused": lambda: torch.optim.SGD(parameters, lr=1.0, fused=True),
@@ -155,6 +172,8 @@ def optimizer_of(model: nn.Module, name: str) -> Optimizer:
 
 
 OPTIMIZERS = [
+    "sgd-nested",
+    "adam-nested",
     "sgd",
     "sgd-foreach",
     "sgd-fused",
@@ -176,7 +195,18 @@ def gradient_used(optimizer: Optimizer, parameter: Tensor, before: Tensor) -> Te
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("drive", DRIVES, ids=lambda drive: drive.__name__)
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
-def test_the_multiplier_is_one(drive, name, mode):
+def test_the_multiplier_is_one(drive, name, mode, record_property):
+    measure(drive, name, mode, record_property)
+
+
+@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile cannot run")
+@pytest.mark.parametrize("name", ["sgd", "sgd-nested", "adamw-foreach"])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_the_multiplier_of_a_compiled_step_is_one(name, mode, record_property):
+    measure(compiled, name, mode, record_property)
+
+
+def measure(drive: Any, name: str, mode: str, record: Record) -> None:
     runs = []
     for penalty in (True, False):
         model = mlp().double()
@@ -188,15 +218,40 @@ def test_the_multiplier_is_one(drive, name, mode):
         }
         runs.append((used, weights_of(model), pruner))
     (used, after, pruner), (plain_used, plain_after, _) = runs
-    for n, goes in penalized(mlp()).items():
+    measured = {}
+    for n in penalized(mlp()):
         if mode == "coupled":
             # SGD decays what has a gradient; where the loss gave none, the penalty does.
             decays = drive is without_any_gradient and (name, n) == ("sgd-groups", "2.weight")
             decay = 0.1 * before[n] if decays else 0.0
-            multiplier = (used[n] - plain_used[n] - decay) / (STRENGTH * before[n])
+            measured[n] = (used[n] - plain_used[n] - decay) / (STRENGTH * before[n])
         else:
-            multiplier = (plain_after[n] - after[n]) / (STRENGTH * plain_after[n])
-        torch.testing.assert_close(multiplier, goes.double(), rtol=0, atol=1e-6)
+            measured[n] = (plain_after[n] - after[n]) / (STRENGTH * plain_after[n])
+    check_multiplier(record, f"{drive.__name__}, {name}", mode, measured)
+    assert pruner.steps == 1
+    pruner.detach()
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd-nested"])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_a_step_that_raised_does_not_change_the_multiplier_of_the_next(name, mode, record_property):
+    model = mlp().double()
+    optimizer = optimizer_of(model, name)
+    pruner = attach(model, optimizer=optimizer, mode=mode)
+
+    def fail() -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(fail)
+    assert pruner.steps == 0
+    before = weights_of(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    after = weights_of(model)
+    measured = {n: (before[n] - after[n]) / (STRENGTH * before[n]) for n in penalized(mlp())}
+    check_multiplier(record_property, f"after a step that raised, {name}", mode, measured)
     assert pruner.steps == 1
     pruner.detach()
 
@@ -208,7 +263,9 @@ def test_the_multiplier_is_one(drive, name, mode):
 @pytest.mark.parametrize("batches", [1, 4])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 @pytest.mark.parametrize("block", [False, True])
-def test_hooks_share_the_penalty_among_batches_and_scale_it(scale, batches, mode, block):
+def test_hooks_share_the_penalty_among_batches_and_scale_it(
+    scale, batches, mode, block, record_property
+):
     runs = []
     for penalty in (True, False):
         model = mlp().double()
@@ -228,10 +285,60 @@ def test_hooks_share_the_penalty_among_batches_and_scale_it(scale, batches, mode
             pruner.detach()
         runs.append(weights_of(model))
     after, plain = runs
-    for n, goes in penalized(mlp()).items():
-        base = before[n] if mode == "coupled" else plain[n]
-        multiplier = (plain[n] - after[n]) / (STRENGTH * base)
-        torch.testing.assert_close(multiplier, goes.double(), rtol=0, atol=1e-6)
+    measured = {
+        n: (plain[n] - after[n]) / (STRENGTH * (before if mode == "coupled" else plain)[n])
+        for n in penalized(mlp())
+    }
+    case = f"no optimizer, {batches} batches, {'blocked, ' * block}scaled"
+    check_multiplier(record_property, case, mode, measured)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_hooks_under_checkpointing(reentrant, shared, mode, record_property):
+    """Reentrant checkpointing brings a shared layer's gradient in parts: attach the optimizer."""
+    by_optimizer = reentrant and shared
+    runs = []
+    for penalty in (True, False):
+        model = mlp().double()
+        before, optimizer = weights_of(model), torch.optim.SGD(model.parameters(), lr=1.0)
+        given = {"optimizer": optimizer if by_optimizer else None, "mode": mode}
+        pruner = attach(model, **given) if penalty else None
+        x = tokens(0, 5, 4).double().requires_grad_()
+        for _ in range(1 + shared):
+            y = checkpoint(model, x, use_reentrant=reentrant)
+            x = torch.cat([y, y], dim=1)
+        y.square().mean().backward()
+        optimizer.step()
+        if pruner is not None:
+            if not by_optimizer:
+                pruner.step()
+            pruner.detach()
+        runs.append(weights_of(model))
+    after, plain = runs
+    measured = {
+        n: (plain[n] - after[n]) / (STRENGTH * (before if mode == "coupled" else plain)[n])
+        for n in penalized(mlp())
+    }
+    case = f"checkpointing, {'' if reentrant else 'not '}reentrant, {'shared' * shared or 'once'}, "
+    case += "sgd" if by_optimizer else "no optimizer"
+    check_multiplier(record_property, case, mode, measured)
+
+
+def test_the_penalty_is_no_part_of_the_graph():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    pruner = attach(model, optimizer=optimizer, block_loss_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # create_graph makes a reference cycle
+        loss_of(model, 0).backward(create_graph=True)
+    gradients = [model[i].weight.grad for i in (0, 2)]
+    graphs = [gradient.grad_fn for gradient in gradients]
+    optimizer.step()
+    assert None not in graphs
+    assert [gradient.grad_fn for gradient in gradients] == graphs
+    pruner.detach()
 
 
 @pytest.mark.parametrize("by_hooks", [True, False])

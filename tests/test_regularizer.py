@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -471,6 +472,7 @@ def test_the_state_is_plain_numbers():
     pruner = pruner_of(linear())
     assert pruner.state_dict() == {
         "steps": 0,
+        "optimizer_steps": [0],
         "total_steps": 4,
         "start_norm": pruner.penalized_norm(),
     }
@@ -632,3 +634,327 @@ def test_a_lost_regularizer_is_found_by_its_model():
         RegularizedPruner(layer, {"weight": ~GOES}, total_steps=1, optimizer=optimizer)
     RegularizedPruner.attached_to(layer).remove()
     assert RegularizedPruner.attached_to(layer) is None
+
+
+# Overlapping models
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_a_parameter_is_penalized_through_one_module_only(inner_first):
+    model = nn.Sequential(linear(), linear(3, 3))
+    gone = torch.zeros(3, 4, dtype=torch.bool)
+    refills = [(model[0], {"weight": gone}), (model, {"0.weight": gone})]
+    (one, refill), (other, clash) = refills if inner_first else refills[::-1]
+    first = RegularizedPruner(one, refill, total_steps=1)
+    name = next(iter(clash))
+    with pytest.raises(
+        RuntimeError,
+        match=rf"model: expected parameters that no other RegularizedPruner penalizes, got "
+        rf"'{name}', penalized through another module\. Remove that one, or penalize everything "
+        rf"with one\.$",
+    ):
+        RegularizedPruner(other, clash, total_steps=1)
+    assert RegularizedPruner.attached_to(other) is None
+    assert RegularizedPruner.attached_to(one) is first
+    first.remove()
+    RegularizedPruner(other, clash, total_steps=1).remove()
+
+
+def test_two_modules_of_one_model_may_each_have_their_own():
+    model = mlp().double()
+    before = weights_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    pruners = [
+        RegularizedPruner(
+            model[i],
+            {"weight": torch.zeros_like(model[i].weight, dtype=torch.bool)},
+            total_steps=1,
+            strength=0.25,
+            optimizer=optimizer,
+        )
+        for i in (0, 2)
+    ]
+    zero_gradient_step(model, optimizer)
+    assert [pruner.steps for pruner in pruners] == [1, 1]
+    for name in ("0.weight", "2.weight"):
+        torch.testing.assert_close(weights_of(model)[name], (1 - 0.25) * before[name])
+    assert RegularizedPruner.attached_to(model) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pruner in pruners:
+            pruner.remove()
+
+
+# Sparse gradients
+
+
+def embedding() -> tuple[nn.ModuleDict, dict[str, Tensor]]:
+    """A layer with a sparse gradient behind a dense one."""
+    model = nn.ModuleDict({"dense": linear(2, 2), "table": nn.Embedding(4, 2, sparse=True)})
+    refill = {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights_of(model).items()}
+    return model, refill
+
+
+SPARSE = (
+    r"^gradient of 'table\.weight': expected a dense tensor, got a sparse one\. Make the layer with "
+    r"sparse=False, or use mode='decoupled' and do not block\.$"
+)
+
+
+def sparse_loss(model: nn.ModuleDict) -> Tensor:
+    return model["dense"](model["table"](torch.tensor([1, 3]))).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("mode", "block"), [("coupled", False), ("coupled", True), ("decoupled", True)]
+)
+def test_a_sparse_gradient_is_refused_before_any_is_changed(mode, block):
+    model, refill = embedding()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = RegularizedPruner(
+        model, refill, total_steps=1, optimizer=optimizer, mode=mode, block_loss_grad=block
+    )
+    sparse_loss(model).backward()
+    before, gradient = weights_of(model), model["dense"].weight.grad.clone()
+    with pytest.raises(RuntimeError, match=SPARSE):
+        optimizer.step()
+    assert all(same(w, before[n]) for n, w in weights_of(model).items())
+    assert same(model["dense"].weight.grad, gradient)
+    assert pruner.steps == 0
+    pruner.detach()
+
+
+def test_a_sparse_gradient_is_refused_in_the_backward_pass_without_an_optimizer():
+    model, refill = embedding()
+    pruner = RegularizedPruner(model, refill, total_steps=1)
+    with pytest.raises(RuntimeError, match=SPARSE):
+        sparse_loss(model).backward()
+    pruner.detach()
+
+
+def test_a_sparse_gradient_does_not_matter_to_a_decoupled_penalty():
+    model, refill = embedding()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    before = weights_of(model)
+    pruner = RegularizedPruner(
+        model, refill, total_steps=1, optimizer=optimizer, mode="decoupled", strength=0.5
+    )
+    sparse_loss(model).backward()
+    optimizer.step()
+    assert all(same(w, before[n] * 0.5) for n, w in weights_of(model).items())
+    pruner.remove()
+
+
+# What the errors say, to the letter
+
+
+def said_by(error: type[Exception], call: Callable[[], object]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    return caught.value.args[0]  # of a KeyError, str() would be quoted
+
+
+def test_errors_of_the_arguments_say_it_all():
+    layer = linear()
+    assert said_by(ValueError, lambda: pruner_of(layer, mode="couple")) == (
+        "mode: expected one of 'auto', 'coupled', 'decoupled', got 'couple'. "
+        "Did you mean 'coupled'?"
+    )
+    given = {"wieght": ~GOES}
+    assert said_by(KeyError, lambda: RegularizedPruner(layer, given, total_steps=1)) == (
+        "refill mask of 'wieght': expected a parameter of the model, got no such name. "
+        "It has 'weight', 'bias'."
+    )
+    given = {"weight": ~GOES.T}
+    assert said_by(ValueError, lambda: RegularizedPruner(layer, given, total_steps=1)) == (
+        "refill mask of 'weight': expected the parameter's shape (3, 4), got shape (4, 3). "
+        "Make the masks with regroup(model, …)."
+    )
+    layer.weight.requires_grad_(False)
+    assert said_by(ValueError, lambda: pruner_of(layer)) == (
+        "model: expected penalized parameters that require gradients, got frozen 'weight'. "
+        "No backward pass reaches them: pass the optimizer, or unfreeze them."
+    )
+
+
+def test_errors_of_attaching_say_it_all():
+    layer = linear()
+    pruner, optimizer = pruner_of(layer), sgd(layer)
+    assert said_by(RuntimeError, lambda: pruner_of(layer)) == (
+        "model: expected one RegularizedPruner, got a second one. "
+        "Remove the first: RegularizedPruner.attached_to(model).remove()."
+    )
+    outer = nn.Sequential(layer)
+    refill = {"0.weight": ~GOES, "0.bias": torch.ones(3, dtype=torch.bool)}
+    assert said_by(RuntimeError, lambda: RegularizedPruner(outer, refill, total_steps=1)) == (
+        "model: expected parameters that no other RegularizedPruner penalizes, "
+        "got '0.weight', penalized through another module. "
+        "Remove that one, or penalize everything with one."
+    )
+    assert said_by(TypeError, lambda: copy.deepcopy(pruner)) == (
+        "RegularizedPruner: expected to stay with its model, got deepcopy. "
+        "Copy the model, then build a new RegularizedPruner for the copy."
+    )
+    pruner.attach(optimizer)
+    assert said_by(RuntimeError, lambda: pruner.attach(optimizer)) == (
+        "attach: expected one optimizer, once, got a second one. Pass several as one list."
+    )
+    assert said_by(RuntimeError, pruner.step) == (
+        "step: expected no optimizer, got an attached optimizer. "
+        "optimizer.step() counts by itself; drop this call."
+    )
+    assert said_by(RuntimeError, pruner.add_penalty) == (
+        "add_penalty: expected no optimizer, got an attached optimizer. "
+        "optimizer.step() adds the penalty; drop this call."
+    )
+    pruner.remove()
+    for call, name in ((pruner.step, "step"), (pruner.add_penalty, "add_penalty")):
+        assert said_by(RuntimeError, call) == (
+            f"{name}: expected an attached regularizer, got a removed one. "
+            f"Make a new RegularizedPruner."
+        )
+    removed = pruner_of(layer)
+    removed.detach()
+    assert said_by(RuntimeError, lambda: removed.attach(optimizer)) == (
+        "attach: expected one optimizer, once, got a removed regularizer. "
+        "Make a new RegularizedPruner."
+    )
+    by_hand = pruner_of(layer, mode="decoupled")
+    assert said_by(RuntimeError, by_hand.add_penalty) == (
+        "add_penalty: mode: expected 'coupled', got 'decoupled', which shrinks weights and leaves "
+        "gradients alone. Call pruner.step() after the update instead, or pass mode='coupled'."
+    )
+
+
+def test_errors_of_a_state_say_it_all():
+    pruner = pruner_of(linear())
+    state = pruner.state_dict()
+    assert said_by(ValueError, lambda: pruner.load_state_dict({**state, "total_steps": 9})) == (
+        "state of RegularizedPruner: expected total_steps=4, got 9. "
+        "Build the regularizer with the same arguments as the saved one."
+    )
+    for key in state:
+        partial = {k: v for k, v in state.items() if k != key}
+        assert said_by(ValueError, lambda p=partial: pruner.load_state_dict(p)) == (
+            f"state of RegularizedPruner: expected a complete state, got none for '{key}'. "
+            f"Pass what state_dict() has returned."
+        )
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(0, "0.125"), (1, "0.125"), (2, "0.25")])
+def test_the_warning_says_it_all_and_points_to_the_caller(steps, strength):
+    layer = linear()
+    pruner = pruner_of(layer)
+    layer(tokens(0, 5, 4)).square().mean().backward()
+    for _ in range(steps):
+        pruner.step()
+    norm = f"{pruner.start_norm:.4g}"
+    with pytest.warns(InertPenaltyWarning) as caught:
+        pruner.remove()
+    assert [str(w.message) for w in caught] == [
+        f"The penalty did not act: the norm of the penalized weights went from {norm} to {norm} in "
+        f"{steps} of 4 steps (mode 'coupled', last strength {strength}). Pass the optimizer or call "
+        f"pruner.step(), raise the strength, or use mode='decoupled'."
+    ]
+    assert caught[0].filename == __file__
+
+
+# Smaller things that hold
+
+
+def test_what_failed_to_attach_claims_nothing_while_its_error_is_kept():
+    layer = linear()
+    with pytest.raises(ValueError, match="every penalized parameter") as caught:
+        pruner_of(layer, optimizer=torch.optim.SGD([layer.bias], lr=0.1))
+    assert RegularizedPruner.attached_to(layer) is None
+    pruner_of(layer).remove()
+    assert caught.value.__traceback__ is not None  # it holds the regularizer alive
+
+
+def test_the_warning_does_not_depend_on_the_size_of_the_weights_and_comes_once():
+    layer = linear()
+    with torch.no_grad():
+        layer.weight.mul_(1e-4)
+    pruner = pruner_of(layer)
+    pruner.step()
+    with pytest.warns(InertPenaltyWarning):
+        pruner.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.remove()
+
+
+def test_a_schedule_is_asked_for_times_up_to_1_only():
+    asked = []
+
+    def schedule(t: float) -> float:
+        asked.append(t)
+        return t
+
+    layer = linear()
+    pruner = pruner_of(layer, schedule=schedule, total_steps=2, mode="decoupled")
+    for _ in range(4):
+        pruner.step()
+    assert set(asked) == {0.5, 1.0}
+    pruner.remove()
+
+
+def test_the_defaults():
+    layer = linear()
+    pruner = RegularizedPruner(layer, {"weight": ~GOES}, total_steps=10)
+    assert pruner.mode == "coupled"
+    assert pruner.strength == pytest.approx(0.5 * (math.exp(1e-4) - 1) / (math.e - 1), rel=1e-9)
+    assert (pruner.accumulation_steps, pruner.grad_scale, pruner.block_loss_grad) == (
+        1,
+        None,
+        False,
+    )
+    assert (pruner.steps, pruner.total_steps) == (0, 10)
+
+
+def test_an_empty_refill_mask_penalizes_nothing_and_still_counts():
+    layer = linear()
+    pruner = RegularizedPruner(layer, {}, total_steps=2)
+    assert (pruner.attached, pruner.penalized_norm()) == (False, 0.0)
+    pruner.step()
+    assert pruner.steps == 1
+    pruner.remove()
+
+
+def test_attached_to_tells_models_apart():
+    first, second = linear(), linear(seed=1)
+    pruners = [pruner_of(first), pruner_of(second)]
+    for model, pruner in zip((first, second), pruners, strict=True):
+        assert RegularizedPruner.attached_to(model) is pruner
+        assert RegularizedPruner.attached_to(nn.DataParallel(model)) is pruner
+        assert pruner.attached
+    pruners[0].detach()
+    assert RegularizedPruner.attached_to(first) is None
+    assert RegularizedPruner.attached_to(second) is pruners[1]
+    pruners[1].detach()
+
+
+def test_an_error_while_attaching_leaves_the_gradient_hooks():
+    layer = linear()
+    pruner = pruner_of(layer, total_steps=1)
+    with pytest.raises(ValueError, match="every penalized parameter"):
+        pruner.attach(torch.optim.SGD([layer.bias], lr=0.1))
+    layer(tokens(0, 5, 4)).square().mean().backward()
+    with_penalty = layer.weight.grad.clone()
+    pruner.detach()
+    layer.zero_grad()
+    layer(tokens(0, 5, 4)).square().mean().backward()
+    expected = layer.weight.grad + torch.where(GOES, 0.5 * layer.weight.detach(), 0.0)
+    torch.testing.assert_close(with_penalty, expected)
+
+
+def test_the_norm_is_taken_in_float64():
+    layer = linear(1, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1e-30, 3e-30, 4e-30, 1e30]]))
+    goes = torch.tensor([[False, True, True, False]])
+    pruner = RegularizedPruner(layer, {"weight": ~goes}, total_steps=1)
+    assert pruner.penalized_norm() == pytest.approx(5e-30, rel=1e-6)
+    assert pruner.start_norm == pruner.penalized_norm()
+    pruner.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch_rsst.errors import message
 from torch_rsst.freezing import freeze_latents
 from torch_rsst.importance import Importance
 from torch_rsst.masked_parameter import (
+    NewMask,
     Parameter,
     Site,
+    as_tensor,
     check_scores,
     check_site,
     install,
@@ -26,9 +29,9 @@ from torch_rsst.masked_parameter import (
 )
 from torch_rsst.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.optimizer_state import reset_moments as reset_entries
-from torch_rsst.regularizer import innermost
+from torch_rsst.penalty_hooks import innermost
 from torch_rsst.replicas import agreed
-from torch_rsst.selection import lowest
+from torch_rsst.selection import Ranking
 
 # Methods whose rule is known, so that they need no joined vector; an override is called instead.
 _L1_RULES = (GlobalL1.compute_mask, prune.L1Unstructured.compute_mask)
@@ -74,7 +77,10 @@ def global_unstructured(
     sites, masks = agreed(
         process_group,
         lambda: _choose(_distinct_sites(parameters), pruning_method, importance_scores, kwargs),
-        lambda chosen: ((str(i), mask) for i, mask in enumerate(chosen[1])),
+        lambda chosen: (
+            (str(i), as_tensor(site, mask))
+            for i, (site, mask) in enumerate(zip(*chosen, strict=True))
+        ),
     )
     install(list(zip(sites, masks, strict=True)))
 
@@ -84,7 +90,7 @@ def _choose(
     pruning_method: type[prune.BasePruningMethod],
     importance_scores: Mapping[Parameter, Tensor] | None,
     arguments: Mapping[str, Any],
-) -> tuple[list[Site], list[Tensor]]:
+) -> tuple[list[Site], list[NewMask]]:
     """The sites and their new masks; nothing is touched."""
     method: Any = pruning_method(**arguments)  # stock methods carry no types
     kind = getattr(method, "PRUNING_TYPE", None)
@@ -100,6 +106,9 @@ def _choose(
     unique = list({id(site.original): site for site in sites}.values())
     scores = [_scores_of(site, importance_scores) for site in unique]
     masks = _rank(method, unique, scores)
+    if importance_scores is not None:
+        # Scores may be masks, or share their memory: take all that is wanted before any changes.
+        masks = [as_tensor(site, mask) for site, mask in zip(unique, masks, strict=True)]
     mask_of = {id(site.original): mask for site, mask in zip(unique, masks, strict=True)}
     return sites, [mask_of[id(site.original)] for site in sites]
 
@@ -132,20 +141,14 @@ def _scores_of(site: Site, importance_scores: Mapping[Parameter, Tensor] | None)
     return check_scores(site, importance_scores.get((site.module, site.name)))
 
 
-def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:
-    """The new bool masks of all sites; L1 ranking without joining them into one vector."""
-    if type(method).compute_mask in _L1_RULES:
-        alive = [site.alive for site in sites]
-        total = sum(
-            site.original.numel() if mask is None else int(mask.sum())
-            for site, mask in zip(sites, alive, strict=True)
-        )
-        count = to_count(method.amount, total, of="alive entries")
-        goes = lowest(
-            scores, count, among=alive, absolute=True, names=[str(site) for site in sites]
-        )
-        return [~go if mask is None else mask & ~go for go, mask in zip(goes, alive, strict=True)]
-    return _rank_joined(method, sites, scores)
+def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> list[NewMask]:
+    """The new masks of all sites; L1 ranking without joining them into one vector."""
+    if type(method).compute_mask not in _L1_RULES:
+        return [*_rank_joined(method, sites, scores)]
+    names = [str(site) for site in sites]
+    ranking = Ranking(scores, among=[site.mask for site in sites], absolute=True, names=names)
+    cut = ranking.cut(to_count(method.amount, ranking.available, of="alive entries"))
+    return [partial(cut.write_stays, position) for position in range(len(sites))]
 
 
 def _rank_joined(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_rsst.budget import check_count
 from torch_rsst.errors import message
+from torch_rsst.shards import Layout, Ranks, local, sharded_like
 
 NO_UNIT = -1
 
@@ -61,24 +62,42 @@ class Member:
     unit_of: Tensor
     ranked: bool
 
-    def spread(self, values: Tensor, ndim: int, fill: bool = True) -> Tensor:
-        """Per-unit values laid along ``dim``, shaped to broadcast over the parameter."""
-        owned = self.unit_of != NO_UNIT
-        along = torch.full(self.unit_of.shape, fill, dtype=values.dtype)
-        along[owned] = values.cpu()[self.unit_of[owned]]
-        return along.reshape([-1 if d == self.dim else 1 for d in range(ndim)])
+    def spread(self, values: Tensor, over: Tensor, fill: bool = True) -> Tensor:
+        """Per-unit values laid along ``dim``, of the shape and on the device of the parameter ``over``."""
+        layout = Layout.of(over)
+        unit_of = self._here(layout)
+        owned = unit_of != NO_UNIT
+        along = torch.full(unit_of.shape, fill, dtype=values.dtype)
+        along[owned] = values.cpu()[unit_of[owned]]
+        part = local(over)
+        along = along.to(part.device).reshape([-1 if d == self.dim else 1 for d in range(part.ndim)])
+        return sharded_like(along.expand(part.shape), over)
 
-    def owned(self, ndim: int) -> Tensor:
-        """Where some unit owns the slice, shaped to broadcast over the parameter."""
-        return (self.unit_of != NO_UNIT).reshape([-1 if d == self.dim else 1 for d in range(ndim)])
+    def owned(self, over: Tensor) -> Tensor:
+        """Where some unit owns an entry, of the shape and on the device of the parameter ``over``."""
+        units = int(self.unit_of.max()) + 1
+        return self.spread(torch.ones(units, dtype=torch.bool), over, fill=False)
 
     def sum_per_unit(self, entries: Tensor, units: int) -> Tensor:
-        """Sum entries of the parameter's shape over each unit, in float64, on the CPU."""
-        others = [d for d in range(entries.ndim) if d != self.dim]
-        along = entries.sum(dim=others, dtype=torch.float64) if others else entries.double()
-        owned = self.unit_of != NO_UNIT
-        total = torch.zeros(units, dtype=torch.float64)
-        return total.index_add_(0, self.unit_of[owned], along.cpu()[owned])
+        """Sum entries of the parameter's shape over each unit, in float64, on the CPU.
+
+        Of a sharded parameter, over the parts of all ranks.
+        """
+        ranks, part = Ranks.of([entries]), local(entries)
+        unit_of = self._here(Layout.of(entries))
+        others = [d for d in range(part.ndim) if d != self.dim]
+        along = part.sum(dim=others, dtype=torch.float64) if others else part.double()
+        owned = unit_of != NO_UNIT
+        totals = torch.zeros(units, dtype=torch.float64)
+        if ranks.counts(entries):
+            totals.index_add_(0, unit_of[owned], along.cpu()[owned])
+        return ranks.add_up(totals)
+
+    def _here(self, layout: Layout | None) -> Tensor:
+        """The unit of each index of the part that this rank holds."""
+        if layout is None:
+            return self.unit_of
+        return self.unit_of.narrow(0, layout.start[self.dim], layout.size[self.dim])
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,10 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from torch_rsst.shards import gathered, is_sharded, placed_like
 
 ORIG, MASK = "_orig", "_mask"
 
@@ -24,14 +27,26 @@ def product(module: nn.Module, name: str) -> Tensor:
     Raises:
         AttributeError: where there is neither.
     """
-    original = module._parameters.get(name + ORIG)
-    mask = module._buffers.get(name + MASK)
+    # Attributes, and operations that begin with them: so tracers record both, not their values.
+    original = getattr(module, name + ORIG, None)
+    mask = getattr(module, name + MASK, None)
     if original is not None and mask is not None:
-        return original.masked_fill(mask == 0, 0.0)
+        return original.masked_fill(dead_entries(mask, original), 0.0)
     plain = module._parameters.get(name)
     if plain is None:
         raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
     return plain
+
+
+def dead_entries(mask: Tensor, original: Tensor) -> Tensor:
+    """Where ``mask`` is 0, distributed as ``original`` is at the moment.
+
+    Within a forward pass FSDP2 puts the whole parameter in place of a rank's part; the mask, which
+    stays in parts, is gathered then.
+    """
+    if is_sharded(original):
+        return placed_like(mask == 0, original)
+    return gathered(mask == 0) if is_sharded(mask) else torch.eq(mask, original.new_zeros(()))
 
 
 def make_live(module: nn.Module, name: str) -> None:

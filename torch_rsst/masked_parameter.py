@@ -7,7 +7,7 @@ This is the only room that touches PyTorch's reparametrization: ``weight`` becom
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,11 +19,16 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from torch_rsst.errors import listing, message
 from torch_rsst.live_weight import MASK, ORIG, make_live, make_plain, product
+from torch_rsst.workers import one_thread
+from torch_rsst.shards import placed_like
 
 MASKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 Parameter: TypeAlias = tuple[nn.Module, str]
 """How PyTorch's pruning calls name a parameter."""
+
+NewMask: TypeAlias = Tensor | Callable[[Tensor], object]
+"""A mask of zeros and ones, or what writes it into a tensor: then it exists once, where it is used."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Site:
 
     @property
     def alive(self) -> Tensor | None:
-        """The current mask as bool, None where dense (all alive)."""
-        return None if self.mask is None else self.mask != 0
+        """The current mask as bool, distributed as the parameter is; None where dense (all alive)."""
+        return None if self.mask is None else placed_like(self.mask != 0, self.original)
 
     def __str__(self) -> str:
         return f"'{self.name}' of {type(self.module).__name__}"
@@ -238,29 +243,45 @@ def check_scores(site: Site, scores: Tensor | None) -> Tensor:
     return scores.detach()
 
 
-def install(masks: Sequence[tuple[Site, Tensor]]) -> None:
+def install(masks: Sequence[tuple[Site, NewMask]]) -> None:
     """Set masks exactly, in place, all or none.
 
     Args:
-        masks: sites and bool masks of their parameters' shapes.
+        masks: sites and new masks of their parameters' shapes.
     """
+    sites = [site for site, _ in masks]
     # A mask made in inference mode could not be changed outside it.
-    with torch.inference_mode(False), rolled_back_on_failure([site for site, _ in masks]):
+    with torch.inference_mode(False), rolled_back_on_failure(sites) as keep_values:
         shared: dict[int, Tensor] = {}  # tied parameters share one mask as they share one original
         for site, alive in masks:
-            mask = shared.setdefault(id(site.original), _mask_buffer(site, alive))
-            _reparametrize(site, mask)
+            original = id(site.original)
+            if original not in shared:
+                if site.mask is not None:
+                    keep_values(site.mask)
+                shared[original] = _mask_buffer(site, alive)
+            _reparametrize(site, shared[original])
             hook = _set_hook(site)
             hook(site.module, ())
 
 
-def _mask_buffer(site: Site, alive: Tensor) -> Tensor:
+def _mask_buffer(site: Site, alive: NewMask) -> Tensor:
     """The site's mask, holding ``alive``; written in place where there is one already."""
-    mask = site.mask
-    if mask is None:
-        return alive.to(device=site.original.device, dtype=site.original.dtype)
     with torch.no_grad():
-        return mask.copy_(alive)
+        mask = torch.empty_like(site.original) if site.mask is None else site.mask
+        if isinstance(alive, Tensor):
+            mask.copy_(alive)
+        else:
+            alive(mask)
+    return mask
+
+
+def as_tensor(site: Site, mask: NewMask) -> Tensor:
+    """The new mask of a site by itself."""
+    if isinstance(mask, Tensor):
+        return mask
+    alive = torch.empty_like(site.original, dtype=torch.bool)
+    mask(alive)
+    return alive
 
 
 def find_hook(site: Site) -> tuple[int, BasePruningMethod] | None:
@@ -310,29 +331,42 @@ def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
 
 def restore(sites: Sequence[Site]) -> None:
     """Make the pruning of masked sites permanent and delete their hooks, ours or stock; all or none."""
-    masks = [(site.original, site.mask) for site in sites]
+    masked = {id(site.original): (site.original, site.mask) for site in sites}.values()
+    latents: list[tuple[nn.Parameter, Tensor, Tensor]] = []
     with rolled_back_on_failure(sites):
         for site in sites:
             found = find_hook(site)
             _make_plain(site)
             if found is not None:
                 del site.module._forward_pre_hooks[found[0]]
-    # Last: until here the latent values under the masks could have come back.
-    for original, mask in masks:
-        _zero_where_masked(original, mask)
+        try:
+            for original, mask in masked:
+                dead = _dead(original, mask)
+                latents.append((original, dead, original.detach()[dead]))
+                zero(original, mask)
+        except BaseException:
+            with torch.no_grad():
+                for original, dead, values in latents:
+                    original[dead] = values
+            raise
 
 
 def make_permanent(site: Site) -> None:
     """Undo the reparametrization in place: the parameter keeps its identity, place and gradient."""
     original, mask = site.original, site.mask
     _make_plain(site)
-    _zero_where_masked(original, mask)
+    zero(original, mask)
 
 
-def _zero_where_masked(original: nn.Parameter, mask: Tensor | None) -> None:
-    assert mask is not None, "only masked sites are made permanent"
+def zero(original: nn.Parameter, mask: Tensor | None) -> None:
+    """Set a parameter to 0 where its mask is 0."""
     with torch.no_grad():
-        original.masked_fill_(mask == 0, 0.0)
+        original.masked_fill_(_dead(original, mask), 0.0)
+
+
+def _dead(original: nn.Parameter, mask: Tensor | None) -> Tensor:
+    assert mask is not None, "only masked sites are made permanent"
+    return placed_like(mask == 0, original)
 
 
 def _make_plain(site: Site) -> None:
@@ -367,21 +401,43 @@ def place_kept(site: Site) -> Iterator[None]:
 
 
 @contextmanager
-def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
-    """Put modules back exactly as they were if the block raises, interrupts included."""
+def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[Callable[[Tensor], None]]:
+    """Put modules back exactly as they were if the block raises, interrupts included.
+
+    Gives a function to call with a mask before its values change.
+    """
     modules = {id(site.module): site.module for site in sites}.values()
     saved = [(module, type(module), _shallow(module)) for module in modules]
-    values = [(mask, mask != 0) for site in sites if (mask := site.mask) is not None]
+    values: list[tuple[Tensor, Tensor]] = []
     try:
-        yield
+        yield lambda mask: values.append((mask, _packed(mask)))
     except BaseException:
         for module, cls, state in saved:
             module.__class__ = cls
             _put_back(module, state)
         with torch.no_grad():
-            for mask, alive in values:
-                mask.copy_(alive)
+            for mask, bits in values:
+                mask.copy_(_unpacked(bits, mask.shape))
         raise
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Which entries are not zero, one bit each."""
+    flat = mask.reshape(-1)
+    if flat.numel() % 8:
+        flat = nn.functional.pad(flat, (0, -flat.numel() % 8))
+    bits = torch.zeros(flat.numel() // 8, dtype=mask.dtype, device=mask.device)
+    alive = torch.empty_like(bits)
+    # In the mask's dtype, which holds 0 to 255: into bools and bytes takes several times as long.
+    with one_thread():
+        for place, plane in enumerate(flat.view(8, -1)):
+            bits.add_(torch.ne(plane, 0, out=alive), alpha=1 << place)
+        return bits.to(torch.uint8)
+
+
+def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
+    planes = torch.stack([bits >> place & 1 for place in range(8)])
+    return planes.view(-1)[: shape.numel()].view(shape)
 
 
 def _shallow(module: nn.Module) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch_rsst.masked_parameter import (
     masked_sites,
 )
 from torch_rsst.replicas import agreed, replica_group
+from torch_rsst.shards import placed_like, total
 
 Masks: TypeAlias = dict[str, Tensor]
 
@@ -99,7 +100,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
     """
     if isinstance(model_or_state_dict, nn.Module):
         found = {
-            name: mask
+            name: placed_like(mask, places[0].original)
             for name, places in named_sites(model_or_state_dict).items()
             for mask in [next((site.mask for site in places if site.mask is not None), None)]
             if mask is not None
@@ -167,7 +168,7 @@ def as_bool(mask: Tensor, name: str) -> Tensor:
     if mask.dtype == torch.bool:
         return mask.clone()
     alive = mask != 0
-    if not bool((mask == alive).all()):
+    if int(total(mask != alive)):
         remedy = "Compare with a threshold first: mask > 0.5."
         raise ValueError(
             message(subject, expected="zeros and ones", got="other values", remedy=remedy)
@@ -317,11 +318,11 @@ def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, T
 
 
 def alive_in(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], name: str) -> Tensor:
-    """The mask of ``name``, all ones where there is none, on the weight's device."""
+    """The mask of ``name``, all ones where there is none, on the weight's device and ranks."""
     weight = weights[name]
     if name not in masks:
         return torch.ones_like(weight, dtype=torch.bool)
-    return masks[name].to(weight.device)
+    return placed_like(masks[name], weight)
 
 
 def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
@@ -354,7 +355,7 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> M
                     remedy=remedy,
                 )
             )
-        checked[name] = alive.to(weights[name].device)
+        checked[name] = placed_like(alive, weights[name])
     return checked
 
 

@@ -13,8 +13,9 @@ from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import head_layer
 from torch_rsst.importance import Importance, remain, resolve_importance, score_units
 from torch_rsst.live_weight import ORIG
-from torch_rsst.masked_parameter import MaskHook, Site
+from torch_rsst.masked_parameter import MaskHook, Site, rolled_back_on_failure
 from torch_rsst.selection import lowest
+from torch_rsst.shards import total
 from torch_rsst.unit_selection import ScoredLayer, keep_units
 
 FillbackPolicy: TypeAlias = Literal["latent", "snapshot", "zero"]
@@ -48,7 +49,7 @@ class GlobalL1(MaskHook):
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """``default_mask`` with the lowest alive entries set to 0, as a new tensor."""
         alive = default_mask != 0
-        count = to_count(self.amount, int(alive.sum()), of="alive entries")
+        count = to_count(self.amount, int(total(alive)), of="alive entries")
         goes = lowest([t], count, among=[alive], absolute=True)[0]
         return default_mask.masked_fill(goes, 0)
 
@@ -112,8 +113,7 @@ class HeadRegroup(MaskHook):
         sizes = torch.full((self.num_heads,), t.numel() // self.num_heads)
         scores = score_units(self.importance, layer, weights, masks, alive)
         kept, _ = keep_units([ScoredLayer(scores, alive, sizes)], amount=self.amount)
-        mask = layer.members[0].spread(kept[0], t.ndim).expand(t.shape)
-        return mask.to(device=t.device, dtype=default_mask.dtype)
+        return layer.members[0].spread(kept[0], t).to(default_mask.dtype)
 
 
 class Fillback(MaskHook):
@@ -171,7 +171,7 @@ class Fillback(MaskHook):
 
     def _give_back(self, scores: Tensor, mask: Tensor) -> Tensor:
         masked = mask == 0
-        count = to_count(self.rate, int(masked.sum()), subject="rate", of="masked entries")
+        count = to_count(self.rate, int(total(masked)), subject="rate", of="masked entries")
         return mask.masked_fill(
             lowest([-scores], count, among=[masked], names=["the masked entries"])[0], 1
         )
@@ -190,16 +190,13 @@ class Fillback(MaskHook):
         if value is None:
             super()._apply_to(site, importance_scores)
             return
-        was_masked, latent = site.mask == 0, site.original.detach().clone()
-        with torch.no_grad():
-            try:
-                super()._apply_to(site, importance_scores)
-                returned = was_masked & (site.mask != 0)
-                site.original.copy_(torch.where(returned, value, latent))
-            except BaseException:
-                site.original.copy_(latent)
-                site.mask.copy_(~was_masked)
-                raise
+        masked = site.mask == 0
+        with torch.no_grad(), rolled_back_on_failure([site]) as keep_values:
+            keep_values(site.mask)
+            super()._apply_to(site, importance_scores)
+            returned = masked & (site.mask != 0)
+            # In one go, at the very end: nothing can fail after it.
+            site.original.copy_(torch.where(returned, value, site.original))
 
     def _returning_value(self, name: str, original: Tensor) -> Tensor | None:
         if self.policy == "latent":

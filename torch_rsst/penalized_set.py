@@ -7,7 +7,7 @@ waits for the device or moves data between devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,9 @@ class PenalizedSet:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def parameter(self, name: str) -> nn.Parameter:
-        """The trainable parameter of a name."""
-        return self._entries[name][0]
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name → the trainable parameter."""
+        return {name: parameter for name, (parameter, _) in self._entries.items()}
 
     def norm(self) -> float:
         """The L2 norm of the weights in P, in float64. Synchronizes the device."""
@@ -57,28 +57,46 @@ class PenalizedSet:
         ]
         return math.sqrt(sum(map(float, parts)))
 
-    def pull(self, name: str, strength: float, scale: Tensor | float | None) -> None:
+    def pull(self, names: Iterable[str], strength: float, scale: Tensor | float | None) -> None:
         """Coupled: ``grad += strength · scale · weight`` on P; a missing gradient is made."""
-        parameter, rest = self._entry(name)
+        self._check_gradients(names)
         with torch.no_grad():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            pull = parameter.detach().masked_fill(rest, 0.0)
-            parameter.grad.add_(pull if scale is None else pull * scale, alpha=strength)
+            for parameter, rest in map(self._entry, names):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                pull = parameter.masked_fill(rest, 0.0)
+                parameter.grad.add_(pull if scale is None else pull * scale, alpha=strength)
 
-    def block(self, name: str) -> None:
+    def block(self, names: Iterable[str]) -> None:
         """Set the gradient on P to 0; where there is none, there is nothing to block."""
-        parameter, rest = self._entry(name)
-        if parameter.grad is not None:
-            parameter.grad.masked_fill_(~rest, 0.0)
+        self._check_gradients(names)
+        with torch.no_grad():
+            for parameter, rest in map(self._entry, names):
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(~rest, 0.0)
 
-    def shrink(self, strength: float, skipped: Tensor | None) -> None:
+    def shrink(self, names: Iterable[str], strength: float, skipped: Tensor | None) -> None:
         """Decoupled: ``weight *= 1 − min(1, strength)`` on P, unless ``skipped`` says so on the device."""
         keep = 1.0 - min(1.0, strength)
         with torch.no_grad():
-            for parameter, rest in map(self._entry, self):
+            for parameter, rest in map(self._entry, names):
                 stays = rest if skipped is None else rest | skipped.to(rest.device).bool()
                 parameter.copy_(torch.where(stays, parameter, parameter * keep))
+
+    def _check_gradients(self, names: Iterable[str]) -> None:
+        """Refuse sparse gradients, which P cannot index, before the first one is changed."""
+        sparse = [
+            name
+            for name in names
+            for gradient in [self._entries[name][0].grad]
+            if gradient is not None and gradient.layout != torch.strided
+        ]
+        if sparse:
+            remedy = "Make the layer with sparse=False, or use mode='decoupled' and do not block."
+            subject = f"gradient of {listing(sparse)}"
+            raise RuntimeError(
+                message(subject, expected="a dense tensor", got="a sparse one", remedy=remedy)
+            )
 
     def _entry(self, name: str) -> tuple[nn.Parameter, Tensor]:
         """A parameter and the complement of P in it, on its device even after ``model.to``."""

@@ -10,9 +10,15 @@ from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import listing, message
 from torch_rsst.groups import Groups
 from torch_rsst.importance import remain
-from torch_rsst.masked_parameter import Parameter, check_has_values, check_site, parameter_list, site_of
+from torch_rsst.masked_parameter import (
+    Parameter,
+    check_has_values,
+    check_site,
+    parameter_list,
+    site_of,
+)
 from torch_rsst.masks import Masks, alive_in, named_sites
-from torch_rsst.selection import lowest
+from torch_rsst.selection import Ranking
 
 
 def ranked_names(
@@ -74,17 +80,16 @@ def rank(
     goes when its unit's last ranked entry has.
     """
     before = [alive_in(weights, alive, name) for name in ranked]
-    count = to_count(amount, sum(int(mask.sum()) for mask in before), of="alive entries")
-    goes = lowest(
-        [weights[name] for name in ranked], count, among=before, absolute=True, names=ranked
-    )
-    current = {name: mask & ~go for name, mask, go in zip(ranked, before, goes, strict=True)}
+    scores = [weights[name] for name in ranked]
+    ranking = Ranking(scores, among=before, absolute=True, names=ranked)
+    cut = ranking.cut(to_count(amount, ranking.available, of="alive entries"))
+    current = {name: cut.stays(position) for position, name in enumerate(ranked)}
     current |= {name: mask for name, mask in alive.items() if name not in current}
     for layer in groups.layers:
         lives = remain(layer, weights, current) > 0
         for member in layer.members:
             if not member.ranked:
                 weight = weights[member.parameter]
-                follows = member.spread(lives, weight.ndim).to(weight.device)
+                follows = member.spread(lives, weight)
                 current[member.parameter] = alive_in(weights, current, member.parameter) & follows
     return current

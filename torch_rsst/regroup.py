@@ -15,6 +15,7 @@ from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance import Importance, remain, resolve_importance, score_units
 from torch_rsst.masks import Masks, alive_in, check_masks, extract_mask, named_weights
 from torch_rsst.selection import lowest
+from torch_rsst.shards import total
 from torch_rsst.unit_selection import ScopeBudget, ScoredLayer, keep_units
 
 Scope: TypeAlias = Literal["layer", "type", "global"]
@@ -190,16 +191,15 @@ def refill_from(
     for layer, kept in zip(groups.layers, decision.kept, strict=True):
         for member in layer.members:
             name, weight = member.parameter, weights[member.parameter]
-            stays = member.spread(kept, weight.ndim).to(weight.device)
-            owned = member.owned(weight.ndim).to(weight.device)
+            stays, owned = member.spread(kept, weight), member.owned(weight)
             # A dropped unit wins where the units of two dimensions overlap.
-            refill[name] = refill[name] & stays if name in refill else stays.expand(weight.shape)
-            grouped[name] = grouped[name] | owned if name in grouped else owned.expand(weight.shape)
+            refill[name] = refill[name] & stays if name in refill else stays
+            grouped[name] = grouped[name] | owned if name in grouped else owned
     for name in [*refill, *(name for name in current if name not in refill)]:
         alive = alive_in(weights, current, name)
         free = ~grouped[name] if name in grouped else torch.ones_like(alive)
         rest = alive
-        if plan.ungrouped == "element" and name in current and bool(free.any()):
+        if plan.ungrouped == "element" and name in current and int(total(free)) > 0:
             rest = _without_smallest(weights[name], alive & free, amount, name)
         refill[name] = torch.where(free, rest, refill[name]) if name in refill else rest
     return refill
@@ -216,5 +216,5 @@ def _without_smallest(weight: Tensor, alive: Tensor, amount: Amount | None, name
                 remedy=remedy,
             )
         )
-    count = to_count(amount, int(alive.sum()), of=f"alive entries of {name!r} in no group")
+    count = to_count(amount, int(total(alive)), of=f"alive entries of {name!r} in no group")
     return alive & ~lowest([weight], count, among=[alive], absolute=True, names=[name])[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.budget import check_count
 from torch_rsst.errors import (
@@ -21,14 +23,22 @@ from torch_rsst.errors import (
 )
 from torch_rsst.masks import extract_mask, penalty_mask, unwrap
 from torch_rsst.penalized_set import PenalizedSet
+from torch_rsst.penalty_hooks import (
+    Mode,
+    Optimizers,
+    Share,
+    as_optimizers,
+    divide,
+    hook_gradients,
+    hook_steps,
+    is_coupled,
+    steps_of_each,
+)
 from torch_rsst.schedules import Schedule, resolve_schedule, strength_at
 
-Mode: TypeAlias = Literal["auto", "coupled", "decoupled"]
 GradScale: TypeAlias = float | Callable[[], float]
 
-# One regularizer a model: two would both shrink what they share.
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[RegularizedPruner]]
-_ATTACHED = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakSet[RegularizedPruner] = weakref.WeakSet()
 
 
 class RegularizedPruner:
@@ -57,8 +67,9 @@ class RegularizedPruner:
     denominator cancels a coupled penalty.
 
     With an ``optimizer``, penalty and step count run inside ``optimizer.step()``, closures,
-    gradient scaling and accumulation included. Without one, hooks add the penalty in every
-    backward pass and you call :meth:`step` after each ``optimizer.step()``.
+    gradient scaling and accumulation included. Several optimizers each penalize what they update,
+    at the λ of their own step count and in the mode of their own. Without one, hooks add the penalty
+    in every backward pass and you call :meth:`step` after each ``optimizer.step()``.
 
     Args:
         model: the model; only its gradients (coupled) or weights (decoupled) on P change.
@@ -68,7 +79,7 @@ class RegularizedPruner:
         schedule: a name from :data:`torch_rsst.schedules.SCHEDULES`, or a callable t → λ.
         strength: the λ that a named schedule ends with; a callable returns λ itself.
         total_steps: optimizer steps until t = 1; afterwards t stays 1.
-        optimizer: the optimizer that updates the penalized parameters.
+        optimizer: what updates the penalized parameters: one optimizer, or a sequence of several.
         mode: ``"auto"``, ``"coupled"`` or ``"decoupled"``.
         block_loss_grad: also zero the gradient of the loss on P.
         accumulation_steps: backward passes per optimizer step; used without an optimizer only.
@@ -77,8 +88,10 @@ class RegularizedPruner:
 
     Raises:
         KeyError: for a mask of a parameter that the model does not have.
-        ValueError: for a mask of the wrong shape, or an optimizer that lacks a penalized parameter.
-        RuntimeError: where another regularizer is attached to the model.
+        ValueError: for a mask of the wrong shape; where no optimizer updates a penalized parameter,
+            or two do.
+        RuntimeError: where another regularizer is attached to the model, or penalizes one of these
+            parameters.
     """
 
     def __init__(
@@ -90,7 +103,7 @@ class RegularizedPruner:
         schedule: str | Schedule = "exp_custom_exponents",
         strength: float = 0.5,
         total_steps: int,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         mode: Mode = "auto",
         block_loss_grad: bool = False,
         accumulation_steps: int = 1,
@@ -101,7 +114,7 @@ class RegularizedPruner:
         if mode not in ("auto", "coupled", "decoupled"):
             raise ValueError(unknown_choice("mode", mode, ("auto", "coupled", "decoupled")))
         self.schedule = resolve_schedule(schedule, strength)
-        self.total_steps, self.steps = int(total_steps), 0
+        self.total_steps = int(total_steps)
         strength_at(self.schedule, 1.0)
         self.block_loss_grad = block_loss_grad
         self.accumulation_steps, self.grad_scale = accumulation_steps, grad_scale
@@ -109,32 +122,36 @@ class RegularizedPruner:
         self._model = unwrap(model)
         current = extract_mask(model) if current_mask is None else current_mask
         self._penalized = PenalizedSet(self._model, penalty_mask(current, refill_mask))
-        self._optimizer: Optimizer | None = None
-        self._handles: list[Any] = []
+        self._optimizers: list[Optimizer] = []
+        self._steps = [0]  # of each optimizer
+        self._shares = [Share(tuple(self._penalized), is_coupled(mode, None))]
+        self._handles: list[RemovableHandle] = []
         self._hooks_fired = False
         self._start_norm = self.penalized_norm()
         self._claim()
         try:
-            self._attach_hooks() if optimizer is None else self.attach(optimizer)
+            self._hook_gradients() if optimizer is None else self.attach(optimizer)
         except BaseException:
             self._release()
             raise
 
     @property
     def mode(self) -> Mode:
-        """``"coupled"`` or ``"decoupled"``, decided."""
-        if self._requested_mode != "auto":
-            return self._requested_mode
-        return (
-            "coupled"
-            if self._optimizer is None or isinstance(self._optimizer, SGD)
-            else "decoupled"
-        )
+        """``"coupled"`` or ``"decoupled"``, decided; ``"auto"`` where optimizers differ in it."""
+        coupled = {share.coupled for share in self._shares}
+        if len(coupled) > 1:
+            return "auto"
+        return "coupled" if True in coupled else "decoupled"
+
+    @property
+    def steps(self) -> int:
+        """Steps done; with several optimizers, by the one that is furthest behind."""
+        return min(self._steps)
 
     @property
     def strength(self) -> float:
         """λ of the step in progress, number ``steps + 1``."""
-        return strength_at(self.schedule, min(1.0, (self.steps + 1) / self.total_steps))
+        return self._strength_of(self.steps + 1)
 
     @property
     def attached(self) -> bool:
@@ -153,40 +170,35 @@ class RegularizedPruner:
     @staticmethod
     def attached_to(model: nn.Module) -> RegularizedPruner | None:
         """The regularizer that is attached to a model, also where nobody holds it any more."""
-        found = _ATTACHED.get(unwrap(model))
-        return None if found is None else found()
+        model = unwrap(model)
+        return next((pruner for pruner in _ATTACHED if pruner._model is model), None)
 
-    def attach(self, optimizer: Optimizer) -> None:
+    def attach(self, optimizer: Optimizers) -> None:
         """Let ``optimizer.step()`` run the penalty and count the steps, instead of gradient hooks.
+
+        Args:
+            optimizer: one, or a sequence of all that update penalized parameters.
 
         Raises:
             RuntimeError: where an optimizer is attached already, or the regularizer was removed.
-            ValueError: where the optimizer does not update a penalized parameter.
+            ValueError: where a penalized parameter is in no optimizer, or in two.
         """
-        optimizer = innermost(optimizer)
-        if self._optimizer is not None or _ATTACHED.get(self._model) is not self._self_reference:
-            got = "a second one" if self._optimizer is not None else "a removed regularizer"
-            remedy = "Make a new RegularizedPruner for another optimizer."
+        optimizers = as_optimizers(optimizer)
+        if self._optimizers or self not in _ATTACHED:
+            again = bool(self._optimizers)
+            got = "a second one" if again else "a removed regularizer"
+            remedy = "Pass several as one list." if again else "Make a new RegularizedPruner."
             raise RuntimeError(
                 message("attach", expected="one optimizer, once", got=got, remedy=remedy)
             )
-        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [n for n in self._penalized if id(self._penalized.parameter(n)) not in updated]
-        if missing:
-            raise ValueError(
-                message(
-                    "optimizer",
-                    expected="every penalized parameter in its groups",
-                    got=f"none of {listing(missing)}",
-                    remedy="Make it from model.parameters(), before or after pruning.",
-                )
-            )
+        shares = divide(self._penalized.parameters(), optimizers, self._requested_mode)
+        steps = steps_of_each(self._steps, len(optimizers))
         self._detach_hooks()
-        self._optimizer = optimizer
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._optimizers, self._shares, self._steps = optimizers, shares, steps
+        for index, each in enumerate(optimizers):
+            self._handles += hook_steps(
+                each, partial(self._before_step, index), partial(self._after_step, index)
+            )
 
     def add_penalty(self) -> None:
         """Add λ · weight to the gradients on P, once, now.
@@ -196,16 +208,17 @@ class RegularizedPruner:
         gradient on P is replaced.
 
         Raises:
-            RuntimeError: in decoupled mode, which leaves gradients alone, or after :meth:`remove`.
+            RuntimeError: where an optimizer is attached, whose step adds it; in decoupled mode, which
+                leaves gradients alone; after :meth:`remove`.
         """
-        self._require_attached("add_penalty")
+        self._require_by_hand("add_penalty", "optimizer.step() adds the penalty; drop this call.")
         if self.mode == "decoupled" and not self.block_loss_grad:
             remedy = "Call pruner.step() after the update instead, or pass mode='coupled'."
             got = "'decoupled', which shrinks weights and leaves gradients alone"
             raise RuntimeError(
                 message("add_penalty: mode", expected="'coupled'", got=got, remedy=remedy)
             )
-        self._penalize_gradients(self.strength)
+        self._penalize(self._shares[0], self.strength, None)
 
     def step(self) -> None:
         """Count one optimizer step and, decoupled, shrink P. Call it after ``optimizer.step()``.
@@ -213,12 +226,9 @@ class RegularizedPruner:
         Raises:
             RuntimeError: where an optimizer is attached, which does both by itself.
         """
-        if self._optimizer is not None:
-            remedy = "optimizer.step() counts by itself; drop this call."
-            got = "an attached optimizer"
-            raise RuntimeError(message("step", expected="no optimizer", got=got, remedy=remedy))
-        self._require_attached("step")
-        self._finish_step()
+        self._require_by_hand("step", "optimizer.step() counts by itself; drop this call.")
+        self._shrink(self._shares[0], self.strength, None)
+        self._steps = [steps + 1 for steps in self._steps]
 
     def remove(self) -> None:
         """Detach from model and optimizer; a second call does nothing.
@@ -235,38 +245,48 @@ class RegularizedPruner:
 
     def reset(self) -> None:
         """Start over after the weights were replaced: step 0, the norm of P measured anew."""
-        self.steps, self._start_norm = 0, self.penalized_norm()
+        self._steps, self._start_norm = [0] * len(self._steps), self.penalized_norm()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: steps done, steps in total, the norm of P at the start."""
+        """Plain numbers: steps done, also of each optimizer; steps in total; the norm of P at the start."""
         return {
             "steps": self.steps,
+            "optimizer_steps": list(self._steps),
             "total_steps": self.total_steps,
             "start_norm": self._start_norm,
         }
 
     @staticmethod
-    def check_state(state: Mapping[str, Any], total_steps: int) -> None:
-        """Raise a ValueError unless a regularizer of ``total_steps`` can load the state."""
-        check_keys(state, ("steps", "total_steps", "start_norm"), "state of RegularizedPruner")
+    def check_state(
+        state: Mapping[str, Any], total_steps: int, *, optimizers: int | None = None
+    ) -> None:
+        """Raise a ValueError unless a regularizer of ``total_steps`` can load the state.
+
+        ``optimizers`` is how many are attached, None for a regularizer that has none yet.
+        """
+        keys = ("steps", "optimizer_steps", "total_steps", "start_norm")
+        check_keys(state, keys, "state of RegularizedPruner")
         if state["total_steps"] != total_steps:
+            expected, got = f"total_steps={total_steps}", state["total_steps"]
+            remedy = "Build the regularizer with the same arguments as the saved one."
             raise ValueError(
-                message(
-                    "state of RegularizedPruner",
-                    expected=f"total_steps={total_steps}",
-                    got=state["total_steps"],
-                    remedy="Build the regularizer with the same arguments as the saved one.",
-                )
+                message("state of RegularizedPruner", expected=expected, got=got, remedy=remedy)
             )
+        if optimizers is not None:
+            steps_of_each(state["optimizer_steps"], optimizers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where the state was taken.
+        """Continue where the state was taken, before or after :meth:`attach`.
 
         Raises:
-            ValueError: for no such state, or that of a regularizer with other ``total_steps``.
+            ValueError: for no such state, or that of a regularizer with other ``total_steps`` or
+                another number of optimizers.
         """
-        self.check_state(state, self.total_steps)
-        self.steps, self._start_norm = int(state["steps"]), float(state["start_norm"])
+        attached = len(self._optimizers) or None
+        self.check_state(state, self.total_steps, optimizers=attached)
+        steps = [int(each) for each in state["optimizer_steps"]]
+        self._steps = steps if attached is None else steps_of_each(steps, attached)
+        self._start_norm = float(state["start_norm"])
 
     def __enter__(self) -> RegularizedPruner:
         return self
@@ -284,140 +304,95 @@ class RegularizedPruner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegularizedPruner:
         remedy = "Copy the model, then build a new RegularizedPruner for the copy."
-        got = "deepcopy"
+        expected = "to stay with its model"
         raise TypeError(
-            message("RegularizedPruner", expected="to stay with its model", got=got, remedy=remedy)
+            message("RegularizedPruner", expected=expected, got="deepcopy", remedy=remedy)
         )
 
     # How it is attached
 
     def _claim(self) -> None:
+        """Refuse what another regularizer has: two would both shrink it."""
         if self.attached_to(self._model) is not None:
+            expected, got = "one RegularizedPruner", "a second one"
             remedy = "Remove the first: RegularizedPruner.attached_to(model).remove()."
-            got = "a second one"
-            raise RuntimeError(
-                message("model", expected="one RegularizedPruner", got=got, remedy=remedy)
-            )
-        self._self_reference = weakref.ref(self)
-        _ATTACHED[self._model] = self._self_reference
+            raise RuntimeError(message("model", expected=expected, got=got, remedy=remedy))
+        taken = {id(p) for other in _ATTACHED for p in other._penalized.parameters().values()}
+        shared = [name for name, p in self._penalized.parameters().items() if id(p) in taken]
+        if shared:
+            expected = "parameters that no other RegularizedPruner penalizes"
+            got = f"{listing(shared)}, penalized through another module"
+            remedy = "Remove that one, or penalize everything with one."
+            raise RuntimeError(message("model", expected=expected, got=got, remedy=remedy))
+        _ATTACHED.add(self)
 
     def _release(self) -> bool:
-        if _ATTACHED.get(self._model) is not self._self_reference:
+        if self not in _ATTACHED:
             return False
-        del _ATTACHED[self._model]
+        _ATTACHED.remove(self)
         self._detach_hooks()
         return True
 
-    def _require_attached(self, call: str) -> None:
-        if _ATTACHED.get(self._model) is not self._self_reference:
+    def _require_by_hand(self, call: str, remedy: str) -> None:
+        if self not in _ATTACHED:
+            expected, got = "an attached regularizer", "a removed one"
             remedy = "Make a new RegularizedPruner."
-            got = "a removed one"
-            raise RuntimeError(
-                message(call, expected="an attached regularizer", got=got, remedy=remedy)
-            )
+        elif self._optimizers:
+            expected, got = "no optimizer", "an attached optimizer"
+        else:
+            return
+        raise RuntimeError(message(call, expected=expected, got=got, remedy=remedy))
+
+    def _hook_gradients(self) -> None:
+        parameters, coupled = self._penalized.parameters(), self.mode == "coupled"
+        self._handles = hook_gradients(parameters, self._after_backward, need_all=coupled)
 
     def _detach_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _attach_hooks(self) -> None:
-        def hook_for(name: str) -> Callable[[Tensor], None]:
-            def after_accumulation(parameter: Tensor) -> None:
-                self._hooks_fired = True
-                share = 1 if self.block_loss_grad else self.accumulation_steps
-                self._penalize(name, self.strength / share, self._manual_scale())
-
-            return after_accumulation
-
-        parameters = {name: self._penalized.parameter(name) for name in self._penalized}
-        frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
-        if self.mode == "coupled" and frozen:
-            raise ValueError(
-                message(
-                    "model",
-                    expected="penalized parameters that require gradients",
-                    got=f"frozen {listing(frozen)}",
-                    remedy="No backward pass reaches them: pass the optimizer, or unfreeze them.",
-                )
-            )
-        # Not Tensor.register_hook: torch.autograd.grad would run it, and no step follows there.
-        self._handles = [
-            p.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
-            for name, p in parameters.items()
-            if p.requires_grad
-        ]
-
     # What a step does
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        # PyTorch passes the optimizer itself as args[0]; the closure may follow or be a keyword.
-        positional = len(args) > 1
-        closure = args[1] if positional else kwargs.get("closure")
-        if closure is None:
-            self._penalize_gradients(self.strength, getattr(optimizer, "grad_scale", None))
-            return None
+    def _after_backward(self, name: str) -> None:
+        self._hooks_fired = True
+        batches = 1 if self.block_loss_grad else self.accumulation_steps
+        scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
+        share = Share((name,), self._shares[0].coupled)
+        self._penalize(share, self.strength / batches, scale)
 
-        def penalized_closure() -> Any:
-            # After the closure's own zero_grad and backward: a penalty added earlier is wiped.
-            loss = closure()
-            self._penalize_gradients(self.strength)
-            return loss
+    def _before_step(self, index: int, scale: Tensor | None) -> None:
+        self._penalize(self._shares[index], self._strength_of(self._steps[index] + 1), scale)
 
-        if positional:
-            return (args[0], penalized_closure, *args[2:]), kwargs
-        return args, {**kwargs, "closure": penalized_closure}
+    def _after_step(self, index: int, found_inf: Tensor | None) -> None:
+        self._shrink(self._shares[index], self._strength_of(self._steps[index] + 1), found_inf)
+        self._steps[index] += 1
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Under a GradScaler a fused optimizer skips a step for inf on the device, where nobody has to
-        # wait to know: so is the shrinking skipped.
-        self._finish_step(getattr(optimizer, "found_inf", None))
+    def _strength_of(self, step: int) -> float:
+        return strength_at(self.schedule, min(1.0, step / self.total_steps))
 
-    def _finish_step(self, found_inf: Tensor | None = None) -> None:
-        if self.mode == "decoupled":
-            self._penalized.shrink(self.strength, found_inf)
-        self.steps += 1
-
-    def _penalize_gradients(self, strength: float, scale: Tensor | float | None = None) -> None:
-        for name in self._penalized:
-            self._penalize(name, strength, scale)
-
-    def _penalize(self, name: str, strength: float, scale: Tensor | float | None) -> None:
+    def _penalize(self, share: Share, strength: float, scale: Tensor | float | None) -> None:
         if self.block_loss_grad:
-            self._penalized.block(name)
-        if self.mode == "coupled":
-            self._penalized.pull(name, strength, scale)
+            self._penalized.block(share.names)
+        if share.coupled:
+            self._penalized.pull(share.names, strength, scale)
 
-    def _manual_scale(self) -> float | None:
-        return self.grad_scale() if callable(self.grad_scale) else self.grad_scale
+    def _shrink(self, share: Share, strength: float, found_inf: Tensor | None) -> None:
+        if not share.coupled:
+            self._penalized.shrink(share.names, strength, found_inf)
 
     def _warn_if_inert(self) -> None:
-        if not len(self._penalized) or not (self.steps or self._hooks_fired):
+        steps = max(self._steps)
+        if not len(self._penalized) or not (steps or self._hooks_fired):
             return
         norm = self.penalized_norm()
         if self._start_norm > 0.0 and not norm < self._start_norm:  # NaN is not down either
+            strength = self._strength_of(max(1, steps))
             warnings.warn(
                 f"The penalty did not act: the norm of the penalized weights went from "
-                f"{self._start_norm:.4g} to {norm:.4g} in {self.steps} of {self.total_steps} steps "
-                f"(mode {self.mode!r}, last strength {self.strength:.3g}). Pass the optimizer or "
+                f"{self._start_norm:.4g} to {norm:.4g} in {steps} of {self.total_steps} steps "
+                f"(mode {self.mode!r}, last strength {strength:.3g}). Pass the optimizer or "
                 f"call pruner.step(), raise the strength, or use mode='decoupled'.",
                 InertPenaltyWarning,
                 stacklevel=3,
             )
-
-
-def innermost(optimizer: Any) -> Optimizer:
-    """The optimizer that steps, inside wrappers such as Accelerate's: its hooks are the ones that run.
-
-    Raises:
-        TypeError: unless there is one.
-    """
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        got, remedy = (
-            type(optimizer).__name__,
-            "Pass for example torch.optim.AdamW(model.parameters()).",
-        )
-        raise TypeError(message("optimizer", expected="a torch optimizer", got=got, remedy=remedy))
-    return optimizer

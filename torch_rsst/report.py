@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.masks import Masks, alive_in, check_masks, extract_mask, named_weights, penalty_mask
+from torch_rsst.shards import total
 from torch_rsst.unit_selection import ScopeBudget
 
 
@@ -178,8 +179,8 @@ def sparsity_report(
     return SparsityReport(
         layers=tuple(_layer_report(layer, entries) for layer in groups.layers),
         elements=sum(weights[name].numel() for name in ranked),
-        zeros=sum(weights[name].numel() - int(entries.nonzero(name).sum()) for name in ranked),
-        penalized=sum(int(entries.penalized(name).sum()) for name in everything),
+        zeros=sum(weights[name].numel() - int(total(entries.nonzero(name))) for name in ranked),
+        penalized=sum(int(total(entries.penalized(name))) for name in everything),
         penalized_norm=entries.norm(everything, penalized=True),
         kept_norm=entries.norm(everything, penalized=False),
         budgets=tuple(budgets),
@@ -201,12 +202,12 @@ class _Entries:
         return torch.zeros_like(self.weights[name], dtype=torch.bool) if found is None else found
 
     def norm(self, names: Iterable[str], *, penalized: bool) -> float:
-        total = 0.0
+        squares = 0.0
         for name in names:
             p = self.penalized(name)
             where = p if penalized else alive_in(self.weights, self.current, name) & ~p
-            total += float(self.weights[name].double().masked_fill(~where, 0.0).square().sum())
-        return math.sqrt(total)
+            squares += float(total(self.weights[name].double().masked_fill(~where, 0.0).square()))
+        return math.sqrt(squares)
 
 
 def _layer_report(layer: GroupLayer, entries: _Entries) -> LayerReport:
@@ -232,7 +233,7 @@ def _layer_report(layer: GroupLayer, entries: _Entries) -> LayerReport:
         alive_share=tuple((ranked / size.clamp(min=1)).tolist()),
         elements=int(size.sum()),
         zeros=int((size - ranked).sum()),
-        penalized=sum(int(entries.penalized(name).sum()) for name in names),
+        penalized=sum(int(total(entries.penalized(name))) for name in names),
         penalized_norm=entries.norm(names, penalized=True),
         kept_norm=entries.norm(names, penalized=False),
         dropped=None if entries.refill is None else int((stays == 0).sum()),

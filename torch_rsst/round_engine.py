@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
@@ -22,9 +21,10 @@ from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.masked_parameter import Parameter
 from torch_rsst.masks import Masks, apply_mask, check_masks, extract_mask, named_weights, unwrap
 from torch_rsst.optimizer_state import reset_returned
+from torch_rsst.penalty_hooks import Optimizers, as_optimizers
 from torch_rsst.ranking import rank, ranked_names
 from torch_rsst.regroup import RegroupPlan, decide, refill_from
-from torch_rsst.regularizer import RegularizedPruner, innermost
+from torch_rsst.regularizer import RegularizedPruner
 from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.report import SparsityReport, sparsity_report
 from torch_rsst.rewind import Snapshot
@@ -56,12 +56,12 @@ class Round:
     _model: nn.Module
     _groups: Groups
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Let an optimizer that is made inside the loop carry penalty and step count.
+    def attach(self, optimizer: Optimizers) -> None:
+        """Let an optimizer that is made inside the loop, or a list, carry penalty and step count.
 
         Raises:
             RuntimeError: where one is attached already.
-            ValueError: where it does not update a penalized parameter.
+            ValueError: where a penalized parameter is in no optimizer, or in two.
         """
         self.pruner.attach(optimizer)
 
@@ -81,7 +81,7 @@ class Rounds(ABC):
         groups: Groups | Iterable[Group] | Iterable[GroupLayer],
         plan: RegroupPlan,
         *,
-        optimizer: Optimizer | None,
+        optimizer: Optimizers | None,
         steps_per_round: int,
         rounds: int,
         amount: Amount,
@@ -114,7 +114,8 @@ class Rounds(ABC):
         check_groups(named_weights(model), self._groups)
         self._ranked = ranked_names(model, self._groups, parameters)
         self._snapshot = Snapshot.of(model, rewind)
-        self._optimizer = None if optimizer is None else innermost(optimizer)
+        self._optimizer = optimizer
+        self._optimizers = [] if optimizer is None else as_optimizers(optimizer)
         self._penalty = dict(penalty)
         self._replicas = replica_group(model)
         self.freeze_masked, self.reset_moments = freeze_masked, reset_moments
@@ -339,7 +340,8 @@ class Rounds(ABC):
             return None
         parts = ("index", "open", "current_mask", "refill_mask", "budgets", "pruner")
         check_keys(last, parts, "state of a round")
-        RegularizedPruner.check_state(last["pruner"], self.steps_per_round)
+        optimizers = len(self._optimizers) or None
+        RegularizedPruner.check_state(last["pruner"], self.steps_per_round, optimizers=optimizers)
         return (
             check_masks(weights, last["current_mask"]),
             check_masks(weights, last["refill_mask"]),
@@ -364,8 +366,7 @@ class Rounds(ABC):
         """Apply masks, freeze what they mask, let returning weights start without a memory."""
         before = extract_mask(self._model) if self.reset_moments else {}
         apply_mask(self._model, masks)
-        if self._optimizer is not None:
-            reset_returned([self._optimizer], self._model, before)
+        reset_returned(self._optimizers, self._model, before)
         if self.freeze_masked:
             if self._frozen is not None:
                 self._frozen.remove()

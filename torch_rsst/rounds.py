@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from torch_rsst.budget import Amount, refill_limit
 from torch_rsst.errors import RoundWarning
@@ -15,8 +14,9 @@ from torch_rsst.groups import Group, GroupLayer, Groups
 from torch_rsst.importance import Importance, remain
 from torch_rsst.masked_parameter import Parameter
 from torch_rsst.masks import Masks, named_weights
+from torch_rsst.penalty_hooks import Mode, Optimizers
 from torch_rsst.regroup import RegroupPlan, Scope, Ungrouped
-from torch_rsst.regularizer import GradScale, Mode
+from torch_rsst.regularizer import GradScale
 from torch_rsst.round_engine import RegroupAmount, Rewind, Round, Rounds
 from torch_rsst.schedules import Schedule, resolve_schedule
 from torch_rsst.unit_selection import ScopeBudget
@@ -49,7 +49,8 @@ class RSST(Rounds):
     Args:
         model: the model to prune, in place.
         groups: from :func:`find_groups`.
-        optimizer: carries the penalty and the step count; or call ``rnd.attach(optimizer)``.
+        optimizer: carries the penalty and the step count, one or a list; or call
+            ``rnd.attach(optimizer)``.
         steps_per_round: optimizer steps of a round, over which the penalty grows.
         rounds: how many rankings and trainings.
         amount: what a ranking prunes: a fraction of the entries still alive, or a count.
@@ -85,7 +86,7 @@ class RSST(Rounds):
         model: nn.Module,
         groups: Groups | Iterable[Group] | Iterable[GroupLayer],
         *,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         steps_per_round: int,
         rounds: int = 20,
         amount: Amount = 0.2,
@@ -214,7 +215,7 @@ class Refill(Rounds):
         model: nn.Module,
         groups: Groups | Iterable[Group] | Iterable[GroupLayer],
         *,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         steps_per_round: int,
         rounds: int = 20,
         amount: Amount = 0.2,

@@ -1,21 +1,27 @@
 """The exact k lowest scores across many tensors, without concatenating or sorting them.
 
-A radix search on the bits of the scores: floats, read as integers, keep their order, so the k-th
-lowest is found 16 bits at a time by counting. Memory beyond the result is one block of scores.
+Scores are read as integers, of which the k-th lowest is found by counting. That gives a cut, by
+which the entries of each tensor are marked when they are asked for. Memory beyond what is asked for
+is some blocks of scores and the few that lie near the cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
+from torch_rsst.candidates import everything, narrowed
+from torch_rsst.digit_search import Reduce, alone, kth_lowest
 from torch_rsst.errors import message
+from torch_rsst.order_keys import Column, Kind, Scratch
+from torch_rsst.workers import Workers
 
-_BLOCK = 1 << 22  # entries looked at together: bounds the memory, not the result
-_DIGIT_BITS = 16
-_DIGITS = 1 << _DIGIT_BITS
+_BLOCK = 1 << 18  # entries looked at together: they stay in the cache; no say in the result
 
 
 def lowest(
@@ -38,7 +44,7 @@ def lowest(
     Args:
         scores: tensors of any shape and real dtype.
         k: how many entries to mark over all tensors together.
-        among: bool tensors of the same shapes; only True entries compete. None: all do.
+        among: tensors of the same shapes; only True or nonzero entries compete. None: all do.
         absolute: compare |score|.
         names: what to call the tensors in an error.
 
@@ -48,112 +54,175 @@ def lowest(
     Raises:
         ValueError: for NaN in a competing entry, or ``k`` larger than the number of these.
     """
-    among = [None] * len(scores) if among is None else among
-    wide = any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in scores)
-    columns = [
-        _Column(t, m, absolute=absolute, wide=wide) for t, m in zip(scores, among, strict=True)
-    ]
-    available = _count_candidates(columns, names)
-    if not 0 <= k <= available:
-        remedy = "Lower the amount."
-        raise ValueError(
-            message("k", expected=f"0 to {available} candidates", got=k, remedy=remedy)
-        )
-    if k == 0:
-        return [torch.zeros_like(t, dtype=torch.bool) for t in scores]
-    threshold, ties = _kth_lowest(columns, k, bits=64 if wide else 32)
-    return _mark(columns, threshold, ties)
+    cut = Ranking(scores, among=among, absolute=absolute, names=names).cut(k)
+    return [cut.goes(position) for position in range(len(scores))]
 
 
-class _Column:
-    """One tensor's competing entries as integers in the order of their scores, block by block."""
+class Ranking:
+    """Scores that compete, with the arguments of :func:`lowest`.
 
-    def __init__(self, scores: Tensor, among: Tensor | None, *, absolute: bool, wide: bool) -> None:
-        self.scores, self.among, self.absolute = scores.detach(), among, absolute
-        self.float, self.int = (
-            (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
-        )
+    Example:
+        >>> ranking = Ranking([torch.tensor([3.0, -1.0, 2.0])], absolute=True)
+        >>> ranking.cut(ranking.available - 1).stays(0)
+        tensor([ True, False, False])
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Pairs of scores and the bool mask of competitors, flat, at most ``_BLOCK`` long."""
-        flat = self.scores.reshape(-1)
-        among = None if self.among is None else self.among.reshape(-1)
-        for start in range(0, flat.numel(), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            yield flat[block], None if among is None else among[block]
+    Where several ranks hold parts of the scores, ``reduce`` adds counts up over them: the cut is
+    then the same on all. It is given a few kilobytes at a time, whatever the size of the scores.
+    """
 
-    def order_keys(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for block, among in self.blocks():
-            yield self._order_key(block), among
+    def __init__(
+        self,
+        scores: Sequence[Tensor],
+        *,
+        among: Sequence[Tensor | None] | None = None,
+        absolute: bool = False,
+        names: Sequence[str] | None = None,
+        reduce: Reduce = alone,
+    ) -> None:
+        among = [None] * len(scores) if among is None else among
+        self._kind = Kind.of(scores, absolute=absolute)
+        size = min(_BLOCK, max((t.numel() for t in scores), default=0))
+        scratch = {t.device: Scratch(size, self._kind, t.device) for t in scores}
+        ends = list(accumulate((t.numel() for t in scores), initial=0))
+        self._columns = [
+            Column(t.detach(), mask, offset=end, scratch=scratch[t.device])
+            for t, mask, end in zip(scores, among, ends[:-1], strict=True)
+        ]
+        self._own_entries = ends[-1]
+        self._on_cpu = all(device.type == "cpu" for device in scratch)
+        self._device = next(iter(scratch), torch.device("cpu"))
+        self._names, self._reduce = names, reduce
+        self._workers = Workers(self._own_entries // (2 * _BLOCK) if self._on_cpu else 1)
 
-    def _order_key(self, block: Tensor) -> Tensor:
-        values = block.to(self.float)
-        values = values.abs() if self.absolute else values + 0.0  # −0 + 0 is 0
-        bits = values.view(self.int)
-        # Negative floats grow with their magnitude bits: flip these.
-        flip = torch.iinfo(self.int).max
-        return torch.where(bits < 0, bits ^ flip, bits)
+    @property
+    def available(self) -> int:
+        """How many entries compete."""
+        return self._totals[0]
 
+    @cached_property
+    def _totals(self) -> tuple[int, int]:
+        """How many entries compete, and how many there are."""
+        counts = torch.tensor([0, self._own_entries], device=self._device)
 
-def _count_candidates(columns: Sequence[_Column], names: Sequence[str] | None) -> int:
-    available = 0
-    for position, column in enumerate(columns):
-        for block, among in column.blocks():
-            nan = block.isnan() if among is None else block.isnan() & among
-            if bool(nan.any()):
+        def competing(turn: int, turns: int) -> list[Tensor]:
+            return [column.competing(turn, turns) for column in self._columns]
+
+        for count in chain(*self._workers.run(competing)):
+            counts[0] += count.to(self._device)
+        available, entries = self._reduce(counts).tolist()
+        return available, entries
+
+    def cut(self, k: int) -> Cut:
+        """Find where the ``k`` lowest end.
+
+        Raises:
+            ValueError: as :func:`lowest` does.
+        """
+        available, entries = self._totals
+        if not 0 <= k <= available:
+            remedy = "Lower the amount."
+            raise ValueError(
+                message("k", expected=f"0 to {available} candidates", got=k, remedy=remedy)
+            )
+        kind = self._kind
+        rank = entries - available + k  # what does not compete lies below what does
+        if k and self._on_cpu:
+            candidates, highest = narrowed(
+                self._columns, rank, entries, kind, workers=self._workers, reduce=self._reduce
+            )
+        else:  # on another device, collecting would wait once per block
+            candidates = everything(self._columns, kind.lowest, kind.highest)
+            tops = [column.highest_key().to(self._device) for column in self._columns]
+            highest = torch.stack(tops).tolist() if tops else []
+        self._check_numbers(highest)
+        if k == 0:
+            return Cut(self._columns, key=kind.floor - 1, place=entries, workers=self._workers)
+        search = partial(kth_lowest, device=self._device, reduce=self._reduce)
+        low, high = candidates.low, candidates.high
+        found = search(candidates.keys, rank - candidates.below, low=low, high=high)
+        place = entries
+        if found.rank < found.equal:
+            ties = partial(candidates.places, found.value)
+            place = search(ties, found.rank, low=0, high=entries).value
+        return Cut(self._columns, key=found.value, place=place, workers=self._workers)
+
+    def _check_numbers(self, highest: Sequence[int]) -> None:
+        """Raise for the first column whose highest key is that of a NaN."""
+        infinity = self._kind.infinity
+        has_nan = torch.tensor([int(top > infinity) for top in highest], device=self._device)
+        for position, ranks in enumerate(self._reduce(has_nan).tolist()):
+            if ranks:
+                blocks = self._columns[position].blocks()
+                own = sum(int((keys > infinity).sum()) for _, keys in blocks)
+                count = int(self._reduce(torch.tensor(own, device=self._device)))
+                names = self._names
                 name = f"scores of {names[position]!r}" if names else f"scores[{position}]"
                 remedy = "A NaN has no rank; look for the step at which training diverged."
-                got = f"{int(nan.sum())} NaN among the entries to rank"
+                got = f"{count} NaN among the entries to rank"
                 raise ValueError(message(name, expected="numbers", got=got, remedy=remedy))
-            available += block.numel() if among is None else int(among.sum())
-    return available
 
 
-def _kth_lowest(columns: Sequence[_Column], k: int, *, bits: int) -> tuple[int, int]:
-    """The key of the k-th lowest entry, and how many entries with that very key are among the k."""
-    prefix = 0
-    for shift in range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        top = shift == bits - _DIGIT_BITS
-        counts = _histogram(columns, shift, None if top else prefix)
-        below = counts.cumsum(0)
-        digit = int(torch.searchsorted(below, torch.tensor(k, device=below.device)))
-        k -= int(below[digit - 1]) if digit else 0
-        # The top digit is signed; _histogram counts it shifted by half its range.
-        prefix = digit - _DIGITS // 2 if top else (prefix << _DIGIT_BITS) | digit
-    return prefix, k
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """The last entry that goes. Others go if their key is lower, or the same and their place lower.
+
+    Nothing is marked before it is asked for, by position, in any order. The scores and ``among`` of
+    a tensor must not change until then.
+    """
+
+    columns: Sequence[Column]
+    key: int
+    place: int
+    workers: Workers
+
+    def goes(self, position: int) -> Tensor:
+        """A bool tensor, True for the entries that go."""
+        column = self.columns[position]
+
+        def write(keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
+            torch.le(keys, bound, out=out)
+            if column.among is not None:
+                out &= keys >= column.scratch.kind.floor
+
+        return self._mark(column, _bools(column.scores), write)
+
+    def stays(self, position: int) -> Tensor:
+        """A bool tensor, True for the entries that compete and do not go."""
+        return self.write_stays(position, _bools(self.columns[position].scores))
+
+    def write_stays(self, position: int, out: Tensor) -> Tensor:
+        """Set ``out``, of whatever dtype, to the same. It may be ``among`` itself."""
+        column = self.columns[position]
+
+        def write(keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
+            out.copy_(torch.gt(keys, bound, out=column.scratch.spare(keys.numel())[0]))
+
+        return self._mark(column, out, write)
+
+    def _mark(
+        self, column: Column, out: Tensor, write: Callable[[Tensor, int | Tensor, Tensor], None]
+    ) -> Tensor:
+        flat = out.view(-1) if out.is_contiguous() else out.new_empty(out.numel())
+
+        def work(turn: int, turns: int) -> None:
+            for start, keys in column.blocks(turn, turns):
+                bound = self._bound(column, start, keys)
+                write(keys, bound, flat[start : start + keys.numel()])
+
+        self.workers.run(work)
+        return out if out.is_contiguous() else out.copy_(flat.view(out.shape))
+
+    def _bound(self, column: Column, start: int, keys: Tensor) -> int | Tensor:
+        """The highest key that goes; entry by entry in a block that the cut runs through."""
+        if column.place(start + keys.numel() - 1) <= self.place:
+            return self.key
+        if column.place(start) > self.place:
+            return self.key - 1
+        above = column.places(start, keys.numel()) > self.place
+        return self.key - above.to(keys.dtype)
 
 
-def _histogram(columns: Sequence[_Column], shift: int, prefix: int | None) -> Tensor:
-    """Count the 16-bit digits at ``shift`` of all keys that start with ``prefix``."""
-    total = torch.zeros(_DIGITS, dtype=torch.int64)
-    for column in columns:
-        for keys, among in column.order_keys():
-            if prefix is None:
-                digits = (keys >> shift) + _DIGITS // 2
-            else:
-                digits = (keys >> shift) & (_DIGITS - 1)
-                same = (keys >> (shift + _DIGIT_BITS)) == prefix
-                among = same if among is None else among & same
-            if among is not None:
-                digits = digits[among]
-            total += torch.bincount(digits, minlength=_DIGITS).to(total.device)
-    return total
-
-
-def _mark(columns: Sequence[_Column], threshold: int, ties: int) -> list[Tensor]:
-    """Everything below the threshold, and the first ``ties`` entries that equal it."""
-    marked = []
-    for column in columns:
-        parts = []
-        for keys, among in column.order_keys():
-            below, equal = keys < threshold, keys == threshold
-            if among is not None:
-                below, equal = below & among, equal & among
-            if ties:
-                running = equal.cumsum(0)
-                below |= equal & (running <= ties)
-                ties -= min(ties, int(running[-1]))
-            parts.append(below)
-        flat = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
-        marked.append(flat.to(column.scores.device).reshape(column.scores.shape))
-    return marked
+def _bools(like: Tensor) -> Tensor:
+    # Threads could not write to what is made in inference mode.
+    with torch.inference_mode(False):
+        return torch.empty(like.shape, dtype=torch.bool, device=like.device)

@@ -6,7 +6,6 @@ added up over the ranks. A plain tensor is its own and only part.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +19,9 @@ from torch_rsst.errors import message
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether each rank holds a part (or a replica) of it."""
-    # Nobody can have made one before the module was imported; importing it takes long.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    """Whether it is a ``DTensor``, of which each rank holds a part or a replica."""
+    # By what it has, not by its class: importing that takes long, and torch.compile reads this.
+    return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -41,7 +39,7 @@ def sharded_like(part: Tensor, whole: Tensor) -> Tensor:
         return part
     placed: Any = whole
     made: Tensor = type(placed).from_local(
-        part,
+        part.contiguous(),
         placed.device_mesh,
         placed.placements,
         run_check=False,
@@ -51,16 +49,20 @@ def sharded_like(part: Tensor, whole: Tensor) -> Tensor:
     return made
 
 
-def part_of(full: Tensor, whole: Tensor) -> Tensor:
-    """What of a full tensor, the same on all ranks, belongs to this rank's part of ``whole``."""
-    if is_sharded(full):
-        return local(full)
-    layout = Layout.of(whole)
+def placed_like(full: Tensor, whole: Tensor) -> Tensor:
+    """A tensor that is the same on all ranks, on the device of ``whole`` and distributed as it is."""
+    layout = None if is_sharded(full) else Layout.of(whole)
     if layout is None:
-        return full
+        return full.to(whole.device)
     for dim, (start, size) in enumerate(zip(layout.start, layout.size, strict=True)):
         full = full.narrow(dim, start, size)
-    return full
+    return sharded_like(full.to(whole.device).contiguous(), whole)
+
+
+def total(entries: Tensor) -> Tensor:
+    """The sum over all entries of all ranks, as a plain tensor; of flags: how many are True."""
+    ranks, own = Ranks.of([entries]), local(entries).sum()
+    return ranks.add_up(own if ranks.counts(entries) else torch.zeros_like(own))
 
 
 def gathered(flags: Tensor) -> Tensor:

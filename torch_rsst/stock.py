@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_rsst.live_weight import make_live, make_plain
-from torch_rsst.masked_parameter import Site, place_kept, rolled_back_on_failure
+from torch_rsst.masked_parameter import Site, place_kept, rolled_back_on_failure, zero
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,9 +28,12 @@ def _safe(function: F) -> F:
         if not isinstance(module, nn.Module):  # PyTorch's own error
             return function(module, name, *args, **kwargs)
         site = Site(module, name)
+        mask = site.mask
         with rolled_back_on_failure([site]), place_kept(site):
             result = function(module, name, *args, **kwargs)
             (make_live if site.is_masked else make_plain)(module, name)
+            if mask is not None and not site.is_masked:
+                zero(site.original, mask)  # PyTorch multiplies, and NaN · 0 is NaN
         return result
 
     safe.__module__ = __name__  # pickled by reference to this one

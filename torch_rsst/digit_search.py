@@ -1,0 +1,86 @@
+"""The k-th lowest of many integers, by counting their digits.
+
+The integers come in blocks and are neither joined nor sorted. All that is known of them is a few
+thousand counts: where other ranks hold integers too, adding their counts is all there is to share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Reduce: TypeAlias = Callable[[Tensor], Tensor]
+"""Adds an int64 tensor up over all ranks; every rank makes the same calls in the same order."""
+
+_DIGIT_BITS = 11  # three digits make 32 bits, six make 64
+
+
+class Found(NamedTuple):
+    """An integer; how many equal ones there are up to the k-th in order, and how many in all."""
+
+    value: int
+    rank: int
+    equal: int
+
+
+def alone(counts: Tensor) -> Tensor:
+    """The sum over a single process."""
+    return counts
+
+
+def kth_lowest(
+    blocks: Callable[[], Iterable[Tensor]],
+    k: int,
+    *,
+    low: int,
+    high: int,
+    device: torch.device,
+    reduce: Reduce = alone,
+) -> Found:
+    """The k-th lowest, k counting from 1, of integers that come in blocks.
+
+    Example:
+        >>> kth_lowest(lambda: [torch.tensor([7, 3]), torch.tensor([5, 3, 3])], 2, low=0, high=9,
+        ...            device=torch.device("cpu"))
+        Found(value=3, rank=2, equal=3)
+
+    Args:
+        blocks: gives the integers, as often as it is called: once per digit.
+        k: at most how many integers there are, on all ranks together.
+        low: no more than the k-th.
+        high: no less than it. The nearer the two, the fewer digits there are to count.
+        device: where counts are added up; nothing waits for it before the end.
+        reduce: adds counts up over ranks.
+    """
+    shift = max((high - low).bit_length() - _DIGIT_BITS, 0)
+    digits = (high >> shift) - (low >> shift) + 1
+    first = torch.tensor(low >> shift, device=device)
+    rank = torch.tensor(k, device=device)
+    while True:
+        counts = torch.zeros(digits + 2, dtype=torch.int64, device=device)
+        for integers in blocks():
+            counts += _count(integers >> shift, first, digits).to(device)
+        counts = reduce(counts)
+        up_to = counts.cumsum(0)
+        chosen = torch.searchsorted(up_to, rank)
+        equal = counts[chosen]
+        value = first + chosen - 1
+        if shift == 0:
+            return Found(*torch.stack([value, rank - up_to[chosen] + equal, equal]).tolist())
+        step = min(shift, _DIGIT_BITS)
+        shift, first, digits = shift - step, value << step, 1 << step
+
+
+def _count(values: Tensor, first: Tensor, digits: int) -> Tensor:
+    """How many values lie below ``first``, are it, and so on, and lie above the last digit."""
+    first = first.to(values.device, values.dtype)
+    bins = values.clamp(first - 1, first + digits) - (first - 1)
+    if bins.device.type == "cpu":
+        return torch.bincount(bins, minlength=digits + 2)
+    # On a device bincount would wait for the result.
+    edges = torch.arange(digits + 2, dtype=bins.dtype, device=bins.device)
+    up_to = torch.searchsorted(bins.sort().values, edges, right=True)
+    return up_to.diff(prepend=up_to.new_zeros(1))

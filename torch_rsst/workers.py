@@ -1,0 +1,50 @@
+"""Passes over large tensors on the CPU, shared out between threads by the block.
+
+PyTorch shares out single operations and waits for all threads after each. A pass of many short ones
+then waits most of the time, and where other processes want the processor, nearly all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_MOST = 8  # more threads would wait for the interpreter
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch from sharing operations out, for a while."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+class Workers:
+    """As many threads as PyTorch may use, ``most`` at most, this one included."""
+
+    def __init__(self, most: int) -> None:
+        self.count = max(1, min(most, torch.get_num_threads(), _MOST))
+        self._others = ThreadPoolExecutor(self.count - 1) if self.count > 1 else None
+
+    def run(self, work: Callable[[int, int], T]) -> list[T]:
+        """What ``work(turn, turns)`` returns for every turn, all at the same time."""
+        if self._others is None:
+            return [work(0, 1)]
+        with one_thread():
+            submit, turns = self._others.submit, self.count
+            others = [submit(work, turn, turns) for turn in range(1, turns)]
+            try:
+                first = work(0, turns)
+            finally:
+                wait(others)  # after an interrupt, too, nothing is written any more
+            return [first, *(other.result() for other in others)]
