@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.errors import listing, message, unknown_choice
 from torch_rsst.live_weight import MASK, ORIG
-from torch_rsst.masks import apply_mask, dense_keys, extract_mask, unwrap
+from torch_rsst.masks import apply_mask, dense_keys, extract_mask, masked_names, unwrap
 from torch_rsst.removal import remove_all
 
 MaskChoice: TypeAlias = Literal["keep", "zeros", "remove"]
@@ -37,7 +37,7 @@ def prepare_from_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
             becomes of its mask is yours to say, see :func:`load_dense_state_dict`.
     """
     masks = extract_mask(state_dict)
-    if left := extract_mask(model).keys() - masks.keys():
+    if left := masked_names(model) - masks.keys():
         remedy = "Call load_dense_state_dict(model, state_dict, mask='keep'), 'zeros' or 'remove'."
         raise ValueError(
             message(

@@ -70,7 +70,9 @@ class Member:
         along = torch.full(unit_of.shape, fill, dtype=values.dtype)
         along[owned] = values.cpu()[unit_of[owned]]
         part = local(over)
-        along = along.to(part.device).reshape([-1 if d == self.dim else 1 for d in range(part.ndim)])
+        along = along.to(part.device).reshape(
+            [-1 if d == self.dim else 1 for d in range(part.ndim)]
+        )
         return sharded_like(along.expand(part.shape), over)
 
     def owned(self, over: Tensor) -> Tensor:

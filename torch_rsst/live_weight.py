@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torch_rsst.shards import gathered, is_sharded, placed_like
 
@@ -31,7 +32,8 @@ def product(module: nn.Module, name: str) -> Tensor:
     original = getattr(module, name + ORIG, None)
     mask = getattr(module, name + MASK, None)
     if original is not None and mask is not None:
-        return original.masked_fill(dead_entries(mask, original), 0.0)
+        # Not masked_fill: its result is contiguous, whatever memory format the weight has.
+        return torch.where(dead_entries(mask, original), 0.0, original)
     plain = module._parameters.get(name)
     if plain is None:
         raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
@@ -51,17 +53,37 @@ def dead_entries(mask: Tensor, original: Tensor) -> Tensor:
 
 def make_live(module: nn.Module, name: str) -> None:
     """Turn ``name`` into a property of this module; a stored tensor of that name goes."""
-    base, names = _base_and_names(type(module))
-    module.__class__ = _live_class(base, names | {name})
+    base, names = _base_and_names(_own_class(module))
+    _set_own_class(module, _live_class(base, names | {name}))
     module.__dict__.pop(name, None)
 
 
 def make_plain(module: nn.Module, name: str) -> None:
     """Undo :func:`make_live`; the last name brings the original class back."""
-    base, names = _base_and_names(type(module))
+    base, names = _base_and_names(_own_class(module))
     if name in names:
         rest = names - {name}
-        module.__class__ = _live_class(base, rest) if rest else base
+        _set_own_class(module, _live_class(base, rest) if rest else base)
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class below the one that parametrize has put on top, which must stay on top."""
+    cls = type(module)
+    return cls.__bases__[0] if _has_parametrized_class(module) else cls
+
+
+def _set_own_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    if not _has_parametrized_class(module):
+        module.__class__ = cls
+        return
+    # Made anew: copies of a parametrized module share their class.
+    top = type(module)
+    body = {k: v for k, v in vars(top).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(top.__name__, (cls,), body)
+
+
+def _has_parametrized_class(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) and "_live" not in vars(type(module))
 
 
 def _base_and_names(cls: type[nn.Module]) -> tuple[type[nn.Module], frozenset[str]]:
@@ -91,7 +113,7 @@ def _live_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
 def _reduce(module: nn.Module, protocol: Any) -> Any:
     """Copy and pickle by the base class and the names: the class itself is made at run time."""
     base, names = _base_and_names(type(module))
-    reduced: Any = base.__reduce_ex__(module, protocol)
+    reduced: Any = base.__reduce_ex__(module, max(int(protocol), 2))
     make, args, *rest = reduced
     if make is copyreg.__newobj__:  # type: ignore[attr-defined] # typeshed leaves it out
         make, args = _new, (base, names, *args[1:])

@@ -112,6 +112,15 @@ def check_site(module: object, name: object) -> Site:
         raise ValueError(
             message(subject, expected="an initialized parameter", got="a lazy one", remedy=remedy)
         )
+    if parameter.layout != torch.strided:
+        got, remedy = parameter.layout, "Call to_dense() first."
+        raise ValueError(message(subject, expected="a dense tensor", got=got, remedy=remedy))
+    if any(
+        n > 1 and step == 0 for n, step in zip(parameter.shape, parameter.stride(), strict=True)
+    ):
+        expected, got = "entries with memory of their own", "an expanded tensor"
+        remedy = "Clone it first: its entries cannot be masked one by one."
+        raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
     if parameter.dtype not in MASKABLE:
         expected = f"one of {', '.join(map(str, MASKABLE))}"
         remedy = "Cast it first, or leave it out: only such weights can be pruned."
@@ -228,8 +237,9 @@ def check_scores(site: Site, scores: Tensor | None) -> Tensor:
         TypeError: unless given a tensor of numbers.
         ValueError: for another shape than the parameter's.
     """
-    if scores is None:
+    if scores is None or site.is_masked:
         check_has_values(site)
+    if scores is None:
         return site.original.detach()
     subject = f"importance_scores for {site}"
     remedy = "Give every entry of the parameter one score."

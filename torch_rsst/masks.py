@@ -74,6 +74,12 @@ def named_sites(model: nn.Module) -> dict[str, list[Site]]:
     return sites
 
 
+def masked_names(model: nn.Module) -> set[str]:
+    """The dense names of all masked parameters; reads no values."""
+    sites = named_sites(model)
+    return {name for name, places in sites.items() if any(site.is_masked for site in places)}
+
+
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Dense name → trainable tensor, ``weight_orig`` where masked; detached, sharing memory."""
     return {name: places[0].original.detach() for name, places in named_sites(model).items()}
@@ -165,6 +171,9 @@ def as_bool(mask: Tensor, name: str) -> Tensor:
         raise TypeError(
             message(subject, expected="a tensor", got=type(mask).__name__, remedy=remedy)
         )
+    if mask.is_meta:
+        got, remedy = "a mask on the meta device", "Materialize the model first."
+        raise ValueError(message(subject, expected="values", got=got, remedy=remedy))
     if mask.dtype == torch.bool:
         return mask.clone()
     alive = mask != 0
@@ -233,7 +242,7 @@ def _sites_to_mask(
     sites = named_sites(model)
     chosen = list(as_masks(masks).items())
     resolved = {name: _resolve(name, sites) for name, _ in chosen}
-    if strict and (left := set(extract_mask(model)) - set(resolved.values())):
+    if strict and (left := masked_names(model) - set(resolved.values())):
         remedy = "Add them, or pass strict=False to leave them as they are."
         raise KeyError(
             message(
