@@ -20,10 +20,10 @@ import torch_rsst
 
 ROOT = Path(torch_rsst.__file__).parent
 FLOORS = [
-    ["errors", "_version", "fsdp"],
+    ["errors", "_version", "fsdp", "workers"],
     ["budget", "digit_search", "replicas", "shards"],
     ["live_weight", "order_keys"],
-    ["masked_parameter"],
+    ["masked_parameter", "candidates"],
     ["selection", "groups", "masks", "schedules", "stock"],
     [
         "importance",

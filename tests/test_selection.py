@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from torch_rsst import selection
-from torch_rsst.selection import lowest
+import torch_rsst
+from torch_rsst import candidates, selection
+from torch_rsst.digit_search import Found, kth_lowest
+from torch_rsst.order_keys import Column
+from torch_rsst.selection import Cut, Ranking, lowest
 from torch_rsst.testing import masks, weights
 
 INF, NAN = math.inf, math.nan
@@ -235,3 +241,354 @@ def test_nan_outside_the_competition_is_fine() -> None:
     score, alive = torch.tensor([NAN, 2.0, 1.0]), torch.tensor([False, True, True])
     assert lowest([score], 1, among=[alive])[0].tolist() == [False, False, True]
     assert lowest([score], 2, among=[alive], absolute=True)[0].tolist() == [False, True, True]
+
+
+# The fast path: a sample, a pass that collects what lies near the cut, several threads.
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+def in_small(patch: pytest.MonkeyPatch, *, block: int, sample: int, few: float = 1 / 64) -> None:
+    """Make small tensors go the way of large ones, three threads included."""
+    patch.setattr(selection, "_BLOCK", block)
+    patch.setattr(selection, "_LEAST", 1)
+    patch.setattr(candidates, "_SAMPLE", sample)
+    patch.setattr(candidates, "_FEW", few)
+
+
+@pytest.mark.usefixtures("three_threads")
+@given(problems(), st.booleans(), st.integers(1, 40), st.integers(1, 40), st.sampled_from((0, 0.2)))
+def test_samples_blocks_and_threads_have_no_say(
+    problem: tuple[list[Tensor], list[Tensor | None], int],
+    absolute: bool,
+    block: int,
+    sample: int,
+    few: float,
+) -> None:
+    scores, among, k = problem
+    with pytest.MonkeyPatch.context() as patch:
+        in_small(patch, block=block, sample=sample, few=few)
+        marked = lowest(scores, k, among=among, absolute=absolute)
+        ranking = Ranking(scores, among=among, absolute=absolute)
+        cut = ranking.cut(k)
+        stays = [cut.stays(position) for position in range(len(scores))]
+    assert flat(marked) == by_sorting(scores, k, among, absolute)
+    competes = [torch.ones_like(m) if a is None else a for m, a in zip(marked, among, strict=True)]
+    assert ranking.available == sum(int(mask.sum()) for mask in competes)
+    for stay, mask, goes in zip(stays, competes, marked, strict=True):
+        assert torch.equal(stay, mask & ~goes)
+
+
+def uniform(n: int) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(n)) - 0.5
+
+
+def misleading(n: int) -> Tensor:
+    """High at every place that a sample of 256 looks at, low elsewhere."""
+    stride = n // 256
+    while math.gcd(stride, 30) > 1:
+        stride += 1
+    score = uniform(n).abs()
+    score[::stride] += 100
+    return score
+
+
+DISTRIBUTIONS: dict[str, Callable[[int], Tensor]] = {
+    "uniform": uniform,
+    "all equal": lambda n: torch.full((n,), -3.0),
+    "all zero": lambda n: torch.zeros(n),
+    "zeros of both signs": lambda n: torch.zeros(n) * uniform(n),
+    "two values": lambda n: torch.where(uniform(n) < 0.1, 1.0, 2.0),
+    "three in ten tie": lambda n: torch.where(uniform(n) < -0.2, 0.25, uniform(n)),
+    "denormal": lambda n: (uniform(n) * 2**20).round() * 2.0**-149,
+    "sorted": lambda n: torch.arange(n) / n,
+    "sorted down": lambda n: -torch.arange(n) / n,
+    "constant blocks": lambda n: (torch.arange(n) // 1000).float(),
+    "mostly infinite": lambda n: uniform(n).masked_fill(uniform(n) < 0.4, torch.inf),
+    "infinite of both signs": lambda n: (uniform(n) * 1e40).float(),
+    "misleading": misleading,
+    "periodic": lambda n: (torch.arange(n) % 79).float(),
+}
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_adversarial_scores_against_a_stable_sort(
+    distribution: str, dtype: torch.dtype, absolute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = 20_000
+    whole = DISTRIBUTIONS[distribution](n).to(dtype)
+    alive = uniform(n + 1)[1:] < 0.2
+    alive_indices = alive.nonzero()[:, 0]
+    ranked = whole.abs() if absolute else whole
+    order = alive_indices[torch.sort(ranked[alive].double(), stable=True).indices]
+    in_small(monkeypatch, block=3000, sample=256)
+    sizes = [4096, 1, n - 4097]
+    parts = [part.reshape(-1, 2) if part.numel() % 2 == 0 else part for part in whole.split(sizes)]
+    # As bools and as a mask buffer has them.
+    among = [alive.split(sizes)[i].to(t)[:] for i, t in enumerate((torch.bool, dtype, dtype))]
+    among = [mask.reshape(part.shape) for mask, part in zip(among, parts, strict=True)]
+    ranking = Ranking(parts, among=among, absolute=absolute)
+    assert ranking.available == len(order)
+    for k in (0, 1, len(order) // 5, len(order) // 2, len(order) - 1, len(order)):
+        expected = torch.zeros(n, dtype=torch.bool)
+        expected[order[:k]] = True
+        cut = ranking.cut(k)
+        assert torch.equal(torch.cat([cut.goes(i).reshape(-1) for i in range(3)]), expected)
+        stays = torch.cat([cut.stays(i).reshape(-1) for i in range(3)])
+        assert torch.equal(stays, alive & ~expected)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "searches_all"),
+    [("uniform", False), ("sorted", False), ("misleading", True), ("all equal", True)],
+)
+def test_all_entries_are_searched_where_the_sample_does_not_help(
+    distribution: str, searches_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_small(monkeypatch, block=3000, sample=256, few=0.2)
+    calls = []
+    original = candidates.everything
+    monkeypatch.setattr(candidates, "everything", lambda *args: calls.append(1) or original(*args))
+    n = 40_000
+    score = DISTRIBUTIONS[distribution](n)
+    monkeypatch.setattr(candidates, "_SAMPLE", 256)
+    marked = lowest([score], n // 5, absolute=True)[0]
+    expected = torch.zeros(n, dtype=torch.bool)
+    expected[torch.sort(score.abs(), stable=True).indices[: n // 5]] = True
+    assert torch.equal(marked, expected)
+    assert bool(calls) == searches_all
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.uint8])
+def test_many_integers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_small(monkeypatch, block=700, sample=100)
+    score = (uniform(10_000) * 200).abs().to(dtype)
+    for k in (1, 3333, 9999):
+        expected = torch.zeros(10_000, dtype=torch.bool)
+        expected[torch.sort(score, stable=True).indices[:k]] = True
+        assert torch.equal(lowest([score], k)[0], expected)
+
+
+def test_layouts_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_small(monkeypatch, block=100, sample=64)
+    score = (uniform(6400) * 8).round().reshape(8, 8, 10, 10)
+    alive = uniform(6401)[1:].reshape(8, 8, 10, 10) < 0.3
+    expected = lowest([score], 3000, among=[alive])[0]
+    last, turned = torch.channels_last, (3, 1, 0, 2)
+    assert torch.equal(lowest([score.to(memory_format=last)], 3000, among=[alive])[0], expected)
+    assert torch.equal(lowest([score], 3000, among=[alive.to(memory_format=last)])[0], expected)
+    # The same logical tensor, its memory in another order.
+    stored = score.permute(turned).contiguous()
+    back = [turned.index(dim) for dim in range(4)]
+    assert torch.equal(lowest([stored.permute(back)], 3000, among=[alive])[0], expected)
+    out = torch.empty_like(score, memory_format=last)
+    Ranking([score], among=[alive]).cut(3000).write_stays(0, out)
+    assert torch.equal(out != 0, alive & ~expected)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("nan", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -0x400000, -1])
+def test_nan_of_every_kind(nan: int, absolute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_small(monkeypatch, block=700, sample=100)
+    bits = uniform(10_000).view(torch.int32)
+    bits[7777] = nan
+    score = bits.view(torch.float32)
+    alive = torch.ones(10_000)
+    for k in (0, 5, 10_000):
+        with pytest.raises(ValueError, match=r"scores\[1\]: expected numbers, got 1 NaN"):
+            lowest([uniform(10), score], k, among=[None, alive], absolute=absolute)
+    alive[7777] = 0
+    cut = Ranking([score], among=[alive], absolute=absolute).cut(9998)
+    assert int(cut.stays(0).sum()) == 1
+    assert not cut.stays(0)[7777]
+    assert not cut.goes(0)[7777]
+
+
+def test_nothing_is_marked_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = [uniform(50), uniform(60), uniform(70)]
+    expected = lowest(scores, 90, absolute=True)
+    cut = Ranking(scores, absolute=True).cut(90)
+    visited = []
+    blocks = Column.blocks
+
+    def spy(column: Column, *args: Any, **kwargs: Any) -> Any:
+        visited.append(column.offset)
+        return blocks(column, *args, **kwargs)
+
+    monkeypatch.setattr(Column, "blocks", spy)
+    assert torch.equal(cut.goes(2), expected[2])
+    assert torch.equal(cut.stays(0), ~expected[0])
+    assert torch.equal(cut.goes(1), expected[1])
+    assert visited == [110, 0, 50]
+
+
+def test_a_mask_may_be_overwritten_with_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_small(monkeypatch, block=64, sample=50)
+    score, mask = uniform(1000).round(decimals=1), (uniform(1001)[1:] < 0.3).float()
+    expected = Ranking([score], among=[mask], absolute=True).cut(300).stays(0)
+    Ranking([score], among=[mask], absolute=True).cut(300).write_stays(0, mask)
+    assert torch.equal(mask, expected.float())
+
+
+def test_integers_of_several_ranks_are_searched_by_their_counts() -> None:
+    whole = torch.randint(-300, 300, (3000,), generator=torch.Generator().manual_seed(0))
+    parts, width = whole.split([1, 2000, 999]), len(whole.unique())
+    barrier, shares = threading.Barrier(3), [torch.empty(0)] * 3
+    bytes_reduced = [0, 0, 0]
+    found: list[list[Found]] = [[], [], []]
+
+    def rank(number: int) -> None:
+        def add_up(counts: Tensor) -> Tensor:
+            shares[number] = counts
+            bytes_reduced[number] += counts.numel() * counts.element_size()
+            barrier.wait()
+            total = torch.stack(shares).sum(0)
+            barrier.wait()
+            return total
+
+        for k in (1, 1500, 3000):
+            here = torch.device("cpu")
+            low, high = -(2**31), 2**31 - 1
+            found[number].append(
+                kth_lowest(
+                    lambda: [parts[number]], k, low=low, high=high, device=here, reduce=add_up
+                )
+            )
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    order = whole.sort().values
+    assert width < 3000
+    assert found[0] == found[1] == found[2]
+    for k, (value, tie, ties) in zip((1, 1500, 3000), found[0], strict=True):
+        assert value == order[k - 1]
+        assert tie == k - int((whole < value).sum())
+        assert ties == int((whole == value).sum())
+    assert max(bytes_reduced) < 3 * 100_000
+
+
+# From selection to masks: lazily, all or none, in little memory.
+
+
+def layers(*sizes: int) -> nn.ModuleList:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.ModuleList(nn.Linear(n, n, bias=False) for n in sizes)
+
+
+@pytest.mark.parametrize("fails_at", range(5))
+def test_a_failure_while_masks_are_written_changes_nothing(
+    fails_at: int,
+    fingerprint: Callable[[nn.Module], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = layers(5, 6, 7, 8, 9)
+    parameters = [(layer, "weight") for layer in model]
+    torch_rsst.global_unstructured(parameters[1:4], torch_rsst.GlobalL1, amount=0.4)
+    before = fingerprint(model)
+    write = Cut.write_stays
+
+    def failing(cut: Cut, position: int, out: Tensor) -> Tensor:
+        write(cut, position, out)
+        if position == fails_at:
+            raise KeyboardInterrupt
+        return out
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Cut, "write_stays", failing)
+        torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.4)
+    assert fingerprint(model) == before
+    torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.4)
+    assert fingerprint(model) != before
+
+
+def test_scores_may_be_masks_that_change() -> None:
+    model = layers(4, 4)
+    parameters = [(layer, "weight") for layer in model]
+    torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=8)
+    first, second = (layer.weight_mask for layer in model)
+    given = {parameters[1]: first, parameters[0]: second.clone()}
+    copies = {key: score.clone() for key, score in given.items()}
+    goes = lowest(
+        [copies[parameters[0]], copies[parameters[1]]], 9, among=[first.clone(), second.clone()]
+    )
+    expected = [(first != 0) & ~goes[0], (second != 0) & ~goes[1]]
+    torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, given, amount=9)
+    assert [torch.equal(layer.weight_mask != 0, e) for layer, e in zip(model, expected)] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_inference_mode_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_small(monkeypatch, block=64, sample=50)
+    model, twin = layers(20, 30), layers(20, 30)
+    for net, mode in ((model, True), (twin, False)):
+        for _ in range(2):
+            with torch.inference_mode(mode):
+                parameters = [(layer, "weight") for layer in net]
+                torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.3)
+    for layer, other in zip(model, twin, strict=True):
+        assert torch.equal(layer.weight_mask, other.weight_mask)
+        assert not layer.weight_mask.is_inference()
+    with torch.inference_mode():
+        marked = lowest([layer.weight for layer in model], 500, absolute=True)
+    assert sum(int(mask.sum()) for mask in marked) == 500
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's allocator held at once for ``work``."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events: Any = profiler.profiler.kineto_results.events()
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("sizes", [(512,) * 8, (1448,)], ids=["several", "one"])
+def test_memory_of_a_call(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    # As with many more weights, whose sample would be as large.
+    monkeypatch.setattr(candidates, "_SAMPLE", 1 << 14)
+    model = layers(*sizes)
+    parameters = [(layer, "weight") for layer in model]
+    weights = sum(layer.weight.numel() * 4 for layer in model)
+
+    def call() -> None:
+        torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.2)
+
+    assert peak_of(call) < 1.25 * weights  # new masks
+    assert peak_of(call) < 0.25 * weights  # in place, the way back included
+
+
+def test_rounds_hold_no_more_memory() -> None:
+    model = layers(64, 64)
+    parameters = [(layer, "weight") for layer in model]
+    torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.2)
+
+    def held_by_rounds() -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            for _ in range(5):
+                torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.2)
+        events: Any = profiler.profiler.kineto_results.events()
+        return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+    assert held_by_rounds() == 0

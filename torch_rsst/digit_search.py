@@ -74,10 +74,10 @@ def kth_lowest(
         shift, first, digits = shift - step, value << step, 1 << step
 
 
-def _count(values: Tensor, first: Tensor, digits: int) -> Tensor:
+def _count(bins: Tensor, first: Tensor, digits: int) -> Tensor:
     """How many values lie below ``first``, are it, and so on, and lie above the last digit."""
-    first = first.to(values.device, values.dtype)
-    bins = values.clamp(first - 1, first + digits) - (first - 1)
+    first = first.to(bins.device, bins.dtype)
+    bins.clamp_(first - 1, first + digits).sub_(first - 1)
     if bins.device.type == "cpu":
         return torch.bincount(bins, minlength=digits + 2)
     # On a device bincount would wait for the result.

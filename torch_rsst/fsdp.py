@@ -7,7 +7,7 @@ for that: all that is known of its inside stands here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -38,15 +38,13 @@ def tell_of_new_name(module: nn.Module, old: str, new: str) -> None:
         ]
 
 
-def reshard(module: nn.Module, name: str) -> None:
-    """Free the whole parameter that a forward pass has left in place of this rank's part."""
-    for wrapped, kept in _managers():
-        info = kept._module_info
-        owners = zip(
-            [info.module, *info.shared_modules],
-            [info.param_name, *info.shared_param_names],
-            strict=True,
-        )
-        if any(owner is module and key == name for owner, key in owners):
-            wrapped.reshard()  # type: ignore[operator] # FSDPModule has it
-            return
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free the whole parameters that a forward pass has left in place of this rank's parts."""
+    wanted = set(modules) if "torch.distributed.fsdp" in sys.modules else set()
+    managing = {
+        wrapped: None
+        for wrapped, kept in _managers()
+        if not wanted.isdisjoint([kept._module_info.module, *kept._module_info.shared_modules])
+    }
+    for wrapped in managing:
+        wrapped.reshard()  # type: ignore[operator] # FSDPModule has it

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -18,14 +19,17 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from torch_rsst.errors import listing, message
+from torch_rsst.fsdp import reshard, tell_of_new_name
 from torch_rsst.live_weight import MASK, ORIG, make_live, make_plain, product
-from torch_rsst.workers import one_thread
-from torch_rsst.shards import placed_like
+from torch_rsst.shards import is_sharded, local, placed_like
+from torch_rsst.workers import Workers
 
 MASKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 Parameter: TypeAlias = tuple[nn.Module, str]
 """How PyTorch's pruning calls name a parameter."""
+
+_PACKED = 1 << 20  # entries of a mask that are packed to bits together
 
 NewMask: TypeAlias = Tensor | Callable[[Tensor], object]
 """A mask of zeros and ones, or what writes it into a tensor: then it exists once, where it is used."""
@@ -86,6 +90,7 @@ def check_site(module: object, name: object) -> Site:
             message("parameter", expected="a (module, name) pair", got=got, remedy=remedy)
         )
     site = Site(module, name)
+    reshard([module])
     if site.is_masked:
         return site
     subject = f"parameter {site}"
@@ -113,7 +118,7 @@ def check_site(module: object, name: object) -> Site:
             message(subject, expected="an initialized parameter", got="a lazy one", remedy=remedy)
         )
     if parameter.layout != torch.strided:
-        got, remedy = parameter.layout, "Call to_dense() first."
+        got, remedy = str(parameter.layout), "Call to_dense() first."
         raise ValueError(message(subject, expected="a dense tensor", got=got, remedy=remedy))
     if any(
         n > 1 and step == 0 for n, step in zip(parameter.shape, parameter.stride(), strict=True)
@@ -261,13 +266,11 @@ def install(masks: Sequence[tuple[Site, NewMask]]) -> None:
     """
     sites = [site for site, _ in masks]
     # A mask made in inference mode could not be changed outside it.
-    with torch.inference_mode(False), rolled_back_on_failure(sites) as keep_values:
+    with torch.inference_mode(False), rolled_back_on_failure(sites):
         shared: dict[int, Tensor] = {}  # tied parameters share one mask as they share one original
         for site, alive in masks:
             original = id(site.original)
             if original not in shared:
-                if site.mask is not None:
-                    keep_values(site.mask)
                 shared[original] = _mask_buffer(site, alive)
             _reparametrize(site, shared[original])
             hook = _set_hook(site)
@@ -278,8 +281,10 @@ def _mask_buffer(site: Site, alive: NewMask) -> Tensor:
     """The site's mask, holding ``alive``; written in place where there is one already."""
     with torch.no_grad():
         mask = torch.empty_like(site.original) if site.mask is None else site.mask
+        if is_sharded(site.original) and not is_sharded(mask):
+            mask = placed_like(mask, site.original).clone()  # masked before it was sharded
         if isinstance(alive, Tensor):
-            mask.copy_(alive)
+            mask.copy_(placed_like(alive, mask))
         else:
             alive(mask)
     return mask
@@ -305,6 +310,7 @@ def find_hook(site: Site) -> tuple[int, BasePruningMethod] | None:
 def _reparametrize(site: Site, mask: Tensor) -> None:
     if not site.is_masked:
         _rename(site.module._parameters, site.name, site.name + ORIG)
+        tell_of_new_name(site.module, site.name, site.name + ORIG)
         site.module.register_buffer(site.name + MASK, mask)
     elif site.mask is not mask:
         site.module._buffers[site.name + MASK] = mask
@@ -342,8 +348,8 @@ def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
 def restore(sites: Sequence[Site]) -> None:
     """Make the pruning of masked sites permanent and delete their hooks, ours or stock; all or none."""
     masked = {id(site.original): (site.original, site.mask) for site in sites}.values()
-    latents: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-    with rolled_back_on_failure(sites):
+    latents: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad(), rolled_back_on_failure(sites):
         for site in sites:
             found = find_hook(site)
             _make_plain(site)
@@ -351,13 +357,12 @@ def restore(sites: Sequence[Site]) -> None:
                 del site.module._forward_pre_hooks[found[0]]
         try:
             for original, mask in masked:
-                dead = _dead(original, mask)
-                latents.append((original, dead, original.detach()[dead]))
+                own, dead = local(original), local(_dead(original, mask))
+                latents.append((own, dead, own[dead]))
                 zero(original, mask)
         except BaseException:
-            with torch.no_grad():
-                for original, dead, values in latents:
-                    original[dead] = values
+            for own, dead, values in latents:
+                own[dead] = values
             raise
 
 
@@ -371,7 +376,7 @@ def make_permanent(site: Site) -> None:
 def zero(original: nn.Parameter, mask: Tensor | None) -> None:
     """Set a parameter to 0 where its mask is 0."""
     with torch.no_grad():
-        original.masked_fill_(_dead(original, mask), 0.0)
+        local(original).masked_fill_(local(_dead(original, mask)), 0.0)
 
 
 def _dead(original: nn.Parameter, mask: Tensor | None) -> Tensor:
@@ -382,6 +387,7 @@ def _dead(original: nn.Parameter, mask: Tensor | None) -> Tensor:
 def _make_plain(site: Site) -> None:
     """The parameter under its dense name, at its place; no mask, no property, no stored product."""
     module, original = site.module, site.original
+    tell_of_new_name(module, site.name + ORIG, site.name)
     make_plain(module, site.name)
     module.__dict__.pop(site.name, None)
     del module._buffers[site.name + MASK]
@@ -411,22 +417,30 @@ def place_kept(site: Site) -> Iterator[None]:
 
 
 @contextmanager
-def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[Callable[[Tensor], None]]:
-    """Put modules back exactly as they were if the block raises, interrupts included.
-
-    Gives a function to call with a mask before its values change.
-    """
+def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
+    """Put modules back exactly as they were if the block raises, interrupts included."""
     modules = {id(site.module): site.module for site in sites}.values()
     saved = [(module, type(module), _shallow(module)) for module in modules]
-    values: list[tuple[Tensor, Tensor]] = []
+    present = {id(site.mask): local(site.mask) for site in sites if site.mask is not None}
+    masks = list(present.values())
+
+    def pack(turn: int, turns: int) -> list[tuple[Tensor, Tensor]]:
+        return [(mask, _packed(mask)) for mask in masks[turn::turns]]
+
+    values = Workers(sum(mask.numel() for mask in masks) // _PACKED).run(pack)
     try:
-        yield lambda mask: values.append((mask, _packed(mask)))
+        yield
     except BaseException:
         for module, cls, state in saved:
             module.__class__ = cls
             _put_back(module, state)
+        for site in sites:
+            now, other = site.name, site.name + ORIG
+            if other in site.module._parameters:
+                now, other = other, now
+            tell_of_new_name(site.module, other, now)
         with torch.no_grad():
-            for mask, bits in values:
+            for mask, bits in chain(*values):
                 mask.copy_(_unpacked(bits, mask.shape))
         raise
 
@@ -434,20 +448,28 @@ def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[Callable[[Tensor],
 def _packed(mask: Tensor) -> Tensor:
     """Which entries are not zero, one bit each."""
     flat = mask.reshape(-1)
-    if flat.numel() % 8:
-        flat = nn.functional.pad(flat, (0, -flat.numel() % 8))
-    bits = torch.zeros(flat.numel() // 8, dtype=mask.dtype, device=mask.device)
-    alive = torch.empty_like(bits)
+    spare = torch.empty(2, _PACKED // 8, dtype=mask.dtype, device=mask.device)
+    return torch.cat([_bits(part, *spare) for part in torch.split(flat, _PACKED)])
+
+
+def _bits(part: Tensor, bits: Tensor, alive: Tensor) -> Tensor:
+    if part.numel() % 8:
+        part = nn.functional.pad(part, (0, -part.numel() % 8))
+    planes = part.view(8, -1)
+    bits, alive = (spare[: planes.shape[1]] for spare in (bits, alive))
+    bits.zero_()
     # In the mask's dtype, which holds 0 to 255: into bools and bytes takes several times as long.
-    with one_thread():
-        for place, plane in enumerate(flat.view(8, -1)):
-            bits.add_(torch.ne(plane, 0, out=alive), alpha=1 << place)
-        return bits.to(torch.uint8)
+    for place, plane in enumerate(planes):
+        bits.add_(torch.ne(plane, 0, out=alive), alpha=1 << place)
+    return bits.to(torch.uint8)
 
 
 def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
-    planes = torch.stack([bits >> place & 1 for place in range(8)])
-    return planes.view(-1)[: shape.numel()].view(shape)
+    parts = [
+        torch.stack([part >> place & 1 for place in range(8)]).view(-1)
+        for part in torch.split(bits, _PACKED // 8)
+    ]
+    return torch.cat(parts)[: shape.numel()].view(shape)
 
 
 def _shallow(module: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.errors import listing, message
+from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.masked_parameter import (
     Site,
@@ -62,6 +63,7 @@ def named_sites(model: nn.Module) -> dict[str, list[Site]]:
 
     Tied parameters appear once, under their first name, with all their sites.
     """
+    reshard(unwrap(model).modules())
     first_names: dict[int, str] = {}
     sites: dict[str, list[Site]] = {}
     for path, module in unwrap(model).named_modules():

@@ -191,8 +191,7 @@ class Fillback(MaskHook):
             super()._apply_to(site, importance_scores)
             return
         masked = site.mask == 0
-        with torch.no_grad(), rolled_back_on_failure([site]) as keep_values:
-            keep_values(site.mask)
+        with torch.no_grad(), rolled_back_on_failure([site]):
             super()._apply_to(site, importance_scores)
             returned = masked & (site.mask != 0)
             # In one go, at the very end: nothing can fail after it.

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from torch_rsst.shards import Layout
+
 Index = TypeVar("Index", int, Tensor)
 
 
@@ -119,18 +121,24 @@ class Column:
     Attributes:
         scores: what is ranked.
         among: nonzero (or True) where an entry competes; None: everywhere.
-        offset: how many entries the tensors before this one have.
+        offset: how many entries the tensors before this one have, on all ranks.
         scratch: memory on the tensor's device.
+        layout: where the scores lie in the whole tensor, None if they are all of it.
+        counts: whether this rank counts them; replicas are counted once.
     """
 
     scores: Tensor
     among: Tensor | None
     offset: int
     scratch: Scratch
+    layout: Layout | None = None
+    counts: bool = True
 
     def competing(self, turn: int = 0, turns: int = 1) -> Tensor:
         """How many entries compete."""
         count = torch.zeros((), dtype=torch.int64, device=self.scores.device)
+        if not self.counts:
+            return count
         if self.among is None:
             return count + (0 if turn else self.scores.numel())
         for part in islice(_parts(self.among, self.scratch.size), turn, None, turns):
@@ -138,7 +146,7 @@ class Column:
         return count
 
     def blocks(
-        self, turn: int = 0, turns: int = 1, *, stride: int = 1
+        self, turn: int = 0, turns: int = 1, *, stride: int = 1, uncounted: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
         """Flat index of a block's first entry and the keys of its every ``stride``-th entry.
 
@@ -148,7 +156,10 @@ class Column:
             turn: which share of the blocks is wanted, from 0.
             turns: how many shares there are.
             stride: of the entries in the order of places.
+            uncounted: also what another rank counts.
         """
+        if not (self.counts or uncounted):
+            return
         start = 0
         parts = _parts(self.scores, self.scratch.size)
         masks = repeat(None) if self.among is None else _parts(self.among, self.scratch.size)
@@ -177,7 +188,7 @@ class Column:
         It grows with the flat index. It need not do so by ones: a rank that holds a slice of a
         tensor gives the place that an entry has in the whole.
         """
-        return self.offset + index
+        return self.offset + (index if self.layout is None else self.layout.place(index))
 
 
 def _parts(tensor: Tensor, size: int) -> Iterator[Tensor]:

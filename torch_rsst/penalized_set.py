@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torch_rsst.errors import listing, message
 from torch_rsst.masks import named_sites
+from torch_rsst.shards import local, placed_like, sharded_like, total
 
 
 class PenalizedSet:
@@ -36,8 +37,9 @@ class PenalizedSet:
                 expected = f"the parameter's shape {tuple(parameter.shape)}"
                 got, remedy = f"shape {tuple(mask.shape)}", "Make the masks with regroup(model, …)."
                 raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
-            if bool(mask.any()):
-                self._entries[name] = (parameter, ~mask.to(parameter.device))
+            mask = placed_like(mask, parameter)
+            if int(total(mask)):
+                self._entries[name] = (parameter, ~local(mask))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -51,11 +53,11 @@ class PenalizedSet:
 
     def norm(self) -> float:
         """The L2 norm of the weights in P, in float64. Synchronizes the device."""
-        parts = [
-            parameter.detach().double().square().masked_fill(rest, 0.0).sum()
-            for parameter, rest in map(self._entry, self)
-        ]
-        return math.sqrt(sum(map(float, parts)))
+        squares = 0.0
+        for parameter, rest in map(self._entry, self):
+            own = local(parameter.detach()).double().square().masked_fill(rest, 0.0)
+            squares += float(total(sharded_like(own, parameter)))
+        return math.sqrt(squares)
 
     def pull(self, names: Iterable[str], strength: float, scale: Tensor | float | None) -> None:
         """Coupled: ``grad += strength · scale · weight`` on P; a missing gradient is made."""
@@ -64,8 +66,8 @@ class PenalizedSet:
             for parameter, rest in map(self._entry, names):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                pull = parameter.masked_fill(rest, 0.0)
-                parameter.grad.add_(pull if scale is None else pull * scale, alpha=strength)
+                pull = local(parameter).masked_fill(rest, 0.0)
+                local(parameter.grad).add_(pull if scale is None else pull * scale, alpha=strength)
 
     def block(self, names: Iterable[str]) -> None:
         """Set the gradient on P to 0; where there is none, there is nothing to block."""
@@ -73,7 +75,7 @@ class PenalizedSet:
         with torch.no_grad():
             for parameter, rest in map(self._entry, names):
                 if parameter.grad is not None:
-                    parameter.grad.masked_fill_(~rest, 0.0)
+                    local(parameter.grad).masked_fill_(~rest, 0.0)
 
     def shrink(self, names: Iterable[str], strength: float, skipped: Tensor | None) -> None:
         """Decoupled: ``weight *= 1 − min(1, strength)`` on P, unless ``skipped`` says so on the device."""
@@ -81,7 +83,8 @@ class PenalizedSet:
         with torch.no_grad():
             for parameter, rest in map(self._entry, names):
                 stays = rest if skipped is None else rest | skipped.to(rest.device).bool()
-                parameter.copy_(torch.where(stays, parameter, parameter * keep))
+                own = local(parameter)
+                own.copy_(torch.where(stays, own, own * keep))
 
     def _check_gradients(self, names: Iterable[str]) -> None:
         """Refuse sparse gradients, which P cannot index, before the first one is changed."""

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 
 from torch_rsst.candidates import everything, narrowed
-from torch_rsst.digit_search import Reduce, alone, kth_lowest
+from torch_rsst.digit_search import kth_lowest
 from torch_rsst.errors import message
 from torch_rsst.order_keys import Column, Kind, Scratch
-from torch_rsst.workers import Workers
+from torch_rsst.shards import Layout, Ranks, local, placed_like, sharded_like
+from torch_rsst.workers import Workers, one_thread
 
-_BLOCK = 1 << 18  # entries looked at together: they stay in the cache; no say in the result
+# Entries looked at together: a small part of all, and few enough for the processor's cache. They have
+# no say in the result.
+_BLOCK = 1 << 19
+_LEAST = 1 << 16
 
 
 def lowest(
@@ -66,8 +70,8 @@ class Ranking:
         >>> ranking.cut(ranking.available - 1).stays(0)
         tensor([ True, False, False])
 
-    Where several ranks hold parts of the scores, ``reduce`` adds counts up over them: the cut is
-    then the same on all. It is given a few kilobytes at a time, whatever the size of the scores.
+    Where several ranks hold parts of the scores, counts are added up over them, a few kilobytes at a
+    time whatever the size of the scores: the cut is then the same on all.
     """
 
     def __init__(
@@ -77,22 +81,31 @@ class Ranking:
         among: Sequence[Tensor | None] | None = None,
         absolute: bool = False,
         names: Sequence[str] | None = None,
-        reduce: Reduce = alone,
     ) -> None:
         among = [None] * len(scores) if among is None else among
         self._kind = Kind.of(scores, absolute=absolute)
-        size = min(_BLOCK, max((t.numel() for t in scores), default=0))
-        scratch = {t.device: Scratch(size, self._kind, t.device) for t in scores}
-        ends = list(accumulate((t.numel() for t in scores), initial=0))
+        ranks, parts = Ranks.of(scores), [local(t.detach()) for t in scores]
+        own = sum(t.numel() for t in parts)
+        size = min(_BLOCK, max(_LEAST, own // 64), max((t.numel() for t in parts), default=0))
+        scratch = {t.device: Scratch(size, self._kind, t.device) for t in parts}
+        starts = accumulate((t.numel() for t in scores), initial=0)
+        self._wholes = list(scores)
         self._columns = [
-            Column(t.detach(), mask, offset=end, scratch=scratch[t.device])
-            for t, mask, end in zip(scores, among, ends[:-1], strict=True)
+            Column(
+                part,
+                None if mask is None else local(placed_like(mask, whole)),
+                offset=start,
+                scratch=scratch[part.device],
+                layout=Layout.of(whole),
+                counts=ranks.counts(whole),
+            )
+            for whole, part, mask, start in zip(scores, parts, among, starts, strict=False)
         ]
-        self._own_entries = ends[-1]
+        self._own_entries = sum(c.scores.numel() for c in self._columns if c.counts)
         self._on_cpu = all(device.type == "cpu" for device in scratch)
         self._device = next(iter(scratch), torch.device("cpu"))
-        self._names, self._reduce = names, reduce
-        self._workers = Workers(self._own_entries // (2 * _BLOCK) if self._on_cpu else 1)
+        self._names, self._reduce = names, ranks.add_up
+        self._workers = Workers(own // (4 * _LEAST) if self._on_cpu else 1)
 
     @property
     def available(self) -> int:
@@ -136,15 +149,22 @@ class Ranking:
             highest = torch.stack(tops).tolist() if tops else []
         self._check_numbers(highest)
         if k == 0:
-            return Cut(self._columns, key=kind.floor - 1, place=entries, workers=self._workers)
+            return Cut(
+                self._columns,
+                self._wholes,
+                key=kind.floor - 1,
+                place=entries,
+                workers=self._workers,
+            )
         search = partial(kth_lowest, device=self._device, reduce=self._reduce)
         low, high = candidates.low, candidates.high
-        found = search(candidates.keys, rank - candidates.below, low=low, high=high)
-        place = entries
-        if found.rank < found.equal:
-            ties = partial(candidates.places, found.value)
-            place = search(ties, found.rank, low=0, high=entries).value
-        return Cut(self._columns, key=found.value, place=place, workers=self._workers)
+        with one_thread():
+            found = search(candidates.keys, rank - candidates.below, low=low, high=high)
+            place = entries
+            if found.rank < found.equal:
+                ties = partial(candidates.places, found.value)
+                place = search(ties, found.rank, low=0, high=entries).value
+        return Cut(self._columns, self._wholes, key=found.value, place=place, workers=self._workers)
 
     def _check_numbers(self, highest: Sequence[int]) -> None:
         """Raise for the first column whose highest key is that of a NaN."""
@@ -171,6 +191,7 @@ class Cut:
     """
 
     columns: Sequence[Column]
+    wholes: Sequence[Tensor]
     key: int
     place: int
     workers: Workers
@@ -184,20 +205,22 @@ class Cut:
             if column.among is not None:
                 out &= keys >= column.scratch.kind.floor
 
-        return self._mark(column, _bools(column.scores), write)
+        marks = self._mark(column, _bools(column.scores), write)
+        return sharded_like(marks, self.wholes[position])
 
     def stays(self, position: int) -> Tensor:
         """A bool tensor, True for the entries that compete and do not go."""
-        return self.write_stays(position, _bools(self.columns[position].scores))
+        marks = self.write_stays(position, _bools(self.columns[position].scores))
+        return sharded_like(marks, self.wholes[position])
 
     def write_stays(self, position: int, out: Tensor) -> Tensor:
-        """Set ``out``, of whatever dtype, to the same. It may be ``among`` itself."""
+        """Set ``out``, of whatever dtype, to the same. It may be ``among`` itself, or a local part."""
         column = self.columns[position]
 
         def write(keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
             out.copy_(torch.gt(keys, bound, out=column.scratch.spare(keys.numel())[0]))
 
-        return self._mark(column, out, write)
+        return self._mark(column, local(out), write)
 
     def _mark(
         self, column: Column, out: Tensor, write: Callable[[Tensor, int | Tensor, Tensor], None]
@@ -205,7 +228,7 @@ class Cut:
         flat = out.view(-1) if out.is_contiguous() else out.new_empty(out.numel())
 
         def work(turn: int, turns: int) -> None:
-            for start, keys in column.blocks(turn, turns):
+            for start, keys in column.blocks(turn, turns, uncounted=True):
                 bound = self._bound(column, start, keys)
                 write(keys, bound, flat[start : start + keys.numel()])
 
