@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import torch_rsst
-from torch_rsst import candidates, selection
+from torch_rsst import candidates, masked_parameter, selection
 from torch_rsst.digit_search import Found, kth_lowest
 from torch_rsst.order_keys import Column
 from torch_rsst.selection import Cut, Ranking, lowest
@@ -355,13 +355,12 @@ def test_adversarial_scores_against_a_stable_sort(
 def test_all_entries_are_searched_where_the_sample_does_not_help(
     distribution: str, searches_all: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_small(monkeypatch, block=3000, sample=256, few=0.2)
+    in_small(monkeypatch, block=3000, sample=256, few=0.5)
     calls = []
     original = candidates.everything
     monkeypatch.setattr(candidates, "everything", lambda *args: calls.append(1) or original(*args))
     n = 40_000
     score = DISTRIBUTIONS[distribution](n)
-    monkeypatch.setattr(candidates, "_SAMPLE", 256)
     marked = lowest([score], n // 5, absolute=True)[0]
     expected = torch.zeros(n, dtype=torch.bool)
     expected[torch.sort(score.abs(), stable=True).indices[: n // 5]] = True
@@ -508,10 +507,11 @@ def test_a_failure_while_masks_are_written_changes_nothing(
             raise KeyboardInterrupt
         return out
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Cut, "write_stays", failing)
+    monkeypatch.setattr(Cut, "write_stays", failing)
+    with pytest.raises(KeyboardInterrupt):
         torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.4)
     assert fingerprint(model) == before
+    monkeypatch.undo()
     torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.4)
     assert fingerprint(model) != before
 
@@ -528,10 +528,8 @@ def test_scores_may_be_masks_that_change() -> None:
     )
     expected = [(first != 0) & ~goes[0], (second != 0) & ~goes[1]]
     torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, given, amount=9)
-    assert [torch.equal(layer.weight_mask != 0, e) for layer, e in zip(model, expected)] == [
-        True,
-        True,
-    ]
+    for layer, mask in zip(model, expected, strict=True):
+        assert torch.equal(layer.weight_mask != 0, mask)
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -566,8 +564,9 @@ def peak_of(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("sizes", [(512,) * 8, (1448,)], ids=["several", "one"])
 def test_memory_of_a_call(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    # As with many more weights, whose sample would be as large.
-    monkeypatch.setattr(candidates, "_SAMPLE", 1 << 14)
+    # What does not grow with the weights would count for more here than it does with many.
+    in_small(monkeypatch, block=1 << 19, sample=1 << 14)
+    monkeypatch.setattr(masked_parameter, "_PACKED", 1 << 16)
     model = layers(*sizes)
     parameters = [(layer, "weight") for layer in model]
     weights = sum(layer.weight.numel() * 4 for layer in model)

@@ -448,7 +448,9 @@ def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
 def _packed(mask: Tensor) -> Tensor:
     """Which entries are not zero, one bit each."""
     flat = mask.reshape(-1)
-    spare = torch.empty(2, _PACKED // 8, dtype=mask.dtype, device=mask.device)
+    spare = torch.empty(
+        2, -(-min(flat.numel(), _PACKED) // 8), dtype=mask.dtype, device=mask.device
+    )
     return torch.cat([_bits(part, *spare) for part in torch.split(flat, _PACKED)])
 
 

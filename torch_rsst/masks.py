@@ -20,7 +20,7 @@ from torch_rsst.masked_parameter import (
     masked_sites,
 )
 from torch_rsst.replicas import agreed, replica_group
-from torch_rsst.shards import placed_like, total
+from torch_rsst.shards import local, placed_like, sharded_like, total
 
 Masks: TypeAlias = dict[str, Tensor]
 
@@ -179,7 +179,7 @@ def as_bool(mask: Tensor, name: str) -> Tensor:
     if mask.dtype == torch.bool:
         return mask.clone()
     alive = mask != 0
-    if int(total(mask != alive)):
+    if int(total(sharded_like(local(mask) != local(alive), mask))):
         remedy = "Compare with a threshold first: mask > 0.5."
         raise ValueError(
             message(subject, expected="zeros and ones", got="other values", remedy=remedy)

@@ -172,8 +172,10 @@ class Fillback(MaskHook):
     def _give_back(self, scores: Tensor, mask: Tensor) -> Tensor:
         masked = mask == 0
         count = to_count(self.rate, int(total(masked)), subject="rate", of="masked entries")
+        # Unsigned integers have no negative; and not -scores, which some versions refuse of shards.
+        reverse = (scores if scores.is_floating_point() else scores.double()) * -1
         return mask.masked_fill(
-            lowest([-scores], count, among=[masked], names=["the masked entries"])[0], 1
+            lowest([reverse], count, among=[masked], names=["the masked entries"])[0], 1
         )
 
     def _apply_to(self, site: Site, importance_scores: Tensor | None) -> None:
