@@ -145,7 +145,7 @@ def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> list[NewMask]
     """The new masks of all sites; L1 ranking without joining them into one vector."""
     if type(method).compute_mask not in _L1_RULES:
         return [*_rank_joined(method, sites, scores)]
-    names = [f"{site.name} of {type(site.module).__name__}" for site in sites]
+    names = [str(site) for site in sites]
     ranking = Ranking(scores, among=[site.mask for site in sites], absolute=True, names=names)
     cut = ranking.cut(to_count(method.amount, ranking.available, of="alive entries"))
     return [partial(cut.write_stays, position) for position in range(len(sites))]

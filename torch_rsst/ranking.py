@@ -81,7 +81,7 @@ def rank(
     """
     before = [alive_in(weights, alive, name) for name in ranked]
     scores = [weights[name] for name in ranked]
-    ranking = Ranking(scores, among=before, absolute=True, names=ranked)
+    ranking = Ranking(scores, among=before, absolute=True, names=[repr(n) for n in ranked])
     cut = ranking.cut(to_count(amount, ranking.available, of="alive entries"))
     current = {name: cut.stays(position) for position, name in enumerate(ranked)}
     current |= {name: mask for name, mask in alive.items() if name not in current}

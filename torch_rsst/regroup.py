@@ -217,4 +217,4 @@ def _without_smallest(weight: Tensor, alive: Tensor, amount: Amount | None, name
             )
         )
     count = to_count(amount, int(total(alive)), of=f"alive entries of {name!r} in no group")
-    return alive & ~lowest([weight], count, among=[alive], absolute=True, names=[name])[0]
+    return alive & ~lowest([weight], count, among=[alive], absolute=True, names=[repr(name)])[0]

@@ -176,7 +176,7 @@ class Ranking:
                 own = sum(int((keys > infinity).sum()) for _, keys in blocks)
                 count = int(self._reduce(torch.tensor(own, device=self._device)))
                 names = self._names
-                name = f"scores of {names[position]!r}" if names else f"scores[{position}]"
+                name = f"scores of {names[position]}" if names else f"scores[{position}]"
                 remedy = "A NaN has no rank; look for the step at which training diverged."
                 got = f"{count} NaN among the entries to rank"
                 raise ValueError(message(name, expected="numbers", got=got, remedy=remedy))
