@@ -255,12 +255,15 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def in_small(patch: pytest.MonkeyPatch, *, block: int, sample: int, few: float = 1 / 64) -> None:
+def in_small(
+    patch: pytest.MonkeyPatch, *, block: int, sample: int, few: float = 1 / 64, least: int = 1
+) -> None:
     """Make small tensors go the way of large ones, three threads included."""
     patch.setattr(selection, "_BLOCK", block)
     patch.setattr(selection, "_LEAST", 1)
     patch.setattr(candidates, "_SAMPLE", sample)
     patch.setattr(candidates, "_FEW", few)
+    patch.setattr(candidates, "_LEAST", least)
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -331,7 +334,7 @@ def test_adversarial_scores_against_a_stable_sort(
     alive_indices = alive.nonzero()[:, 0]
     ranked = whole.abs() if absolute else whole
     order = alive_indices[torch.sort(ranked[alive].double(), stable=True).indices]
-    in_small(monkeypatch, block=3000, sample=256)
+    in_small(monkeypatch, block=3000, sample=256, few=0.5)
     sizes = [4096, 1, n - 4097]
     parts = [part.reshape(-1, 2) if part.numel() % 2 == 0 else part for part in whole.split(sizes)]
     # As bools and as a mask buffer has them.
@@ -399,7 +402,7 @@ def test_layouts_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("nan", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -0x400000, -1])
 def test_nan_of_every_kind(nan: int, absolute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_small(monkeypatch, block=700, sample=100)
+    in_small(monkeypatch, block=700, sample=100, few=0.5)
     bits = uniform(10_000).view(torch.int32)
     bits[7777] = nan
     score = bits.view(torch.float32)
@@ -433,7 +436,7 @@ def test_nothing_is_marked_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_mask_may_be_overwritten_with_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_small(monkeypatch, block=64, sample=50)
+    in_small(monkeypatch, block=64, sample=50, few=0.5)
     score, mask = uniform(1000).round(decimals=1), (uniform(1001)[1:] < 0.3).float()
     expected = Ranking([score], among=[mask], absolute=True).cut(300).stays(0)
     Ranking([score], among=[mask], absolute=True).cut(300).write_stays(0, mask)

@@ -19,9 +19,10 @@ from torch_rsst.digit_search import Reduce, kth_lowest
 from torch_rsst.order_keys import Column, Kind
 from torch_rsst.workers import Workers
 
-# Neither has a say in the result.
-_SAMPLE = 1 << 19  # entries that a guess is made from
-_FEW = 1 / 64  # share of all entries that may be collected
+# None of these has a say in the result.
+_SAMPLE = 1 << 19  # entries that a guess is made from, at most
+_FEW = 1 / 64  # share of all entries that may be sampled, and that may be collected
+_LEAST = 1 << 15  # as few may be in any case
 
 _CPU = torch.device("cpu")
 
@@ -80,7 +81,7 @@ def narrowed(
         reduce: adds counts up over ranks.
     """
     low, high = _guess(columns, rank, entries, kind, workers=workers, reduce=reduce)
-    room = max(2 * _SAMPLE, int(_FEW * sum(column.scores.numel() for column in columns)))
+    room = max(2 * _LEAST, int(_FEW * sum(column.scores.numel() for column in columns)))
     surveys = workers.run(partial(_survey, columns, kind, low, high, room // workers.count))
     highest = [max(tops) for tops in zip(*(survey.highest for survey in surveys), strict=True)]
     counts = torch.tensor(
@@ -106,7 +107,7 @@ def _guess(
     reduce: Reduce,
 ) -> tuple[int, int]:
     """Two keys that the one at ``rank`` lies between, unless the sample misleads."""
-    stride = entries // _SAMPLE
+    stride = entries // max(_LEAST, min(_SAMPLE, int(_FEW * entries)))
     if stride < 2:
         return kind.floor, kind.highest
     while math.gcd(stride, 30) > 1:  # out of step with rows and channels

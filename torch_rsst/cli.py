@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -99,10 +100,11 @@ def _run(config: Any) -> int:
             terminal.plan(experiment)
             results = experiment.run()
     except Interrupted:
-        print(
-            f"Stopped. Continue with: torch-rsst run --resume --output {config.output}",
-            file=sys.stderr,
-        )
+        if _speaks():
+            print(
+                f"Stopped. Continue with: torch-rsst run --resume --output {config.output}",
+                file=sys.stderr,
+            )
         return _INTERRUPTED
     except Diverged as error:
         raise _WrongInput(_one_line(error)) from error
@@ -116,8 +118,14 @@ def _run(config: Any) -> int:
                 remedy=f"Check free space and permissions, then: {again}",
             )
         ) from error
-    _summary(config.output, results)
+    if _speaks():
+        _summary(config.output, results)
     return 0
+
+
+def _speaks() -> bool:
+    """Whether this is the process that talks: under torchrun, the first one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report(path: Path) -> int:
@@ -168,7 +176,7 @@ class _Terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._config = config
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, quiet=not _speaks())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._progress = Progress(*columns, console=self._console, transient=True)
         self._bar = self._progress.add_task("", total=None)

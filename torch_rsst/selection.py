@@ -25,7 +25,7 @@ from torch_rsst.workers import Workers, one_thread
 # Entries looked at together: a small part of all, and few enough for the processor's cache. They have
 # no say in the result.
 _BLOCK = 1 << 19
-_LEAST = 1 << 16
+_LEAST = 1 << 17
 
 
 def lowest(
@@ -105,7 +105,7 @@ class Ranking:
         self._on_cpu = all(device.type == "cpu" for device in scratch)
         self._device = next(iter(scratch), torch.device("cpu"))
         self._names, self._reduce = names, ranks.add_up
-        self._workers = Workers(own // (4 * _LEAST) if self._on_cpu else 1)
+        self._workers = Workers(own // (2 * _LEAST) if self._on_cpu else 1)
 
     @property
     def available(self) -> int:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import save
+from torch import nn
 
 import torch_rsst
 from torch_rsst.recipes.config import RunConfig
@@ -62,19 +64,23 @@ class Experiment:
         self.config, self.observer, self._should_stop = config, observer, should_stop
         self.folder = RunFolder(config.output)
         self.trainer = Trainer(config)
-        self.model = self.trainer.model
+        self.model: nn.Module = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        self.writes = self.trainer.accelerator.is_main_process
         self.groups = torch_rsst.find_groups(self.model, ("heads", "neurons"))
         self.progress = Progress()
         self.records: list[dict[str, Any]] = []
         self.rounds: Rounds | None = None
         self._started = time.monotonic()
-        self.folder.open(config)
+        if self.writes:
+            self.folder.open(config)
+        # The others go on once the folder is theirs; where it is not, they are stopped with the first.
+        self.trainer.accelerator.wait_for_everyone()
         if config.resume:
             try:
                 if (state := self.folder.read_checkpoint()) is not None:
                     self._restore(state)
             except Exception as error:  # whatever does not fit, this is not our checkpoint
-                self.folder.close()
+                self._close()
                 raise self.folder.bad_checkpoint(error) from error
 
     def run(self) -> dict[str, Any]:
@@ -91,6 +97,10 @@ class Experiment:
         try:
             return self._run()
         finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self.writes:
             self.folder.close()
 
     def _run(self) -> dict[str, Any]:
@@ -123,10 +133,10 @@ class Experiment:
         }
         if config.method == "refill":
             return torch_rsst.Refill(
-                self.model, self.groups, fillback_rate=config.fillback_rate, **common
+                self.trainer.model, self.groups, fillback_rate=config.fillback_rate, **common
             )
         return torch_rsst.RSST(
-            self.model,
+            self.trainer.model,
             self.groups,
             schedule=config.schedule,
             strength=config.strength,
@@ -159,7 +169,7 @@ class Experiment:
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        if self._should_stop():
+        if self.trainer.any_process(self._should_stop()):
             self._save()
             raise Interrupted
 
@@ -204,7 +214,8 @@ class Experiment:
 
     def _record(self, record: dict[str, Any]) -> None:
         self.records.append(record | {"seconds": round(self._seconds(), 3)})
-        self.folder.write_metrics(self.records)
+        if self.writes:
+            self.folder.write_metrics(self.records)
         self.observer.record(self.records[-1])
 
     def _seconds(self) -> float:
@@ -212,9 +223,6 @@ class Experiment:
 
     def _finish(self) -> dict[str, Any]:
         report = torch_rsst.sparsity_report(self.model, self.groups)
-        tensors = {k: v.contiguous() for k, v in self.model.state_dict().items()}
-        content = save(tensors, {"format": "pt"})
-        write_atomically(self.folder.weights, lambda file: file.write(content))
         results = {
             "method": self.config.method,
             "dense_accuracy": self.progress.dense_accuracy,
@@ -228,10 +236,17 @@ class Experiment:
             "seconds": round(self._seconds(), 1),
             "sparsity": report.to_dict(),
         }
+        if self.writes:
+            self._write(report, results)
+        return results
+
+    def _write(self, report: SparsityReport, results: dict[str, Any]) -> None:
+        tensors = {k: v.contiguous() for k, v in self.model.state_dict().items()}
+        content = save(tensors, {"format": "pt"})
+        write_atomically(self.folder.weights, lambda file: file.write(content))
         self._present(report, results)
         self.folder.write_report(results)  # last: it is what says that the run has finished
         self.folder.checkpoint.unlink(missing_ok=True)
-        return results
 
     def _present(self, report: SparsityReport, results: dict[str, Any]) -> None:
         from torch_rsst.recipes.page import write_page
@@ -251,6 +266,9 @@ class Experiment:
     # Checkpoints
 
     def _save(self) -> None:
+        rng = gather_object([torch.get_rng_state()])  # every process draws its own numbers
+        if not self.writes:
+            return
         self.folder.write_checkpoint(
             {
                 **vars(self.progress),
@@ -259,7 +277,7 @@ class Experiment:
                 "rounds": None if self.rounds is None else self.rounds.state_dict(),
                 "model": self.model.state_dict(),
                 "optimizer": self.trainer.optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
+                "rng": rng,
                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             }
         )
@@ -270,12 +288,14 @@ class Experiment:
         if (state["rounds"] is None) != (state["stage"] == "dense"):
             raise ValueError("no rounds in a stage that has them, or the reverse")
         list(map(dict, state["records"]))
+        if len(state["rng"]) != self.trainer.processes:
+            raise ValueError(f"made by {len(state['rng'])} processes, not {self.trainer.processes}")
         if state["rounds"] is not None:
             self.rounds = self._make_rounds()
             self.rounds.load_state_dict(state["rounds"])
         self.model.load_state_dict(state["model"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"][self.trainer.accelerator.process_index])
         if state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.records = state["records"]

@@ -67,13 +67,24 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.accelerator = Accelerator(
-            cpu=config.device == "cpu",
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            # Without an accelerator, Accelerate forms a group of processes only if told so.
+            cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+            # Split, so that a batch is as large, and an epoch as long, on any number of processes.
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, split_batches=True
+            ),
         )
         if config.device == "cuda" and self.accelerator.device.type != "cuda":
             remedy = "Pass --device cpu."
             got = self.accelerator.device.type
             raise ValueError(message("--device", expected="a CUDA device", got=got, remedy=remedy))
+        self.processes = self.accelerator.num_processes
+        if config.batch_size % self.processes:
+            remedy = "Pass another --batch-size, or start another number of processes."
+            expected = f"a multiple of the {self.processes} processes"
+            raise ValueError(
+                message("batch_size", expected=expected, got=config.batch_size, remedy=remedy)
+            )
         train, test = digits.datasets()
         if config.batch_size > len(train):
             remedy = "Pass a smaller --batch-size."
@@ -119,7 +130,7 @@ class Trainer:
                 schedule.step_update(step)
                 losses.append(self._step(images, labels))
                 after_step(step + 1)
-            loss = float(torch.stack(losses).mean())
+            loss = float(self.accelerator.reduce(torch.stack(losses).mean(), "mean"))
             if not math.isfinite(loss):
                 raise Diverged(
                     message(
@@ -136,13 +147,23 @@ class Trainer:
                 float(self.optimizer.param_groups[0]["lr"]),
             )
 
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; the same answer on all."""
+        if self.processes == 1:
+            return flag
+        return bool(
+            self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device))
+        )
+
     def evaluate(self) -> float:
         """Accuracy on the held-out data, in percent."""
         self.model.eval()
         top1 = AverageMeter()
         with torch.inference_mode():
             for images, labels in self.test_loader:
-                (correct,) = accuracy(self.model(images), labels)
+                # Of all processes, which makes the result the same on each.
+                outputs, labels = self.accelerator.gather_for_metrics((self.model(images), labels))
+                (correct,) = accuracy(outputs, labels)
                 top1.update(correct.item(), len(labels))
         self.model.train()
         return float(top1.avg)
@@ -153,7 +174,8 @@ class Trainer:
         """(step of the stage, batch), without the ``first`` batches of the epoch."""
         epoch = stage.first_epoch + number
         state = torch.get_rng_state()
-        torch.manual_seed(self.config.seed * 100_003 + epoch)
+        process = self.accelerator.process_index  # each augments its own share of a batch
+        torch.manual_seed(self.config.seed * 100_003 + epoch + 1_000_003 * process)
         loader = self.train_loader
         if first:
             loader = self.accelerator.skip_first_batches(loader, first)
