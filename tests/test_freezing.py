@@ -123,6 +123,13 @@ def test_nothing_is_held_between_steps() -> None:
     handle.remove()
 
 
+def test_there_must_be_something_to_freeze() -> None:
+    with pytest.raises(
+        ValueError, match=r"model: expected masked parameters, got none\. Mask it first"
+    ):
+        torch_rsst.freeze_masked(linear())
+
+
 def test_only_models_are_frozen() -> None:
     with pytest.raises(TypeError, match="model: expected a module, got dict"):
         torch_rsst.freeze_masked({})  # type: ignore[arg-type]

@@ -244,8 +244,14 @@ def test_a_parameter_listed_twice_is_an_error(pruned: bool, fingerprint: Fingerp
         (torch_rsst.Fillback, {"rate": 0.5}, TypeError, 'Fillback with "global"'),
         (torch_rsst.HeadRegroup, {"amount": 0.5, "num_heads": 2}, TypeError, "regroup.. and apply"),
         (stock.RandomStructured, {"amount": 1}, TypeError, 'with "structured"'),
-        (dict, {}, TypeError, 'a class with PRUNING_TYPE "unstructured", got dict'),
-        ("l1", {}, TypeError, "callable"),
+        (
+            dict,
+            {},
+            TypeError,
+            "expected a pruning class, got dict. Pass the class, such as GlobalL1",
+        ),
+        ("l1", {}, TypeError, "expected a pruning class, got 'l1'"),
+        (stock.L1Unstructured(1), {}, TypeError, "expected a pruning class, got "),
         (stock.L1Unstructured, {"amount": 1.5}, ValueError, "amount"),
     ],
 )

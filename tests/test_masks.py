@@ -397,3 +397,18 @@ def test_the_invariants_leave_the_model_alone(fingerprint: Fingerprint) -> None:
     before = fingerprint(model)
     assert_mask_invariants(model)
     assert fingerprint(model) == before
+
+
+def test_a_checkpoint_is_no_state_dict() -> None:
+    checkpoint = {"epoch": 3, "model": net().state_dict()}
+    with pytest.raises(
+        ValueError,
+        match=r"got none in 'epoch', 'model'\. Pass the model's own, such as checkpoint\['model'\]",
+    ):
+        extract_mask(checkpoint)
+
+
+def test_a_name_that_was_probably_meant_is_suggested() -> None:
+    for wrong in ("0.weigth", "0.weight_orig"):
+        with pytest.raises(KeyError, match=r"Did you mean '0\.weight'\?"):
+            apply_mask(net(), {wrong: torch.ones(2, 3)})

@@ -281,3 +281,51 @@ def test_refill_needs_an_optimizer_to_reset() -> None:
         ValueError, match=r"reset_moments: expected an optimizer, got none\. Pass the"
     ):
         torch_rsst.Refill(model, groups, steps_per_round=1, reset_moments=True)
+
+
+def test_names_in_the_state_decide_its_order() -> None:
+    model = norms()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    gradient_step(model, optimizer, 0)
+    for module in model:
+        stock.l1_unstructured(module, "weight", amount=1)  # after the optimizer was made
+    state = optimizer.state_dict()
+    new = torch_rsst.prepare_from_state_dict(norms(), model.state_dict())
+    converted = torch_rsst.convert_optimizer_state(state, new)
+    assert converted["param_groups"][0]["params"] == state["param_groups"][0]["params"]
+    assert all(
+        same(converted["state"][i]["momentum_buffer"], state["state"][i]["momentum_buffer"])
+        for i in state["state"]
+    )
+
+
+def test_an_optimizer_made_before_pruning_is_told_from_one_made_after() -> None:
+    layer = linear()
+    optimizer = trained(layer, MAKERS["sgd"])
+    stock.l1_unstructured(layer, "weight", amount=1)
+    with pytest.raises(
+        ValueError, match=r"Made before pruning, an optimizer keeps the dense order"
+    ):
+        torch_rsst.convert_optimizer_state(optimizer.state_dict(), layer)
+
+
+def test_an_optimizer_of_something_else_has_nothing_to_reset(
+    fingerprint: Callable[[nn.Module], list[Any]],
+) -> None:
+    layer, stranger = linear(), linear()
+    torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=6)
+    before = fingerprint(layer)
+    optimizer = torch.optim.SGD(stranger.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"every penalized parameter in its groups, got none of 'weight'"):
+        torch_rsst.fillback(layer, "weight", 4, reset_moments=optimizer)
+    assert fingerprint(layer) == before
+
+
+def test_several_optimizers_may_be_named() -> None:
+    layer = linear()
+    weights, biases = (torch.optim.SGD([p], 0.1, 0.9) for p in (layer.weight, layer.bias))
+    for optimizer in (weights, biases):
+        gradient_step(layer, optimizer, 0)
+    torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=6)
+    torch_rsst.fillback(layer, "weight", 1.0, reset_moments=[weights, biases])
+    assert int((weights.state[layer.weight_orig]["momentum_buffer"] == 0).sum()) == 6

@@ -798,7 +798,8 @@ def test_errors_of_attaching_say_it_all():
     )
     pruner.attach(optimizer)
     assert said_by(RuntimeError, lambda: pruner.attach(optimizer)) == (
-        "attach: expected one optimizer, once, got a second one. Pass several as one list."
+        "attach: expected one optimizer, once, got a second one. "
+        "It acts already: drop this call (several go into one list)."
     )
     assert said_by(RuntimeError, pruner.step) == (
         "step: expected no optimizer, got an attached optimizer. "

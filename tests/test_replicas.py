@@ -132,7 +132,7 @@ def test_a_corrupted_rank_raises_on_every_rank(outcomes: list[dict[str, Any]], c
             "RuntimeError: replicas: expected the same masks on every rank, got others on rank(s) "
             "[1] than on rank 0 for "
         )
-        assert error.endswith("Broadcast parameters and buffers from one rank before pruning.")
+        assert error.endswith("broadcast parameters and buffers from one rank first.")
         assert unchanged
         assert masks == []
 

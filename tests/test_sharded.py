@@ -234,6 +234,8 @@ def _failing(rank: int) -> list[str]:
     acts: list[Callable[[], object]] = [
         lambda: _prune(model, 10_000),
         lambda: torch_rsst.apply_mask(model, {"mlp.0.weight": torch.ones(2, 2)}),
+        lambda: torch_rsst.l1_unstructured(model.up, "weight", 1),
+        lambda: torch_rsst.find_groups(model),
     ]
     with torch.no_grad():
         if rank == 1:
@@ -254,4 +256,6 @@ def test_an_error_reaches_every_rank_and_changes_nothing() -> None:
     assert first == second
     assert "expected at most" in first[0]
     assert "the parameter's shape (7, 6)" in first[1]
-    assert "1 NaN among the entries to rank" in first[2]
+    assert "Use global_unstructured with GlobalL1" in first[2]
+    assert "Find the groups before sharding" in first[3]
+    assert "1 NaN among the entries to rank" in first[4]

@@ -42,10 +42,19 @@ def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:
     scope: expected one of 'layer', 'type', 'global', got 'layr'. Did you mean 'layer'?
     """
     names = list(choices)
-    near = difflib.get_close_matches(str(got), names, n=1)
-    remedy = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
+    near = closest(str(got), names)
+    remedy = f"Did you mean {near!r}?" if near else "Choose one of these."
     listed = ", ".join(map(repr, names))
     return message(subject, expected=f"one of {listed}", got=repr(got), remedy=remedy)
+
+
+def closest(got: str, names: Iterable[str], alike: float = 0.6) -> str | None:
+    """The name that was probably meant, None where none is like it.
+
+    >>> closest("blocks.0.wieght", ["blocks.0.weight", "blocks.0.bias"])
+    'blocks.0.weight'
+    """
+    return next(iter(difflib.get_close_matches(got, list(names), n=1, cutoff=alike)), None)
 
 
 def check_keys(state: object, keys: Iterable[str], subject: str) -> None:

@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from torch_rsst.errors import message
 from torch_rsst.masked_parameter import Site, masked_sites
 from torch_rsst.masks import unwrap
 
@@ -47,8 +48,13 @@ def freeze_masked(model: nn.Module) -> RemovableHandle:
 
     Raises:
         TypeError: unless given a module.
+        ValueError: where nothing is masked.
     """
-    return freeze_latents(masked_sites(unwrap(model).modules()))
+    sites = masked_sites(unwrap(model).modules())
+    if not sites:
+        remedy = "Mask it first: a freeze holds what is under masks that are there."
+        raise ValueError(message("model", expected="masked parameters", got="none", remedy=remedy))
+    return freeze_latents(sites)
 
 
 def freeze_latents(sites: Iterable[Site]) -> RemovableHandle:

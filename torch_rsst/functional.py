@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.optim import Optimizer
+from torch.nn.utils.prune import BasePruningMethod
 
 from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import message
@@ -29,7 +29,7 @@ from torch_rsst.masked_parameter import (
 )
 from torch_rsst.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.optimizer_state import reset_moments as reset_entries
-from torch_rsst.penalty_hooks import innermost
+from torch_rsst.penalty_hooks import Optimizers, as_optimizers, divide
 from torch_rsst.replicas import agreed
 from torch_rsst.selection import Ranking
 
@@ -78,7 +78,7 @@ def global_unstructured(
         process_group,
         lambda: _choose(_distinct_sites(parameters), pruning_method, importance_scores, kwargs),
         lambda chosen: (
-            (str(i), as_tensor(site, mask))
+            (f"{site}, number {i}", as_tensor(site, mask))
             for i, (site, mask) in enumerate(zip(*chosen, strict=True))
         ),
     )
@@ -92,6 +92,12 @@ def _choose(
     arguments: Mapping[str, Any],
 ) -> tuple[list[Site], list[NewMask]]:
     """The sites and their new masks; nothing is touched."""
+    if not (isinstance(pruning_method, type) and issubclass(pruning_method, BasePruningMethod)):
+        remedy = "Pass the class, such as GlobalL1, and its arguments by name: amount=0.2."
+        got = getattr(pruning_method, "__name__", repr(pruning_method))
+        raise TypeError(
+            message("pruning_method", expected="a pruning class", got=got, remedy=remedy)
+        )
     method: Any = pruning_method(**arguments)  # stock methods carry no types
     kind = getattr(method, "PRUNING_TYPE", None)
     if kind != "unstructured":
@@ -217,7 +223,7 @@ def fillback(
     policy: FillbackPolicy = "latent",
     snapshot: Mapping[str, Tensor] | None = None,
     freeze_masked: bool = False,
-    reset_moments: Optimizer | None = None,
+    reset_moments: Optimizers | None = None,
 ) -> nn.Module:
     """Give the highest-scored masked entries of a parameter back, in place; take nothing.
 
@@ -238,7 +244,7 @@ def fillback(
         snapshot: a state dict of the module, for ``policy="snapshot"``.
         freeze_masked: hold what stays masked from now on, see :func:`freeze_masked`: a latent that
             nobody froze has drifted under momentum and weight decay.
-        reset_moments: an optimizer whose momentum and running averages of the returned entries
+        reset_moments: the optimizer (or several) whose momentum and running averages of the returned entries
             start again at 0. By default they are kept: entries go on with what the optimizer
             remembers of them.
 
@@ -247,16 +253,20 @@ def fillback(
 
     Raises:
         TypeError: for anything but a torch optimizer in ``reset_moments``.
-        ValueError: for a dense parameter, a rate out of range, a NaN score or a missing snapshot.
+        ValueError: for a dense parameter, a rate out of range, a NaN score, a missing snapshot or
+            optimizers that do not update the parameter.
     """
-    optimizer = None if reset_moments is None else innermost(reset_moments)
     site = check_site(module, name)
+    optimizers = [] if reset_moments is None else as_optimizers(reset_moments)
+    if optimizers:
+        divide({name: site.original}, optimizers, "auto")
     masked = None if site.alive is None else ~site.alive
     Fillback.apply(
         module, name, rate, importance_scores=importance_scores, policy=policy, snapshot=snapshot
     )
-    if optimizer is not None and masked is not None and site.alive is not None:
-        reset_entries(optimizer, site.original, masked & site.alive)
+    if masked is not None and site.alive is not None:
+        for optimizer in optimizers:
+            reset_entries(optimizer, site.original, masked & site.alive)
     if freeze_masked:
         freeze_latents([site])
     return module

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.errors import listing, message
+from torch_rsst.errors import closest, listing, message
 from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.masked_parameter import (
@@ -127,6 +127,18 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
 
 
 def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
+    if state and not any(isinstance(value, Tensor) for value in state.values()):
+        inner = [key for key, value in state.items() if isinstance(value, Mapping)]
+        remedy = (
+            f"Pass the model's own, such as checkpoint[{inner[0]!r}]."
+            if inner
+            else "Pass model.state_dict()."
+        )
+        raise ValueError(
+            message(
+                "state dict", expected="tensors", got=f"none in {listing(state)}", remedy=remedy
+            )
+        )
     dense_key = dense_keys(state)
     first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     found: Masks = {}
@@ -273,7 +285,10 @@ def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
     ):
         if candidate in sites:
             return candidate
-    remedy = f"It has {listing(sites)}."
+    near = (
+        name.removesuffix(ORIG) if name.removesuffix(ORIG) in sites else closest(name, sites, 0.85)
+    )
+    remedy = f"Did you mean {near!r}?" if near else f"It has {listing(sites)}."
     raise KeyError(
         message(
             f"mask {name!r}", expected="a parameter of the model", got="no such name", remedy=remedy

@@ -46,13 +46,16 @@ def convert_optimizer_state(
 
     PyTorch addresses optimizer state by position, and ``torch.nn.utils.prune`` moves a parameter
     behind the others of its module when it is pruned, and again when it is removed: loaded into an
-    ordinary model, momentum lands on another parameter, silently where the shapes agree. This
+    ordinary model, momentum lands on another parameter, silently where the shapes agree. That holds
+    for optimizers made *after* pruning: one that was made before goes on in the dense order, and its
+    state loads as it is. This
     library keeps the order, so what was saved dense, pruned or removed by it needs no conversion.
 
     Args:
         state: of an optimizer that was made after pruning; not changed.
         model: masked in the parameters that were pruned when the state was saved.
-        from_order: ``"stock"``: an optimizer over ``model.parameters()``, in one group, with at
+        from_order: ``"stock"``: the names in the state itself, if it was made from
+            ``named_parameters()``; else that of an optimizer over ``model.parameters()``, in one group, with at
             most one pruned parameter per module. For anything else, the dense names of the
             optimizer's parameters in the order they had, ``_orig`` allowed: for a whole model
             ``[name for name, _ in old_model.named_parameters()]``.
@@ -68,7 +71,9 @@ def convert_optimizer_state(
     """
     check_keys(state, ("state", "param_groups"), "optimizer state")
     shapes = {name: places[0].original.shape for name, places in named_sites(model).items()}
-    names = _stock_order(model, state) if from_order == "stock" else _dense(from_order, shapes)
+    if from_order == "stock":
+        from_order = _names_in(state) or _stock_order(model, state)
+    names = _dense(from_order, shapes)
     ids = [key for group in state["param_groups"] for key in group["params"]]
     if len(names) != len(ids) or len(set(names)) != len(names):
         got = f"{len(ids)} in the state and {len(set(names))} different names"
@@ -112,6 +117,12 @@ def _stock_order(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return order
 
 
+def _names_in(state: Mapping[str, Any]) -> list[str]:
+    """What an optimizer made from named parameters says itself; empty for others."""
+    named = [group.get("param_names", ()) for group in state["param_groups"]]
+    return [name for names in named for name in names] if all(named) else []
+
+
 def _dense(names: Sequence[str], shapes: Mapping[str, torch.Size]) -> list[str]:
     inner = [without_wrappers(name) for name in names]
     dense = [n.removesuffix(ORIG) if n.removesuffix(ORIG) in shapes else n for n in inner]
@@ -131,7 +142,10 @@ def _check_shapes(
         for entry, value in state.get(key, {}).items():
             if entry in _PER_ENTRY and value is not None and value.shape != shapes[name]:
                 expected = f"{entry} of shape {tuple(shapes[name])}"
-                remedy = "The order is another one: pass the names in from_order."
+                remedy = (
+                    "The order is another one. Made before pruning, an optimizer keeps the dense "
+                    "order: load its state as it is. Else pass the names in from_order."
+                )
                 raise ValueError(
                     message(
                         f"optimizer state of {name!r}",

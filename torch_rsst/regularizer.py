@@ -187,7 +187,11 @@ class RegularizedPruner:
         if self._optimizers or self not in _ATTACHED:
             again = bool(self._optimizers)
             got = "a second one" if again else "a removed regularizer"
-            remedy = "Pass several as one list." if again else "Make a new RegularizedPruner."
+            remedy = (
+                "It acts already: drop this call (several go into one list)."
+                if again
+                else "Make a new RegularizedPruner."
+            )
             raise RuntimeError(
                 message("attach", expected="one optimizer, once", got=got, remedy=remedy)
             )

@@ -53,7 +53,10 @@ def agreed(
         raise error
     problem = _failure(told) or _difference([digests for digests, _ in told])
     if problem:
-        remedy = "Broadcast parameters and buffers from one rank before pruning."
+        remedy = (
+            "Make the call with the same arguments on all, on equal weights: broadcast parameters and "
+            "buffers from one rank first."
+        )
         raise RuntimeError(
             message("replicas", expected="the same masks on every rank", got=problem, remedy=remedy)
         )

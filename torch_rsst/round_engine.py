@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
 from torch_rsst.errors import RoundWarning, check_keys, message
-from torch_rsst.freezing import freeze_masked
+from torch_rsst.freezing import freeze_latents
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
-from torch_rsst.masked_parameter import Parameter
+from torch_rsst.masked_parameter import Parameter, masked_sites
 from torch_rsst.masks import Masks, apply_mask, check_masks, extract_mask, named_weights, unwrap
 from torch_rsst.optimizer_state import reset_returned
 from torch_rsst.penalty_hooks import Optimizers, as_optimizers
@@ -370,7 +370,7 @@ class Rounds(ABC):
         if self.freeze_masked:
             if self._frozen is not None:
                 self._frozen.remove()
-            self._frozen = freeze_masked(self._model)
+            self._frozen = freeze_latents(masked_sites(self._model.modules()))
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for a state to fit: plain values, callables by their name."""

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils import prune
 
-from torch_rsst.live_weight import make_live, make_plain
+from torch_rsst.errors import message
+from torch_rsst.live_weight import ORIG, make_live, make_plain
 from torch_rsst.masked_parameter import Site, place_kept, rolled_back_on_failure, zero
+from torch_rsst.shards import is_sharded
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,6 +30,8 @@ def _safe(function: F) -> F:
         if not isinstance(module, nn.Module):  # PyTorch's own error
             return function(module, name, *args, **kwargs)
         site = Site(module, name)
+        if function is not prune.remove:
+            _refuse_shards(module, name)
         mask = site.mask
         with rolled_back_on_failure([site]), place_kept(site):
             result = function(module, name, *args, **kwargs)
@@ -38,6 +42,16 @@ def _safe(function: F) -> F:
 
     safe.__module__ = __name__  # pickled by reference to this one
     return safe  # type: ignore[return-value] # functools.wraps keeps the signature
+
+
+def _refuse_shards(module: nn.Module, name: str) -> None:
+    held = [module._parameters.get(key) for key in (name, name + ORIG)]
+    if any(is_sharded(parameter) for parameter in held):
+        remedy = "Use global_unstructured with GlobalL1, fillback or apply_mask: they know shards."
+        got = "one in parts on several ranks"
+        raise ValueError(
+            message(f"parameter {name!r}", expected="a whole tensor", got=got, remedy=remedy)
+        )
 
 
 identity = _safe(prune.identity)

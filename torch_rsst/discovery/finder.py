@@ -13,6 +13,7 @@ from torch_rsst.errors import UnsupportedModuleWarning, message, unknown_choice
 from torch_rsst.groups import GroupLayer, Groups
 from torch_rsst.masked_parameter import Site
 from torch_rsst.masks import named_sites, unwrap, without_wrappers
+from torch_rsst.shards import is_sharded
 
 
 def find_groups(
@@ -60,6 +61,11 @@ def find_groups(
     if on_unsupported not in ("warn", "raise", "ignore"):
         raise ValueError(
             unknown_choice("on_unsupported", on_unsupported, ("warn", "raise", "ignore"))
+        )
+    if any(is_sharded(parameter) for parameter in bare.parameters()):
+        remedy = "Find the groups before sharding; they fit the sharded model."
+        raise ValueError(
+            message("find_groups", expected="whole parameters", got="sharded ones", remedy=remedy)
         )
     probe = Probe(_record_inputs(bare, example_inputs))
     layers, refused = _ask_adapters(bare, kinds, probe)
