@@ -15,15 +15,8 @@ from torch.nn.utils import prune as stock
 
 import torch_rsst
 from torch_rsst import masked_parameter
-from torch_rsst.masked_parameter import (
-    MaskHook,
-    Site,
-    check_site,
-    find_hook,
-    install,
-    masked_sites,
-    restore,
-)
+from torch_rsst.masked_parameter import MaskHook, find_hook, install, restore
+from torch_rsst.site import Site, check_site, masked_sites
 from torch_rsst.testing import assert_mask_invariants
 
 Fingerprint = Callable[[nn.Module], list[Any]]

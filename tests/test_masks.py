@@ -15,7 +15,7 @@ from torch.nn.utils import prune as stock
 
 import torch_rsst
 from torch_rsst import apply_mask, extract_mask, penalty_mask, prepare_from_state_dict, remove_all
-from torch_rsst.masks import named_weights, unwrap, without_wrappers
+from torch_rsst.masks import check_masks, named_weights, unwrap, without_wrappers
 from torch_rsst.testing import assert_mask_invariants, mask_sets, models_with_groups
 
 Fingerprint = Callable[[nn.Module], list[Any]]
@@ -220,7 +220,7 @@ def test_strict_wants_every_masked_parameter() -> None:
 @pytest.mark.parametrize(
     ("masks", "error", "text"),
     [
-        ({"0.weigth": torch.eye(2, 3)}, KeyError, "'0.weigth'.*It has '0.weight'"),
+        ({"0.weigth": torch.eye(2, 3)}, KeyError, "'0.weigth'.*Did you mean '0.weight'"),
         ({"0.weight_orig": torch.eye(2, 3)}, KeyError, "no such name"),
         ({"0.weight": torch.eye(3, 2)}, ValueError, r"shape \(2, 3\), got shape \(3, 2\)"),
         ({"0.weight": torch.ones(1)}, ValueError, r"got shape \(1,\)"),
@@ -412,3 +412,60 @@ def test_a_name_that_was_probably_meant_is_suggested() -> None:
     for wrong in ("0.weigth", "0.weight_orig"):
         with pytest.raises(KeyError, match=r"Did you mean '0\.weight'\?"):
             apply_mask(net(), {wrong: torch.ones(2, 3)})
+
+
+@pytest.mark.parametrize(
+    ("act", "text"),
+    [
+        (
+            lambda: apply_mask(_masked(), {}, strict=True),
+            "masks: expected every masked parameter, got none for '0.weight'. Add them, or pass "
+            "strict=False to leave them as they are.",
+        ),
+        (
+            lambda: apply_mask(net(), {"head": torch.ones(1)}),
+            "mask 'head': expected a parameter of the model, got no such name. It has '0.weight', "
+            "'0.bias', '2.weight', '2.bias'.",
+        ),
+        (
+            lambda: apply_mask(net(), {"0.weight": torch.ones(3, 2)}),
+            "mask of '0.weight': expected the parameter's shape (2, 3), got shape (3, 2). Masks are "
+            "made for one architecture; extract them from the same one.",
+        ),
+        (
+            lambda: penalty_mask({"w": torch.ones(2)}, {"w": torch.ones(3)}),
+            "refill mask of 'w': expected the current mask's shape (2,), got shape (3,). Both masks "
+            "must come from the same model.",
+        ),
+        (
+            lambda: check_masks({"w": torch.ones(2)}, {"v": torch.ones(2)}),
+            "mask 'v': expected a parameter of the model, got no such name. It has 'w'.",
+        ),
+        (
+            lambda: check_masks({"w": torch.ones(2)}, {"w": torch.ones(3)}),
+            "mask of 'w': expected the parameter's shape (2,), got shape (3,). Take the masks from "
+            "the same model.",
+        ),
+    ],
+)
+def test_errors_say_it_all(act: Callable[[], object], text: str) -> None:
+    with pytest.raises((KeyError, ValueError)) as raised:
+        act()
+    assert raised.value.args[0] == text
+
+
+def _masked() -> nn.Module:
+    model = net()
+    apply_mask(model, {"0.weight": torch.eye(2, 3)})
+    return model
+
+
+def test_tied_weights_of_a_state_dict_have_one_mask() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    apply_mask(model, {"0.weight": torch.eye(2)})
+    assert list(extract_mask(model.state_dict())) == ["0.weight"]
+    assert list(extract_mask({k: v.clone() for k, v in model.state_dict().items()})) == [
+        "0.weight",
+        "1.weight",
+    ]

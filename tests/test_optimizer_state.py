@@ -316,7 +316,9 @@ def test_an_optimizer_of_something_else_has_nothing_to_reset(
     torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=6)
     before = fingerprint(layer)
     optimizer = torch.optim.SGD(stranger.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"every penalized parameter in its groups, got none of 'weight'"):
+    with pytest.raises(
+        ValueError, match=r"every penalized parameter in its groups, got none of 'weight'"
+    ):
         torch_rsst.fillback(layer, "weight", 4, reset_moments=optimizer)
     assert fingerprint(layer) == before
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -456,3 +458,87 @@ def test_groups_of_another_model() -> None:
         regroup(nn.Linear(1, 4), head_layer("qkv.weight", rows=12, num_heads=4))
     with pytest.raises(TypeError, match="model: expected a module"):
         regroup("model", ())
+
+
+def test_ungrouped_elements_are_ranked_by_magnitude() -> None:
+    layer, alive = linear([[-9.0, 1.0, -8.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
+    refill = torch_rsst.regroup(
+        layer, (), ungrouped="element", amount=0.5, current_mask={"weight": alive}
+    )
+    assert refill["weight"].tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("weight", "amount", "text"),
+    [
+        (
+            [1.0, 2.0],
+            None,
+            "ungrouped='element': expected an amount to drop, got amount=None. Pass amount, or "
+            "ungrouped='keep'.",
+        ),
+        (
+            [1.0, 2.0],
+            3,
+            "amount: expected at most 2, as many alive entries of 'weight' in no group as there are, "
+            "got 3. Lower it, or pass a fraction.",
+        ),
+        (
+            [1.0, math.nan],
+            1,
+            "scores of 'weight': expected numbers, got 1 NaN among the entries to rank. A NaN has no "
+            "rank; look for the step at which training diverged.",
+        ),
+    ],
+)
+def test_errors_of_ungrouped_elements_say_it_all(
+    weight: list[float], amount: int | None, text: str
+) -> None:
+    layer, alive = linear([weight]), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        torch_rsst.regroup(
+            layer, (), ungrouped="element", amount=amount, current_mask={"weight": alive}
+        )
+
+
+def test_a_single_free_entry_is_ranked_and_none_is_no_matter() -> None:
+    layer = linear([[1.0, 2.0]])
+    member = Member("weight", 1, torch.tensor([0, -1]), ranked=True)
+    groups = Groups((GroupLayer("", "neurons", 1, (member,)),))
+    refill = torch_rsst.regroup(
+        layer,
+        groups,
+        ungrouped="element",
+        amount=1.0,
+        min_keep=1,
+        current_mask={"weight": torch.ones(1, 2, dtype=torch.bool)},
+    )
+    assert refill["weight"].tolist() == [[True, False]]
+
+
+def test_an_entry_owned_through_either_dimension_is_no_free_entry() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    rows = Member("weight", 0, torch.tensor([0, -1]), ranked=True)
+    columns = Member("weight", 1, torch.tensor([0, -1]), ranked=True)
+    groups = Groups(
+        (GroupLayer("a", "neurons", 1, (rows,)), GroupLayer("b", "neurons", 1, (columns,)))
+    )
+    alive = torch.tensor([[True, False], [False, False]])
+    refill = torch_rsst.regroup(layer, groups, amount=0, current_mask={"weight": alive})
+    assert refill["weight"].tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize(
+    ("scope", "label"),
+    [
+        ("layer", ("the layer", "neurons")),
+        ("type", ("all", "neurons")),
+        ("global", ("all", "units")),
+    ],
+)
+def test_budgets_are_labeled_by_their_scope(scope: Any, label: tuple[str, str]) -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    member = Member("weight", 0, torch.tensor([0, 1]), ranked=True)
+    groups = Groups((GroupLayer("the layer", "neurons", 2, (member,)),))
+    decision = decide(named_weights(layer), groups, {}, 0.5, RegroupPlan(scope=scope))
+    assert [(b.scope, b.kind) for b in decision.budgets] == [label]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import torch_rsst
-from torch_rsst import candidates, masked_parameter, selection
+from torch_rsst import candidates, rollback, selection
 from torch_rsst.digit_search import Found, kth_lowest
 from torch_rsst.order_keys import Column
 from torch_rsst.selection import Cut, Ranking, lowest
@@ -569,7 +569,7 @@ def peak_of(work: Callable[[], object]) -> int:
 def test_memory_of_a_call(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     # What does not grow with the weights would count for more here than it does with many.
     in_small(monkeypatch, block=1 << 19, sample=1 << 14)
-    monkeypatch.setattr(masked_parameter, "_PACKED", 1 << 16)
+    monkeypatch.setattr(rollback, "_PACKED", 1 << 16)
     model = layers(*sizes)
     parameters = [(layer, "weight") for layer in model]
     weights = sum(layer.weight.numel() * 4 for layer in model)

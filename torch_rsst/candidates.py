@@ -35,7 +35,8 @@ class Candidates:
         keys: gives all keys, as often as it is called.
         places: gives the places of the entries with a key; what else it gives lies above all.
         below: how many entries lie below all candidates.
-        low, high: between which keys the k-th lies.
+        low: the key of the k-th is not lower.
+        high: nor is it higher.
     """
 
     keys: Callable[[], Iterable[Tensor]]

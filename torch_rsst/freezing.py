@@ -21,8 +21,8 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.errors import message
-from torch_rsst.masked_parameter import Site, masked_sites
 from torch_rsst.masks import unwrap
+from torch_rsst.site import Site, masked_sites
 
 
 def freeze_masked(model: nn.Module) -> RemovableHandle:

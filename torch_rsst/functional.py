@@ -16,22 +16,13 @@ from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import message
 from torch_rsst.freezing import freeze_latents
 from torch_rsst.importance import Importance
-from torch_rsst.masked_parameter import (
-    NewMask,
-    Parameter,
-    Site,
-    as_tensor,
-    check_scores,
-    check_site,
-    install,
-    parameter_list,
-    site_of,
-)
+from torch_rsst.masked_parameter import NewMask, as_tensor, install
 from torch_rsst.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.optimizer_state import reset_moments as reset_entries
 from torch_rsst.penalty_hooks import Optimizers, as_optimizers, divide
 from torch_rsst.replicas import agreed
 from torch_rsst.selection import Ranking
+from torch_rsst.site import Parameter, Site, check_scores, check_site, parameter_list, site_of
 
 # Methods whose rule is known, so that they need no joined vector; an override is called instead.
 _L1_RULES = (GlobalL1.compute_mask, prune.L1Unstructured.compute_mask)

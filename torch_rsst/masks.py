@@ -11,16 +11,10 @@ from torch import Tensor, nn
 from torch_rsst.errors import closest, listing, message
 from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import MASK, ORIG
-from torch_rsst.masked_parameter import (
-    Site,
-    check_site,
-    dense_name,
-    find_hook,
-    install,
-    masked_sites,
-)
+from torch_rsst.masked_parameter import find_hook, install
 from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.shards import local, placed_like, sharded_like, total
+from torch_rsst.site import Site, check_site, dense_name, masked_sites
 
 Masks: TypeAlias = dict[str, Tensor]
 

@@ -13,9 +13,11 @@ from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import head_layer
 from torch_rsst.importance import Importance, remain, resolve_importance, score_units
 from torch_rsst.live_weight import ORIG
-from torch_rsst.masked_parameter import MaskHook, Site, rolled_back_on_failure
+from torch_rsst.masked_parameter import MaskHook
+from torch_rsst.rollback import rolled_back_on_failure
 from torch_rsst.selection import lowest
 from torch_rsst.shards import total
+from torch_rsst.site import Site
 from torch_rsst.unit_selection import ScoredLayer, keep_units
 
 FillbackPolicy: TypeAlias = Literal["latent", "snapshot", "zero"]

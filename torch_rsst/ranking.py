@@ -10,15 +10,9 @@ from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import listing, message
 from torch_rsst.groups import Groups
 from torch_rsst.importance import remain
-from torch_rsst.masked_parameter import (
-    Parameter,
-    check_has_values,
-    check_site,
-    parameter_list,
-    site_of,
-)
 from torch_rsst.masks import Masks, alive_in, named_sites
 from torch_rsst.selection import Ranking
+from torch_rsst.site import Parameter, check_has_values, check_site, parameter_list, site_of
 
 
 def ranked_names(

@@ -8,8 +8,9 @@ from torch import nn
 
 from torch_rsst.errors import UnfrozenZerosWarning
 from torch_rsst.freezing import freeze_zeros as hold_at_zero
-from torch_rsst.masked_parameter import masked_sites, restore
+from torch_rsst.masked_parameter import restore
 from torch_rsst.masks import unwrap
+from torch_rsst.site import masked_sites
 
 
 def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Module:

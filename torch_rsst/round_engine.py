@@ -18,7 +18,6 @@ from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
 from torch_rsst.errors import RoundWarning, check_keys, message
 from torch_rsst.freezing import freeze_latents
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
-from torch_rsst.masked_parameter import Parameter, masked_sites
 from torch_rsst.masks import Masks, apply_mask, check_masks, extract_mask, named_weights, unwrap
 from torch_rsst.optimizer_state import reset_returned
 from torch_rsst.penalty_hooks import Optimizers, as_optimizers
@@ -28,6 +27,7 @@ from torch_rsst.regularizer import RegularizedPruner
 from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.report import SparsityReport, sparsity_report
 from torch_rsst.rewind import Snapshot
+from torch_rsst.site import Parameter, masked_sites
 from torch_rsst.unit_selection import ScopeBudget
 
 RegroupAmount: TypeAlias = Amount | Callable[[int], Amount] | None

@@ -12,13 +12,13 @@ from torch_rsst.budget import Amount, refill_limit
 from torch_rsst.errors import RoundWarning
 from torch_rsst.groups import Group, GroupLayer, Groups
 from torch_rsst.importance import Importance, remain
-from torch_rsst.masked_parameter import Parameter
 from torch_rsst.masks import Masks, named_weights
 from torch_rsst.penalty_hooks import Mode, Optimizers
 from torch_rsst.regroup import RegroupPlan, Scope, Ungrouped
 from torch_rsst.regularizer import GradScale
 from torch_rsst.round_engine import RegroupAmount, Rewind, Round, Rounds
 from torch_rsst.schedules import Schedule, resolve_schedule
+from torch_rsst.site import Parameter
 from torch_rsst.unit_selection import ScopeBudget
 
 __all__ = ["RSST", "Refill", "Round", "Rounds"]

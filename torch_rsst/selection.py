@@ -232,7 +232,11 @@ class Cut:
                 bound = self._bound(column, start, keys)
                 write(keys, bound, flat[start : start + keys.numel()])
 
-        self.workers.run(work)
+        if column.scores.numel() <= column.scratch.size:
+            with one_thread():  # a single block
+                work(0, 1)
+        else:
+            self.workers.run(work)
         return out if out.is_contiguous() else out.copy_(flat.view(out.shape))
 
     def _bound(self, column: Column, start: int, keys: Tensor) -> int | Tensor:

@@ -78,7 +78,8 @@ class Layout:
 
     Attributes:
         shape: of the whole.
-        start, size: of the part, per dimension.
+        start: where the part begins, per dimension.
+        size: how long it is, per dimension.
         counts: whether this rank is the one that counts the part; replicas are counted once.
     """
 

@@ -16,8 +16,10 @@ from torch.nn.utils import prune
 
 from torch_rsst.errors import message
 from torch_rsst.live_weight import ORIG, make_live, make_plain
-from torch_rsst.masked_parameter import Site, place_kept, rolled_back_on_failure, zero
+from torch_rsst.masked_parameter import zero
+from torch_rsst.rollback import place_kept, rolled_back_on_failure
 from torch_rsst.shards import is_sharded
+from torch_rsst.site import Site
 
 F = TypeVar("F", bound=Callable[..., Any])
 

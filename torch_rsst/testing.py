@@ -26,7 +26,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch_rsst.discovery import find_groups
 from torch_rsst.groups import Groups, head_layer
 from torch_rsst.live_weight import MASK, ORIG
-from torch_rsst.masked_parameter import MaskContainer, MaskHook, Site, masked_sites
+from torch_rsst.masked_parameter import MaskContainer, MaskHook
 from torch_rsst.masks import (
     Masks,
     apply_mask,
@@ -35,6 +35,7 @@ from torch_rsst.masks import (
     named_weights,
     unwrap,
 )
+from torch_rsst.site import Site, masked_sites
 
 __all__ = [
     "assert_mask_invariants",

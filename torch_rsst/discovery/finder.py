@@ -11,9 +11,9 @@ from torch import nn
 from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Probe, Unsupported, undisturbed
 from torch_rsst.errors import UnsupportedModuleWarning, message, unknown_choice
 from torch_rsst.groups import GroupLayer, Groups
-from torch_rsst.masked_parameter import Site
 from torch_rsst.masks import named_sites, unwrap, without_wrappers
 from torch_rsst.shards import is_sharded
+from torch_rsst.site import Site
 
 
 def find_groups(
