@@ -20,11 +20,11 @@ import torch_rsst
 
 ROOT = Path(torch_rsst.__file__).parent
 FLOORS = [
-    ["errors", "_version", "fsdp", "workers"],
+    ["errors", "_version", "fsdp", "optimizer_steps", "workers"],
     ["budget", "digit_search", "replicas", "shards"],
     ["live_weight", "order_keys", "schedules", "groups"],
     ["site", "candidates"],
-    ["rollback", "selection"],
+    ["rollback", "selection", "freezing"],
     ["masked_parameter"],
     ["masks", "stock"],
     [
@@ -34,7 +34,6 @@ FLOORS = [
         "penalty_hooks",
         "unit_selection",
         "rewind",
-        "freezing",
         "optimizer_state",
     ],
     ["methods", "regularizer", "report", "ranking", "removal"],

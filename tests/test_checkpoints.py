@@ -173,3 +173,21 @@ def test_refresh_of_a_dense_model_does_nothing(fingerprint: Fingerprint) -> None
     before = fingerprint(model)
     assert torch_rsst.refresh(model) is model
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("mask", ["keep", "zeros", "remove"])
+def test_a_load_that_fails_late_changes_nothing(mask: Any, fingerprint: Fingerprint) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return 1
+
+        def set_extra_state(self, state: Any) -> None:
+            raise RuntimeError("late")
+
+    model = nn.Sequential(linear(), Extra(3, 2))
+    torch_rsst.apply_mask(model, {"0.weight": torch.eye(3, 4)})
+    state = nn.Sequential(linear(seed=1), Extra(3, 2)).state_dict()
+    before = fingerprint(model)
+    with pytest.raises(RuntimeError, match="late"):
+        torch_rsst.load_dense_state_dict(model, state, mask=mask)
+    assert fingerprint(model) == before

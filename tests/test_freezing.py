@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -91,36 +93,96 @@ def test_the_freeze_follows_the_mask() -> None:
     handle.remove()
 
 
-def test_an_optimizer_of_something_else_is_left_alone() -> None:
+def test_a_step_of_something_else_in_a_closure_lifts_nothing() -> None:
     layer, stranger = masked_layer(), linear()
-    handle = torch_rsst.freeze_masked(layer)
-    entry = freezing._FROZEN[handle.id][0]
+    torch_rsst.freeze_masked(layer)
     before = latents(layer)
-    stranger.weight.grad = torch.ones_like(stranger.weight)
-    optimizer = torch.optim.SGD(stranger.parameters(), lr=0.1)
-    seen: list[object] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append(entry._before))  # type: ignore[attr-defined]
-    optimizer.step()
-    assert seen == [None]
+    inner = OPTIMIZERS["adamw"](stranger.parameters())
+    optimizer = OPTIMIZERS["adamw"](layer.parameters())
+
+    def closure() -> Tensor:
+        gradient_step(stranger, inner, 1)
+        optimizer.zero_grad()
+        loss = layer(torch.ones(2, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
     assert same(latents(layer), before)
-    handle.remove()
+
+
+def test_a_step_around_another_step_lifts_nothing() -> None:
+    class Shrinking(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.mul_(0.5)
+            return super().step(closure)
+
+    layer = masked_layer()
+    torch_rsst.freeze_masked(layer)
+    before = latents(layer)
+    train(layer, Shrinking(layer.parameters(), lr=0.1, momentum=0.9))
+    assert same(latents(layer), before)
+
+
+def test_a_step_that_raised_leaves_no_old_values_behind() -> None:
+    layer = masked_layer()
+    torch_rsst.freeze_masked(layer)
+    optimizer = OPTIMIZERS["sgd"](layer.parameters())
+
+    def failing() -> float:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        optimizer.step(failing)
+    with torch.no_grad():
+        layer.weight_orig.fill_(3.0)
+    train(layer, optimizer, 1)
+    assert bool((latents(layer) == 3.0).all())
+
+
+def test_threads_freeze_their_own_models() -> None:
+    def work(_: int) -> bool:
+        layer = masked_layer()
+        torch_rsst.freeze_masked(layer)
+        before = latents(layer)
+        train(layer, OPTIMIZERS["sgd"](layer.parameters()), 30)
+        return same(latents(layer), before)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 def test_a_freeze_does_not_keep_a_model_alive() -> None:
-    torch_rsst.freeze_masked(masked_layer())
-    handle = torch_rsst.freeze_masked(layer := masked_layer())
+    reference = weakref.ref(masked := masked_layer())
+    torch_rsst.freeze_masked(masked)
+    del masked
     gc.collect()
-    gradient_step(layer, torch.optim.SGD(layer.parameters(), lr=0.1), 0)
-    assert list(freezing._FROZEN) == [handle.id]
-    handle.remove()
+    assert reference() is None
+
+
+def test_freezing_again_replaces_and_the_old_handle_lifts_nothing() -> None:
+    layer = masked_layer()
+    first, second = torch_rsst.freeze_masked(layer), torch_rsst.freeze_masked(layer)
+    assert len(freezing._FROZEN[layer]) == 1
+    first.remove()
+    before = latents(layer)
+    train(layer, OPTIMIZERS["adamw"](layer.parameters()))
+    assert same(latents(layer), before)
+    second.remove()
+    second.remove()
+    train(layer, OPTIMIZERS["adamw"](layer.parameters()))
+    assert not same(latents(layer), before)
 
 
 def test_nothing_is_held_between_steps() -> None:
     layer = masked_layer()
-    handle = torch_rsst.freeze_masked(layer)
+    torch_rsst.freeze_masked(layer)
     train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
-    assert [entry._before for entry in freezing._FROZEN[handle.id]] == [None]  # type: ignore[attr-defined]
-    handle.remove()
+    assert [vars(entry) for entry in freezing._FROZEN[layer].values()] == [{"_before": None}]
 
 
 def test_there_must_be_something_to_freeze() -> None:
@@ -185,6 +247,24 @@ def test_removing_twice_does_nothing_the_second_time() -> None:
     torch_rsst.remove_all(layer)
     train(layer, OPTIMIZERS["adamw"](layer.parameters()))
     assert (layer.weight == 0).tolist() == (weight == 0).tolist() == (~MASK).tolist()
+
+
+def test_a_freeze_of_zeros_ends_for_good_once_masked_again() -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    torch_rsst.apply_mask(layer, {"weight": ~MASK})
+    with torch.no_grad():
+        layer.weight_orig.fill_(5.0)
+    torch_rsst.remove_all(layer, freeze_zeros=False)
+    train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
+    assert bool((layer.weight[~MASK] != 0).all())
+
+
+def test_a_layer_of_another_shape_is_no_longer_held() -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    layer.weight, layer.bias = nn.Parameter(layer.weight[:2]), nn.Parameter(layer.bias[:2])
+    train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
 
 
 def test_a_new_mask_decides_again_about_frozen_zeros() -> None:

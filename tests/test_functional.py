@@ -360,3 +360,23 @@ def test_fillback_in_place() -> None:
     torch_rsst.fillback(layer, "weight", 1, torch.tensor([[1.0, 1.0, 1.0, 1.0]]), policy="zero")
     assert layer.weight.tolist() == [[4, 3, 2, 0]]
     assert int(layer.weight_mask.sum()) == 4
+
+
+def test_integer_scores_that_float64_cannot_tell_apart_are_refused() -> None:
+    layer = nn.Linear(2, 1)
+    scores = {(layer, "weight"): torch.tensor([[2**53 + 1, 2**53]])}
+    with pytest.raises(ValueError, match=r"expected integers within .*, got larger ones\. Scale"):
+        torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, scores, amount=1)
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+def test_scores_of_any_owner_of_a_tied_weight_count(owner: int) -> None:
+    pair = [nn.Linear(3, 1), nn.Linear(3, 1)]
+    pair[1].weight = pair[0].weight
+    scores = {(pair[owner], "weight"): torch.tensor([[1.0, 2.0, 3.0]])}
+    sites = [(layer, "weight") for layer in pair]
+    torch_rsst.global_unstructured(sites, torch_rsst.GlobalL1, scores, amount=1)
+    assert pair[0].weight_mask.tolist() == [[0, 1, 1]]
+    scores |= {(pair[1 - owner], "weight"): torch.ones(1, 3)}
+    with pytest.raises(ValueError, match="expected one tensor, got 2"):
+        torch_rsst.global_unstructured(sites, torch_rsst.GlobalL1, scores, amount=1)

@@ -360,3 +360,30 @@ def test_a_lone_weight_orig_is_a_parameter_like_any_other() -> None:
     module.weight_orig = nn.Parameter(torch.zeros(2))
     assert not Site(module, "weight").is_masked
     assert check_site(module, "weight_orig").original is module.weight_orig
+
+
+@pytest.mark.parametrize("taken", ["weight_orig", "weight_mask"])
+@pytest.mark.parametrize("how", ["parameter", "buffer", "attribute"])
+def test_names_in_use_are_not_taken(taken: str, how: str, fingerprint: Fingerprint) -> None:
+    layer, value = layer_of(3.0, 1.0), torch.ones(1, 2)
+    if how == "parameter":
+        layer.register_parameter(taken, nn.Parameter(value))
+    elif how == "buffer":
+        layer.register_buffer(taken, value)
+    else:
+        setattr(layer, taken, value)
+    before = fingerprint(layer)
+    with pytest.raises(
+        ValueError, match=rf"to be free names, got one in use: '{taken}'\. Rename it"
+    ):
+        torch_rsst.apply_mask(layer, {"weight": torch.tensor([[1, 0]])})
+    assert fingerprint(layer) == before
+
+
+def test_masks_of_one_tied_parameter_that_differ_meet_when_removed() -> None:
+    first, second = layer_of(3.0, 1.0, 2.0), layer_of(0.0, 0.0, 0.0)
+    second.weight = first.weight
+    mask(Site(first, "weight"), 1, 0, 1)
+    mask(Site(second, "weight"), 1, 1, 0)
+    torch_rsst.remove_all(nn.ModuleList([first, second]), freeze_zeros=False)
+    assert first.weight.tolist() == [[3.0, 0.0, 0.0]]

@@ -173,6 +173,38 @@ def _rounds(model: nn.Module, groups: torch_rsst.Groups) -> list[Any]:
     return [*seen, _whole(torch_rsst.extract_mask(model)), rsst.report().gone("neurons")]
 
 
+def _both_ways(rank: int) -> list[Any]:
+    """Tensor parallel within fully sharded: the parameter of a forward pass lies on another mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    seen = []
+    for sharded in (True, False):
+        mlp = Model(8).mlp
+        if sharded:
+            parallelize_module(mlp, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            fully_shard(mlp, mesh=mesh["dp"])
+        for amount in (0.3, 0.2):
+            sites = [(mlp[0], "weight"), (mlp[2], "weight")]
+            torch_rsst.global_unstructured(sites, torch_rsst.GlobalL1, amount=amount)
+            _train(mlp, torch.optim.SGD(mlp.parameters(), lr=0.1))
+        output = mlp(tokens(9, 4, WIDTH)).flatten().tolist()
+        seen.append((_whole(torch_rsst.extract_mask(mlp)), [round(v, 4) for v in output]))
+    return seen
+
+
+@needs_fsdp
+def test_two_ways_of_sharding_at_once() -> None:
+    for sharded, plain in on_ranks(4, _both_ways):
+        assert sharded == plain
+
+
 CASES = [
     "tensor pruned",
     "tensor regrouped",

@@ -145,3 +145,36 @@ def test_functions_look_like_the_stock_ones(name: str) -> None:
     assert inspect.signature(ours) == inspect.signature(theirs)
     assert ours.__doc__ == theirs.__doc__
     assert pickle.loads(pickle.dumps(ours)) is ours
+
+
+def test_a_removal_that_fails_keeps_latents_and_mask(fingerprint: Fingerprint) -> None:
+    class Stubborn(nn.Linear):
+        closed = False
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if self.closed and name == "weight":
+                raise RuntimeError("closed")
+            super().__setattr__(name, value)
+
+    layer = Stubborn(4, 3)
+    prune.l1_unstructured(layer, "weight", 5)
+    layer.closed = True
+    before = fingerprint(layer)
+    with pytest.raises(RuntimeError, match="closed"):
+        prune.remove(layer, "weight")
+    assert fingerprint(layer) == before
+
+
+def test_a_hook_with_a_removal_of_its_own_is_asked() -> None:
+    class Telling(stock.L1Unstructured):
+        removed = 0
+
+        def remove(self, module: nn.Module) -> None:
+            type(self).removed += 1
+            super().remove(module)
+
+    layer = linear()
+    Telling.apply(layer, "weight", amount=1)
+    prune.remove(layer, "weight")
+    assert Telling.removed == 1
+    assert not prune.is_pruned(layer)

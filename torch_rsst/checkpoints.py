@@ -12,6 +12,9 @@ from torch_rsst.errors import listing, message, unknown_choice
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.masks import apply_mask, dense_keys, extract_mask, masked_names, unwrap
 from torch_rsst.removal import remove_all
+from torch_rsst.rollback import rolled_back_on_failure
+from torch_rsst.shards import is_sharded, placed_like
+from torch_rsst.site import masked_sites
 
 MaskChoice: TypeAlias = Literal["keep", "zeros", "remove"]
 MASK_CHOICES = ("keep", "zeros", "remove")
@@ -85,15 +88,31 @@ def load_dense_state_dict(
     inner = unwrap(model)
     loaded = {name: state_dict[key] for key, name in dense_keys(state_dict).items()}
     _check_fits(_dense_shapes(inner), loaded)
-    if mask == "zeros":
-        apply_mask(inner, {name: loaded[name] != 0 for name in extract_mask(inner)})
-    elif mask == "remove":
-        remove_all(inner, freeze_zeros=False)
-    # Whatever is not loaded is a mask, and stays.
-    own = inner.state_dict()
-    given = {key: loaded[name] for key, name in _dense_names(own).items() if name in loaded}
-    inner.load_state_dict({**own, **given})
+    tensors = [*inner.parameters(), *inner.buffers()]
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
+    with torch.no_grad(), rolled_back_on_failure(masked_sites(inner.modules())):
+        try:
+            _load(inner, loaded, mask)
+        except BaseException:
+            for tensor, value in before:
+                tensor.copy_(value)
+            raise
     return model
+
+
+def _load(model: nn.Module, loaded: Mapping[str, Tensor], mask: MaskChoice) -> None:
+    if mask == "zeros":
+        apply_mask(model, {name: loaded[name] != 0 for name in extract_mask(model)})
+    elif mask == "remove":
+        remove_all(model, freeze_zeros=False)
+    # Whatever is not loaded is a mask, and stays.
+    own = model.state_dict()
+    given = {
+        key: placed_like(loaded[name], own[key]) if is_sharded(own[key]) else loaded[name]
+        for key, name in _dense_names(own).items()
+        if name in loaded
+    }
+    model.load_state_dict({**own, **given})
 
 
 def _dense_names(state: Mapping[str, Any]) -> dict[str, str]:

@@ -6,10 +6,10 @@ frozen entries are put back after each optimizer step, by hooks that PyTorch cal
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,12 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.errors import message
-from torch_rsst.masks import unwrap
+from torch_rsst.optimizer_steps import is_nested
+from torch_rsst.shards import placed_like
 from torch_rsst.site import Site, masked_sites
 
 
-def freeze_masked(model: nn.Module) -> RemovableHandle:
+def freeze_masked(model: nn.Module) -> FreezeHandle:
     """Keep what lies under the masks of a model exactly as it is, whatever optimizer trains it.
 
     Example:
@@ -50,119 +51,125 @@ def freeze_masked(model: nn.Module) -> RemovableHandle:
         TypeError: unless given a module.
         ValueError: where nothing is masked.
     """
-    sites = masked_sites(unwrap(model).modules())
+    if not isinstance(model, nn.Module):
+        got, remedy = type(model).__name__, "Pass the torch.nn.Module that is masked."
+        raise TypeError(message("model", expected="a module", got=got, remedy=remedy))
+    sites = masked_sites(model.modules())
     if not sites:
         remedy = "Mask it first: a freeze holds what is under masks that are there."
         raise ValueError(message("model", expected="masked parameters", got="none", remedy=remedy))
     return freeze_latents(sites)
 
 
-def freeze_latents(sites: Iterable[Site]) -> RemovableHandle:
+def freeze_latents(sites: Sequence[Site]) -> FreezeHandle:
     """Hold what is masked in these parameters."""
-    return _freeze([_Latents(site) for site in sites])
+    return _freeze([(site, _Latents()) for site in sites])
 
 
-def freeze_zeros(zeros: Iterable[tuple[Site, Tensor]]) -> RemovableHandle:
-    """Hold entries of dense parameters at 0: pairs of a site and the bool tensor of its zeros."""
-    return _freeze([_Zeros(site, entries) for site, entries in zeros])
+def freeze_zeros(zeros: Iterable[tuple[Site, Tensor]]) -> FreezeHandle:
+    """Hold entries of dense parameters at 0: pairs of a site and the bool tensor of its zeros.
+
+    Until the parameter is masked, replaced by another one, or :func:`end_freeze` is called.
+    """
+    return _freeze([(site, _Zeros(site.original, entries)) for site, entries in zeros])
 
 
-class _Frozen:
-    """Entries of one parameter that are put back after a step."""
-
-    def __init__(self, site: Site) -> None:
-        self._module, self._name = weakref.ref(site.module), site.name
-
-    @property
-    def forgotten(self) -> bool:
-        """Whether the model is gone."""
-        return self._module() is None
-
-    def _site_among(self, updated: set[int]) -> Site | None:
-        """The parameter's place, if a step updates it and the freeze still concerns it."""
-        module = self._module()
-        site = None if module is None else Site(module, self._name)
-        concerned = site is not None and self._concerns(site) and id(site.original) in updated
-        return site if concerned else None
-
-    def _concerns(self, site: Site) -> bool:
-        raise NotImplementedError
-
-    def before_step(self, updated: set[int]) -> None:
-        """Remember what a step may change."""
-
-    def after_step(self, updated: set[int]) -> None:
-        """Put it back."""
-        raise NotImplementedError
+def end_freeze(site: Site) -> None:
+    """Hold nothing of a parameter any more: it is masked anew, or no longer."""
+    if frozen := _FROZEN.get(site.module):
+        frozen.pop(site.name, None)
 
 
-class _Latents(_Frozen):
-    """What is masked at the time of the step keeps its value."""
+class _Latents:
+    """What is masked at the time of a step keeps its value."""
 
     _before: Tensor | None = None
 
-    def _concerns(self, site: Site) -> bool:
+    def holds(self, site: Site) -> bool:
         return site.is_masked
 
-    def before_step(self, updated: set[int]) -> None:
-        site = self._site_among(updated)
-        self._before = None if site is None else site.original.detach().clone()
+    def before_step(self, site: Site) -> None:
+        self._before = site.original.detach().clone()
 
-    def after_step(self, updated: set[int]) -> None:
-        site, before, self._before = self._site_among(updated), self._before, None
-        if site is not None and before is not None and (alive := site.alive) is not None:
+    def after_step(self, site: Site, *, nested: bool) -> None:
+        if self._before is not None and (alive := site.alive) is not None:
             with torch.no_grad():
-                site.original.copy_(torch.where(alive, site.original, before))
+                site.original.copy_(torch.where(alive, site.original, self._before))
+        if not nested:
+            self._before = None
 
 
-class _Zeros(_Frozen):
-    """A fixed set of entries is 0, as long as no mask decides about the parameter again."""
+class _Zeros:
+    """A fixed set of entries of one very parameter is 0."""
 
-    def __init__(self, site: Site, entries: Tensor) -> None:
-        super().__init__(site)
-        self._entries = entries
+    def __init__(self, original: nn.Parameter, entries: Tensor) -> None:
+        self._shape, self._entries = original.shape, entries
 
-    def _concerns(self, site: Site) -> bool:
-        return not site.is_masked and site.module._parameters.get(site.name) is not None
+    def holds(self, site: Site) -> bool:
+        return not site.is_masked and site.original.shape == self._shape
 
-    def after_step(self, updated: set[int]) -> None:
-        if (site := self._site_among(updated)) is not None:
-            self._entries = self._entries.to(site.original.device)
-            with torch.no_grad():
-                site.original.masked_fill_(self._entries, 0.0)
+    def before_step(self, site: Site) -> None:
+        """Nothing to remember: the value is 0."""
+
+    def after_step(self, site: Site, *, nested: bool) -> None:
+        self._entries = placed_like(self._entries, site.original)
+        with torch.no_grad():
+            site.original.masked_fill_(self._entries, 0.0)
 
 
-# Keyed by handle, so that each freeze can be lifted by itself.
-_FROZEN: OrderedDict[int, Sequence[_Frozen]] = OrderedDict()
+_Frozen: TypeAlias = _Latents | _Zeros
+
+# One entry a parameter, however often it is frozen; none keeps its model alive.
+_FROZEN: weakref.WeakKeyDictionary[nn.Module, dict[str, _Frozen]] = weakref.WeakKeyDictionary()
 _step_hooks: list[RemovableHandle] = []
 
 
-def _freeze(entries: Sequence[_Frozen]) -> RemovableHandle:
+class FreezeHandle:
+    """What lifts a freeze: ``handle.remove()``."""
+
+    def __init__(self, frozen: Iterable[tuple[Site, _Frozen]]) -> None:
+        self._frozen = [(weakref.ref(site.module), site.name, each) for site, each in frozen]
+
+    def remove(self) -> None:
+        """Let the entries go; a second call does nothing, nor what was frozen anew since."""
+        for reference, name, frozen in self._frozen:
+            module = reference()
+            held = {} if module is None else _FROZEN.get(module, {})
+            if held.get(name) is frozen:
+                del held[name]
+
+
+def _freeze(frozen: list[tuple[Site, Any]]) -> FreezeHandle:
     if not _step_hooks:
         _step_hooks.append(register_optimizer_step_pre_hook(_before_step))
         _step_hooks.append(register_optimizer_step_post_hook(_after_step))
-    handle = RemovableHandle(_FROZEN)
-    _FROZEN[handle.id] = entries
-    return handle
+    for site, each in frozen:
+        _FROZEN.setdefault(site.module, {})[site.name] = each
+    return FreezeHandle(frozen)
 
 
-def _updated_by(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _frozen_in(optimizer: Optimizer) -> list[tuple[Site, _Frozen]]:
+    """What is frozen of the parameters that an optimizer updates, where the freeze still holds."""
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = []
+    for module, by_name in list(_FROZEN.items()):
+        for name, frozen in list(by_name.items()):
+            site = Site(module, name)
+            present = site.is_masked or module._parameters.get(name) is not None
+            if present and frozen.holds(site) and id(site.original) in updated:
+                found.append((site, frozen))
+    return found
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for key in [key for key, all_of in _FROZEN.items() if all(f.forgotten for f in all_of)]:
-        del _FROZEN[key]
-    updated = _updated_by(optimizer)
-    for frozen in _all_frozen():
-        frozen.before_step(updated)
+    if _FROZEN and not is_nested(optimizer, sys._getframe(1)):
+        for site, frozen in _frozen_in(optimizer):
+            frozen.before_step(site)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    updated = _updated_by(optimizer)
-    for frozen in _all_frozen():
-        frozen.after_step(updated)
-
-
-def _all_frozen() -> list[_Frozen]:
-    return [frozen for entries in _FROZEN.values() for frozen in entries]
+    if not _FROZEN:
+        return
+    nested = is_nested(optimizer, sys._getframe(1))
+    for site, frozen in _frozen_in(optimizer):
+        frozen.after_step(site, nested=nested)

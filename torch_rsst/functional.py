@@ -100,8 +100,11 @@ def _choose(
                 remedy="Use GlobalL1, or prune whole units with regroup() and apply_mask().",
             )
         )
-    unique = list({id(site.original): site for site in sites}.values())
-    scores = [_scores_of(site, importance_scores) for site in unique]
+    owners: dict[int, list[Site]] = {}
+    for site in sites:
+        owners.setdefault(id(site.original), []).append(site)
+    unique = [tied[0] for tied in owners.values()]
+    scores = [_scores_of(tied, importance_scores) for tied in owners.values()]
     masks = _rank(method, unique, scores)
     if importance_scores is not None:
         # Scores may be masks, or share their memory: take all that is wanted before any changes.
@@ -128,14 +131,23 @@ def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
     return sites
 
 
-def _scores_of(site: Site, importance_scores: Mapping[Parameter, Tensor] | None) -> Tensor:
+def _scores_of(tied: list[Site], importance_scores: Mapping[Parameter, Tensor] | None) -> Tensor:
+    """What a parameter is ranked by; scores may be given for any of the modules that share it."""
     if importance_scores is None:
-        return check_scores(site, None)
+        return check_scores(tied[0], None)
     if not isinstance(importance_scores, Mapping):
         remedy = "Map (module, name) pairs to tensors."
         got = type(importance_scores).__name__
         raise TypeError(message("importance_scores", expected="a dict", got=got, remedy=remedy))
-    return check_scores(site, importance_scores.get((site.module, site.name)))
+    keys = [(site.module, site.name) for site in tied]
+    given = [importance_scores[key] for key in keys if key in importance_scores]
+    if len(given) > 1:
+        remedy = "Give them for one of the modules that share the parameter."
+        subject = f"importance_scores for {tied[0]}"
+        raise ValueError(
+            message(subject, expected="one tensor", got=f"{len(given)}", remedy=remedy)
+        )
+    return check_scores(tied[0], given[0] if given else None)
 
 
 def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> list[NewMask]:

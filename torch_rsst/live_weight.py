@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torch_rsst.shards import gathered, is_sharded, placed_like
+from torch_rsst.shards import is_sharded, placed_like
 
 ORIG, MASK = "_orig", "_mask"
 
@@ -46,9 +46,9 @@ def dead_entries(mask: Tensor, original: Tensor) -> Tensor:
     Within a forward pass FSDP2 puts the whole parameter in place of a rank's part; the mask, which
     stays in parts, is gathered then.
     """
-    if is_sharded(original):
+    if is_sharded(mask) or is_sharded(original):
         return placed_like(mask == 0, original)
-    return gathered(mask == 0) if is_sharded(mask) else torch.eq(mask, original.new_zeros(()))
+    return torch.eq(mask, original.new_zeros(()))
 
 
 def make_live(module: nn.Module, name: str) -> None:

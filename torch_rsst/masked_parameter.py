@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
+from torch_rsst.freezing import end_freeze
 from torch_rsst.fsdp import tell_of_new_name
 from torch_rsst.live_weight import MASK, ORIG, make_live, make_plain, product
 from torch_rsst.rollback import place_kept, rolled_back_on_failure
@@ -144,6 +145,7 @@ def _reparametrize(site: Site, mask: Tensor) -> None:
     if not site.is_masked:
         _rename(site.module._parameters, site.name, site.name + ORIG)
         tell_of_new_name(site.module, site.name, site.name + ORIG)
+        end_freeze(site)
         site.module.register_buffer(site.name + MASK, mask)
     elif site.mask is not mask:
         site.module._buffers[site.name + MASK] = mask
@@ -180,7 +182,7 @@ def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
 
 def restore(sites: Sequence[Site]) -> None:
     """Make the pruning of masked sites permanent and delete their hooks, ours or stock; all or none."""
-    masked = {id(site.original): (site.original, site.mask) for site in sites}.values()
+    masked = [(site.original, site.mask) for site in sites]  # tied ones may differ in their masks
     latents: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad(), rolled_back_on_failure(sites):
         for site in sites:
@@ -194,7 +196,7 @@ def restore(sites: Sequence[Site]) -> None:
                 latents.append((own, dead, own[dead]))
                 zero(original, mask)
         except BaseException:
-            for own, dead, values in latents:
+            for own, dead, values in reversed(latents):
                 own[dead] = values
             raise
 

@@ -332,7 +332,7 @@ def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, T
                         remedy=remedy,
                     )
                 )
-            go &= current.to(go.device)
+            go &= placed_like(current, go)
         penalized[name] = go
     return penalized
 

@@ -16,7 +16,7 @@ from torch_rsst.live_weight import ORIG
 from torch_rsst.masked_parameter import MaskHook
 from torch_rsst.rollback import rolled_back_on_failure
 from torch_rsst.selection import lowest
-from torch_rsst.shards import total
+from torch_rsst.shards import placed_like, total
 from torch_rsst.site import Site
 from torch_rsst.unit_selection import ScoredLayer, keep_units
 
@@ -212,4 +212,4 @@ class Fillback(MaskHook):
             remedy = "Take it from the same module."
             expected = f"{name!r} or {name + ORIG!r} of shape {tuple(original.shape)}"
             raise ValueError(message("snapshot", expected=expected, got=got, remedy=remedy))
-        return value.to(original)
+        return placed_like(value.detach(), original).to(original.dtype)

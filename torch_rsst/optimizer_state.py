@@ -89,7 +89,8 @@ def convert_optimizer_state(
     for group in state["param_groups"]:
         ordered = sorted(group["params"], key=lambda key: rank[name_of[key]])
         new_id.update({key: len(new_id) + i for i, key in enumerate(ordered)})
-        groups.append({**group, "params": [new_id[key] for key in ordered]})
+        named = {"param_names": [name_of[key] for key in ordered]} if "param_names" in group else {}
+        groups.append({**group, "params": [new_id[key] for key in ordered], **named})
     moved = {new_id[key]: value for key, value in state["state"].items() if key in new_id}
     return {**state, "state": moved, "param_groups": groups}
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.errors import listing, message
+from torch_rsst.optimizer_steps import is_nested
 
 Mode: TypeAlias = Literal["auto", "coupled", "decoupled"]
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer]
@@ -139,7 +139,7 @@ def hook_steps(
     """
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if _is_nested(optimizer, sys._getframe(1)):
+        if is_nested(optimizer, sys._getframe(1)):
             return None
         # PyTorch passes the optimizer itself as args[0]; the closure may follow or be a keyword.
         positional = len(args) > 1
@@ -161,27 +161,13 @@ def hook_steps(
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Under a GradScaler a fused optimizer skips a step for inf on the device, where nobody has to
         # wait to know: found_inf tells those that come after.
-        if not _is_nested(optimizer, sys._getframe(1)):
+        if not is_nested(optimizer, sys._getframe(1)):
             finish(getattr(optimizer, "found_inf", None))
 
     return [
         optimizer.register_step_pre_hook(before),
         optimizer.register_step_post_hook(after),
     ]
-
-
-def _is_nested(optimizer: Optimizer, step: FrameType) -> bool:
-    """Whether a step, given by the frame that runs its hooks, was called from a step of the same optimizer.
-
-    A subclass whose step() calls super().step() runs the hooks twice. The stack tells: a counter
-    would stay up for good after a step that raised.
-    """
-    outer = step.f_back
-    while outer is not None:
-        if outer.f_code is step.f_code and outer.f_locals.get("self") is optimizer:
-            return True
-        outer = outer.f_back
-    return False
 
 
 def hook_gradients(

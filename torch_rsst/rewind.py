@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_rsst.errors import listing, message, unknown_choice
 from torch_rsst.live_weight import ORIG
 from torch_rsst.masks import dense_keys, named_sites, named_weights, unwrap, without_wrappers
+from torch_rsst.shards import placed_like
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,11 @@ class Snapshot:
         unfit = [
             name
             for name, value in {**chosen, **kept}.items()
-            if not isinstance(value, Tensor) or value.shape != present[name].shape
+            if not isinstance(value, Tensor)
+            or value.shape != present[name].shape
+            or value.is_meta
+            or value.is_complex()
+            or value.layout != torch.strided
         ]
         if unfit:
             remedy = "Pass the full state dict of this very model."
@@ -61,7 +66,11 @@ class Snapshot:
                 )
             )
         return cls(
-            _copied({name: value for name, value in chosen.items() if value is not None}),
+            {
+                n: placed_like(v.detach(), weights[n]).clone()
+                for n, v in chosen.items()
+                if v is not None
+            },
             _copied(kept),
         )
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
 from torch_rsst.errors import RoundWarning, check_keys, message
@@ -119,7 +118,6 @@ class Rounds(ABC):
         self._penalty = dict(penalty)
         self._replicas = replica_group(model)
         self.freeze_masked, self.reset_moments = freeze_masked, reset_moments
-        self._frozen: RemovableHandle | None = None
         self.steps_per_round, self.rounds = int(steps_per_round), int(rounds)
         self.amount = plain_amount(amount)
         self.regroup_amount = (
@@ -368,9 +366,7 @@ class Rounds(ABC):
         apply_mask(self._model, masks)
         reset_returned(self._optimizers, self._model, before)
         if self.freeze_masked:
-            if self._frozen is not None:
-                self._frozen.remove()
-            self._frozen = freeze_latents(masked_sites(self._model.modules()))
+            freeze_latents(masked_sites(self._model.modules()))
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for a state to fit: plain values, callables by their name."""

@@ -49,14 +49,26 @@ def sharded_like(part: Tensor, whole: Tensor) -> Tensor:
     return made
 
 
-def placed_like(full: Tensor, whole: Tensor) -> Tensor:
-    """A tensor that is the same on all ranks, on the device of ``whole`` and distributed as it is."""
-    layout = None if is_sharded(full) else Layout.of(whole)
+def placed_like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """A tensor on the device of ``whole`` and distributed as it is.
+
+    A plain one must be the same on all ranks; one that is distributed otherwise is gathered first.
+    """
+    if is_sharded(tensor):
+        if _placement(tensor) == _placement(whole):
+            return tensor
+        tensor = gathered(tensor)
+    layout = Layout.of(whole)
     if layout is None:
-        return full.to(whole.device)
+        return tensor.to(whole.device)
     for dim, (start, size) in enumerate(zip(layout.start, layout.size, strict=True)):
-        full = full.narrow(dim, start, size)
-    return sharded_like(full.to(whole.device).contiguous(), whole)
+        tensor = tensor.narrow(dim, start, size)
+    return sharded_like(tensor.to(whole.device).contiguous(), whole)
+
+
+def _placement(tensor: Tensor) -> tuple[Any, Any] | None:
+    placed: Any = tensor
+    return (placed.device_mesh, placed.placements) if is_sharded(tensor) else None
 
 
 def total(entries: Tensor) -> Tensor:
@@ -65,11 +77,12 @@ def total(entries: Tensor) -> Tensor:
     return ranks.add_up(own if ranks.counts(entries) else torch.zeros_like(own))
 
 
-def gathered(flags: Tensor) -> Tensor:
-    """A whole bool tensor of which each rank holds a part. Communicates a byte per entry."""
-    whole: Any = sharded_like(local(flags).to(torch.uint8), flags)
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which each rank holds a part. Communicates all of it, flags as bytes."""
+    flags = tensor.dtype == torch.bool
+    whole: Any = sharded_like(local(tensor).to(torch.uint8), tensor) if flags else tensor
     full: Tensor = whole.full_tensor()
-    return full != 0
+    return full != 0 if flags else full
 
 
 @dataclass(frozen=True)

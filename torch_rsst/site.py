@@ -104,6 +104,17 @@ def check_site(module: object, name: object) -> Site:
         raise ValueError(
             message(subject, expected="an initialized parameter", got="a lazy one", remedy=remedy)
         )
+    if taken := [key for key in (name + ORIG, name + MASK) if _is_taken(module, key)]:
+        remedy = "Rename it: this is where PyTorch's pruning keeps the weights and the mask."
+        got = f"one in use: {taken[0]!r}"
+        raise ValueError(
+            message(
+                subject,
+                expected=f"{name + ORIG!r} and {name + MASK!r} to be free names",
+                got=got,
+                remedy=remedy,
+            )
+        )
     if parameter.layout != torch.strided:
         got, remedy = str(parameter.layout), "Call to_dense() first."
         raise ValueError(message(subject, expected="a dense tensor", got=got, remedy=remedy))
@@ -118,6 +129,11 @@ def check_site(module: object, name: object) -> Site:
         remedy = "Cast it first, or leave it out: only such weights can be pruned."
         raise ValueError(message(subject, expected=expected, got=parameter.dtype, remedy=remedy))
     return site
+
+
+def _is_taken(module: nn.Module, key: str) -> bool:
+    registries = (module._parameters, module._buffers, module._modules, module.__dict__)
+    return any(key in registry for registry in registries) or hasattr(type(module), key)
 
 
 def parameter_list(parameters: object) -> list[Any]:
@@ -175,7 +191,14 @@ def check_scores(site: Site, scores: Tensor | None) -> Tensor:
         expected = f"shape {tuple(site.original.shape)}"
         got = f"shape {tuple(scores.shape)}"
         raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
-    return scores.detach()
+    if not scores.is_floating_point() and scores.numel() and _exceeds(scores, 1 << 53):
+        expected, got = "integers within ±2**53, which float64 tells apart", "larger ones"
+        raise ValueError(message(subject, expected=expected, got=got, remedy="Scale them down."))
+    return placed_like(scores.detach(), site.original)
+
+
+def _exceeds(scores: Tensor, bound: int) -> bool:
+    return int(scores.max()) > bound or int(scores.min()) < -bound
 
 
 def masked_sites(modules: Iterable[nn.Module]) -> list[Site]:

@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils import prune
+from torch.nn.utils.prune import BasePruningMethod
 
 from torch_rsst.errors import message
+from torch_rsst.freezing import end_freeze
+from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import ORIG, make_live, make_plain
-from torch_rsst.masked_parameter import zero
+from torch_rsst.masked_parameter import MaskHook, find_hook, restore, zero
 from torch_rsst.rollback import place_kept, rolled_back_on_failure
 from torch_rsst.shards import is_sharded
 from torch_rsst.site import Site
@@ -34,10 +37,13 @@ def _safe(function: F) -> F:
         site = Site(module, name)
         if function is not prune.remove:
             _refuse_shards(module, name)
+            reshard([module])
         mask = site.mask
         with rolled_back_on_failure([site]), place_kept(site):
             result = function(module, name, *args, **kwargs)
             (make_live if site.is_masked else make_plain)(module, name)
+            if mask is None and site.is_masked:
+                end_freeze(site)
             if mask is not None and not site.is_masked:
                 zero(site.original, mask)  # PyTorch multiplies, and NaN · 0 is NaN
         return result
@@ -56,10 +62,26 @@ def _refuse_shards(module: nn.Module, name: str) -> None:
         )
 
 
+# How hooks are removed that restore() does the same for.
+_KNOWN = (BasePruningMethod.remove, MaskHook.remove)
+
 identity = _safe(prune.identity)
 random_unstructured = _safe(prune.random_unstructured)
 l1_unstructured = _safe(prune.l1_unstructured)
 random_structured = _safe(prune.random_structured)
 ln_structured = _safe(prune.ln_structured)
 custom_from_mask = _safe(prune.custom_from_mask)
-remove = _safe(prune.remove)
+
+
+@functools.wraps(prune.remove)
+def remove(module: nn.Module, name: str) -> nn.Module:
+    """Whatever PyTorch's hook does by itself keeps no latent for a failure; so it is not asked."""
+    site = Site(module, name) if isinstance(module, nn.Module) else None
+    found = find_hook(site) if site is not None and site.is_masked else None
+    if site is None or found is None or type(found[1]).remove not in _KNOWN:
+        return _safe(prune.remove)(module, name)  # type: ignore[no-any-return,no-untyped-call]
+    restore([site])
+    return module
+
+
+remove.__module__ = __name__

@@ -6,6 +6,7 @@ then waits most of the time, and where other processes want the processor, nearl
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -18,15 +19,23 @@ T = TypeVar("T")
 _MOST = 8  # more threads would wait for the interpreter
 
 
+_lock = threading.Lock()
+_inside: list[int] = []  # what to go back to, once for each block that is open
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep PyTorch from sharing operations out, for a while."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Keep PyTorch from sharing operations out, for a while; in several threads at once, if need be."""
+    with _lock:
+        _inside.append(_inside[0] if _inside else torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(count)
+        with _lock:
+            count = _inside.pop()
+            if not _inside:
+                torch.set_num_threads(count)
 
 
 class Workers:
