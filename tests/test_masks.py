@@ -433,6 +433,43 @@ def test_a_name_that_was_probably_meant_is_suggested() -> None:
             "made for one architecture; extract them from the same one.",
         ),
         (
+            lambda: apply_mask(net(), {"0.weight": torch.full((2, 3), 0.5)}),
+            "mask of '0.weight': expected zeros and ones, got other values. Compare with a threshold "
+            "first: mask > 0.5.",
+        ),
+        (
+            lambda: apply_mask(net(), {"0.weight": [1]}),  # type: ignore[dict-item]
+            "mask of '0.weight': expected a tensor, got list. A mask set maps parameter names to "
+            "tensors.",
+        ),
+        (
+            lambda: apply_mask(net(), {"0.weight": torch.ones(2, 3, device="meta")}),
+            "mask of '0.weight': expected values, got a mask on the meta device. Materialize the "
+            "model first.",
+        ),
+        (
+            lambda: apply_mask(net(), {3: torch.ones(2, 3)}),  # type: ignore[dict-item]
+            "masks: expected a mask set, got the name 3. A mask set maps parameter names to tensors.",
+        ),
+        (
+            lambda: apply_mask(net(), [3]),  # type: ignore[arg-type]
+            "masks: expected a mask set, got list. A mask set maps parameter names to tensors.",
+        ),
+        (
+            lambda: extract_mask([3]),  # type: ignore[arg-type]
+            "extract_mask: expected a model or state dict, got list. Pass the model or "
+            "model.state_dict().",
+        ),
+        (
+            lambda: extract_mask({3: torch.ones(1)}),  # type: ignore[dict-item]
+            "extract_mask: expected a model or state dict, got dict. Pass the model or "
+            "model.state_dict().",
+        ),
+        (
+            lambda: extract_mask({"epoch": 1}),  # type: ignore[dict-item]
+            "state dict: expected tensors, got none in 'epoch'. Pass model.state_dict().",
+        ),
+        (
             lambda: penalty_mask({"w": torch.ones(2)}, {"w": torch.ones(3)}),
             "refill mask of 'w': expected the current mask's shape (2,), got shape (3,). Both masks "
             "must come from the same model.",
@@ -449,7 +486,7 @@ def test_a_name_that_was_probably_meant_is_suggested() -> None:
     ],
 )
 def test_errors_say_it_all(act: Callable[[], object], text: str) -> None:
-    with pytest.raises((KeyError, ValueError)) as raised:
+    with pytest.raises((KeyError, TypeError, ValueError)) as raised:
         act()
     assert raised.value.args[0] == text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator
 from functools import cache, partial
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 from tiny_models import gradient_step, mlp, same, tokens, weights_of
 from torch import nn
 
-from torch_rsst import RSST, Refill, apply_mask, extract_mask, find_groups, schedules
+import torch_rsst
+from torch_rsst import (
+    RSST,
+    Refill,
+    RegularizedPruner,
+    apply_mask,
+    extract_mask,
+    find_groups,
+    schedules,
+)
 
 ROUNDS, STEPS = 3, 3
 
@@ -390,3 +400,42 @@ def test_a_state_may_be_loaded_into_a_model_that_is_pruned_already():
     again, _, _ = rounds_of(model=model)
     again.load_state_dict(state)
     assert same(extract_mask(model)["0.weight"], state["round"]["current_mask"]["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("settings",), None),
+        (("snapshot", "weights"), None),
+        (("snapshot", "buffers"), None),
+        (("round", "budgets"), None),
+        (("round", "pruner", "start_norm"), None),
+        (("round", "current_mask"), None),
+    ],
+)
+def test_a_damaged_state_is_a_clear_error_and_changes_nothing(
+    path: tuple[str, ...], value: Any
+) -> None:
+    model, groups = mlp(), find_groups(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rsst = RSST(model, groups, optimizer=optimizer, steps_per_round=2, rounds=1, rewind="init")
+    next(iter(rsst))
+    state = copy.deepcopy(rsst.state_dict())
+    rsst.round.pruner.detach()
+    inner = state
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    fresh = mlp()
+    again = RSST(
+        fresh,
+        groups,
+        optimizer=torch.optim.SGD(fresh.parameters(), lr=0.1),
+        steps_per_round=2,
+        rounds=1,
+        rewind="init",
+    )
+    with pytest.raises((ValueError, TypeError), match=r"state|masks|snapshot"):
+        again.load_state_dict(state)
+    assert not torch_rsst.is_pruned(fresh)
+    assert RegularizedPruner.attached_to(fresh) is None

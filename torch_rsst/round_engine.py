@@ -17,7 +17,15 @@ from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
 from torch_rsst.errors import RoundWarning, check_keys, message
 from torch_rsst.freezing import freeze_latents
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
-from torch_rsst.masks import Masks, apply_mask, check_masks, extract_mask, named_weights, unwrap
+from torch_rsst.masks import (
+    Masks,
+    apply_mask,
+    check_masks,
+    extract_mask,
+    named_sites,
+    named_weights,
+    unwrap,
+)
 from torch_rsst.optimizer_state import reset_returned
 from torch_rsst.penalty_hooks import Optimizers, as_optimizers
 from torch_rsst.ranking import rank, ranked_names
@@ -26,6 +34,7 @@ from torch_rsst.regularizer import RegularizedPruner
 from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.report import SparsityReport, sparsity_report
 from torch_rsst.rewind import Snapshot
+from torch_rsst.rollback import rolled_back_on_failure
 from torch_rsst.site import Parameter, masked_sites
 from torch_rsst.unit_selection import ScopeBudget
 
@@ -303,8 +312,24 @@ class Rounds(ABC):
         yields the same round with ``start_step`` set.
 
         Raises:
-            ValueError: for the state of rounds with other settings or of another model.
+            ValueError: for the state of rounds with other settings or of another model, or a damaged
+                one; the model's masks are as before then.
         """
+        sites = [site for places in named_sites(self._model).values() for site in places]
+        try:
+            with rolled_back_on_failure(sites):
+                self._load(state)
+        except (AttributeError, IndexError, TypeError) as error:
+            if self._round is not None:
+                self._round.pruner.detach()
+            got, remedy = (
+                f"{type(error).__name__}: {error}",
+                "The file is damaged: load another one.",
+            )
+            subject, expected = "state of rounds", "what state_dict() has returned"
+            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy)) from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         saved = self._check_state(state)
         if self._round is not None:
             self._round.pruner.detach()
@@ -350,7 +375,11 @@ class Rounds(ABC):
     ) -> None:
         budgets = tuple(ScopeBudget(**budget) for budget in saved["budgets"])
         opened = self._open(saved["index"], current, refill, budgets, rewind=False)
-        opened.pruner.load_state_dict(saved["pruner"])
+        try:
+            opened.pruner.load_state_dict(saved["pruner"])
+        except BaseException:
+            opened.pruner.detach()
+            raise
         self._last = replace(opened, start_step=opened.pruner.steps)
         if saved["open"]:
             self._round, self._resumed = self._last, True
