@@ -358,7 +358,7 @@ def test_adversarial_scores_against_a_stable_sort(
 def test_all_entries_are_searched_where_the_sample_does_not_help(
     distribution: str, searches_all: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_small(monkeypatch, block=3000, sample=256, few=0.5)
+    in_small(monkeypatch, block=3000, sample=256, few=0.3)
     calls = []
     original = candidates.everything
     monkeypatch.setattr(candidates, "everything", lambda *args: calls.append(1) or original(*args))

@@ -21,7 +21,7 @@ from torch_rsst.workers import Workers
 
 # None of these has a say in the result.
 _SAMPLE = 1 << 19  # entries that a guess is made from, at most
-_FEW = 1 / 64  # share of all entries that may be sampled, and that may be collected
+_FEW = 1 / 64  # share of all entries that may be sampled, and half of what may be collected
 _LEAST = 1 << 15  # as few may be in any case
 
 _CPU = torch.device("cpu")
@@ -82,8 +82,10 @@ def narrowed(
         reduce: adds counts up over ranks.
     """
     low, high = _guess(columns, rank, entries, kind, workers=workers, reduce=reduce)
-    room = max(2 * _LEAST, int(_FEW * sum(column.scores.numel() for column in columns)))
-    surveys = workers.run(partial(_survey, columns, kind, low, high, room // workers.count))
+    own = sum(column.scores.numel() for column in columns)
+    # Twice the few, since threads do not find the same number.
+    room = 2 * max(2 * _LEAST, int(_FEW * own)) // workers.count
+    surveys = workers.run(partial(_survey, columns, kind, low, high, room))
     highest = [max(tops) for tops in zip(*(survey.highest for survey in surveys), strict=True)]
     counts = torch.tensor(
         [[survey.below, survey.inside, survey.overfull] for survey in surveys], device=_CPU
@@ -129,8 +131,9 @@ def _guess(
 
 def _sample(columns: Sequence[Column], kind: Kind, stride: int, turn: int, turns: int) -> Tensor:
     parts = [torch.empty(0, dtype=kind.integer, device=_CPU)]
-    for column in columns:
-        parts += [keys.clone() for _, keys in column.blocks(turn, turns, stride=stride)]
+    for position, column in enumerate(columns):
+        blocks = column.blocks((turn + position) % turns, turns, stride=stride)
+        parts += [keys.clone() for _, keys in blocks]
     return torch.cat(parts)
 
 
@@ -162,9 +165,9 @@ def _survey(
     places = [torch.empty(0, dtype=torch.int64, device=_CPU)]
     highest = []
     below = inside = 0
-    for column in columns:
+    for position, column in enumerate(columns):
         top = kind.lowest
-        for start, keys in column.blocks(turn, turns):
+        for start, keys in column.blocks((turn + position) % turns, turns):
             top = max(top, int(keys.amax()))
             # A comparison into bools takes several times as long as one into integers.
             under, between = column.scratch.spare(keys.numel())

@@ -69,7 +69,7 @@ def freeze_latents(sites: Sequence[Site]) -> FreezeHandle:
 def freeze_zeros(zeros: Iterable[tuple[Site, Tensor]]) -> FreezeHandle:
     """Hold entries of dense parameters at 0: pairs of a site and the bool tensor of its zeros.
 
-    Until the parameter is masked, replaced by another one, or :func:`end_freeze` is called.
+    Until the parameter is masked, replaced by another one, or :func:`torch_rsst.freezing.end_freeze` is called.
     """
     return _freeze([(site, _Zeros(site.original, entries)) for site, entries in zeros])
 

@@ -118,13 +118,17 @@ class Ranking:
         counts = torch.tensor([0, self._own_entries], device=self._device)
 
         def competing(turn: int, turns: int) -> list[Tensor]:
-            return [column.competing(turn, turns) for column in self._columns]
+            return [
+                column.competing((turn + position) % turns, turns)
+                for position, column in enumerate(self._columns)
+            ]
 
         for count in chain(*self._workers.run(competing)):
             counts[0] += count.to(self._device)
         available, entries = self._reduce(counts).tolist()
         return available, entries
 
+    @one_thread()
     def cut(self, k: int) -> Cut:
         """Find where the ``k`` lowest end.
 
@@ -158,12 +162,11 @@ class Ranking:
             )
         search = partial(kth_lowest, device=self._device, reduce=self._reduce)
         low, high = candidates.low, candidates.high
-        with one_thread():
-            found = search(candidates.keys, rank - candidates.below, low=low, high=high)
-            place = entries
-            if found.rank < found.equal:
-                ties = partial(candidates.places, found.value)
-                place = search(ties, found.rank, low=0, high=entries).value
+        found = search(candidates.keys, rank - candidates.below, low=low, high=high)
+        place = entries
+        if found.rank < found.equal:
+            ties = partial(candidates.places, found.value)
+            place = search(ties, found.rank, low=0, high=entries).value
         return Cut(self._columns, self._wholes, key=found.value, place=place, workers=self._workers)
 
     def _check_numbers(self, highest: Sequence[int]) -> None:
