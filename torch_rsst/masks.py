@@ -282,7 +282,7 @@ def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
     near = (
         name.removesuffix(ORIG) if name.removesuffix(ORIG) in sites else closest(name, sites, 0.85)
     )
-    remedy = f"Did you mean {near!r}?" if near else f"It has {listing(sites)}."
+    remedy = f"{f'Did you mean {near!r}? ' if near else ''}It has {listing(sites)}."
     raise KeyError(
         message(
             f"mask {name!r}", expected="a parameter of the model", got="no such name", remedy=remedy
