@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -46,12 +47,13 @@ def agreed(
         digests = {name: _digest(mask) for name, mask in masks_of(made)}
     except Exception as raised:  # told to the others, who would wait for this rank, then raised
         error = raised
-    told: list[tuple[dict[str, str], str]] = [({}, "")] * dist.get_world_size(group)
-    own = (digests, f"{type(error).__name__}: {error}" if error is not None else "")
-    dist.all_gather_object(told, own, group=group)
+    failure = f"{type(error).__name__}: {error}" if error is not None else ""
+    told = [
+        (each[0], each[1]) for each in map(json.loads, _tell(json.dumps([digests, failure]), group))
+    ]
     if error is not None:
         raise error
-    problem = _failure(told) or _difference([digests for digests, _ in told])
+    problem = _failure(told) or _difference([each for each, _ in told])
     if problem:
         remedy = (
             "Make the call with the same arguments on all, on equal weights: broadcast parameters and "
@@ -61,6 +63,22 @@ def agreed(
             message("replicas", expected="the same masks on every rank", got=problem, remedy=remedy)
         )
     return made
+
+
+def _tell(text: str, group: dist.ProcessGroup) -> list[str]:
+    """The texts of all ranks; by tensors, because PyTorch gathers objects through NumPy."""
+    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([data.numel()], device=device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, size, group=group)
+    longest = max(int(each) for each in sizes)
+    padded = torch.nn.functional.pad(data, (0, longest - data.numel()))
+    parts = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return [
+        bytes(part[: int(each)].tolist()).decode() for part, each in zip(parts, sizes, strict=True)
+    ]
 
 
 def _failure(told: list[tuple[dict[str, str], str]]) -> str:
