@@ -230,7 +230,8 @@ def test_the_warning_points_at_the_caller() -> None:
 
 @pytest.mark.parametrize("choice", [True, False])
 def test_a_choice_needs_no_warning(choice: bool) -> None:
-    torch_rsst.remove_all(masked_layer(), freeze_zeros=choice)
+    layer = torch_rsst.remove_all(masked_layer(), freeze_zeros=choice)  # warnings are errors here
+    assert not torch_rsst.is_pruned(layer)
 
 
 def test_no_zeros_no_warning() -> None:
@@ -238,6 +239,7 @@ def test_no_zeros_no_warning() -> None:
     torch_rsst.remove_all(layer)
     torch_rsst.apply_mask(layer, {"weight": torch.ones_like(MASK)})
     torch_rsst.remove_all(layer)
+    assert not torch_rsst.is_pruned(layer)
 
 
 def test_removing_twice_does_nothing_the_second_time() -> None:
@@ -265,6 +267,7 @@ def test_a_layer_of_another_shape_is_no_longer_held() -> None:
     torch_rsst.remove_all(layer, freeze_zeros=True)
     layer.weight, layer.bias = nn.Parameter(layer.weight[:2]), nn.Parameter(layer.bias[:2])
     train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
+    assert bool((layer.weight != 0).any())
 
 
 def test_a_new_mask_decides_again_about_frozen_zeros() -> None:
