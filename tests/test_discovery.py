@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import torch_rsst
 from torch_rsst import Groups, UnsupportedModuleWarning, discovery, find_groups
-from torch_rsst.discovery import ADAPTERS, Probe, Unsupported
+from torch_rsst.discovery import ADAPTERS, Unsupported
 from torch_rsst.groups import GroupLayer, Member
 from torch_rsst.testing import assert_mask_invariants
 
@@ -312,7 +312,7 @@ def _talking_heads(attention: nn.Module) -> None:
     ("change", "reason"),
     [
         (_norm_over_all_heads, "its q_norm (LayerNorm) spans heads"),
-        (_own_parameter, "parameters of its own (relative_bias)"),
+        (_own_parameter, "its own parameter relative_bias spans heads"),
         (_other_widths, "qkv has 24 rows and proj 16 columns for 4 heads"),
         (_uneven_heads, "for 5 heads; expected equal widths"),
         (_narrow_gate, "its gate is not as wide as its heads"),
@@ -357,7 +357,7 @@ def test_tied_weights_cannot_be_cut(tiny_transformer: Any) -> None:
 def test_what_is_not_understood_is_warned_of_and_stays_whole(tiny_transformer: Any) -> None:
     model = tiny_transformer()
     model.blocks[1].attn.q_norm = nn.LayerNorm(16)
-    with pytest.warns(UnsupportedModuleWarning, match=r"blocks.1.attn.*spans heads. They stay"):
+    with pytest.warns(UnsupportedModuleWarning, match=r"blocks.1.attn.*spans heads.* They stay"):
         groups = find_groups(model)
     assert "blocks.1.attn" not in [layer.name for layer in groups.layers]
     with warnings.catch_warnings():
@@ -380,25 +380,41 @@ def test_the_warning_lists_the_first_few() -> None:
         assert len(find_groups(model)) == 6
 
 
-def test_a_family_is_added_with_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Lookup:
+class Factorized(nn.Module):
+    """An embedding in two factors, as large vocabularies have them."""
+
+    def __init__(self, rank: int = 3, **options: Any) -> None:
+        super().__init__()
+        self.low, self.high = nn.Embedding(5, rank, **options), nn.Linear(rank, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.high(self.low(tokens))
+
+
+def test_a_family_is_added_with_one_object() -> None:
+    class Ranks(discovery.Adapter):
         kind = "channels"
 
-        def find(self, name: str, module: nn.Module, probe: Probe) -> Any:
-            if not isinstance(module, nn.Embedding):
+        def find(self, module: nn.Module) -> Any:
+            if not isinstance(module, Factorized):
                 return None
-            if module.padding_idx is not None:
-                return Unsupported(name, self.kind, "its padding row is special")
-            member = Member(f"{name}.weight", 1, torch.arange(module.embedding_dim), ranked=True)
-            return GroupLayer(name, self.kind, module.embedding_dim, (member,))
+            if module.low.padding_idx is not None:
+                return Unsupported("its padding row is special")
+            rank = torch.arange(module.low.embedding_dim)
+            members = (
+                Member("low.weight", 1, rank, ranked=True),
+                Member("high.weight", 1, rank, ranked=True, consumes=True),
+            )
+            return GroupLayer("", self.kind, len(rank), members)
 
-    monkeypatch.setattr(discovery.adapter, "ADAPTERS", ADAPTERS)
-    adapter = Lookup()
+    adapter, tokens = Ranks(), torch.arange(5)
     assert discovery.register(adapter) is adapter
     try:
-        model = nn.Sequential(nn.Embedding(5, 3), mlp(3))
-        assert table(find_groups(model)) == [("0", "channels", 3), ("1", "neurons", 6)]
-        assert "padding row" in refusals(nn.Sequential(nn.Embedding(5, 3, padding_idx=0)))
+        model = nn.Sequential(Factorized(), mlp(4))
+        groups = find_groups(model, example_inputs=tokens)
+        assert table(groups) == [("0", "channels", 3), ("1", "neurons", 6)]
+        assert groups.layers[0].family == "Ranks"
+        assert "padding row" in refusals(nn.Sequential(Factorized(padding_idx=0)))
     finally:
         ADAPTERS.remove(adapter)
 
@@ -471,15 +487,13 @@ def test_activations_that_are_not_finite_are_the_reason_given() -> None:
         torch_rsst.find_groups(mlp, on_unsupported="ignore")
 
 
-class _Claims:
+class _Claims(discovery.Adapter):
     """An adapter that answers for every two-layer MLP."""
 
     kind = "neurons"
 
-    def find(self, name, module, probe):
-        if isinstance(module, nn.Sequential):
-            return torch_rsst.discovery.Unsupported(name, self.kind, "mine")
-        return None
+    def find(self, module):
+        return Unsupported("mine") if isinstance(module, nn.Sequential) else None
 
 
 def test_the_first_adapter_that_knows_a_module_answers_for_it(

@@ -49,8 +49,9 @@ def test_units_of_a_layer_literally() -> None:
         (
             Slab("0.weight", 0, 3, (1,), ranked=True),
             Slab("0.bias", 0, 3, (1,), ranked=False),
-            Slab("2.weight", 1, 3, (1,), ranked=True),
+            Slab("2.weight", 1, 3, (1,), ranked=True, consumes=True),
         ),
+        family="TwoLayerMLP",
     )
     assert str(unit) == "the model neurons[1]"
     assert str(layer) == "the model (3 neurons)"

@@ -30,8 +30,10 @@ from torch.nn.utils.prune import (
 from torch_rsst import discovery, importance, schedules
 from torch_rsst._version import __version__
 from torch_rsst.checkpoints import load_dense_state_dict, prepare_from_state_dict
+from torch_rsst.compaction import compact
 from torch_rsst.discovery import find_groups
 from torch_rsst.errors import (
+    CompactionWarning,
     InertPenaltyWarning,
     RoundWarning,
     RSSTWarning,
@@ -67,6 +69,7 @@ from torch_rsst.stock import (
 __all__ = [
     "RSST",
     "BasePruningMethod",
+    "CompactionWarning",
     "CustomFromMask",
     "Fillback",
     "GlobalL1",
@@ -93,6 +96,7 @@ __all__ = [
     "UnsupportedModuleWarning",
     "__version__",
     "apply_mask",
+    "compact",
     "convert_optimizer_state",
     "custom_from_mask",
     "discovery",

@@ -22,6 +22,10 @@ class UnfrozenZerosWarning(RSSTWarning):
     """Masks were removed, and nothing holds their zeros under further training."""
 
 
+class CompactionWarning(RSSTWarning):
+    """Dead units could not be cut out of a model exactly, and stay in it."""
+
+
 class UnsupportedModuleWarning(RSSTWarning):
     """A module looks prunable, but its units cannot be removed exactly."""
 

@@ -30,6 +30,7 @@ class Slab:
     size: int
     index: tuple[int, ...]
     ranked: bool
+    consumes: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Group:
     kind: str
     unit: int
     members: tuple[Slab, ...]
+    buffers: tuple[Slab, ...] = ()
+    family: str = ""
+    fixed: str = ""
 
     def __str__(self) -> str:
         return f"{self.layer or 'the model'} {self.kind}[{self.unit}]"
@@ -55,12 +59,15 @@ class Member:
         unit_of: int64 tensor, the unit of each index along ``dim``; −1 for none.
         ranked: whether its entries are ranked and count in densities; biases and norm affines
             are followers instead.
+        consumes: whether its entries take in what the unit puts out: the columns of a following
+            layer. The unit cannot be heard once these are 0.
     """
 
     parameter: str
     dim: int
     unit_of: Tensor
     ranked: bool
+    consumes: bool = False
 
     def spread(self, values: Tensor, over: Tensor, fill: bool = True) -> Tensor:
         """Per-unit values laid along ``dim``, of the shape and on the device of the parameter ``over``."""
@@ -104,12 +111,27 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class GroupLayer:
-    """All units of one kind in one layer: the heads of an attention, the neurons of an MLP."""
+    """All units of one kind in one layer: the heads of an attention, the neurons of an MLP.
+
+    Attributes:
+        name: the dotted name of the module that owns the units, "" for the model itself.
+        kind: ``"heads"``, ``"neurons"`` or ``"channels"``.
+        units: how many there are.
+        members: the parameters that take part.
+        buffers: buffers that are cut along with the units, and have no say in anything else: the
+            running statistics of a batch norm.
+        family: the adapter that found it and knows how to shrink its module; "" where the layer
+            was made by hand.
+        fixed: why its units can be masked but not cut out of the module; "" where they can.
+    """
 
     name: str
     kind: str
     units: int
     members: tuple[Member, ...]
+    buffers: tuple[Member, ...] = ()
+    family: str = ""
+    fixed: str = ""
 
     @property
     def ranked(self) -> tuple[Member, ...]:
@@ -118,16 +140,17 @@ class GroupLayer:
 
     def group(self, unit: int) -> Group:
         """One unit."""
-        slabs = []
-        for member in self.members:
-            index = (member.unit_of == unit).nonzero().flatten().tolist()
-            if index:
-                size = member.unit_of.numel()
-                slabs.append(Slab(member.parameter, member.dim, size, tuple(index), member.ranked))
-        return Group(self.name, self.kind, unit, tuple(slabs))
+        members, buffers = (tuple(_slabs(m, unit)) for m in (self.members, self.buffers))
+        return Group(self.name, self.kind, unit, members, buffers, self.family, self.fixed)
 
     def __str__(self) -> str:
         return f"{self.name or 'the model'} ({self.units} {self.kind})"
+
+
+def _slabs(members: Iterable[Member], unit: int) -> Iterator[Slab]:
+    for m in members:
+        if index := (m.unit_of == unit).nonzero().flatten().tolist():
+            yield Slab(m.parameter, m.dim, m.unit_of.numel(), tuple(index), m.ranked, m.consumes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +237,7 @@ def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLaye
 
 def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
     """Layers made of the given units only; their other units belong to no group."""
-    by_layer: dict[tuple[str, str], list[Group]] = {}
+    by_layer: dict[tuple[str, str, str, str], list[Group]] = {}
     if len(set(units)) < len(units):
         twice = next(unit for i, unit in enumerate(units) if unit in units[:i])
         remedy = "List every unit once: twice, it would count twice in the budget."
@@ -222,19 +245,25 @@ def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
             message(f"groups: {twice}", expected="it once", got="it twice", remedy=remedy)
         )
     for unit in units:
-        by_layer.setdefault((unit.layer, unit.kind), []).append(unit)
-    for (name, kind), chosen in by_layer.items():
-        tables: dict[tuple[str, int, bool], Tensor] = {}
-        for position, unit in enumerate(chosen):
-            for slab in unit.members:
-                key = (slab.parameter, slab.dim, slab.ranked)
-                table = tables.setdefault(key, torch.full((slab.size,), NO_UNIT, dtype=torch.int64))
-                table[list(slab.index)] = position
-        members = tuple(
-            Member(parameter, dim, table, ranked)
-            for (parameter, dim, ranked), table in tables.items()
-        )
-        yield GroupLayer(name, kind, len(chosen), members)
+        by_layer.setdefault((unit.layer, unit.kind, unit.family, unit.fixed), []).append(unit)
+    for (name, kind, *origin), chosen in by_layer.items():
+        members = _tables([unit.members for unit in chosen])
+        buffers = _tables([unit.buffers for unit in chosen])
+        yield GroupLayer(name, kind, len(chosen), members, buffers, *origin)
+
+
+def _tables(slabs: Sequence[tuple[Slab, ...]]) -> tuple[Member, ...]:
+    """Members made of the slabs of each unit."""
+    tables: dict[tuple[str, int, bool, bool], Tensor] = {}
+    for position, of_unit in enumerate(slabs):
+        for slab in of_unit:
+            key = (slab.parameter, slab.dim, slab.ranked, slab.consumes)
+            table = tables.setdefault(key, torch.full((slab.size,), NO_UNIT, dtype=torch.int64))
+            table[list(slab.index)] = position
+    return tuple(
+        Member(parameter, dim, table, ranked, consumes)
+        for (parameter, dim, ranked, consumes), table in tables.items()
+    )
 
 
 def check_groups(weights: Mapping[str, Tensor], groups: Groups) -> None:

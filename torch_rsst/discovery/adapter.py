@@ -1,49 +1,71 @@
-"""The contract of an adapter, the registry, and the probe that adapters check themselves with."""
+"""The contract of an adapter, and the registry."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from torch_rsst.errors import unknown_choice
-from torch_rsst.groups import GroupLayer
+from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.discovery.families import load_families
+from torch_rsst.errors import message, unknown_choice
+from torch_rsst.groups import GroupLayer, Member
+from torch_rsst.live_weight import MASK, ORIG
+from torch_rsst.surgery import Removal
+
+KINDS = ("heads", "neurons", "channels")
 
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A module that looks like a family, and why its units cannot be offered."""
+    """Why the units of a module that looks like a family cannot be offered."""
 
-    layer: str
-    kind: str
     reason: str
+    layer: str = ""
+    kind: str = ""
 
     def __str__(self) -> str:
         return f"{self.layer or 'the model'} ({self.kind}): {self.reason}"
 
 
-class Adapter(Protocol):
-    """Knows one family of modules by its type and structure."""
+class Adapter:
+    """Knows one family of modules: how to find its units, and how to shrink its module.
 
-    kind: str
+    A subclass sets ``kind`` and writes :meth:`find`; :meth:`shrink` where the module notes something
+    about its units. What is found is checked by :class:`torch_rsst.discovery.Probe`: on a copy of the
+    module with random weights, units that are zeroed must make the same output as units that are cut.
+    """
 
-    def find(self, name: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsupported | None:
+    kind: ClassVar[str]
+    least: ClassVar[int] = 0
+    """How many units must be left for the module to run."""
+    whole_model: ClassVar[bool] = False
+    """Whether its units spread over the model, so that the model is run to look at them."""
+
+    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """The units of ``module``, why they cannot be offered, or None for another family.
 
-        Args:
-            name: the module's dotted name in the model, "" for the model itself.
-            module: looked at, never changed.
-            probe: runs the module to check that its units are what they seem.
+        Names in the answer are those within ``module``, which is looked at and never changed.
         """
-        ...
+        raise NotImplementedError
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """Make ``module`` run without units that have been cut from its tensors, in place.
+
+        Layers of PyTorch have noted their new sizes already.
+
+        Args:
+            module: with the tensors as :func:`torch_rsst.surgery.cut` left them.
+            removal: what was cut.
+
+        Returns:
+            the module, or what takes its place.
+        """
+        return module
 
 
-KINDS = ("heads", "neurons", "channels")
 ADAPTERS: list[Adapter] = []
 
 
@@ -54,163 +76,96 @@ def register(adapter: Adapter) -> Adapter:
         the adapter that was given.
 
     Raises:
+        TypeError: unless given an :class:`Adapter`.
         ValueError: for a kind that :func:`torch_rsst.find_groups` does not ask for.
     """
+    if not isinstance(adapter, Adapter):
+        remedy = "Derive its class from torch_rsst.discovery.Adapter."
+        got = repr(adapter)
+        raise TypeError(message("adapter", expected="an Adapter", got=got, remedy=remedy))
     if adapter.kind not in KINDS:
         raise ValueError(unknown_choice(f"kind of {type(adapter).__name__}", adapter.kind, KINDS))
     ADAPTERS.insert(0, adapter)
     return adapter
 
 
-class _Seen(Exception):  # noqa: N818 - control flow: the input we wanted is there
-    """Ends a forward pass early."""
+def family(name: str) -> Adapter:
+    """The registered adapter of a :attr:`torch_rsst.GroupLayer.family`.
 
-
-@dataclass(frozen=True)
-class Probe:
-    """Runs single modules to see which inputs of one depend on which outputs of another.
-
-    Attributes:
-        inputs: module → the (args, kwargs) that it got in a run of the model on the user's
-            example inputs. Other modules get random tokens.
+    Raises:
+        KeyError: where none has this name.
     """
-
-    inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-
-    def why_mixed(
-        self,
-        module: nn.Module,
-        producer: nn.Linear,
-        consumer: nn.Linear,
-        rows: Tensor,
-        columns: Tensor,
-    ) -> str | None:
-        """Check that every unit reaches its own inputs of the next layer, and nothing else.
-
-        Args:
-            module: run on its own.
-            producer: its layer that puts the units out.
-            consumer: its layer that takes them in.
-            rows: the unit of each of the producer's outputs, int64.
-            columns: the unit of each of the consumer's inputs, int64.
-
-        Returns:
-            None if so, else the reason why the units cannot be told apart.
-        """
-        if producer.weight.device.type == "meta":
-            return "its weights are on the meta device, so that it cannot be run"
-        some = _half_of(int(columns.max()) + 1)
-        unit = torch.isin(columns, some)
-        everything = torch.ones_like(rows, dtype=torch.bool)
-        args, kwargs = self.inputs.get(module, ((_tokens(producer),), {}))
-        try:
-            with undisturbed(module):
-                before = _input_of(consumer, module, args, kwargs)
-                with _disturb(producer, torch.isin(rows, some)):
-                    after = _input_of(consumer, module, args, kwargs)
-                with _silence(consumer):
-                    without = _output_of(module, args, kwargs)
-                    with _disturb(producer, everything):
-                        still = _output_of(module, args, kwargs)
-        except Exception as error:
-            return f"it does not run on (batch, tokens, features) ({error}); pass example_inputs"
-        if before.shape != after.shape or before.shape[-1:] != unit.shape:
-            return "its output layer gets inputs of an unexpected shape"
-        if not all(bool(tensor.isfinite().all()) for tensor in (before, *without)):
-            return "its activations are not finite, so that its units cannot be told apart"
-        changed = (before != after).reshape(-1, unit.numel()).any(0).cpu()
-        if bool(changed[~unit].any()):
-            return "its units mix before the output layer, so that none can be removed exactly"
-        if not bool(changed[unit].any()):
-            return "its input layer does not feed its output layer"
-        if not all(map(torch.equal, without, still)):
-            return "its units also reach its output around the output layer"
-        return None
+    load_families()
+    for adapter in ADAPTERS:
+        if type(adapter).__name__ == name:
+            return adapter
+    known = (type(adapter).__name__ for adapter in ADAPTERS)
+    raise KeyError(unknown_choice("family of groups", name, known))
 
 
-def _half_of(units: int) -> Tensor:
-    """Half of the units in no order that a layout could share; the only one, if there is one."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randperm(units, generator=generator)[: max(1, units // 2)]
+def rows(path: str, layer: nn.Module, unit_of: Tensor) -> list[Member]:
+    """Members of a layer that puts units out: the rows of its weight, and its bias if it has one."""
+    members = [Member(f"{path}.weight", 0, unit_of, ranked=True)]
+    if holds(layer, "bias"):
+        members.append(Member(f"{path}.bias", 0, unit_of, ranked=False))
+    return members
 
 
-def _tokens(layer: nn.Linear) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(2, 4, layer.in_features, generator=generator)
-    return tokens.to(layer.weight)
+def columns(path: str, unit_of: Tensor) -> Member:
+    """The member of a layer that takes units in: the columns of its weight."""
+    return Member(f"{path}.weight", 1, unit_of, ranked=True, consumes=True)
 
 
-def _input_of(
-    consumer: nn.Linear, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    seen: list[Tensor] = []
-
-    def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0].detach().clone())
-        raise _Seen
-
-    handle = consumer.register_forward_pre_hook(capture, prepend=True)
-    try:
-        module(*args, **kwargs)
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
-    if not seen:
-        raise RuntimeError("its output layer was not called")
-    return seen[0]
+def holds(module: nn.Module, name: str) -> bool:
+    """Whether a module has a parameter of this dense name, not None."""
+    parameters = module._parameters
+    return any(parameters.get(key) is not None for key in (name, name + ORIG))
 
 
-def _output_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    leaves = tree_leaves(module(*args, **kwargs))
-    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def _silence(consumer: nn.Linear) -> Iterator[None]:
-    """What removing all units does to the layer that takes them in."""
-
-    def zero(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (torch.zeros_like(inputs[0]), *inputs[1:])
-
-    handle = consumer.register_forward_pre_hook(zero)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _disturb(producer: nn.Linear, features: Tensor) -> Iterator[None]:
-    def replace(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        # Positive and much larger than before, so that no activation hides the difference.
-        return torch.where(features.to(output.device), output.abs() + 10.0, output)
-
-    handle = producer.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients; put back modes, RNG, buffers and attributes."""
-    modes = [(m, m.training) for m in module.modules()]
-    attributes = [
-        (m, {k: v for k, v in m.__dict__.items() if isinstance(v, Tensor)}) for m, _ in modes
+def own_parameters(module: nn.Module) -> list[str]:
+    """The dense names of the parameters that a module holds itself."""
+    return [
+        name.removesuffix(ORIG) if name.removesuffix(ORIG) + MASK in module._buffers else name
+        for name, parameter in module._parameters.items()
+        if parameter is not None
     ]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = [p.device for p in module.parameters() if p.device.type == "cuda"]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=set(devices)):
-            module.eval()
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for m, tensors in attributes:
-            m.__dict__.update(tensors)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+
+
+def foreign(module: nn.Module, known: Iterable[str]) -> str | None:
+    """What holds the first parameter that no known name accounts for; None if there is none.
+
+    Args:
+        module: whose parameters are looked at.
+        known: dense names within it.
+    """
+    names = set(known)
+    for path, child in module.named_modules():
+        for name in own_parameters(child):
+            full = f"{path}.{name}" if path else name
+            if full not in names:
+                return f"{path} ({type(child).__name__})" if path else f"own parameter {name}"
+    return None
+
+
+def removed_heads(module: nn.Module, removal: Removal, name: str = "num_heads") -> int:
+    """Lower a module's number of heads by those that were cut; returns what is left."""
+    left = int(getattr(module, name)) - removal.count
+    setattr(module, name, left)
+    return left
+
+
+__all__ = [
+    "ADAPTERS",
+    "KINDS",
+    "Adapter",
+    "BiasOnly",
+    "Unsupported",
+    "columns",
+    "family",
+    "foreign",
+    "holds",
+    "own_parameters",
+    "register",
+    "removed_heads",
+    "rows",
+]

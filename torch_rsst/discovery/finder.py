@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
-from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Probe, Unsupported, undisturbed
+from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported
+from torch_rsst.discovery.families import load_families
+from torch_rsst.discovery.probe import Probe
 from torch_rsst.errors import UnsupportedModuleWarning, message, unknown_choice
 from torch_rsst.groups import GroupLayer, Groups
 from torch_rsst.masks import named_sites, unwrap, without_wrappers
@@ -67,8 +70,7 @@ def find_groups(
         raise ValueError(
             message("find_groups", expected="whole parameters", got="sharded ones", remedy=remedy)
         )
-    probe = Probe(_record_inputs(bare, example_inputs))
-    layers, refused = _ask_adapters(bare, kinds, probe)
+    layers, refused = _ask_adapters(bare, kinds, Probe.of(bare, example_inputs))
     _report(refused, on_unsupported)
     _require(kinds, layers, refused)
     return Groups(tuple(layers))
@@ -77,33 +79,62 @@ def find_groups(
 def _ask_adapters(
     model: nn.Module, kinds: Sequence[str], probe: Probe
 ) -> tuple[list[GroupLayer], list[Unsupported]]:
+    load_families()
     layers: list[GroupLayer] = []
     refused: list[Unsupported] = []
     sites = named_sites(model)
     paths: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(name)
-    for name, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    for path, module in model.named_modules():
         if unwrap(module) is not module:
             continue  # what is inside follows
+        name = without_wrappers(path)
         for kind in kinds:
-            found = _first_answer(kind, without_wrappers(name), module, probe)
-            if isinstance(found, GroupLayer) and (
-                reason := _tied(found, sites) or _shared(found, module, sites, paths)
-            ):
-                found = Unsupported(found.name, found.kind, reason)
-            if isinstance(found, GroupLayer):
-                layers.append(found)
-            elif found is not None:
-                refused.append(found)
+            if _stands_inside(name, kind, layers):
+                continue
+            answer = _answer(kind, module, probe)
+            if isinstance(answer, GroupLayer):
+                found = _relocated(answer, name)
+                reason = _tied(found, sites) or _shared(found, module, sites, paths)
+                if reason is None:
+                    layers.append(found)
+                    continue
+                answer = Unsupported(reason)
+            if answer is not None:
+                refused.append(replace(answer, layer=name, kind=kind))
     return layers, refused
 
 
-def _first_answer(
-    kind: str, name: str, module: nn.Module, probe: Probe
-) -> GroupLayer | Unsupported | None:
-    answers = (adapter.find(name, module, probe) for adapter in ADAPTERS if adapter.kind == kind)
-    return next((answer for answer in answers if answer is not None), None)
+def _answer(kind: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsupported | None:
+    """What the first adapter that knows the module says of it, checked."""
+    for adapter in ADAPTERS:
+        if adapter.kind == kind and (answer := adapter.find(module)) is not None:
+            if isinstance(answer, Unsupported):
+                return answer
+            verdict = probe.check(module, adapter, answer)
+            if verdict.refused:
+                return Unsupported(verdict.refused)
+            return replace(answer, family=type(adapter).__name__, fixed=verdict.fixed)
+    return None
+
+
+def _stands_inside(name: str, kind: str, layers: Sequence[GroupLayer]) -> bool:
+    """Whether a module is part of one whose units of this kind are known."""
+    outer = (layer.name for layer in layers if layer.kind == kind)
+    return any(not path or name.startswith(f"{path}.") for path in outer if path != name)
+
+
+def _relocated(layer: GroupLayer, path: str) -> GroupLayer:
+    """A layer by names within its module, by names within the model."""
+    if not path:
+        return layer
+    members, buffers = (
+        tuple(replace(m, parameter=f"{path}.{m.parameter}") for m in part)
+        for part in (layer.members, layer.buffers)
+    )
+    name = f"{path}.{layer.name}" if layer.name else path
+    return replace(layer, name=name, members=members, buffers=buffers)
 
 
 def _tied(layer: GroupLayer, sites: Mapping[str, list[Site]]) -> str | None:
@@ -129,30 +160,6 @@ def _shared(
         ]:
             return f"the module of its {member.parameter} also stands at {outside[0]}"
     return None
-
-
-def _record_inputs(
-    model: nn.Module, example_inputs: Any
-) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What each module gets when the model runs on the example inputs."""
-    recorded: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    if example_inputs is None:
-        return recorded
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorded.setdefault(module, (args, kwargs))
-
-    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
-    try:
-        with undisturbed(model):
-            if isinstance(example_inputs, Mapping):
-                model(**example_inputs)
-            else:
-                model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recorded
 
 
 def _report(refused: Sequence[Unsupported], on_unsupported: str) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
-from torch_rsst.discovery.adapter import Probe, Unsupported
-from torch_rsst.groups import GroupLayer, Member, head_rows
+from torch_rsst.discovery.adapter import (
+    Adapter,
+    Unsupported,
+    columns,
+    foreign,
+    removed_heads,
+    rows,
+)
+from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.groups import GroupLayer, head_rows
+from torch_rsst.surgery import Removal
 
 
-class FusedAttention:
+class FusedAttention(Adapter):
     """Recognized by structure: linear ``qkv`` and ``proj``, ``num_heads``, nothing else of shape.
 
     Rows of ``qkv`` (and of a ``gate``) and columns of ``proj`` are ranked members of their head;
@@ -19,7 +27,7 @@ class FusedAttention:
 
     kind = "heads"
 
-    def find(self, name: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsupported | None:
+    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
         qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
         heads = getattr(module, "num_heads", None)
@@ -28,52 +36,35 @@ class FusedAttention:
         ):
             return None
         width = proj.in_features
-        gate = getattr(module, "gate", None)
         if qkv.out_features != 3 * width or heads < 1 or width % heads:
             return Unsupported(
-                name,
-                self.kind,
                 f"qkv has {qkv.out_features} rows and proj {width} columns for {heads} heads; "
-                "expected equal widths of q, k and v, split evenly",
+                "expected equal widths of q, k and v, split evenly"
             )
-        if reason := _foreign_parameters(module, width, width // heads):
-            return Unsupported(name, self.kind, reason)
-        rows, columns = head_rows(3 * width, heads, 3), head_rows(width, heads)
-        if reason := probe.why_mixed(module, qkv, proj, rows, columns):
-            return Unsupported(name, self.kind, reason)
-        members = _producer(name, "qkv", qkv, rows)
+        members = rows("qkv", qkv, head_rows(3 * width, heads, 3))
+        unit_of = head_rows(width, heads)
+        gate = getattr(module, "gate", None)
         if isinstance(gate, nn.Linear):
-            members += _producer(name, "gate", gate, columns)
-        members.append(Member(f"{_path(name, 'proj')}.weight", 1, columns, ranked=True))
-        return GroupLayer(name, self.kind, heads, tuple(members))
+            if gate.out_features != width:
+                return Unsupported("its gate is not as wide as its heads")
+            members += rows("gate", gate, unit_of)
+        members.append(columns("proj", unit_of))
+        shared = _of_one_head(module, width // heads)
+        known = [*(m.parameter for m in members), "proj.bias", *shared]
+        if (name := foreign(module, known)) is not None:
+            return Unsupported(f"its {name} spans heads or is not known to this adapter")
+        return GroupLayer("", self.kind, heads, tuple(members))
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        proj = module.proj
+        assert isinstance(proj, nn.Linear)
+        if hasattr(module, "attn_dim"):
+            setattr(module, "attn_dim", proj.in_features)  # noqa: B010 - mypy knows no attributes
+        return module if removed_heads(module, removal) else BiasOnly(proj)
 
 
-def _path(name: str, child: str) -> str:
-    return f"{name}.{child}" if name else child
-
-
-def _producer(name: str, child: str, layer: nn.Linear, rows: torch.Tensor) -> list[Member]:
-    path = _path(name, child)
-    members = [Member(f"{path}.weight", 0, rows, ranked=True)]
-    if layer.bias is not None:
-        members.append(Member(f"{path}.bias", 0, rows, ranked=False))
-    return members
-
-
-def _foreign_parameters(module: nn.Module, width: int, head_dim: int) -> str | None:
-    """Why the parameters beyond qkv, proj and gate forbid cutting heads, or None if they do not."""
-    own = [key for key, parameter in module._parameters.items() if parameter is not None]
-    if own:
-        return f"it holds parameters of its own ({', '.join(own)}) that no adapter knows"
-    for child_name, child in module.named_children():
-        if child_name in ("qkv", "proj"):
-            continue
-        if child_name == "gate" and isinstance(child, nn.Linear):
-            if child.out_features != width:
-                return "its gate is not as wide as its heads"
-            continue
-        for parameter in child.parameters():
-            # A norm over one head's width treats every head alike; a wider one joins them.
-            if parameter.shape != (head_dim,):
-                return f"its {child_name} ({type(child).__name__}) spans heads"
-    return None
+def _of_one_head(module: nn.Module, head_dim: int) -> list[str]:
+    """Parameters over the width of one head: norms that treat every head alike."""
+    named = module.named_parameters()
+    return [name for name, p in named if "." in name and p.shape == (head_dim,)]

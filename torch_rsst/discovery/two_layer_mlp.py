@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from torch_rsst.discovery.adapter import Probe, Unsupported
-from torch_rsst.groups import GroupLayer, Member
+from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, foreign, rows
+from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.groups import GroupLayer
+from torch_rsst.surgery import Removal
 
 
-class TwoLayerMLP:
+class TwoLayerMLP(Adapter):
     """Recognized by structure: exactly two linear children that fit each other.
 
     Between them only modules without parameters are allowed: a norm would join the neurons. A
@@ -18,7 +20,7 @@ class TwoLayerMLP:
 
     kind = "neurons"
 
-    def find(self, name: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsupported | None:
+    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
         linear = [(k, m) for k, m in module.named_children() if isinstance(m, nn.Linear)]
         if len(linear) != 2 or any(p is not None for p in module._parameters.values()):
@@ -26,24 +28,19 @@ class TwoLayerMLP:
         (first_name, first), (second_name, second) = linear
         hidden = second.in_features
         if first.out_features == 2 * hidden:
-            gated = f"{first_name} puts out twice what {second_name} takes in, as gated MLPs do"
-            return Unsupported(name, self.kind, gated)
+            return Unsupported(
+                f"{first_name} puts out twice what {second_name} takes in, as gated MLPs do"
+            )
         if first.out_features != hidden:
             return None
-        others = [
-            (k, m)
-            for k, m in module.named_children()
-            if m not in (first, second) and any(True for _ in m.parameters())
-        ]
-        if others:
-            kinds = ", ".join(f"{k} ({type(m).__name__})" for k, m in others)
-            return Unsupported(name, self.kind, f"{kinds} may join its hidden neurons")
         unit = torch.arange(hidden)
-        if reason := probe.why_mixed(module, first, second, unit, unit):
-            return Unsupported(name, self.kind, reason)
-        prefix = f"{name}." if name else ""
-        members = [Member(f"{prefix}{first_name}.weight", 0, unit, ranked=True)]
-        if first.bias is not None:
-            members.append(Member(f"{prefix}{first_name}.bias", 0, unit, ranked=False))
-        members.append(Member(f"{prefix}{second_name}.weight", 1, unit, ranked=True))
-        return GroupLayer(name, self.kind, hidden, tuple(members))
+        members = (*rows(first_name, first, unit), columns(second_name, unit))
+        known = [*(m.parameter for m in members), f"{second_name}.bias"]
+        if (name := foreign(module, known)) is not None:
+            return Unsupported(f"its {name} may join its hidden neurons")
+        return GroupLayer("", self.kind, hidden, members)
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        second = [m for m in module.children() if isinstance(m, nn.Linear)][-1]
+        return module if second.in_features else BiasOnly(second)

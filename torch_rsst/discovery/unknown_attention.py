@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_rsst.discovery.adapter import Probe, Unsupported
+from torch_rsst.discovery.adapter import Adapter, Unsupported
 
 
-class UnknownAttention:
+class UnknownAttention(Adapter):
     """Recognized by a number of heads and projections of its own; registered last.
 
     It never offers groups.
@@ -15,12 +15,10 @@ class UnknownAttention:
 
     kind = "heads"
 
-    def find(self, name: str, module: nn.Module, probe: Probe) -> Unsupported | None:
+    def find(self, module: nn.Module) -> Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
         heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", None))
         projections = [m for m in module.children() if isinstance(m, nn.Linear)]
         if not isinstance(heads, int) or not projections:
             return None
-        return Unsupported(
-            name, self.kind, f"no adapter knows the attention of {type(module).__name__}"
-        )
+        return Unsupported(f"no adapter knows the attention of {type(module).__name__}")

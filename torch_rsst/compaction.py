@@ -1,0 +1,251 @@
+"""Compact: a masked model → a smaller one with the same outputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_rsst.budget import check_count
+from torch_rsst.dead_units import dead_units
+from torch_rsst.discovery import Probe, family
+from torch_rsst.discovery.probe import output_error
+from torch_rsst.errors import CompactionWarning, message
+from torch_rsst.folding import measure_constants
+from torch_rsst.groups import NO_UNIT, Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.masked_parameter import restore
+from torch_rsst.masks import extract_mask, named_sites, named_weights, unwrap, without_wrappers
+from torch_rsst.moved_optimizer import move_optimizer
+from torch_rsst.shards import is_sharded
+from torch_rsst.site import Site, masked_sites
+from torch_rsst.surgery import Removal, Shortened, cut, module_at, named_buffers, replace_module
+
+
+def compact(
+    model: nn.Module,
+    groups: Groups | Iterable[Group] | Iterable[GroupLayer],
+    *,
+    example_inputs: Any = None,
+    optimizer: Optimizer | None = None,
+    round_to: int = 1,
+) -> nn.Module:
+    """Cut the dead units out of a masked model: a smaller model with the same outputs.
+
+    Example:
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        >>> groups = torch_rsst.find_groups(mlp)
+        >>> torch_rsst.apply_mask(mlp, torch_rsst.regroup(mlp, groups, amount=0.5))
+        >>> small = torch_rsst.compact(mlp, groups)
+        >>> small[0], small[2]
+        (Linear(in_features=4, out_features=4, bias=True), Linear(in_features=4, out_features=4, bias=True))
+
+    A unit is dead where all its entries are masked or exactly 0, or all those that put it out, or all
+    that take it in. What a unit without inputs still emits (the activation of its bias, the shift of a
+    batch norm) is moved into the bias of the next layer; where that is not exact the unit stays, and
+    a :class:`CompactionWarning` names it. Masks with zeros left in them stay masks; others are made
+    permanent. Find the groups of the result anew: :func:`find_groups`.
+
+    Args:
+        model: masked; not changed. Wrappers (data parallel, compiled) are left out of the result.
+        groups: from :func:`find_groups` for this very model.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model.
+            Given, the outputs of the result are compared with the model's before it is returned.
+        optimizer: of the model's parameters; changed in place: it goes on with those of the result,
+            and the surviving part of its state (momentum, second moments …).
+        round_to: leave the units of each layer a multiple of this, padded with dead ones.
+
+    Returns:
+        a model of the same class, in the mode (training or eval) of ``model``. Modules whose forward
+        fixes their width become a subclass of themselves; those without units a
+        :class:`torch_rsst.discovery.BiasOnly`.
+
+    Raises:
+        TypeError: unless given a module and groups.
+        KeyError, ValueError: for groups of another model, tied or sharded parameters.
+        RuntimeError: where the outputs on ``example_inputs`` differ.
+    """
+    bare = unwrap(model)
+    groups = as_groups(groups)
+    check_count(round_to, "round_to", at_least=1)
+    check_compactable(bare, groups)
+    memo: dict[int, Any] = {}
+    small = copy.deepcopy(bare, memo)
+    removals, kept_whole = _choose(bare, small, groups, round_to, Probe(bare, example_inputs))
+    small, shortened = remove(small, removals)
+    restore([site for site in masked_sites(small.modules()) if _is_full(site)])
+    if example_inputs is not None:
+        _compare(bare, small, example_inputs)
+    if optimizer is not None:
+        move_optimizer(optimizer, _successors(bare, small, memo, shortened))
+    if kept_whole:
+        warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
+    return small
+
+
+def remove(
+    model: nn.Module, removals: Sequence[Removal]
+) -> tuple[nn.Module, dict[nn.Parameter, Shortened]]:
+    """Cut units out of a model in place, and make its modules run without them.
+
+    Returns:
+        the model, or what takes its place, and what replaced each shortened parameter.
+    """
+    removals = [removal for removal in removals if removal.count]
+    shortened = cut(model, removals)
+    for removal in removals:
+        layer = removal.layer
+        if layer.family:
+            new = family(layer.family).shrink(module_at(model, layer.name), removal)
+            model = replace_module(model, layer.name, new)
+    return model, shortened
+
+
+def _is_full(site: Site) -> bool:
+    return site.mask is not None and bool((site.mask != 0).all())
+
+
+def check_compactable(model: nn.Module, groups: Groups) -> None:
+    """Raise unless the groups are those of this model, and it can be copied and cut."""
+    weights, sites, buffers = named_weights(model), named_sites(model), named_buffers(model)
+    remedy = "Find the groups of this very model: find_groups(model)."
+    check_groups(weights, groups)
+    if sharded := next((name for name, w in weights.items() if is_sharded(w)), None):
+        gather = "Gather the full parameters on one process first."
+        subject = f"compact: {sharded!r}"
+        raise ValueError(
+            message(subject, expected="a whole parameter", got="a sharded one", remedy=gather)
+        )
+    for layer in groups.layers:
+        subject = f"groups of {layer}"
+        if layer.family:
+            family(layer.family)
+            if layer.name not in {without_wrappers(n) for n, _ in model.named_modules()}:
+                got = "no such module"
+                raise KeyError(
+                    message(subject, expected="a module of the model", got=got, remedy=remedy)
+                )
+        elif not any(member.consumes for member in layer.members):
+            expected, got = "a member that takes the units in (consumes=True)", "none"
+            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+        for member in layer.members:
+            if len(sites[member.parameter]) > 1:
+                got = f"{member.parameter!r} in several modules"
+                untie = "Untie it, or leave these groups out."
+                raise ValueError(
+                    message(subject, expected="parameters of one module", got=got, remedy=untie)
+                )
+        for member in layer.buffers:
+            module, key = buffers.get(member.parameter, (None, ""))
+            buffer = None if module is None else module._buffers[key]
+            size = member.unit_of.numel()
+            if buffer is None or buffer.ndim <= member.dim or buffer.shape[member.dim] != size:
+                got = "none" if buffer is None else f"shape {tuple(buffer.shape)}"
+                expected = f"a buffer {member.parameter!r} of size {size} along dim {member.dim}"
+                raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Dead units that stay in the model, and why."""
+
+    layer: str
+    units: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.units} of {self.layer}: {self.reason}"
+
+
+def _choose(
+    model: nn.Module, small: nn.Module, groups: Groups, round_to: int, probe: Probe
+) -> tuple[list[Removal], list[_Whole]]:
+    """Which units go; moves what they still emit into biases of ``small``."""
+    weights, masks = named_weights(model), extract_mask(model)
+    removals, stay = [], []
+    for layer in groups.layers:
+        dead = dead_units(layer, weights, masks)
+        goes = dead.silent
+        if layer.fixed and bool((dead.silent | dead.constant).any()):
+            stay.append(_Whole(str(layer), int((goes | dead.constant).sum()), layer.fixed))
+            continue
+        constants = None
+        if bool(dead.constant.any()):
+            owner = module_at(model, layer.name) if _is_alone(layer) else model
+            local = _within(layer, layer.name) if _is_alone(layer) else layer
+            calls = probe.two_calls(owner, local)
+            constants = measure_constants(model, layer, dead.constant, owner, calls)
+            goes = goes | constants.exact
+            if left := int((dead.constant & ~constants.exact).sum()):
+                reason = "they emit what cannot be moved into the next layer's bias exactly"
+                stay.append(_Whole(str(layer), left, reason))
+        goes = _without_padding(goes, dead.silent, layer, round_to)
+        if constants is not None:
+            constants.add_to(small, goes & ~dead.silent)
+        removals.append(Removal(layer, goes))
+    return removals, stay
+
+
+def _is_alone(layer: GroupLayer) -> bool:
+    """Whether the units lie within one module, which can be run by itself."""
+    return bool(layer.family) and not family(layer.family).whole_model
+
+
+def _within(layer: GroupLayer, path: str) -> GroupLayer:
+    """A layer by names within its module."""
+    members = (replace(m, parameter=m.parameter.removeprefix(f"{path}.")) for m in layer.members)
+    return replace(layer, name="", members=tuple(members))
+
+
+def _without_padding(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: int) -> Tensor:
+    """Fewer units, so that those left can run and make a multiple of ``round_to`` features."""
+    taking = next(m for m in layer.members if m.consumes)
+    features = int(torch.bincount(taking.unit_of[taking.unit_of != NO_UNIT]).max())
+    step = round_to // math.gcd(round_to, features)
+    left = layer.units - int(goes.sum())
+    least = family(layer.family).least if layer.family else 1
+    wanted = min(layer.units, max(-(-left // step) * step, least))
+    back = wanted - left
+    if back <= 0:
+        return goes
+    # Silent ones come back first: they put nothing out.
+    order = torch.cat([(goes & silent).nonzero(), (goes & ~silent).nonzero()]).flatten()
+    goes = goes.clone()
+    goes[order[:back]] = False
+    return goes
+
+
+def _successors(
+    model: nn.Module,
+    small: nn.Module,
+    copies: Mapping[int, Any],
+    shortened: Mapping[nn.Parameter, Shortened],
+) -> dict[nn.Parameter, Shortened | None]:
+    """What each parameter of the model has become; None for those that are gone."""
+    left = set(small.parameters())
+    successors: dict[nn.Parameter, Shortened | None] = {}
+    for parameter in model.parameters():
+        copied = copies[id(parameter)]
+        new = shortened.get(copied, Shortened(copied, {}))
+        successors[parameter] = new if new.parameter in left else None
+    return successors
+
+
+def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
+    error, scale = output_error(model, small, example_inputs)
+    precision = max((torch.finfo(p.dtype).eps for p in model.parameters()), default=1e-7)
+    if not error <= 1e3 * precision * max(scale, 1.0):
+        remedy = "Please report the model: the groups found are not exact."
+        got = f"a difference of {error:.3g} at values up to {scale:.3g}"
+        raise RuntimeError(message("compact", expected="the same outputs", got=got, remedy=remedy))
+
+
+def _not_cut(stay: Sequence[_Whole]) -> str:
+    listed = "; ".join(map(str, stay[:3])) + (f"; and {len(stay) - 3} more" if stay[3:] else "")
+    return f"Dead units stay in the model: {listed}."

@@ -1,0 +1,42 @@
+"""Guesses at what a model takes, from what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_SIDES = (224, 64, 32)
+
+
+def guesses(model: nn.Module) -> Iterator[Any]:
+    """Example inputs to try, the likeliest first; none for a model that says nothing.
+
+    timm's models carry the size of their images, those of transformers make inputs of their own; of
+    others the first convolution tells the number of channels.
+    """
+    parameter = next(model.parameters(), None)
+    like = torch.empty(0) if parameter is None else parameter.detach()
+    generator = torch.Generator().manual_seed(0)
+
+    def images(channels: int, *sides: int) -> torch.Tensor:
+        return torch.randn((2, channels, *sides), generator=generator).to(like)
+
+    for name in ("pretrained_cfg", "default_cfg"):
+        described = getattr(model, name, None)
+        if isinstance(described, Mapping) and described.get("input_size"):
+            yield images(*described["input_size"])
+    config: Any = getattr(model, "config", object())
+    if hasattr(config, "image_size"):
+        side, channels = config.image_size, getattr(config, "num_channels", 3)
+        if isinstance(side, int):
+            yield {"pixel_values": images(channels, side, side)}
+    if hasattr(config, "vocab_size"):
+        tokens = torch.arange(8).view(2, 4) % int(config.vocab_size)
+        yield {"input_ids": tokens.to(like.device)}
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None:
+        for side in _SIDES:
+            yield images(first.in_channels, side, side)

@@ -1,0 +1,361 @@
+"""Runs modules to check that the units which an adapter offers can be cut exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from torch_rsst.discovery.adapter import Adapter
+from torch_rsst.discovery.examples import guesses
+from torch_rsst.discovery.separate import why_mixed
+from torch_rsst.groups import GroupLayer
+from torch_rsst.live_weight import MASK
+from torch_rsst.masked_parameter import restore
+from torch_rsst.masks import named_weights
+from torch_rsst.site import masked_sites
+from torch_rsst.surgery import Removal, cut, module_at
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a module."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found; nothing is set where units can be cut.
+
+    Attributes:
+        refused: why these are no units.
+        fixed: why they can be masked but not cut.
+    """
+
+    refused: str = ""
+    fixed: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Checks units on copies of modules with random weights; the model itself is left as it is.
+
+    Attributes:
+        model: whose modules are checked.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model;
+            None: modules get random tokens, or what they get when the model runs on a guess.
+    """
+
+    model: nn.Module
+    example_inputs: Any = None
+    _verdicts: dict[Any, Verdict] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any) -> Probe:
+        """A probe; a model that does not run on the inputs it is given raises its own error here."""
+        probe = cls(model, example_inputs)
+        if example_inputs is not None:
+            _ = probe._recorded
+        return probe
+
+    def check(self, module: nn.Module, adapter: Adapter, layer: GroupLayer) -> Verdict:
+        """Whether units can be cut from a module exactly.
+
+        Args:
+            module: that holds the units.
+            adapter: that found them.
+            layer: the units, by names within the module.
+        """
+        if any(parameter.is_meta for parameter in module.parameters()):
+            return Verdict(refused="its weights are on the meta device, so that it cannot be run")
+        call, error = self._call_of(module, layer)
+        if call is None:
+            return Verdict(refused=f"it cannot be run alone ({error}); pass example_inputs")
+        key = (type(adapter), _signature(module), _signature_of_call(call))
+        if key not in self._verdicts:
+            # Modules of one signature differ in nothing but the values of their tensors.
+            with torch.random.fork_rng(devices=_cuda_devices(module)):
+                self._verdicts[key] = _check(module, adapter, layer, call)
+        return self._verdicts[key]
+
+    def two_calls(self, module: nn.Module, layer: GroupLayer) -> list[Call]:
+        """Two different inputs that the module runs on, or none."""
+        call, _ = self._call_of(module, layer)
+        return [] if call is None else [call, tree_map(_other, call)]
+
+    def calls(self, module: nn.Module, layer: GroupLayer) -> Iterator[Call]:
+        """Arguments that the module may take, the likeliest first."""
+        if self.example_inputs is not None:
+            if module in self._recorded:
+                yield self._recorded[module]
+            return
+        yield from _tokens(module, layer)
+        if module in self._recorded:
+            yield self._recorded[module]
+
+    def _call_of(self, module: nn.Module, layer: GroupLayer) -> tuple[Call | None, object]:
+        error: object = "it is not called when the model runs on its example"
+        for call in self.calls(module, layer):
+            try:
+                with undisturbed(module):
+                    module(*call[0], **call[1])
+            except Exception as failure:
+                error = failure
+            else:
+                return call, None
+        return None, error
+
+    @cached_property
+    def _recorded(self) -> dict[nn.Module, Call]:
+        """What each module gets when the model runs on its example, or on the first fitting guess."""
+        if self.example_inputs is not None:
+            return record_calls(self.model, self.example_inputs)
+        for guess in guesses(self.model):
+            try:
+                return record_calls(self.model, guess)
+            except Exception:
+                continue
+        return {}
+
+
+def record_calls(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Call]:
+    """What each module gets when the model runs on the example inputs, in eval mode."""
+    recorded: dict[nn.Module, Call] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in recorded:  # copied: modules may write to what they are given
+            recorded[module] = tree_map(_copied, (args, kwargs))
+
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
+    try:
+        with undisturbed(model):
+            run_on(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorded
+
+
+def run_on(model: nn.Module, example_inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple of positional, or a dict of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+
+
+def output_error(one: nn.Module, other: nn.Module, example_inputs: Any) -> tuple[float, float]:
+    """The largest difference between the outputs of two models in eval mode, and the largest output.
+
+    Infinite where the outputs are not of the same shapes.
+    """
+    outputs = []
+    for model in (one, other):
+        with undisturbed(model):
+            leaves = tree_leaves(run_on(model, tree_map(_copied, example_inputs)))
+        outputs.append([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel()])
+    if [tensor.shape for tensor in outputs[0]] != [tensor.shape for tensor in outputs[1]]:
+        return float("inf"), float("nan")
+    pairs = [(a.double(), b.double()) for a, b in zip(*outputs, strict=True)]
+    error = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
+    return error, max((float(a.abs().max()) for a, _ in pairs), default=0.0)
+
+
+def run_call(module: nn.Module, call: Call) -> Any:
+    """Call a module with copies of some arguments."""
+    args, kwargs = tree_map(_copied, call)
+    return module(*args, **kwargs)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -> Verdict:
+    whole, given = _randomized(module), call
+    call = tree_map(lambda v: v.float() if _is_half(v) else v, call)
+    before = _outputs(whole, call)
+    if not all(bool(tensor.isfinite().all()) for tensor in before):
+        refused = "its activations are not finite, so that its units cannot be told apart"
+        return Verdict(refused=refused)
+    heard = False
+    for gone in _choices(layer.units, adapter.least):
+        removal = Removal(layer, gone)
+        masked = copy.deepcopy(whole)
+        _silence(masked, removal)
+        expected = _outputs(masked, call)
+        heard = heard or not _equal(before, expected)
+        try:
+            cut(masked, [removal])
+            got = _outputs(adapter.shrink(masked, removal), call)
+        except Exception as error:
+            if mixed := _why_mixed(module, layer, given):
+                return Verdict(refused=mixed)
+            return Verdict(fixed=f"its forward fixes how many it has ({_one_line(error)})")
+        if not _equal(expected, got):
+            differs = "its output without some of its units differs"
+            return Verdict(refused=_why_mixed(module, layer, given) or differs)
+    # On few tokens, no unit may be active at all: louder ones are heard if any can be.
+    return Verdict() if heard else Verdict(refused=_why_mixed(module, layer, given) or "")
+
+
+def _why_mixed(module: nn.Module, layer: GroupLayer, call: Call) -> str | None:
+    """On the module itself: the forward of a copy may be bound to the module it was copied from."""
+    try:
+        with undisturbed(module):
+            return why_mixed(module, layer, *call)
+    except Exception as error:
+        return f"its units cannot be told apart ({_one_line(error)})"
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def _choices(units: int, least: int) -> Iterator[Tensor]:
+    """Some units in no order that a layout could share, and as many as may go."""
+    shuffled = torch.randperm(units, generator=torch.Generator().manual_seed(0))
+    for count in dict.fromkeys((max(1, units // 2), units - least)):
+        if 0 < count <= units - least:
+            gone = torch.zeros(units, dtype=torch.bool)
+            gone[shuffled[:count]] = True
+            yield gone
+
+
+def _silence(module: nn.Module, removal: Removal) -> None:
+    weights = named_weights(module)
+    with torch.no_grad():
+        for member in removal.layer.members:
+            weight = weights[member.parameter]
+            weight.masked_fill_(member.spread(removal.gone, weight, fill=False), 0.0)
+
+
+def _randomized(module: nn.Module) -> nn.Module:
+    """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
+    module = copy.deepcopy(module).eval()
+    restore(masked_sites(module.modules()))
+    if any(_is_half(p) for p in module.parameters()):
+        module.float()
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    with torch.no_grad():
+        for parameter in dict.fromkeys(module.parameters()):
+            if parameter.is_floating_point() and parameter.numel():
+                spread = parameter.std(correction=0).clamp(min=0.05)
+                parameter.add_(noise(parameter) * spread)
+        for norm in module.modules():
+            if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.running_mean is not None:
+                norm.running_mean.add_(noise(norm.running_mean) * 0.1)
+                assert norm.running_var is not None
+                norm.running_var.mul_(1.0 + 0.2 * noise(norm.running_var).abs())
+    return module
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
+    with torch.no_grad():
+        leaves = tree_leaves(run_call(module, call))
+    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two outputs agree, but for how sums are rounded."""
+    if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
+        return False
+    return all(
+        torch.allclose(a, b, rtol=0.0, atol=1e-4 * float(a.abs().max()) + 1e-9)
+        for a, b in zip(one, other, strict=True)
+        if a.numel() and a.is_floating_point()
+    )
+
+
+def _tokens(module: nn.Module, layer: GroupLayer) -> Iterator[Call]:
+    """Random tokens, or a random feature map, as the layer that puts the units out takes them."""
+    first = layer.members[0]
+    inner = module_at(module, first.parameter.rpartition(".")[0])
+    weight = named_weights(module)[first.parameter]
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(inner, nn.Linear):
+        shapes: tuple[tuple[int, ...], ...] = ((2, 4, inner.in_features),)
+    elif isinstance(inner, nn.Conv2d):
+        shapes = ((2, inner.in_channels, 4, 4),)
+    else:
+        return
+    for shape in shapes:
+        yield (torch.randn(shape, generator=generator).to(weight),), {}
+
+
+Fact = tuple[Any, ...]
+
+
+def _signature(module: nn.Module) -> Fact:
+    """What two modules share that differ in the values of their tensors only."""
+    return tuple(
+        (
+            path,
+            type(part),
+            tuple((k, _fact(v)) for k, v in sorted(vars(part).items()) if not k.startswith("_")),
+            tuple((k, _fact(t)) for k, t in part._parameters.items()),
+            tuple((k, _fact(t)) for k, t in part._buffers.items() if not k.endswith(MASK)),
+            tuple(map(id, part._forward_hooks.values())),
+        )
+        for path, part in module.named_modules()
+    )
+
+
+def _signature_of_call(call: Call) -> Fact:
+    return tuple(_fact(value) for value in tree_leaves(call))
+
+
+def _fact(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.dtype, value.device)
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return (type(value), value)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_fact, value))
+    return id(value)
+
+
+def _cuda_devices(module: nn.Module) -> set[torch.device]:
+    return {p.device for p in module.parameters() if p.device.type == "cuda"}
+
+
+def _other(value: Any) -> Any:
+    """Other random numbers of the same spread; what is no tensor of floats stays."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+    return noise.to(value) * value.std() if value.numel() > 1 else value
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode without gradients; put back modes, RNG, buffers and attributes."""
+    modes = [(m, m.training) for m in module.modules()]
+    attributes = [
+        (m, {k: v for k, v in m.__dict__.items() if isinstance(v, Tensor)}) for m, _ in modes
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(module)):
+            module.eval()
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for m, tensors in attributes:
+            m.__dict__.update(tensors)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -1,0 +1,1 @@
+"""Modules of Hugging Face transformers: one file per family."""
