@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import torch_rsst
-from torch_rsst import candidates, rollback, selection
+from torch_rsst import candidates, rollback, selection, workers
 from torch_rsst.digit_search import Found, kth_lowest
 from torch_rsst.order_keys import Column
 from torch_rsst.selection import Cut, Ranking, lowest
@@ -247,7 +249,13 @@ def test_nan_outside_the_competition_is_fine() -> None:
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if "MUTANT_UNDER_TEST" in os.environ:
+        # Mutants run in forked processes, where PyTorch would wait for threads that were not copied.
+        threads = SimpleNamespace(get_num_threads=lambda: 3, set_num_threads=lambda _: None)
+        monkeypatch.setattr(workers, "torch", threads)
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
