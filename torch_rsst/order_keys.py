@@ -58,9 +58,25 @@ class Kind:
         return 0 if self.absolute else self.lowest + 1
 
     @property
+    def exponents(self) -> int:
+        """How many exponents the floats tell apart."""
+        return 2**8 if self.real == torch.float32 else 2**11
+
+    @property
     def infinity(self) -> int:
         """The highest key of a number; those of NaN are higher."""
         return int(torch.tensor(torch.inf, dtype=self.real, device="cpu").view(self.integer))
+
+    def magnitude(self, key: int | Tensor) -> float | None:
+        """The float to compare magnitudes with instead of their keys, which takes half the time.
+
+        None where that is not the same: for signed scores, for more keys than one, and below the
+        smallest normal float, as PyTorch can be told to take denormals for 0.
+        """
+        if not self.absolute or isinstance(key, Tensor):
+            return None
+        value = float(torch.tensor(key, dtype=self.integer, device="cpu").view(self.real))
+        return value if value >= torch.finfo(self.real).tiny else None
 
 
 class Scratch(threading.local):
@@ -86,9 +102,7 @@ class Scratch(threading.local):
                 torch.abs(scores, out=values)
             else:
                 values.copy_(scores).abs_()
-            if among is not None:
-                keys |= self._signs(among)
-            return keys
+            return keys if among is None else self._below_all(keys, among)
         values.copy_(scores).add_(0.0)  # −0 + 0 is 0
         values.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)  # NaN: no sign
         flip = self.spare(scores.numel())[0]
@@ -96,11 +110,15 @@ class Scratch(threading.local):
         keys ^= flip.bitwise_and_(self.kind.highest)
         return keys if among is None else keys.masked_fill_(among == 0, self.kind.lowest)
 
-    def _signs(self, among: Tensor) -> Tensor:
-        """0 where an entry competes, else a negative integer."""
+    def _below_all(self, keys: Tensor, among: Tensor) -> Tensor:
+        """Make keys negative, in place, where an entry does not compete."""
         if among.dtype == torch.bool:
-            return self._second[: among.numel()].copy_(among).sub_(1)
-        return self.competing(among).sub_(1).view(self.kind.integer)  # the bits of 0.0 or −1.0
+            keys |= self._second[: among.numel()].copy_(among).sub_(1)
+            return keys
+        kind, dead = self.kind, self._second[: among.numel()]
+        torch.eq(among, 0, out=dead.view(kind.real))
+        # The bits of 1.0, moved up by as many as its exponent has, are the sign bit alone.
+        return keys.add_(dead, alpha=kind.exponents)
 
     def competing(self, among: Tensor) -> Tensor:
         """1 or True where an entry competes, else 0; overwritten as the keys are."""

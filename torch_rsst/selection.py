@@ -219,9 +219,13 @@ class Cut:
     def write_stays(self, position: int, out: Tensor) -> Tensor:
         """Set ``out``, of whatever dtype, to the same. It may be ``among`` itself, or a local part."""
         column = self.columns[position]
+        kind = column.scratch.kind
 
         def write(keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
-            out.copy_(torch.gt(keys, bound, out=column.scratch.spare(keys.numel())[0]))
+            if out.dtype == kind.real and (value := kind.magnitude(bound)) is not None:
+                torch.gt(keys.view(kind.real), value, out=out)  # half the time of what follows
+            else:
+                out.copy_(torch.gt(keys, bound, out=column.scratch.spare(keys.numel())[0]))
 
         return self._mark(column, local(out), write)
 
