@@ -602,3 +602,9 @@ def test_rounds_hold_no_more_memory() -> None:
         return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
     assert held_by_rounds() == 0
+
+
+def test_infinity_is_no_nan() -> None:
+    score = torch.tensor([math.inf, NAN, 1.0, -math.inf, NAN])
+    with pytest.raises(ValueError, match="got 2 NaN among the entries to rank"):
+        lowest([score], 1)
