@@ -21,7 +21,7 @@ import torch_rsst
 ROOT = Path(torch_rsst.__file__).parent
 FLOORS = [
     ["errors", "_version", "fsdp", "optimizer_steps", "workers"],
-    ["budget", "digit_search", "replicas", "shards"],
+    ["budget", "digit_search", "replicas", "shards", "files", "builders"],
     ["live_weight", "order_keys", "schedules", "groups"],
     ["site", "candidates"],
     ["rollback", "selection", "freezing"],
@@ -36,11 +36,13 @@ FLOORS = [
         "unit_selection",
         "rewind",
         "optimizer_state",
+        "likeness",
     ],
     ["methods", "regularizer", "report", "ranking", "removal", "discovery", "moved_optimizer"],
-    ["functional", "regroup", "plot", "checkpoints", "folding"],
-    ["round_engine", "testing", "compaction"],
-    ["rounds"],
+    ["functional", "regroup", "plot", "checkpoints", "folding", "cost", "cut_record"],
+    ["round_engine", "testing", "compaction", "receipt"],
+    ["rounds", "planning", "description", "exported"],
+    ["compact_folder"],
     ["torch_rsst"],
     ["recipes"],
     ["cli"],
@@ -53,9 +55,10 @@ SPECIALISTS = {
     "matplotlib": {"plot"},
     "numpy": {"plot"},
     "hypothesis": {"testing"},
+    "safetensors": {"compact_folder"},
     "timm": {"discovery.timm_families"},
     "transformers": {"discovery.transformers_families"},
-    "torchvision": set(),
+    "torchvision": {"discovery.torchvision_families"},
 }
 
 

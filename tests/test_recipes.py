@@ -253,7 +253,7 @@ def test_a_run_folder_cannot_lead_out_of_itself(tmp_path):
 
 
 def test_failing_write_leaves_the_old_file(tmp_path):
-    from torch_rsst.recipes.run_folder import write_atomically
+    from torch_rsst.files import write_atomically
 
     path = tmp_path / "file"
     path.write_text("old")

@@ -30,6 +30,7 @@ from torch.nn.utils.prune import (
 from torch_rsst import discovery, importance, schedules
 from torch_rsst._version import __version__
 from torch_rsst.checkpoints import load_dense_state_dict, prepare_from_state_dict
+from torch_rsst.compact_folder import load_compact, save_compact
 from torch_rsst.compaction import compact
 from torch_rsst.discovery import find_groups
 from torch_rsst.errors import (
@@ -51,6 +52,7 @@ from torch_rsst.masks import (
 )
 from torch_rsst.methods import Fillback, GlobalL1, HeadRegroup
 from torch_rsst.optimizer_state import convert_optimizer_state
+from torch_rsst.planning import Plan, plan
 from torch_rsst.regroup import regroup
 from torch_rsst.regularizer import RegularizedPruner
 from torch_rsst.removal import remove_all
@@ -83,6 +85,7 @@ __all__ = [
     "LayerReport",
     "LnStructured",
     "Member",
+    "Plan",
     "PruningContainer",
     "RSSTWarning",
     "RandomStructured",
@@ -112,8 +115,10 @@ __all__ = [
     "is_pruned",
     "l1_unstructured",
     "ln_structured",
+    "load_compact",
     "load_dense_state_dict",
     "penalty_mask",
+    "plan",
     "prepare_from_state_dict",
     "random_structured",
     "random_unstructured",
@@ -121,6 +126,7 @@ __all__ = [
     "regroup",
     "remove",
     "remove_all",
+    "save_compact",
     "schedules",
     "sparsity_report",
 ]

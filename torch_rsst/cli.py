@@ -59,19 +59,23 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
     """The command that the arguments name, ready to be called."""
     import tyro
 
-    from torch_rsst.recipes.config import ReportConfig, RunConfig
+    from torch_rsst.recipes.config import CompactConfig, ReportConfig, RunConfig
     from torch_rsst.recipes.run_folder import RunFolder
 
-    def parse(default: RunConfig) -> RunConfig | ReportConfig:
+    def parse(default: RunConfig) -> RunConfig | ReportConfig | CompactConfig:
         run = Annotated[RunConfig, tyro.conf.subcommand("run", default=default)]
         report = Annotated[ReportConfig, tyro.conf.subcommand("report")]
+        compact = Annotated[CompactConfig, tyro.conf.subcommand("compact")]
         description = "Structured sparsity for vision transformers: RSST and Refill."
-        return tyro.cli(run | report, prog="torch-rsst", description=description, args=list(args))
+        commands = run | report | compact
+        return tyro.cli(commands, prog="torch-rsst", description=description, args=list(args))
 
     try:
         config = parse(RunConfig())
         if isinstance(config, ReportConfig):
             return partial(_report, config.folder)
+        if isinstance(config, CompactConfig):
+            return partial(_compact, config)
         if config.resume:
             # A resumed run keeps its own options; naming another value is an error, found later.
             own = RunFolder(config.output).read_config()
@@ -131,11 +135,29 @@ def _speaks() -> bool:
 def _report(path: Path) -> int:
     from torch_rsst.recipes.run_folder import RunFolder
 
+    folder = RunFolder(path)
     try:
-        results = RunFolder(path).read_report()
-        _summary(path, results)
+        results, receipt = folder.read_report(), folder.read_receipt()
     except (ValueError, KeyError, OSError) as error:
         raise _WrongInput(_one_line(error)) from error
+    _summary(path, results, offer=receipt is None)
+    if receipt is not None:
+        _savings(receipt, folder.compact)
+    return 0
+
+
+def _compact(config: Any) -> int:
+    from torch_rsst.recipes.compacting import compact_run
+    from torch_rsst.recipes.run_folder import RunFolder
+
+    folder = RunFolder(config.folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment] # takes less apart
+            receipt = compact_run(config)
+    except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
+        raise _WrongInput(_one_line(error)) from error
+    _savings(receipt, folder.compact if config.output is None else config.output)
     return 0
 
 
@@ -205,7 +227,7 @@ class _Terminal:
 
     def warn(self, text: Warning | str, *where: object) -> None:
         """A warning, without the lines of code that raised it."""
-        self._console.print(f"Warning: {text}", style="yellow")
+        _warn(text, console=self._console)
 
     def stage(self, stage: Any, steps: int, done: int) -> None:
         """A stage begins."""
@@ -248,6 +270,13 @@ class _Terminal:
         self._last = {}
 
 
+def _warn(text: Warning | str, *where: object, console: Any = None) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False) if console is None else console
+    console.print(f"Warning: {text}", style="yellow")
+
+
 def _round_line(record: dict[str, Any], config: Any) -> str:
     units = ", ".join(
         f"{kind} {share:.0%} gone of {record['share_to_go'][kind]:.0%} meant to"
@@ -263,7 +292,7 @@ def _round_line(record: dict[str, Any], config: Any) -> str:
     return line
 
 
-def _summary(path: Path, results: dict[str, Any]) -> None:
+def _summary(path: Path, results: dict[str, Any], *, offer: bool = True) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -280,9 +309,41 @@ def _summary(path: Path, results: dict[str, Any]) -> None:
             table.add_row(name, f"{percent:.2f} %")
     for name in ("element_sparsity", "head_sparsity", "neuron_sparsity"):
         table.add_row(name.replace("_", " "), f"{results[name]:.1%}")
+    for name, unit in (("parameters", ""), ("multiply_adds", " per image")):
+        if name in results:  # runs of earlier versions did not count
+            table.add_row(f"{name.replace('_', '-')}{unit}, masked", f"{results[name]:,}")
     console = Console(highlight=False)
     console.print(table)
     console.print(f"Open {path}/report.html; weights, numbers and pictures are beside it.")
+    if offer:
+        console.print(f"Cut out what is gone: torch-rsst compact {path}", soft_wrap=True)
+
+
+def _savings(receipt: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    images = receipt["images"]
+    rows: dict[str, tuple[Any, Callable[[Any], str]]] = {
+        "accuracy": (receipt["accuracy"], "{:.2f} %".format),
+        **{kind: (counts, "{:,}".format) for kind, counts in receipt["units"].items()},
+        "parameters": (receipt["parameters"], "{:,}".format),
+        "multiply-adds per image": (
+            receipt["multiply_adds"],
+            lambda count: f"{count // images:,}",
+        ),
+        f"time for {images} images": (receipt["latency_ms"], "{:.2f} ms".format),
+    }
+    table = Table("", "before", "after", title="compacted")
+    for name, (values, text) in rows.items():
+        table.add_row(name, text(values["before"]), text(values["after"]))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"Outputs for all {images} held-out images differ by at most {receipt['max_error']:.1e}. "
+        f"Times are medians of runs in turns, without masks."
+    )
+    console.print(f'Load it: torch_rsst.load_compact("{folder}")', soft_wrap=True)
 
 
 if __name__ == "__main__":

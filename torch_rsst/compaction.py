@@ -14,12 +14,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_rsst.budget import check_count
+from torch_rsst.cut_record import (
+    Stage,
+    bare_biases,
+    new_biases_of,
+    remember,
+    removals_of,
+    stage_of,
+    stages_of,
+)
 from torch_rsst.dead_units import dead_units
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.errors import CompactionWarning, message
 from torch_rsst.folding import measure_constants
 from torch_rsst.groups import NO_UNIT, Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.live_weight import product
 from torch_rsst.masked_parameter import restore
 from torch_rsst.masks import extract_mask, named_sites, named_weights, unwrap, without_wrappers
 from torch_rsst.moved_optimizer import move_optimizer
@@ -77,8 +87,11 @@ def compact(
     check_compactable(bare, groups)
     memo: dict[int, Any] = {}
     small = copy.deepcopy(bare, memo)
+    without = bare_biases(small)
     removals, kept_whole = _choose(bare, small, groups, round_to, Probe(bare, example_inputs))
+    stage = stage_of(removals, without - bare_biases(small))
     small, shortened = remove(small, removals)
+    remember(small, [*(stages_of(bare) or ()), stage])
     restore([site for site in masked_sites(small.modules()) if _is_full(site)])
     if example_inputs is not None:
         _compare(bare, small, example_inputs)
@@ -105,6 +118,34 @@ def remove(
             new = family(layer.family).shrink(module_at(model, layer.name), removal)
             model = replace_module(model, layer.name, new)
     return model, shortened
+
+
+def replay(model: nn.Module, stages: Iterable[Stage]) -> nn.Module:
+    """Cut a dense model to the shapes that these stages led to, in place, whatever its values.
+
+    Args:
+        model: built as the one was that the stages come from.
+        stages: what :func:`torch_rsst.cut_record.stages_of` a compacted model says.
+
+    Returns:
+        the model, or what takes its place.
+
+    Raises:
+        KeyError, ValueError: for stages of another model.
+    """
+    for stage in stages:
+        removals = removals_of(stage, model)
+        check_compactable(model, Groups(tuple(removal.layer for removal in removals)))
+        for name in new_biases_of(stage):
+            layer = module_at(model, name)
+            if layer._parameters.get("bias", layer) is not None:
+                got, remedy = "one that has it already, or none", "Pass the model of this folder."
+                expected = "a layer without bias"
+                raise ValueError(message(name, expected=expected, got=got, remedy=remedy))
+            weight = product(layer, "weight")
+            layer._parameters["bias"] = nn.Parameter(weight.new_zeros(weight.shape[0]))
+        model, _ = remove(model, removals)
+    return model
 
 
 def _is_full(site: Site) -> bool:

@@ -69,6 +69,9 @@ def cut(model: nn.Module, removals: Sequence[Removal]) -> dict[nn.Parameter, Sho
         touched[module] = None
     for module in touched:
         note_sizes(module)
+    if touched and OWNERS:
+        for module in model.modules():
+            note_sizes(module, OWNERS)
     return shortened
 
 
@@ -162,10 +165,13 @@ SIZES: dict[type[nn.Module], Sizes] = {
 }
 """Type of layer → what it notes about the shapes of its parameters. Add one with one line."""
 
+OWNERS: dict[type[nn.Module], Sizes] = {}
+"""Type of module → what it notes about the sizes of the layers in it: widths at which it splits, say."""
 
-def note_sizes(layer: nn.Module) -> None:
+
+def note_sizes(layer: nn.Module, table: Mapping[type[nn.Module], Sizes] = SIZES) -> None:
     """Set what a layer notes about the shapes of its parameters to what they are."""
-    for kind, sizes in SIZES.items():
+    for kind, sizes in table.items():
         if isinstance(layer, kind):
             for name, size in sizes(layer).items():
                 setattr(layer, name, size)

@@ -17,21 +17,45 @@ class BiasOnly(nn.Module):
         torch.Size([3, 2])
 
     Args:
-        output: the layer's output layer; its bias is kept, not copied.
+        output: the layer's output layer, linear or a 1×1 convolution; its bias is kept, not copied.
     """
 
-    def __init__(self, output: nn.Linear) -> None:
+    def __init__(self, output: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
-        self.out_features = output.out_features
+        linear = isinstance(output, nn.Linear)
+        self.out_features = output.out_features if linear else output.out_channels
+        self.dim = -1 if linear else -3
+        """The dimension of features: the last, or the channels of an image."""
         self.bias = output.bias
-        weight = output.weight
-        self.register_buffer("_like", weight.new_zeros(()), persistent=False)
+        self.register_buffer("_like", output.weight.new_zeros(()), persistent=False)
         self.train(output.training)
 
     _like: Tensor
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the type and on the device of the weights that are gone, for who asks them for it."""
+        return self._like
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The bias at every position of ``x`` (…, features); whatever else is passed is not needed."""
-        shape = (*x.shape[:-1], self.out_features)
+        """The bias at every position of ``x``; whatever else is passed is not needed."""
+        before, after = x.shape[: self.dim], x.shape[self.dim :][1:]
+        shape = (*before, self.out_features, *after)
         out = torch.zeros(shape, dtype=self._like.dtype, device=self._like.device)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.reshape(-1, *[1] * len(after))
+
+
+class NoFeatures(nn.Module):
+    """What a layer puts out once it has no rows: nothing at every position.
+
+    Args:
+        dim: the dimension of features.
+    """
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` without its features."""
+        return x.narrow(self.dim, 0, 0)

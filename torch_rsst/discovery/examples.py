@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 _SIDES = (224, 64, 32)
+_SMALL_SIDES = (64, 32, 96, 128, 299)
 
 
 def guesses(model: nn.Module) -> Iterator[Any]:
@@ -40,3 +42,17 @@ def guesses(model: nn.Module) -> Iterator[Any]:
     if first is not None:
         for side in _SIDES:
             yield images(first.in_channels, side, side)
+
+
+def small_guesses(model: nn.Module) -> Iterator[Any]:
+    """Example inputs to look at the structure of a model with; small ones first, for they run fast."""
+    parameter = next(model.parameters(), None)
+    like = torch.empty(0) if parameter is None else parameter.detach()
+    generator = torch.Generator().manual_seed(0)
+    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
+    if first is not None and not hasattr(model, "config"):
+        dims = len(first.kernel_size)
+        for side in _SMALL_SIDES if dims == 2 else (16 if dims == 3 else 64,):
+            shape = (2, first.in_channels, *(side for _ in range(dims)))
+            yield torch.randn(shape, generator=generator).to(like)
+    yield from guesses(model)

@@ -7,6 +7,7 @@ import sys
 
 FAMILIES = {
     "timm": "torch_rsst.discovery.timm_families",
+    "torchvision": "torch_rsst.discovery.torchvision_families",
     "transformers": "torch_rsst.discovery.transformers_families",
 }
 """Package → the module that registers adapters for it."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported
+from torch_rsst.discovery.channels.base import WholeModelAdapter
 from torch_rsst.discovery.families import load_families
 from torch_rsst.discovery.probe import Probe
 from torch_rsst.errors import UnsupportedModuleWarning, message, unknown_choice
@@ -70,10 +71,24 @@ def find_groups(
         raise ValueError(
             message("find_groups", expected="whole parameters", got="sharded ones", remedy=remedy)
         )
-    layers, refused = _ask_adapters(bare, kinds, Probe.of(bare, example_inputs))
+    groups, refused = survey(bare, kinds, example_inputs=example_inputs)
     _report(refused, on_unsupported)
-    _require(kinds, layers, refused)
-    return Groups(tuple(layers))
+    _require(kinds, groups.layers, refused)
+    return groups
+
+
+def survey(
+    model: nn.Module, kinds: Sequence[str] = KINDS, *, example_inputs: Any = None
+) -> tuple[Groups, list[Unsupported]]:
+    """The groups of a model, and all that looks like a known family but cannot be offered, with reasons.
+
+    Args:
+        model: as for :func:`torch_rsst.find_groups`, not wrapped.
+        kinds: to look for.
+        example_inputs: as for :func:`torch_rsst.find_groups`.
+    """
+    layers, refused = _ask_adapters(model, kinds, Probe.of(model, example_inputs))
+    return Groups(tuple(layers)), refused
 
 
 def _ask_adapters(
@@ -103,6 +118,16 @@ def _ask_adapters(
                 answer = Unsupported(reason)
             if answer is not None:
                 refused.append(replace(answer, layer=name, kind=kind))
+    for adapter in ADAPTERS:
+        if isinstance(adapter, WholeModelAdapter) and adapter.kind in kinds:
+            taken = {(m.parameter, m.dim) for layer in layers for m in layer.members}
+            answers = adapter.survey(model, probe.example_inputs, taken)
+            refused.extend(answers.refused)
+            for found in answers.layers:
+                if (reason := _tied(found, sites)) is None:
+                    layers.append(found)
+                else:
+                    refused.append(Unsupported(reason, found.name, found.kind))
     return layers, refused
 
 

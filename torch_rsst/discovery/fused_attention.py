@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import nn
 
 from torch_rsst.discovery.adapter import (
@@ -18,7 +20,7 @@ from torch_rsst.surgery import Removal
 
 
 class FusedAttention(Adapter):
-    """Recognized by structure: linear ``qkv`` and ``proj``, ``num_heads``, nothing else of shape.
+    """Recognized by structure: ``qkv`` and ``proj`` (linear, or 1×1 convolutions) and ``num_heads``.
 
     Rows of ``qkv`` (and of a ``gate``) and columns of ``proj`` are ranked members of their head;
     the biases of ``qkv`` and ``gate`` follow. Norms over the width of one head are shared by all
@@ -31,21 +33,21 @@ class FusedAttention(Adapter):
         """See :class:`torch_rsst.discovery.Adapter`."""
         qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
         heads = getattr(module, "num_heads", None)
-        if not (
-            isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) and isinstance(heads, int)
-        ):
+        if not (_is_projection(qkv) and _is_projection(proj) and isinstance(heads, int)):
             return None
-        width = proj.in_features
-        if qkv.out_features != 3 * width or heads < 1 or width % heads:
+        given, width = _widths(qkv)[0], _widths(proj)[1]
+        if not heads and not width:
+            return None  # it has lost them all
+        if given != 3 * width or heads < 1 or width % heads:
             return Unsupported(
-                f"qkv has {qkv.out_features} rows and proj {width} columns for {heads} heads; "
+                f"qkv has {given} rows and proj {width} columns for {heads} heads; "
                 "expected equal widths of q, k and v, split evenly"
             )
         members = rows("qkv", qkv, head_rows(3 * width, heads, 3))
         unit_of = head_rows(width, heads)
         gate = getattr(module, "gate", None)
-        if isinstance(gate, nn.Linear):
-            if gate.out_features != width:
+        if _is_projection(gate):
+            if _widths(gate)[0] != width:
                 return Unsupported("its gate is not as wide as its heads")
             members += rows("gate", gate, unit_of)
         members.append(columns("proj", unit_of))
@@ -58,10 +60,24 @@ class FusedAttention(Adapter):
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
         proj = module.proj
-        assert isinstance(proj, nn.Linear)
+        assert isinstance(proj, (nn.Linear, nn.Conv2d))
         if hasattr(module, "attn_dim"):
-            setattr(module, "attn_dim", proj.in_features)  # noqa: B010 - mypy knows no attributes
+            setattr(module, "attn_dim", _widths(proj)[1])  # noqa: B010 - mypy knows no attributes
         return module if removed_heads(module, removal) else BiasOnly(proj)
+
+
+def _is_projection(layer: object) -> TypeGuard[nn.Linear | nn.Conv2d]:
+    """Whether a layer maps the features of each position alone."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and set(layer.kernel_size) == {1} and set(layer.stride) == {1}
+    return isinstance(layer, nn.Linear)
+
+
+def _widths(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    """How many features a projection puts out and takes in."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels
 
 
 def _of_one_head(module: nn.Module, head_dim: int) -> list[str]:

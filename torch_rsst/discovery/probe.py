@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,14 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torch_rsst.discovery.adapter import Adapter
+from torch_rsst.discovery.adapter import Adapter, family
 from torch_rsst.discovery.examples import guesses
 from torch_rsst.discovery.separate import why_mixed
+from torch_rsst.discovery.trial import (
+    agree,
+    choices,
+    is_half,
+    one_line,
+    randomized,
+    silence,
+    tensors_of,
+)
 from torch_rsst.groups import GroupLayer
 from torch_rsst.live_weight import MASK
-from torch_rsst.masked_parameter import restore
 from torch_rsst.masks import named_weights
-from torch_rsst.site import masked_sites
 from torch_rsst.surgery import Removal, cut, module_at
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -93,7 +100,8 @@ class Probe:
             if module in self._recorded:
                 yield self._recorded[module]
             return
-        yield from _tokens(module, layer)
+        if not (layer.family and family(layer.family).whole_model):
+            yield from _tokens(module, layer)
         if module in self._recorded:
             yield self._recorded[module]
 
@@ -175,27 +183,27 @@ def _copied(value: Any) -> Any:
 
 
 def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -> Verdict:
-    whole, given = _randomized(module), call
-    call = tree_map(lambda v: v.float() if _is_half(v) else v, call)
+    whole, given = randomized(module), call
+    call = tree_map(lambda v: v.float() if is_half(v) else v, call)
     before = _outputs(whole, call)
     if not all(bool(tensor.isfinite().all()) for tensor in before):
         refused = "its activations are not finite, so that its units cannot be told apart"
         return Verdict(refused=refused)
     heard = False
-    for gone in _choices(layer.units, adapter.least):
+    for gone in choices(layer.units, adapter.least):
         removal = Removal(layer, gone)
         masked = copy.deepcopy(whole)
-        _silence(masked, removal)
+        silence(masked, [removal])
         expected = _outputs(masked, call)
-        heard = heard or not _equal(before, expected)
+        heard = heard or not agree(before, expected)
         try:
             cut(masked, [removal])
             got = _outputs(adapter.shrink(masked, removal), call)
         except Exception as error:
             if mixed := _why_mixed(module, layer, given):
                 return Verdict(refused=mixed)
-            return Verdict(fixed=f"its forward fixes how many it has ({_one_line(error)})")
-        if not _equal(expected, got):
+            return Verdict(fixed=f"its forward fixes how many it has ({one_line(error)})")
+        if not agree(expected, got):
             differs = "its output without some of its units differs"
             return Verdict(refused=_why_mixed(module, layer, given) or differs)
     # On few tokens, no unit may be active at all: louder ones are heard if any can be.
@@ -208,75 +216,12 @@ def _why_mixed(module: nn.Module, layer: GroupLayer, call: Call) -> str | None:
         with undisturbed(module):
             return why_mixed(module, layer, *call)
     except Exception as error:
-        return f"its units cannot be told apart ({_one_line(error)})"
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
-
-
-def _choices(units: int, least: int) -> Iterator[Tensor]:
-    """Some units in no order that a layout could share, and as many as may go."""
-    shuffled = torch.randperm(units, generator=torch.Generator().manual_seed(0))
-    for count in dict.fromkeys((max(1, units // 2), units - least)):
-        if 0 < count <= units - least:
-            gone = torch.zeros(units, dtype=torch.bool)
-            gone[shuffled[:count]] = True
-            yield gone
-
-
-def _silence(module: nn.Module, removal: Removal) -> None:
-    weights = named_weights(module)
-    with torch.no_grad():
-        for member in removal.layer.members:
-            weight = weights[member.parameter]
-            weight.masked_fill_(member.spread(removal.gone, weight, fill=False), 0.0)
-
-
-def _randomized(module: nn.Module) -> nn.Module:
-    """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
-    module = copy.deepcopy(module).eval()
-    restore(masked_sites(module.modules()))
-    if any(_is_half(p) for p in module.parameters()):
-        module.float()
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
-
-    with torch.no_grad():
-        for parameter in dict.fromkeys(module.parameters()):
-            if parameter.is_floating_point() and parameter.numel():
-                spread = parameter.std(correction=0).clamp(min=0.05)
-                parameter.add_(noise(parameter) * spread)
-        for norm in module.modules():
-            if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.running_mean is not None:
-                norm.running_mean.add_(noise(norm.running_mean) * 0.1)
-                assert norm.running_var is not None
-                norm.running_var.mul_(1.0 + 0.2 * noise(norm.running_var).abs())
-    return module
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+        return f"its units cannot be told apart ({one_line(error)})"
 
 
 def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
     with torch.no_grad():
-        leaves = tree_leaves(run_call(module, call))
-    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Whether two outputs agree, but for how sums are rounded."""
-    if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
-        return False
-    return all(
-        torch.allclose(a, b, rtol=0.0, atol=1e-4 * float(a.abs().max()) + 1e-9)
-        for a, b in zip(one, other, strict=True)
-        if a.numel() and a.is_floating_point()
-    )
+        return tensors_of(run_call(module, call))
 
 
 def _tokens(module: nn.Module, layer: GroupLayer) -> Iterator[Call]:

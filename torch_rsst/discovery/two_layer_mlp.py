@@ -5,42 +5,59 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, foreign, rows
-from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.discovery.adapter import Adapter, Unsupported
+from torch_rsst.discovery.projections import Projection, between, empty, members_of, projections
 from torch_rsst.groups import GroupLayer
 from torch_rsst.surgery import Removal
 
 
 class TwoLayerMLP(Adapter):
-    """Recognized by structure: exactly two linear children that fit each other.
+    """Recognized by structure: exactly two linear layers, or 1×1 convolutions, that fit each other.
 
-    Between them only modules without parameters are allowed: a norm would join the neurons. A
-    neuron's row of the first layer and its column of the second are ranked; its bias follows.
+    They are children of the module, or each is held by a child of its own together with its norm.
+    A neuron's row of the first layer and its column of the second are ranked; its bias follows.
+    Batch norms, PReLU and depthwise convolutions between them, which treat every neuron by itself, go
+    along; a norm over all neurons would join them. What a module holds of other widths stays.
+    1×1 convolutions beside a gate between 0 and 1 make no MLP: they weigh channels.
     """
 
     kind = "neurons"
 
     def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        linear = [(k, m) for k, m in module.named_children() if isinstance(m, nn.Linear)]
-        if len(linear) != 2 or any(p is not None for p in module._parameters.values()):
+        pair = _pair(module)
+        if not pair or pair[0].given == 0:
             return None
-        (first_name, first), (second_name, second) = linear
-        hidden = second.in_features
-        if first.out_features == 2 * hidden:
-            return Unsupported(
-                f"{first_name} puts out twice what {second_name} takes in, as gated MLPs do"
-            )
-        if first.out_features != hidden:
-            return None
+        first, second = pair
+        hidden = first.given
         unit = torch.arange(hidden)
-        members = (*rows(first_name, first, unit), columns(second_name, unit))
-        known = [*(m.parameter for m in members), f"{second_name}.bias"]
-        if (name := foreign(module, known)) is not None:
-            return Unsupported(f"its {name} may join its hidden neurons")
-        return GroupLayer("", self.kind, hidden, members)
+        others = between(module, pair, hidden, unit)
+        if others is None:
+            return None
+        if isinstance(others, str):
+            return Unsupported(f"its {others} may join its hidden neurons")
+        members = (*members_of(first, unit), *others[0], *members_of(second, unit, takes=True))
+        return GroupLayer("", self.kind, hidden, members, tuple(others[1]))
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        second = [m for m in module.children() if isinstance(m, nn.Linear)][-1]
-        return module if second.in_features else BiasOnly(second)
+        pair = _pair(module)
+        return module if pair[0].given else empty(module, pair)
+
+
+def _pair(module: nn.Module) -> list[Projection]:
+    pair = projections(module)
+    if len(pair) != 2 or pair[0].given != pair[1].taken or pair[0].is_linear != pair[1].is_linear:
+        return []
+    return pair if pair[0].is_linear or not any(map(_gates, module.modules())) else []
+
+
+def _gates(activation: nn.Module) -> bool:
+    """Whether a module without parameters squeezes what it is given to 0 … 1."""
+    if any(True for _ in activation.parameters()) or any(True for _ in activation.children()):
+        return False
+    try:
+        squeezed = activation.forward(torch.tensor([[-100.0, 100.0]]))
+        return bool(torch.allclose(squeezed, torch.tensor([[0.0, 1.0]]), atol=1e-6))
+    except Exception:
+        return False  # no activation

@@ -18,7 +18,7 @@ class UnknownAttention(Adapter):
     def find(self, module: nn.Module) -> Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
         heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", None))
-        projections = [m for m in module.children() if isinstance(m, nn.Linear)]
-        if not isinstance(heads, int) or not projections:
+        projections = [m for m in module.children() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        if not isinstance(heads, int) or not heads or not projections:
             return None
         return Unsupported(f"no adapter knows the attention of {type(module).__name__}")

@@ -156,6 +156,20 @@ class ReportConfig:
     """The run's output folder."""
 
 
+@dataclass(frozen=True)
+class CompactConfig:
+    """Cut what is gone out of the model of a finished run, and measure what that saves."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The run's output folder."""
+    output: Path | None = None
+    """Folder for the smaller model; by default the folder "compact" in that of the run."""
+    round_to: int = 1
+    """Leave heads and neurons of each layer such that its width is a multiple of this."""
+    export: bool = False
+    """Also write a torch.export program, which runs without this library."""
+
+
 def _bad_file(source: Path, got: str) -> str:
     return message(
         str(source),

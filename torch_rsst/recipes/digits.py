@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -37,18 +39,25 @@ def augmentation(dataset: TensorDataset) -> nn.Module:
     return crop
 
 
+BUILD: dict[str, Any] = {
+    "name": "timm.models.VisionTransformer",
+    "kwargs": {
+        "img_size": SIZE,
+        "patch_size": SIZE // 2,
+        "in_chans": 1,
+        "num_classes": CLASSES,
+        "embed_dim": 48,
+        "depth": 4,
+        "num_heads": 4,
+        "weight_init": "jax",  # the default is tuned for widths of hundreds and learns slowly here
+    },
+}
+"""How the model is built; goes with it when it is saved."""
+
+
 def model() -> nn.Module:
     """A ViT of 115,000 parameters: 4 blocks of 4 heads and 192 hidden neurons."""
     from timm.models import VisionTransformer
 
-    vit: nn.Module = VisionTransformer(
-        img_size=SIZE,
-        patch_size=SIZE // 2,
-        in_chans=1,
-        num_classes=CLASSES,
-        embed_dim=48,
-        depth=4,
-        num_heads=4,
-        weight_init="jax",  # the default is tuned for widths of hundreds and learns slowly here
-    )
+    vit: nn.Module = VisionTransformer(**BUILD["kwargs"])
     return vit

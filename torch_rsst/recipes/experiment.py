@@ -13,8 +13,11 @@ from safetensors.torch import save
 from torch import nn
 
 import torch_rsst
+from torch_rsst.cost import measure_cost
+from torch_rsst.files import write_atomically
+from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
-from torch_rsst.recipes.run_folder import RunFolder, write_atomically
+from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.recipes.training import Epoch, Interrupted, Stage, Trainer
 from torch_rsst.report import SparsityReport
 from torch_rsst.round_engine import Round, Rounds
@@ -223,6 +226,8 @@ class Experiment:
 
     def _finish(self) -> dict[str, Any]:
         report = torch_rsst.sparsity_report(self.model, self.groups)
+        image = digits.datasets()[1].tensors[0][:1].to(self.trainer.accelerator.device)
+        cost = measure_cost(self.model, image)
         results = {
             "method": self.config.method,
             "dense_accuracy": self.progress.dense_accuracy,
@@ -233,6 +238,8 @@ class Experiment:
             "element_sparsity": report.element_sparsity,
             "head_sparsity": report.unit_sparsity("heads"),
             "neuron_sparsity": report.unit_sparsity("neurons"),
+            "parameters": cost.parameters,
+            "multiply_adds": cost.multiply_adds,
             "seconds": round(self._seconds(), 1),
             "sparsity": report.to_dict(),
         }

@@ -6,8 +6,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from torch_rsst.files import write_text
 from torch_rsst.recipes.config import RunConfig
-from torch_rsst.recipes.run_folder import RunFolder, write_text
+from torch_rsst.recipes.run_folder import RunFolder
 
 _CAPTIONS = {
     "accuracy_and_sparsity": "Accuracy over epochs; what is masked and gone after each round.",
@@ -19,9 +20,21 @@ _CAPTIONS = {
 
 
 def write_page(
-    folder: RunFolder, config: RunConfig, results: dict[str, Any], records: list[dict[str, Any]]
+    folder: RunFolder,
+    config: RunConfig,
+    results: dict[str, Any],
+    records: list[dict[str, Any]],
+    receipt: dict[str, Any] | None = None,
 ) -> None:
-    """Render the results with the pictures that the folder holds."""
+    """Render the results with the pictures that the folder holds.
+
+    Args:
+        folder: to write to.
+        config: the options of the run.
+        results: as in ``report.json``.
+        records: as in ``metrics.jsonl``.
+        receipt: of the smaller model, if there is one.
+    """
     environment = Environment(
         loader=PackageLoader("torch_rsst.recipes", "."), autoescape=True, undefined=StrictUndefined
     )
@@ -32,6 +45,7 @@ def write_page(
         soft=config.method == "rsst",
         last_round=[record for record in records if record["event"] == "round"][-1],
         pictures=drawn,
+        receipt=receipt,
         percent=lambda share: f"{share:.1%}",
     )
     write_text(folder.page, page)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import io
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file
+from torch import nn
 
+from torch_rsst.checkpoints import prepare_from_state_dict
+from torch_rsst.compact_folder import read_description
 from torch_rsst.errors import check_keys, message
+from torch_rsst.files import check_links, write_atomically, write_text
+from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
 
 RESULTS = (
@@ -31,6 +36,9 @@ RESULTS = (
     "seconds",
 )
 """What ``report.json`` holds at least."""
+
+RECEIPT = ("accuracy", "images", "latency_ms", "max_error", "multiply_adds", "parameters", "units")
+"""What the receipt of a run's smaller model holds at least."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,11 @@ class RunFolder:
     def pictures(self) -> Path:
         """The folder of pictures."""
         return self.path / "pictures"
+
+    @property
+    def compact(self) -> Path:
+        """The folder of the smaller model."""
+        return self.path / "compact"
 
     @property
     def checkpoint(self) -> Path:
@@ -149,18 +162,8 @@ class RunFolder:
                     remedy=remedy,
                 )
             )
-        self._check_links()
+        check_links(self.path)
         return RunConfig.from_yaml(self.config.read_text(errors="replace"), self.config)
-
-    def _check_links(self) -> None:
-        """A folder from a stranger must not make a run write elsewhere."""
-        inside = self.path.resolve()
-        for entry in self.path.iterdir():
-            if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
-                expected, got = "files of its own", f"a link to {entry.resolve()}"
-                raise ValueError(
-                    message(str(entry), expected=expected, got=got, remedy="Delete the link.")
-                )
 
     def _occupied(self) -> str:
         if not self.config.is_file():
@@ -219,6 +222,54 @@ class RunFolder:
         check_keys(results, RESULTS, str(self.report))
         return results
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of all epochs and rounds.
+
+        Raises:
+            OSError, ValueError: where they cannot be read.
+        """
+        try:
+            lines = self.metrics.read_text().splitlines()
+            return [dict(json.loads(line)) for line in lines]
+        except (TypeError, ValueError) as error:
+            remedy = "Restore the file or run again."
+            raise ValueError(
+                message(str(self.metrics), expected="JSON lines", got=str(error), remedy=remedy)
+            ) from error
+
+    def read_model(self) -> nn.Module:
+        """The model of the run with its masks, in eval mode.
+
+        Raises:
+            FileNotFoundError, ValueError: where it cannot be read.
+        """
+        model = digits.model()
+        remedy = "Restore the file or run again."
+        try:
+            tensors = load_file(self.weights)
+            prepare_from_state_dict(model, tensors)
+            model.load_state_dict(tensors)
+        except OSError:
+            raise
+        except Exception as error:  # of safetensors' own kind, or of many kinds for other tensors
+            got = " ".join(str(error).split())
+            raise ValueError(
+                message(str(self.weights), expected="the model of this run", got=got, remedy=remedy)
+            ) from error
+        return model.eval()
+
+    def read_receipt(self) -> dict[str, Any] | None:
+        """What compacting the run has saved; None where it has not been compacted.
+
+        Raises:
+            ValueError: where the folder ``compact`` cannot be read.
+        """
+        if not self.compact.is_dir():
+            return None
+        receipt = read_description(self.compact).receipt
+        check_keys(receipt, RECEIPT, str(self.compact))
+        return receipt
+
     def write_checkpoint(self, state: dict[str, Any]) -> None:
         """Save where to continue."""
         # Through memory: torch.save reports a full disk as some RuntimeError of its own.
@@ -248,22 +299,3 @@ class RunFolder:
                 remedy="Delete it to start this run from its beginning.",
             )
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's text, whole or not at all."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write beside the file, then move: a reader or a crash sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,1 +1,39 @@
 """Modules of timm whose structure alone does not tell how to shrink them: one file per family."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+
+FILES = (
+    "layers",
+    "convolution_sizes",
+    "pools",
+    "mobile_queries",
+    "beit",
+    "eva",
+    "swin",
+    "cait",
+    "cross_covariance",
+    "davit",
+    "mvitv2",
+    "hiera",
+    "subsampled",
+    "maxvit",
+    "levit",
+    "efficientformer",
+    "gcvit",
+    "plain",
+    "volo",
+    "convit",
+    "coat",
+    "relpos",
+    "conv_attention",
+    "efficientvit",
+    "cascade",
+    "gemma",
+)
+
+for _file in FILES:
+    with contextlib.suppress(ImportError):  # a family that this version of timm does not have
+        importlib.import_module(f"{__name__}.{_file}")

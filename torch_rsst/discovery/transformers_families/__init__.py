@@ -1,1 +1,15 @@
 """Modules of Hugging Face transformers: one file per family."""
+
+from torch_rsst.discovery.adapter import register
+from torch_rsst.discovery.transformers_families.conv1d import Conv1DAttention, Conv1DMLP
+from torch_rsst.discovery.transformers_families.fused_heads import FusedHeads, InterleavedHeads
+from torch_rsst.discovery.transformers_families.intermediate_output import IntermediateOutput
+from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads, SomeHeads
+
+register(Conv1DAttention())
+register(Conv1DMLP())
+register(FusedHeads())
+register(InterleavedHeads())
+register(IntermediateOutput())
+register(SomeHeads())
+register(SeparateHeads())  # asked first: which of the two it is depends on the module

@@ -1,0 +1,143 @@
+"""``python -m benchmarks.penalty``: what the penalty adds to a training step. See README.md beside this file."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import torch_rsst
+from benchmarks.meter import Meter
+
+Step = Callable[[], None]
+PENALTIES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "coupled, gradient hooks": {"mode": "coupled"},
+    "coupled, in the optimizer's step": {"mode": "coupled", "in_step": True},
+    "decoupled, in the optimizer's step": {"mode": "decoupled", "in_step": True},
+}
+"""Row → how the penalty acts; the first is without."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time of a training step with the penalty, relative to one without.
+
+    Attributes:
+        width: of the tokens; 384 is that of ViT-S.
+        depth: blocks.
+        heads: in each of them.
+        tokens: 197 is a picture of 224 by 224 in patches of 16.
+        batch: sequences in a step.
+        amount: share of the heads and neurons that the penalty shrinks.
+        device: where to measure.
+        repeats: steps to take the median of, all models in turns.
+    """
+
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    tokens: int = 197
+    batch: int = 8
+    amount: float = 0.5
+    device: str = "cpu"
+    repeats: int = 9
+
+
+class Attention(nn.Module):
+    """A fused attention."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class Block(nn.Module):
+    """What a vision transformer consists of."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width), Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+def main(options: Options) -> None:
+    """Print a line per way in which the penalty can act."""
+    device = torch.device(options.device)
+    meter, console = Meter(device), Console()
+    steps = {row: training_step(row, options, device) for row in PENALTIES}
+    for step in steps.values():
+        step()  # the optimizer's state is made in the first
+    seconds: dict[str, list[float]] = {row: [] for row in steps}
+    for _ in range(options.repeats):
+        for row, step in steps.items():
+            seconds[row].append(meter.seconds(step))
+    weights = 12 * options.depth * options.width**2
+    table = Table(title=f"{weights / 1e6:.1f} M weights, batch {options.batch}, AdamW")
+    for heading in ("what", "ms a step", "more than plain"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for row, times in seconds.items():
+        # Turn by turn, so that what slows a whole turn cancels.
+        ratios = [time / plain for time, plain in zip(times, seconds["plain"], strict=True)]
+        more = f"{statistics.median(ratios) - 1:+.1%}"
+        table.add_row(row, f"{1e3 * statistics.median(times):.0f}", more)
+    console.print(
+        f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads; "
+        f"median of {options.repeats} steps in turns"
+    )
+    console.print(table)
+
+
+def training_step(row: str, options: Options, device: torch.device) -> Step:
+    """One step of a model of its own: forward, backward, optimizer."""
+    torch.manual_seed(0)
+    blocks = (Block(options.width, options.heads) for _ in range(options.depth))
+    model = nn.Sequential(*blocks)
+    groups = torch_rsst.find_groups(model)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    inputs = torch.randn(options.batch, options.tokens, options.width, device=device)
+    pruner = None
+    how = PENALTIES[row]
+    if how:
+        pruner = torch_rsst.RegularizedPruner(
+            model,
+            torch_rsst.regroup(model, groups, amount=options.amount),
+            total_steps=10 * options.repeats,
+            mode=how["mode"],  # type: ignore[arg-type]
+            optimizer=optimizer if "in_step" in how else None,
+        )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        if pruner is not None and "in_step" not in how:
+            pruner.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

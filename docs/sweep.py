@@ -1,0 +1,218 @@
+"""Compact one model of every family of timm and torchvision, and write the page of supported models.
+
+    python docs/sweep.py            # everything, into docs/supported_models.md
+    python docs/sweep.py beit swin  # some families, to the terminal
+
+Every model is built with random weights. Half of the units that discovery offers are masked, on weights
+and norms moved away from where they begin, and the outputs of the masked model are compared with those
+of the compacted one, in float64.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import warnings
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+PAGE = HERE / "supported_models.md"
+SMALL = ("atto", "femto", "pico", "nano", "xxs", "micro", "tiny", "xs", "mini", "small", "_s_", "18")
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one model.
+
+    Attributes:
+        family: the module file of timm, or the family of torchvision.
+        model: the name of the model that was tried.
+        units: kind → units found that can be cut.
+        error: the largest difference of outputs, relative to outputs above 1; None where nothing was cut.
+        parameters: of the dense and of the compacted model.
+        reasons: kind → why modules of that kind stay whole.
+        failure: what went wrong, "" where nothing did.
+    """
+
+    family: str
+    model: str
+    units: dict[str, int] = field(default_factory=dict)
+    error: float | None = None
+    parameters: tuple[int, int] = (0, 0)
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether at least one kind was compacted and verified."""
+        return self.error is not None and self.error <= TOLERANCE
+
+
+def families() -> dict[str, tuple[str, str]]:
+    """Family → (library, a small model of it)."""
+    import timm
+    from timm.models import _registry
+    from torchvision.models import list_models
+
+    chosen: dict[str, tuple[str, str]] = {}
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name in timm.list_models():
+        by_file[_registry._model_to_module[name]].append(name)
+    for file, names in sorted(by_file.items()):
+        chosen[f"timm/{file}"] = ("timm", min(names, key=_size))
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for name in list_models(module=__import__("torchvision").models):
+        from torchvision.models import get_model_builder
+
+        by_module[get_model_builder(name).__module__.rpartition(".")[2]].append(name)
+    for file, names in sorted(by_module.items()):
+        chosen[f"torchvision/{file}"] = ("torchvision", min(names, key=_size))
+    return chosen
+
+
+def _size(name: str) -> tuple[int, int, str]:
+    rank = next((i for i, word in enumerate(SMALL) if word in name), len(SMALL))
+    return (rank, len(name), name)
+
+
+def build(library: str, name: str) -> tuple[nn.Module, Tensor]:
+    """A model with random weights, and an input of the size that it is made for, or smaller."""
+    torch.manual_seed(0)
+    if library == "timm":
+        import timm
+
+        model = timm.create_model(name, num_classes=10)
+        channels, height, width = model.pretrained_cfg["input_size"]
+    else:
+        from torchvision.models import get_model
+
+        model = get_model(name, weights=None, num_classes=10)
+        channels, height, width = 3, 224, 224
+    model = model.double().eval()
+    generator = torch.Generator().manual_seed(0)
+    smaller = (128, 128) if min(height, width) > 128 else (height, width)
+    for sides in (smaller, (height, width)):
+        images = torch.randn(2, channels, *sides, generator=generator, dtype=torch.float64)
+        try:
+            with torch.no_grad():
+                model(images)
+            return model, images
+        except Exception:
+            continue
+    raise RuntimeError("the model does not run")
+
+
+def try_model(family: str, library: str, name: str) -> Row:
+    """Find, mask, compact and compare."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from contract import difference, randomize
+
+    import torch_rsst
+    from torch_rsst.discovery import survey
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    units: dict[str, int] = {}
+    reasons: dict[str, list[str]] = {}
+    try:
+        model, images = build(library, name)
+        randomize(model)
+        groups, refused = survey(model)
+        for layer in groups.layers:
+            if layer.fixed:
+                reasons.setdefault(layer.kind, []).append(layer.fixed)
+            else:
+                units[layer.kind] = units.get(layer.kind, 0) + layer.units
+        for item in refused:
+            reasons.setdefault(item.kind, []).append(item.reason)
+        reasons = {kind: list(dict.fromkeys(texts)) for kind, texts in reasons.items()}
+        if not units:
+            return Row(family, name, units, reasons=reasons)
+        torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
+        small = torch_rsst.compact(model, groups)
+        error = difference(model, small, images)
+        counts = tuple(sum(p.numel() for p in m.parameters()) for m in (model, small))
+        return Row(family, name, units, error, (counts[0], counts[1]), reasons)
+    except Exception as problem:
+        text = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
+        return Row(family, name, units, reasons=reasons, failure=text)
+    finally:
+        gc.collect()
+
+
+def page(rows: list[Row]) -> str:
+    """The documentation page."""
+    verified = [row for row in rows if row.ok]
+    lines = [
+        "# Supported models",
+        "",
+        "One small model of every module file of timm and of every classification family of torchvision, with random",
+        "weights. Half of the units that {func}`torch_rsst.find_groups` offers were masked and cut by",
+        "{func}`torch_rsst.compact`. *Error* is the largest difference between the outputs of the masked and the",
+        "compacted model, in float64, relative to outputs above 1. Written by `python docs/sweep.py`.",
+        "",
+        f"{len(verified)} of {len(rows)} families have at least one kind of unit compacted and verified; "
+        f"{sum(row.error is not None and not row.ok for row in rows)} with a wrong result.",
+        "",
+    ]
+    for library in ("timm", "torchvision"):
+        own = [row for row in rows if row.family.startswith(f"{library}/")]
+        if own:
+            lines += [f"## {library}", "", *_table(own), ""]
+    return "\n".join(lines)
+
+
+def _table(rows: list[Row]) -> list[str]:
+    lines = [
+        "| family | model | heads | neurons | channels | parameters | error | stays whole |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        counts = [str(row.units.get(kind, "")) for kind in ("heads", "neurons", "channels")]
+        before, after = row.parameters
+        shrunk = f"{before / 1e6:.1f} M → {after / 1e6:.1f} M" if after else ""
+        error = "" if row.error is None else f"{row.error:.0e}"
+        why = [f"{kind}: {'; '.join(texts[:2])}" for kind, texts in row.reasons.items()]
+        why += [row.failure] if row.failure else []
+        text = " · ".join(why).replace("|", "/").replace("\n", " ")
+        cells = [row.family.partition("/")[2], f"`{row.model}`", *counts, shrunk, error, text]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main(wanted: list[str]) -> None:
+    """Sweep all families, or those named."""
+    chosen = {
+        family: model
+        for family, model in families().items()
+        if not wanted or any(word in family for word in wanted)
+    }
+    jobs: list[Any] = []
+    rows = []
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for family, (library, name) in chosen.items():
+            jobs.append(pool.submit(try_model, family, library, name))
+        for (family, (_, name)), job in zip(chosen.items(), jobs, strict=True):
+            try:
+                row = job.result(timeout=600)
+            except Exception as problem:
+                row = Row(family, name, failure=f"{type(problem).__name__}: {problem}")
+            rows.append(row)
+            print(json.dumps(asdict(row)), flush=True)
+    if not wanted:
+        PAGE.write_text(page(rows), encoding="utf-8")
+    print(f"{sum(row.ok for row in rows)} of {len(rows)} families compacted and verified")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

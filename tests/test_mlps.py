@@ -1,0 +1,318 @@
+"""Hidden neurons of MLPs of every form: the contract of their adapters, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from contract import assert_contract
+from torch import Tensor, nn
+
+import torch_rsst
+from torch_rsst.discovery import BiasOnly
+
+
+def inputs(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+TOKENS = inputs(2, 5, 8)
+IMAGES = inputs(2, 8, 5, 4)
+
+
+class Halves(nn.Module):
+    """A gated MLP whose gate is the second half of its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.first(x).chunk(2, -1)
+        return self.second(value * gate.sigmoid())
+
+
+class Alternating(Halves):
+    """The gate of a value is the feature next to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.first(x).unflatten(-1, (-1, 2)).unbind(-1)
+        return self.second(value * gate.sigmoid())
+
+
+class Gated(nn.Module):
+    """A gate and a value of their own."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 6, bias=bias), nn.Linear(8, 6, bias=bias)
+        self.down = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Nested(nn.Module):
+    """Each layer stands in a child of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 6), nn.ReLU())
+        self.second = nn.ModuleDict({"layer": nn.Linear(6, 8), "norm": nn.LayerNorm(8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second["norm"](self.second["layer"](self.first(x)))
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution over positions between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 6), nn.Linear(6, 8)
+        self.mix = nn.Conv1d(6, 6, 3, padding=1, groups=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.mix(self.fc1(x).mT).mT)
+
+
+class Moved(nn.Module):
+    """Features stand in dimension 1 outside, and last inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x.movedim(1, -1)).relu()).movedim(-1, 1)
+
+
+class Weighing(nn.Module):
+    """Squeeze and excite, of which the second half stands in a child of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU())
+        self.gate = nn.Sequential(nn.Conv2d(6, 8, 1), nn.Sigmoid())
+
+
+def pointwise(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(8, 6, 1), *between, nn.Conv2d(6, 8, 1))
+
+
+STRUCTURES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "halves": (Halves, TOKENS),
+    "gated": (Gated, TOKENS),
+    "gated without bias": (lambda: Gated(bias=False), TOKENS),
+    "nested": (Nested, TOKENS),
+    "depthwise": (Depthwise, TOKENS),
+    "norm before": (
+        lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 8)),
+        TOKENS,
+    ),
+    "batch norm between": (
+        lambda: nn.Sequential(
+            nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 8), nn.BatchNorm1d(8)
+        ),
+        inputs(7, 8),
+    ),
+    "one slope per neuron": (
+        lambda: nn.Sequential(nn.Linear(8, 6), nn.PReLU(6), nn.Linear(6, 8)),
+        inputs(7, 8),
+    ),
+    "one slope for all": (
+        lambda: nn.Sequential(nn.Linear(8, 6), nn.PReLU(), nn.Linear(6, 8)),
+        TOKENS,
+    ),
+    "1x1 convolutions": (lambda: pointwise(nn.ReLU(), nn.Dropout(0.0)), IMAGES),
+    "1x1 convolutions and a norm": (lambda: pointwise(nn.BatchNorm2d(6), nn.ReLU()), IMAGES),
+    "permuted": (
+        lambda: nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, groups=8), Moved(), nn.Conv2d(8, 8, 1, bias=False)
+        ),
+        IMAGES,
+    ),
+    "as wide inside": (
+        lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+        TOKENS,
+    ),
+}
+
+
+@pytest.mark.parametrize("amount", [0.5, 1.0])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_mlps_of_every_structure(name: str, amount: float) -> None:
+    make, given = STRUCTURES[name]
+    found = assert_contract(
+        nn.Sequential(make()), given, kinds=["neurons"], amounts=[amount], example_inputs=True
+    )
+    assert len(found.layers) == 1
+
+
+def test_the_members_of_a_neuron() -> None:
+    make, given = STRUCTURES["batch norm between"]
+    found = torch_rsst.find_groups(make().double(), "neurons", example_inputs=given)
+    layer = found.layers[0]
+    group = layer.group(2)
+    shares = [(m.parameter, m.dim, m.index, m.ranked, m.consumes) for m in group.members]
+    assert shares == [
+        ("0.weight", 0, (2,), True, False),
+        ("0.bias", 0, (2,), False, False),
+        ("1.weight", 0, (2,), False, False),
+        ("1.bias", 0, (2,), False, False),
+        ("3.weight", 1, (2,), True, True),
+    ]
+    assert [m.parameter for m in group.buffers] == ["1.running_mean", "1.running_var"]
+    layer = torch_rsst.find_groups(Halves(), "neurons").layers[0]
+    assert [m.index for m in layer.group(2).members] == [(2, 8), (2, 8), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: pointwise(nn.GroupNorm(1, 6)), "its 1 (GroupNorm) may join its hidden neurons"),
+        (Alternating, "its units mix before the output layer"),
+    ],
+)
+def test_what_cannot_be_cut_exactly(make: Callable[[], nn.Module], reason: str) -> None:
+    with pytest.raises(ValueError, match=r"No groups for 1 module\(s\): the model") as raised:
+        torch_rsst.find_groups(make(), "neurons", on_unsupported="raise")
+    assert reason in str(raised.value)
+
+
+class Attention(nn.Module):
+    """Three layers of one width that are no gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.num_heads = 2
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Attention(),
+        nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 8, 1)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), *pointwise(nn.ReLU()), nn.Sigmoid()),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), *pointwise(nn.ReLU()), nn.Hardsigmoid()),
+        Weighing(),
+        nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 8)]),
+        nn.Sequential(nn.Conv2d(8, 6, 1, stride=2), nn.ReLU(), nn.Conv2d(6, 8, 1)),
+        nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6, 8)),
+    ],
+    ids=[
+        "attention",
+        "bottleneck",
+        "squeeze-excite",
+        "hard gate",
+        "weighing",
+        "list",
+        "strided",
+        "mixed",
+    ],
+)
+def test_what_is_no_mlp_is_passed_over(module: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"got none in this model\. Adapters exist"):
+        torch_rsst.find_groups(module, "neurons", on_unsupported="raise")
+
+
+def test_the_bias_of_an_image() -> None:
+    layer = BiasOnly(nn.Conv2d(4, 3, 1))
+    out = layer(torch.ones(2, 4, 5, 6))
+    assert out.shape == (2, 3, 5, 6)
+    assert torch.equal(out[1, :, 2, 3], layer.bias)
+    assert BiasOnly(nn.Conv2d(4, 3, 1, bias=False))(torch.ones(4, 5, 6)).shape == (3, 5, 6)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert torch.equal(again(torch.ones(2, 4, 5, 6)), out)
+
+
+def timm_mlps() -> dict[str, tuple[Callable[[], nn.Module], Any]]:
+    from timm import layers
+    from timm.models import convnext, levit, mambaout, pvt_v2, repvit, tiny_vit, vitamin
+
+    spatial = (inputs(2, 6, 8), [2, 3])
+    return {
+        "Mlp": (lambda: layers.Mlp(8, 6, out_features=4, drop=0.5), TOKENS),
+        "Mlp with its own activation": (lambda: layers.Mlp(8, 6, act_layer=layers.GELU), TOKENS),
+        "Mlp of convolutions": (lambda: layers.Mlp(8, 6, use_conv=True), IMAGES),
+        "ConvMlp": (lambda: layers.ConvMlp(8, 6), IMAGES),
+        "ConvMlp with a norm": (lambda: layers.ConvMlp(8, 6, norm_layer=nn.BatchNorm2d), IMAGES),
+        "GluMlp": (lambda: layers.GluMlp(8, 12), TOKENS),
+        "GluMlp of convolutions": (lambda: layers.GluMlp(8, 12, use_conv=True), IMAGES),
+        "SwiGLU": (lambda: layers.SwiGLU(8, 6), TOKENS),
+        "SwiGLUPacked": (lambda: layers.SwiGLUPacked(8, 12), TOKENS),
+        "GatedMlp": (lambda: layers.GatedMlp(8, 6), TOKENS),
+        "ConvNeXt": (lambda: convnext.ConvNeXtBlock(8), IMAGES),
+        "ConvNeXt of convolutions": (lambda: convnext.ConvNeXtBlock(8, conv_mlp=True), IMAGES),
+        "LeViT": (lambda: levit.LevitMlp(8, 6), TOKENS),
+        "LeViT of convolutions": (lambda: levit.LevitMlp(8, 6, use_conv=True), IMAGES),
+        "RepViT": (lambda: repvit.RepVitMlp(8, 6, nn.GELU), IMAGES),
+        "TinyViT": (lambda: tiny_vit.NormMlp(8, 6), TOKENS),
+        "ViTamin": (lambda: vitamin.GeGluMlp(8, 6), TOKENS),
+        "MambaOut": (lambda: mambaout.GatedConvBlock(8, 2.0, conv_ratio=0.5), inputs(2, 4, 3, 8)),
+        "PVTv2": (lambda: pvt_v2.MlpWithDepthwiseConv(8, 6), spatial),
+    }
+
+
+class Behind(nn.Module):
+    """Calls one module with everything it is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+TIMM = [
+    *("Mlp", "Mlp with its own activation", "Mlp of convolutions", "ConvMlp"),
+    *("ConvMlp with a norm", "GluMlp", "GluMlp of convolutions", "SwiGLU", "SwiGLUPacked"),
+    *("GatedMlp", "ConvNeXt", "ConvNeXt of convolutions", "LeViT", "LeViT of convolutions"),
+    *("RepViT", "TinyViT", "ViTamin", "PVTv2", "MambaOut"),
+]
+
+
+@pytest.mark.needs_timm
+@pytest.mark.parametrize("amount", [0.5, 1.0, 1])
+@pytest.mark.parametrize("name", TIMM)
+def test_mlps_of_timm(name: str, amount: float) -> None:
+    make, given = timm_mlps()[name]
+    found = assert_contract(
+        Behind(make()), given, kinds=["neurons"], amounts=[amount], example_inputs=True
+    )
+    assert len(found.layers) == 1
+
+
+@pytest.mark.needs_timm
+def test_norms_over_hidden_neurons_are_refused() -> None:
+    from timm import layers
+    from timm.models.mlp_mixer import SpatialGatingUnit
+
+    normed = {
+        "norm (LayerNorm)": [
+            layers.Mlp(8, 6, norm_layer=nn.LayerNorm),
+            layers.GluMlp(8, 12, norm_layer=nn.LayerNorm),
+            layers.SwiGLU(8, 6, norm_layer=nn.LayerNorm),
+        ],
+        "norm (LayerNorm2d)": [layers.ConvMlp(8, 6, norm_layer=layers.LayerNorm2d)],
+        "grn (GlobalResponseNorm)": [
+            layers.GlobalResponseNormMlp(8, 6),
+            layers.GlobalResponseNormMlp(8, 6, use_conv=True),
+        ],
+        "gate.norm (LayerNorm)": [
+            layers.GatedMlp(8, 12, gate_layer=partial(SpatialGatingUnit, seq_len=4))
+        ],
+    }
+    for norm, modules in normed.items():
+        for module in modules:
+            with pytest.raises(ValueError, match="No groups for 1 module") as raised:
+                torch_rsst.find_groups(module, "neurons", on_unsupported="raise")
+            assert f"its {norm} may join its hidden neurons" in str(raised.value)

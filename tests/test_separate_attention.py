@@ -1,0 +1,108 @@
+"""Attention with separate queries, keys and values, and fused 1×1 convolutions, known by structure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import assert_contract
+from torch import nn
+
+import torch_rsst
+
+
+class Separate(nn.Module):
+    """As people write it: its width is told by its layers."""
+
+    def __init__(self, heads: int = 3, kv_heads: int = 3, norm: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.inner_dim = heads, kv_heads, 4 * heads
+        self.to_q = nn.Linear(8, 4 * heads, bias=False)
+        self.to_k, self.to_v = nn.Linear(8, 4 * kv_heads), nn.Linear(8, 4 * kv_heads)
+        self.k_norm = nn.LayerNorm(4)
+        self.norm = nn.LayerNorm(4 * heads) if norm else nn.Identity()
+        self.to_out = nn.Sequential(nn.Linear(4 * heads, 8), nn.Dropout(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q = self.to_q(x).view(batch, tokens, self.num_heads, 4).transpose(1, 2)
+        k, v = (
+            layer(x).view(batch, tokens, self.num_kv_heads, 4).transpose(1, 2)
+            for layer in (self.to_k, self.to_v)
+        )
+        each = self.num_heads // self.num_kv_heads
+        k, v = (part.repeat_interleave(each, dim=1) for part in (self.k_norm(k), v))
+        weights = (q @ k.mT).softmax(-1)
+        return self.to_out(
+            self.norm((weights @ v).transpose(1, 2).reshape(batch, tokens, self.inner_dim))
+        )
+
+
+class FixedWidth(nn.Module):
+    """Its output is as wide as its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.q, self.kv, self.proj = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        q = self.q(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        k, v = self.kv(x).view(batch, tokens, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        context = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2)
+        return self.proj(context.reshape(batch, tokens, width))
+
+
+class OnMaps(nn.Module):
+    """A fused projection by a 1×1 convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 3
+        self.qkv, self.proj = nn.Conv2d(8, 36, 1), nn.Conv2d(12, 8, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        out = v @ (q.mT @ k).softmax(-1).mT
+        return self.proj(out.flatten(1, 2).unflatten(-1, x.shape[2:]))
+
+
+@pytest.mark.parametrize("amount", [1, 1.0])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 3)])
+def test_separate_projections(heads: int, kv_heads: int, amount: float) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Separate(heads, kv_heads))
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[amount]).layers
+    assert layer.units == kv_heads
+    assert layer.family == "SeparateAttention"
+
+
+def test_numbers_follow() -> None:
+    model = Separate(6, 3)
+    groups = torch_rsst.find_groups(model, "heads")
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=1))
+    small = torch_rsst.compact(model, groups)
+    assert (small.num_heads, small.num_kv_heads, small.inner_dim) == (4, 2, 16)
+
+
+def test_a_forward_that_fixes_the_width_is_masked_only() -> None:
+    (layer,) = torch_rsst.find_groups(FixedWidth(), "heads").layers
+    assert layer.units == 2
+    assert layer.fixed.startswith(
+        "its forward fixes how many it has (RuntimeError: shape '[2, 4, 8]'"
+    )
+
+
+def test_a_norm_over_all_heads_is_refused() -> None:
+    reason = "its norm (LayerNorm) spans heads or is not known to this adapter"
+    with pytest.raises(ValueError, match="got none") as caught:
+        torch_rsst.find_groups(Separate(norm=True), "heads", on_unsupported="ignore")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("amount", [1, 1.0])
+def test_convolutions(amount: float) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), OnMaps(), nn.Conv2d(8, 2, 1))
+    inputs = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    found = assert_contract(model, inputs, kinds=["heads"], amounts=[amount])
+    assert found.layers[0].family == "FusedAttention"

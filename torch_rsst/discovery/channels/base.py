@@ -1,0 +1,47 @@
+"""The contract of adapters that look at a whole model at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from torch_rsst.discovery.adapter import Adapter, Unsupported
+from torch_rsst.groups import GroupLayer
+
+Place = tuple[str, int]
+"""The dense name of a parameter and one of its dimensions."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found in a model: layers that have been checked, and what cannot be offered."""
+
+    layers: tuple[GroupLayer, ...] = ()
+    refused: tuple[Unsupported, ...] = ()
+
+
+class WholeModelAdapter(Adapter):
+    """Knows units that spread over a model. It is asked once, after all adapters of single modules.
+
+    It checks by itself what it finds: units that are zeroed must make the same output as units that
+    are cut.
+    """
+
+    whole_model: ClassVar[bool] = True
+
+    def find(self, module: nn.Module) -> None:
+        """No single module holds such units."""
+        return
+
+    def survey(self, model: nn.Module, example_inputs: Any, taken: Collection[Place]) -> Survey:
+        """All units of a model, which is left as it was.
+
+        Args:
+            model: without wrappers around it.
+            example_inputs: that it runs on, or None: to be guessed.
+            taken: what units of other kinds hold; left to these.
+        """
+        raise NotImplementedError

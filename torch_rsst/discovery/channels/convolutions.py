@@ -1,0 +1,145 @@
+"""Channels of convolutions, wherever they lead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map
+
+from torch_rsst.discovery.adapter import Unsupported
+from torch_rsst.discovery.channels.base import Place, Survey, WholeModelAdapter
+from torch_rsst.discovery.channels.layers import layers_of
+from torch_rsst.discovery.channels.ledger import Ledger
+from torch_rsst.discovery.channels.tracer import follow
+from torch_rsst.discovery.channels.verify import Trials
+from torch_rsst.discovery.examples import small_guesses
+from torch_rsst.discovery.probe import run_on
+from torch_rsst.discovery.trial import one_line, randomized
+
+KIND = "channels"
+
+
+class ConvolutionChannels(WholeModelAdapter):
+    """Follows each channel through one run of the model, then checks all that it found at once.
+
+    A unit is a channel with everything that it touches: rows of the convolutions that put it out
+    (several, where they are added), norms, gates, columns of all layers that take it in; a whole group
+    of a grouped convolution; as many as are split or reshaped evenly. Channels that reach an output, a
+    norm over channels or an attention, or whatever else is not known to keep them apart, stay.
+    """
+
+    kind = KIND
+    least = 1
+
+    def survey(self, model: nn.Module, example_inputs: Any, taken: Collection[Place]) -> Survey:
+        """See :class:`torch_rsst.discovery.channels.base.WholeModelAdapter`."""
+        convolutions = [m for m in model.modules() if isinstance(m, _ConvNd)]
+        if not any(not _is_patch_embedding(m) for m in convolutions):
+            return Survey()
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return _refused(
+                convolutions, "its weights are on the meta device, so that it cannot be run"
+            )
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=devices):
+            traced = _traced(model, example_inputs)
+            if isinstance(traced, str):
+                return _refused(convolutions, f"it cannot be run ({traced}); pass example_inputs")
+            ledger, trials = traced
+            layers, refused = layers_of(ledger, type(self).__name__, taken)
+            exact = trials.exact(layers)
+        return Survey(tuple(exact), (*refused, *trials.refused))
+
+
+def _is_patch_embedding(convolution: _ConvNd) -> bool:
+    """Whether it cuts its input into patches, as vision transformers begin."""
+    size = convolution.kernel_size
+    return convolution.stride == size and max(size) > 1
+
+
+def _refused(convolutions: list[_ConvNd], reason: str) -> Survey:
+    """Said of the whole model, where there would be channels."""
+    return Survey(refused=(Unsupported(reason, "", KIND),) if len(convolutions) > 1 else ())
+
+
+def _traced(model: nn.Module, example_inputs: Any) -> tuple[Ledger, Trials] | str:
+    """What a run shows, and a copy of the model to make trials on; or why it does not run."""
+    error = "no example fits it"
+    for copy in _copies(model):
+        for example in (example_inputs,) if example_inputs is not None else small_guesses(model):
+            ledger, given = Ledger(), _like(example, copy)
+            run = _Run(copy, given)
+            try:
+                follow(copy, ledger, (run.training, run.evaluating))
+            except Exception as failure:
+                error = one_line(failure)
+            else:
+                return ledger, Trials(copy, run.call, run.trains)
+    return error
+
+
+def _copies(model: nn.Module) -> Iterator[nn.Module]:
+    """Dense ones with random weights, in double precision if that runs."""
+    copy = randomized(model)
+    if any(p.device.type not in ("cpu", "cuda") for p in model.parameters()):
+        yield copy
+        return
+    yield copy.double()
+    yield copy.float()
+
+
+def _like(example: Any, model: nn.Module) -> Any:
+    """Example inputs, copied, in the precision of a model."""
+    parameter = next(model.parameters())
+
+    def converted(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (
+            value.detach().clone().to(parameter.dtype if value.is_floating_point() else value.dtype)
+        )
+
+    return tree_map(converted, example)
+
+
+class _Run:
+    """Runs of a model on the same inputs, in both modes."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model = model
+        self.example = example
+        self.trains = False
+
+    def call(self, model: nn.Module) -> Any:
+        """The outputs of a model for copies of the inputs."""
+        copied = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, self.example)
+        return run_on(model, copied)
+
+    def training(self) -> Any:
+        """In training mode, where parts of the model may run that do not otherwise; if it can.
+
+        The statistics of batch norms become those of this run, so that no channel drowns.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, _NormBase)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        try:
+            out = self.call(self.model.train())
+            self.trains = True
+            return out
+        except Exception:
+            return None
+        finally:
+            self.model.eval()
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    def evaluating(self) -> Any:
+        """In eval mode."""
+        return self.call(self.model.eval())

@@ -1,0 +1,177 @@
+"""Rules of operators that hold parameters: convolutions, products with weights, norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from torch_rsst.discovery.channels.labels import varying, vector
+from torch_rsst.discovery.channels.walk import INPUT, UNNAMED, Arguments, Walk, rule
+
+KERNEL = "they are positions of a kernel"
+WHOLE = "whole groups of a grouped convolution go"
+MIXED = "they meet in a product of activations, as those of an attention do"
+
+
+def _takes(walk: Walk, fed: Tensor | None, columns: Tensor | None) -> None:
+    walk.meet(fed, columns, INPUT if fed is None else UNNAMED)
+    if columns is not None:
+        walk.ledger.takes.add(int(columns[0]))
+
+
+def _gives(walk: Walk, rows: Tensor | None, bias: Tensor | None, convolves: bool) -> None:
+    if rows is not None:
+        walk.ledger.gives.add(int(rows[0]))
+        if convolves:
+            walk.ledger.convolves.add(int(rows[0]))
+    if bias is not None:
+        walk.meet(rows, walk.along(bias, 0, UNNAMED), UNNAMED)
+
+
+@rule("convolution")
+def convolution(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """Columns take in the channels of the input, rows put out those of the output."""
+    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+    groups, transposed = arguments["groups"], arguments["transposed"]
+    fed = walk.along(x, 1, "a convolution mixes them as positions")
+    by_dim: dict[tuple[int, ...], Tensor] = {}
+    for field in walk.labels(weight).fields:
+        if varying(field) in ((0,), (1,)):
+            by_dim[varying(field)] = field.flatten()
+        else:
+            walk.freeze([field], KERNEL)
+    first, second = by_dim.get((0,)), by_dim.get((1,))
+    if groups == 1:
+        columns, rows = (first, second) if transposed else (second, first)
+        _takes(walk, fed, columns)
+        _gives(walk, rows, bias, convolves=True)
+        walk.emit(out, rows, 1)
+        return
+    if second is not None:
+        walk.freeze([second], WHOLE)
+    put_out = _in_groups(walk, fed, first, groups, out.shape[1])
+    if first is not None:
+        walk.ledger.gives.add(int(first[0]))
+        walk.ledger.convolves.add(int(first[0]))
+    if bias is not None:
+        walk.meet(put_out, walk.along(bias, 0, UNNAMED), UNNAMED)
+    walk.emit(out, put_out, 1)
+
+
+def _in_groups(
+    walk: Walk, fed: Tensor | None, first: Tensor | None, groups: int, width: int
+) -> Tensor | None:
+    """Tie what lies in one group of a convolution; returns the labels of its outputs."""
+    if first is None:
+        # A filter that is made on the spot: what it is made of follows the input, or cannot run.
+        if fed is None or fed.numel() == groups == width:
+            return fed
+        walk.freeze([fed], WHOLE)
+        return None
+    if fed is None:
+        walk.freeze([first], INPUT)
+        return None
+    blocks = first.reshape(groups, -1)
+    walk.ledger.tie(blocks[:, 1:], blocks[:, :1], WHOLE)
+    walk.ledger.tie(fed.reshape(groups, -1), blocks[:, :1], WHOLE)
+    return first if first.numel() == width else blocks[:, 0].repeat_interleave(width // groups)
+
+
+@rule("mm", "bmm")
+def product(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """A product of matrices, one of which is made of parameters."""
+    two = arguments["mat2"]
+    contract(walk, arguments["self"], two, two.ndim - 2, two.ndim - 1, None, out)
+
+
+@rule("addmm")
+def linear_layer(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """A linear layer with a bias: the weight comes transposed."""
+    contract(walk, arguments["mat1"], arguments["mat2"], 0, 1, arguments["self"], out)
+
+
+@rule("linear")
+def linear(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """A linear layer that was not taken apart."""
+    contract(walk, arguments["input"], arguments["weight"], 1, 0, arguments["bias"], out)
+
+
+def contract(
+    walk: Walk, x: Tensor, y: Tensor, inner: int, outer: int, bias: Tensor | None, out: Tensor
+) -> None:
+    """The last dimension of ``x`` and ``inner`` of ``y`` are summed over; ``outer`` becomes the last."""
+    known = walk.labels(x), walk.labels(y)
+    if known[0].weight == known[1].weight:
+        walk.freeze([*known[0].fields, *known[1].fields], MIXED)
+        walk.put(out, [])
+        return
+    at = {(0, x.ndim - 1): "inner", (1, inner): "inner", (1, outer): "outer"}
+    inners: list[Tensor | None] = [None, None]
+    kept: list[Tensor] = []
+    for which, labels in enumerate(known):
+        for field in labels.fields:
+            dims = varying(field)
+            role = at.get((which, dims[0])) if len(dims) == 1 else None
+            if role == "inner":
+                inners[which] = field.flatten()
+            elif role == "outer":
+                kept.append(vector(field.flatten(), out.ndim, out.ndim - 1))
+            elif which == 0 and x.ndim - 1 not in dims and x.ndim == out.ndim:
+                kept.append(field)
+            else:
+                walk.freeze([field], "a product of matrices joins them")
+    weight = 0 if known[0].weight else 1
+    _takes(walk, inners[1 - weight], inners[weight])
+    of_weight = walk.labels((x, y)[weight]).fields
+    rows = [f for f in kept if any(int(f.flatten()[0]) == int(g.flatten()[0]) for g in of_weight)]
+    _gives(walk, rows[0].flatten() if rows else None, None, convolves=False)
+    if bias is not None:
+        laid = walk.along(bias, bias.ndim - 1, UNNAMED)
+        last = [f for f in kept if varying(f) == (out.ndim - 1,)]
+        walk.meet(last[0].flatten() if last else None, laid, UNNAMED)
+    walk.put(out, kept)
+
+
+@rule(
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+)
+def batch_norm(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """Each channel has its own scale, shift and statistics."""
+    x = arguments["input"]
+    fed = walk.along(x, 1, "they are normalized together")
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        if (own := arguments.get(key)) is not None:
+            walk.meet(fed, walk.along(own, 0, UNNAMED), INPUT if fed is None else UNNAMED)
+    walk.emit(out[0], fed, 1)
+    if walk.labels(x).weight:
+        walk.put(out[0], walk.labels(out[0]).fields, weight=True)
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
+def layer_norm(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """What is normalized together cannot be told apart."""
+    joined = "they are joined by RMSNorm" if "rms" in name else "they are joined by LayerNorm"
+    x = arguments["input"]
+    normalized = set(range(x.ndim - len(arguments["normalized_shape"]), x.ndim))
+    fields = walk.labels(x).fields
+    walk.freeze([f for f in fields if normalized & set(varying(f))], joined)
+    for key in ("weight", "bias"):
+        if (own := arguments.get(key)) is not None:
+            walk.freeze(walk.labels(own).fields, joined)
+    walk.put(out if isinstance(out, Tensor) else out[0], fields)
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """Channels of one group are normalized together."""
+    walk.put(out if isinstance(out, Tensor) else out[0], walk.labels(arguments["input"]).fields)
+    for key in ("input", "weight", "bias"):
+        if (own := arguments.get(key)) is not None:
+            walk.freeze(walk.labels(own).fields, "they are joined by GroupNorm")

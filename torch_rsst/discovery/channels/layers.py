@@ -1,0 +1,143 @@
+"""Layers of channels from what stands or falls together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_rsst.discovery.adapter import Unsupported
+from torch_rsst.discovery.channels.base import Place
+from torch_rsst.discovery.channels.ledger import Axis, Ledger
+from torch_rsst.discovery.channels.walk import SILENT_REASONS, TOGETHER
+from torch_rsst.groups import NO_UNIT, GroupLayer, Member
+
+Signature = tuple[tuple[int, int], ...]
+"""Which axes a unit has entries on, by their place in the ledger, and how many."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """The connected parts of a ledger.
+
+    Attributes:
+        ledger: whose parts they are.
+        roots: of every atom.
+        frozen: root → why the part can never go.
+        producing: roots of the parts that a convolution puts out.
+    """
+
+    ledger: Ledger
+    roots: Tensor
+    frozen: Mapping[int, str]
+    producing: frozenset[int]
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> _Parts:
+        roots = ledger.roots()
+        producing = {r for axis in _convolutions(ledger) for r in _on(axis, roots).tolist()}
+        return cls(ledger, roots, ledger.why_frozen(roots), frozenset(producing))
+
+    def signatures(self) -> dict[int, Signature]:
+        """Root → signature of every part that may go."""
+        may_go = torch.zeros(self.ledger.atoms, dtype=torch.bool)
+        may_go[list(self.producing - self.frozen.keys())] = True
+        found: dict[int, list[tuple[int, int]]] = {}
+        for number, axis in enumerate(self.ledger.axes):
+            roots = _on(axis, self.roots)
+            for root, count in Counter(roots[may_go[roots]].tolist()).items():
+                found.setdefault(root, []).append((number, count))
+        return {root: tuple(signature) for root, signature in found.items()}
+
+
+def layers_of(
+    ledger: Ledger, family: str, taken: Collection[Place]
+) -> tuple[list[GroupLayer], list[Unsupported]]:
+    """The layers of channels in a ledger, and which cannot be offered.
+
+    Units with entries on the same axes make a layer, named after a convolution that puts them out.
+
+    Args:
+        ledger: of a traced model.
+        family: of the layers.
+        taken: places of other units; parts that reach one are left out.
+    """
+    parts = _Parts.of(ledger)
+    by_signature: dict[Signature, list[int]] = {}
+    for root, signature in parts.signatures().items():
+        axes = [ledger.axes[number] for number, _ in signature]
+        if any((axis.tensor, axis.dim) in taken for axis in axes):
+            continue
+        if any(axis.start in ledger.takes for axis in axes):
+            by_signature.setdefault(signature, []).append(root)
+    layers: dict[str, tuple[set[int], list[int]]] = {}
+    for signature, roots in by_signature.items():
+        name = _free_name(parts, signature, layers)
+        numbers, units = layers.setdefault(name, (set(), []))
+        numbers.update(number for number, _ in signature)
+        units.extend(roots)
+    found, refused = [], list(_refusals(parts))
+    for name, (numbers, units) in layers.items():
+        if len(units) > 1:
+            axes = [ledger.axes[number] for number in sorted(numbers)]
+            found.append(_layer(parts, name, axes, units, family))
+        else:
+            refused.append(Unsupported(TOGETHER, name, "channels"))
+    return found, refused
+
+
+def _convolutions(ledger: Ledger) -> Iterator[Axis]:
+    return (axis for axis in ledger.axes if axis.start in ledger.convolves)
+
+
+def _on(axis: Axis, values: Tensor) -> Tensor:
+    return values[axis.start : axis.start + axis.size]
+
+
+def _module(axis: Axis) -> str:
+    return axis.tensor.rpartition(".")[0]
+
+
+def _free_name(parts: _Parts, signature: Signature, used: Collection[str]) -> str:
+    """A module that holds the units and names no layer yet: a convolution that puts them out first."""
+    ledger = parts.ledger
+    axes = [ledger.axes[number] for number, _ in signature]
+    axes.sort(key=lambda axis: (axis.start not in ledger.convolves, axis.start not in ledger.gives))
+    names = [_module(axis) for axis in axes]
+    return next((name for name in names if name not in used), names[0])
+
+
+def _layer(
+    parts: _Parts, name: str, axes: Sequence[Axis], roots: Sequence[int], family: str
+) -> GroupLayer:
+    ledger = parts.ledger
+    unit_of_root = torch.full((ledger.atoms,), NO_UNIT)
+    unit_of_root[torch.tensor(roots)] = torch.arange(len(roots))
+    members: list[Member] = []
+    buffers: list[Member] = []
+    for axis in axes:
+        consumes = axis.start in ledger.takes
+        ranked = consumes or axis.start in ledger.gives
+        unit_of = unit_of_root[_on(axis, parts.roots)]
+        member = Member(axis.tensor, axis.dim, unit_of, ranked, consumes)
+        (buffers if axis.buffer else members).append(member)
+    return GroupLayer(name, "channels", len(roots), tuple(members), tuple(buffers), family)
+
+
+def _refusals(parts: _Parts) -> Iterator[Unsupported]:
+    """One for each set of convolutions whose channels hang together and cannot go."""
+    told: set[int] = set()
+    for axis in _convolutions(parts.ledger):
+        roots = set(_on(axis, parts.roots).tolist())
+        reasons = _reasons(roots, parts.frozen)
+        if reasons and not roots & told:
+            yield Unsupported(reasons[0], _module(axis), "channels")
+        told |= roots
+
+
+def _reasons(roots: Iterable[int], frozen: Mapping[int, str]) -> list[str]:
+    found = dict.fromkeys(frozen[root] for root in sorted(roots) if root in frozen)
+    return [reason for reason in found if reason not in SILENT_REASONS]

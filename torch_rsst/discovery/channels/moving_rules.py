@@ -1,0 +1,243 @@
+"""Rules of operators that move entries: labels are moved along."""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_rsst.discovery.channels.entry_rules import Operand, meet
+from torch_rsst.discovery.channels.labels import Labels, compressed, spread, varying, vector
+from torch_rsst.discovery.channels.ledger import NOBODY
+from torch_rsst.discovery.channels.walk import (
+    Arguments,
+    Walk,
+    rule,
+    tensors_in,
+    unknown,
+)
+
+UNEVEN = "they are split at a place that pruning would move"
+AT_ONCE = "they are split evenly"
+
+
+def _move(walk: Walk, arguments: Arguments, out: Any, moved: Sequence[Sequence[Tensor]]) -> None:
+    """Label outputs; ``moved`` has, per field of the source, what became of it in each output."""
+    known = walk.labels(arguments["self"])
+    for i, tensor in enumerate(tensors_in(out)):
+        fields = [_evened(walk, compressed(parts[i])) for parts in moved]
+        walk.put(tensor, fields, weight=known.weight, wild=known.wild)
+
+
+def _evened(walk: Walk, field: Tensor) -> Tensor:
+    """Channels dealt out to several dimensions: each leading index must keep as many as the others."""
+    for dim in varying(field)[:-1]:
+        walk.ledger.tie(field.narrow(dim, 0, 1), field, AT_ONCE)
+        field = field.narrow(dim, 0, 1)
+    return field
+
+
+def _fields(walk: Walk, arguments: Arguments) -> list[Tensor]:
+    x = arguments["self"]
+    return [spread(f, x.shape) for f in walk.labels(x).fields]
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy")
+def view(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """Entries in their order, in another shape."""
+    _move(walk, arguments, out, [[f.reshape(out.shape)] for f in _fields(walk, arguments)])
+
+
+@rule("permute", "transpose", "t", "numpy_T", "movedim")
+def permute(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """Dimensions in another order."""
+    if name == "permute":
+        moved = [f.permute(arguments["dims"]) for f in _fields(walk, arguments)]
+    elif name == "transpose":
+        dims = arguments["dim0"], arguments["dim1"]
+        moved = [f.transpose(*dims) for f in _fields(walk, arguments)]
+    elif name == "t":
+        moved = [f.t() for f in _fields(walk, arguments)]
+    else:
+        unknown(walk, name, arguments, out)
+        return
+    known = walk.labels(arguments["self"])
+    walk.put(out, map(compressed, moved), weight=known.weight, wild=known.wild)
+
+
+@rule("unsqueeze", "squeeze", "expand", "expand_as", "repeat")
+def resize(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """Dimensions of size 1 come, go or are repeated."""
+    if name == "unsqueeze":
+        moved = [[f.unsqueeze(arguments["dim"])] for f in _fields(walk, arguments)]
+    elif name == "squeeze":
+        moved = [[f.reshape(out.shape)] for f in _fields(walk, arguments)]
+    elif name == "repeat":
+        moved = [[f.repeat(arguments["repeats"])] for f in _fields(walk, arguments)]
+    else:
+        moved = [[f.expand(out.shape)] for f in _fields(walk, arguments)]
+    _move(walk, arguments, out, moved)
+
+
+@rule("slice", "narrow", "select", "unbind")
+def part(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """Some of the entries along one dimension. Channels go there only evenly from all such parts."""
+    x = arguments["self"]
+    dim = arguments.get("dim", 0) % x.ndim
+    fields = []
+    for field in _fields(walk, arguments):
+        if dim not in varying(compressed(field)):
+            field = field.narrow(dim, 0, 1)
+            fields.append(field.squeeze(dim) if name in ("select", "unbind") else field)
+        elif name in ("select", "unbind") or arguments.get("step", 1) not in (1, None):
+            walk.freeze([compressed(field)], UNEVEN)
+        else:
+            size = tensors_in(out)[0].shape[dim]
+            begin = arguments.get("start") or 0
+            begin = begin % x.shape[dim] if begin < 0 else begin
+            if _even(walk, field, dim, [size], begin):
+                fields.append(field.narrow(dim, begin, size))
+    known = walk.labels(x)
+    for tensor in tensors_in(out):
+        walk.put(tensor, map(compressed, fields), weight=known.weight, wild=known.wild)
+
+
+def _even(walk: Walk, field: Tensor, dim: int, sizes: Sequence[int], begin: int = 0) -> bool:
+    """Tie what lies at the same place of parts of one size; freeze channels cut up otherwise."""
+    size, total = max(sizes), field.shape[dim]
+    if size == total:
+        return True
+    if size == 0:
+        return False
+    if len(set(sizes)) > 1 or total % size or begin % size:
+        walk.freeze([compressed(field)], UNEVEN)
+        return False
+    parts = compressed(field).unflatten(dim, (-1, size))
+    walk.ledger.tie(parts.narrow(dim, 0, 1), parts, AT_ONCE)
+    return True
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
+def split(walk: Walk, name: str, arguments: Arguments, out: Sequence[Tensor]) -> None:
+    """Consecutive parts."""
+    x = arguments["self"]
+    dim = arguments.get("dim", 0) % x.ndim
+    sizes = [tensor.shape[dim] for tensor in out]
+    known = walk.labels(x)
+    parts: list[list[Tensor]] = [[] for _ in out]
+    for field in _fields(walk, arguments):
+        if dim not in varying(compressed(field)):
+            pieces: Sequence[Tensor] = [compressed(field)] * len(out)
+        elif _even(walk, field, dim, sizes):
+            pieces = [compressed(piece) for piece in field.split(sizes, dim)]
+        else:
+            continue
+        for fields, piece in zip(parts, pieces, strict=True):
+            fields.append(piece)
+    for tensor, fields in zip(out, parts, strict=True):
+        walk.put(tensor, fields, weight=known.weight, wild=known.wild)
+
+
+@rule("glu")
+def gated(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """One half multiplied by a gate made of the other."""
+    x = arguments["self"]
+    dim = arguments["dim"] % x.ndim
+    size = out.shape[dim]
+    fields = []
+    for field in _fields(walk, arguments):
+        if dim not in varying(compressed(field)) or _even(walk, field, dim, [size]):
+            fields.append(compressed(field.narrow(dim, 0, size)))
+    walk.put(out, fields)
+
+
+@rule("flip")
+def flip(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """The order of entries reversed."""
+    _move(walk, arguments, out, [[f.flip(arguments["dims"])] for f in _fields(walk, arguments)])
+
+
+@rule("roll", "index_select", "index", "constant_pad_nd", "pad")
+def pick(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """Entries picked by position: channels elsewhere stay where they are."""
+    x = arguments["self"]
+    touched = _picked(name, arguments, x.ndim)
+    fields = []
+    for field in map(compressed, _fields(walk, arguments)):
+        if out.ndim == x.ndim and touched is not None and not touched & set(varying(field)):
+            fields.append(field)
+        elif name == "constant_pad_nd" and len(varying(field)) == 1:
+            dim = varying(field)[0]
+            pads = arguments["pad"]
+            before, after = pads[2 * (x.ndim - 1 - dim)], pads[2 * (x.ndim - 1 - dim) + 1]
+            flat = torch.nn.functional.pad(field.flatten(), (before, after), value=NOBODY)
+            fields.append(vector(flat, x.ndim, dim))
+        else:
+            walk.freeze([field], UNEVEN)
+    known = walk.labels(x)
+    walk.put(out, fields, weight=known.weight, wild=known.wild)
+
+
+def _picked(name: str, arguments: Arguments, ndim: int) -> set[int] | None:
+    """The dimensions along which entries are picked."""
+    if name == "index_select":
+        return {arguments["dim"] % ndim}
+    if name == "index":
+        return {d for d, index in enumerate(arguments["indices"]) if index is not None}
+    if name == "roll":
+        return {d % ndim for d in arguments.get("dims") or ()} or None
+    pads = arguments["pad"]
+    return {ndim - 1 - i // 2 for i, size in enumerate(pads) if size}
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """Channels become positions, a whole block of them at once."""
+    x, factor = arguments["self"], arguments["upscale_factor"]
+    fed = walk.along(x, x.ndim - 3, UNEVEN)
+    if fed is not None:
+        blocks = fed.reshape(-1, factor * factor)
+        walk.ledger.tie(blocks[:, :1], blocks, AT_ONCE)
+        fed = blocks[:, 0]
+    walk.emit(out, fed, out.ndim - 3)
+
+
+@rule("cat", "concat")
+def concatenate(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """Channels one after the other; along any other dimension they stand or fall together."""
+    tensors = [t for t in arguments["tensors"] if t.numel() or t.ndim == out.ndim]
+    dim = arguments.get("dim", 0) % out.ndim
+    known = [walk.labels(t) for t in tensors]
+    if any(dim in varying(f) for labels in known for f in labels.fields):
+        parts = []
+        for tensor in tensors:
+            found = walk.along(tensor, dim, "they are concatenated as positions")
+            size = tensor.shape[dim]
+            parts.append(torch.full((size,), NOBODY) if found is None else found)
+        fields = [vector(torch.cat(parts), out.ndim, dim)]
+    else:
+        shapes = [tuple(1 if d == dim else s for d, s in enumerate(t.shape)) for t in tensors]
+        fields = meet(walk, [Operand(k, s) for k, s in zip(known, shapes, strict=True)], out.ndim)
+    _put_together(walk, known, out, fields)
+
+
+@rule("stack")
+def stack(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """Tensors along a new dimension: their channels stand or fall together."""
+    dim = arguments.get("dim", 0) % out.ndim
+    known = [walk.labels(t) for t in arguments["tensors"]]
+    shape = tuple(1 if d == dim else s for d, s in enumerate(out.shape))
+    operands = [
+        Operand(Labels(tuple(f.unsqueeze(dim) for f in k.fields), k.weight, k.wild), shape)
+        for k in known
+    ]
+    _put_together(walk, known, out, meet(walk, operands, out.ndim))
+
+
+def _put_together(walk: Walk, known: Sequence[Labels], out: Tensor, fields: list[Tensor]) -> None:
+    weight, wild = all(k.weight for k in known), all(k.wild for k in known)
+    walk.put(out, fields, weight=weight, wild=wild)

@@ -1,0 +1,74 @@
+"""Follow the channels of a model through one run of it."""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_rsst.discovery.channels import entry_rules, layer_rules, moving_rules
+from torch_rsst.discovery.channels.ledger import Ledger
+from torch_rsst.discovery.channels.walk import OUTPUT, RULES, Walk, tensors_in, unknown
+from torch_rsst.masks import without_wrappers
+
+RULE_FILES = (entry_rules, layer_rules, moving_rules)
+"""Imported for the rules that they register."""
+
+
+class _Follow(TorchDispatchMode):
+    """Applies the rule of every operator that runs."""
+
+    def __init__(self, walk: Walk) -> None:
+        super().__init__()
+        self.walk = walk
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        namespace, _, name = func._schema.name.partition("::")
+        arguments = {
+            argument.name: value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+        }
+        arguments.update(kwargs)
+        apply = RULES.get(name) or RULES.get(name.removesuffix("_"))
+        if namespace != "aten" or apply is None:
+            apply = unknown
+        apply(self.walk, name.removesuffix("_"), _with_defaults(func, arguments), out)
+        return out
+
+
+def _with_defaults(func: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    for argument in func._schema.arguments:
+        if argument.name not in arguments and argument.has_default_value():
+            arguments[argument.name] = argument.default_value
+    return arguments
+
+
+def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) -> None:
+    """Run a model and write down which entries of its parameters and buffers belong to a channel.
+
+    Args:
+        model: dense.
+        ledger: to write to; the parameters and buffers of the model are entered first.
+        runs: call the model. What one of them raises is raised here, after what it has done.
+    """
+    walk = Walk(ledger)
+    for name, parameter in model.named_parameters():
+        fields = ledger.enter(without_wrappers(name), parameter, buffer=False)
+        walk.put(parameter, fields, weight=True)
+    for name, buffer in model.named_buffers():
+        fields = ledger.enter(without_wrappers(name), buffer, buffer=True)
+        walk.put(buffer, fields, weight=True)
+    for run in runs:
+        with torch.no_grad(), _Follow(walk):
+            out = run()
+        for tensor in tensors_in([out]):
+            walk.freeze(walk.labels(tensor).fields, OUTPUT)

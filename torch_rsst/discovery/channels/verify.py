@@ -1,0 +1,141 @@
+"""Check layers of channels all at once: on a copy, units that are zeroed must equal units that are cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.discovery.adapter import Unsupported
+from torch_rsst.discovery.trial import agree, choices, one_line, silence, tensors_of
+from torch_rsst.groups import GroupLayer
+from torch_rsst.surgery import Removal, cut
+
+DIFFERS = "its output without some of its channels differs"
+MOST_TRIALS = 64
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial failed, and the path of the module that raised, None where the outputs differ."""
+
+    reason: str
+    place: str | None = None
+
+
+@dataclass
+class Trials:
+    """Trials on a model; few, as each runs it several times.
+
+    Attributes:
+        whole: a dense copy with random weights, in eval mode.
+        run: calls a model with the example inputs.
+        trains: whether the model also runs in training mode.
+        refused: what cannot be cut, and why.
+    """
+
+    whole: nn.Module
+    run: Callable[[nn.Module], Any]
+    trains: bool
+    refused: list[Unsupported] = field(default_factory=list)
+    _made: int = 0
+
+    def exact(self, layers: Sequence[GroupLayer]) -> list[GroupLayer]:
+        """Those of the layers that can all be cut exactly; notes why the others cannot.
+
+        All at once where that is exact; otherwise the culprits are searched where it failed.
+        """
+        if not layers or (failure := self._failure(layers)) is None:
+            return list(layers)
+        if len(layers) == 1 or self._made >= MOST_TRIALS:
+            return self._refuse(layers, failure)
+        suspects, others = _divided(layers, failure)
+        parts = [self.exact(suspects), self.exact(others)]
+        found = [layer for layer in layers if any(layer in part for part in parts)]
+        if all(parts) and (failure := self._failure(found)) is not None:
+            return self._refuse(found, failure)
+        return found
+
+    def _refuse(self, layers: Sequence[GroupLayer], failure: Failure) -> list[GroupLayer]:
+        self.refused += [Unsupported(failure.reason, layer.name, layer.kind) for layer in layers]
+        return []
+
+    def _failure(self, layers: Sequence[GroupLayer]) -> Failure | None:
+        """Why the layers cannot be cut exactly, or None where they can."""
+        self._made += 1
+        for trains, removals in zip((self.trains, False), _removals(layers), strict=True):
+            small = copy.deepcopy(self.whole)
+            entered: list[str] = []
+            try:
+                cut(small, removals)
+                with _noting(small, entered):
+                    got = self._outputs(small)
+                    if trains:
+                        self._outputs(small.train())
+            except Exception as error:
+                reason = f"its forward fixes how many it has ({one_line(error)})"
+                return Failure(reason, entered[-1] if entered else "")
+            del small
+            masked = copy.deepcopy(self.whole)
+            silence(masked, removals)
+            if not agree(self._outputs(masked), got, self._tolerance()):
+                return Failure(DIFFERS)
+        return None
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            return tensors_of(self.run(model))
+
+    def _tolerance(self) -> float:
+        double = all(p.dtype != torch.float32 for p in self.whole.parameters())
+        return 1e-8 if double else 1e-4
+
+
+@contextmanager
+def _noting(model: nn.Module, entered: list[str]) -> Iterator[None]:
+    """Keep the paths of the modules that are running in a list, the innermost last."""
+
+    def enter(path: str, *_: object) -> None:
+        entered.append(path)
+
+    def leave(*_: object) -> None:
+        entered.pop()
+
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(enter, path)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _divided(
+    layers: Sequence[GroupLayer], failure: Failure
+) -> tuple[Sequence[GroupLayer], Sequence[GroupLayer]]:
+    """Layers that may have made a trial fail, and others; both are fewer."""
+    if failure.place:
+        inside = f"{failure.place}."
+        suspects = [
+            layer
+            for layer in layers
+            if any(m.parameter.startswith(inside) for m in (*layer.members, *layer.buffers))
+        ]
+        if 0 < len(suspects) < len(layers):
+            return suspects, [layer for layer in layers if layer not in suspects]
+    half = len(layers) // 2
+    return layers[:half], layers[half:]
+
+
+def _removals(layers: Sequence[GroupLayer]) -> Iterator[list[Removal]]:
+    """Half of the units of every layer, then all but one of every layer."""
+    for which in (0, -1):
+        yield [Removal(layer, list(choices(layer.units, least=1))[which]) for layer in layers]

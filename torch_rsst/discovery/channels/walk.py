@@ -1,0 +1,118 @@
+"""What rules work with: the labels of the tensors at hand, and the ledger they write to."""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from torch_rsst.discovery.channels.labels import Labels, compressed, varying, vector
+from torch_rsst.discovery.channels.ledger import Ledger
+
+UNLABELED = Labels()
+OUTPUT = "they are outputs of the model"
+INPUT = "they meet the model's input"
+UNNAMED = "they meet entries that are no channels"
+TOGETHER = "they hang together, so that only all of them could go"
+SILENT_REASONS = (OUTPUT, INPUT)
+"""Reasons that need no report: there is nothing to prune."""
+
+
+@dataclass
+class Walk:
+    """The state of a run whose channels are followed."""
+
+    ledger: Ledger
+    _labels: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+    def labels(self, tensor: Tensor) -> Labels:
+        """What is known of a tensor."""
+        found: Labels = self._labels.get(tensor, UNLABELED)
+        return found
+
+    def put(
+        self, tensor: Any, fields: Iterable[Tensor], *, weight: bool = False, wild: bool = False
+    ) -> None:
+        """Say what a tensor that an operator made is labeled with."""
+        if isinstance(tensor, Tensor):
+            fields = list(fields)
+            self.freeze([f for f in fields if not varying(f)], TOGETHER)
+            self._labels[tensor] = Labels(tuple(f for f in fields if varying(f)), weight, wild)
+
+    def freeze(self, fields: Iterable[Tensor], reason: str) -> None:
+        """No channel in these labels can go."""
+        for labels in fields:
+            self.ledger.freeze(labels, reason)
+
+    def along(self, tensor: Tensor, dim: int, reason: str) -> Tensor | None:
+        """The labels along one dimension, one-dimensional; all others of the tensor are frozen."""
+        dim %= max(1, tensor.ndim)
+        found = None
+        for labels in self.labels(tensor).fields:
+            if varying(labels) == (dim,) and found is None:
+                found = labels.flatten()
+            else:
+                self.ledger.freeze(labels, reason)
+        return found
+
+    def meet(self, one: Tensor | None, other: Tensor | None, reason: str) -> None:
+        """One-dimensional labels that stand or fall together; frozen where one side has none."""
+        if one is not None and other is not None:
+            self.ledger.tie(one, other, reason)
+        elif one is not None or other is not None:
+            self.freeze([t for t in (one, other) if t is not None], reason)
+
+    def emit(self, out: Tensor, labels: Tensor | None, dim: int) -> None:
+        """An output whose channels lie along one dimension."""
+        self.put(out, [] if labels is None else [vector(labels, out.ndim, dim)])
+
+
+Arguments = Mapping[str, Any]
+Rule = Callable[[Walk, str, Arguments, Any], None]
+"""Takes the walk, the operator's name, its arguments by name, and its result."""
+
+RULES: dict[str, Rule] = {}
+"""Name of an operator, without overload and the mark of working in place → its rule."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators."""
+
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+def tensors_in(arguments: Any) -> list[Tensor]:
+    """All tensors among arguments or results."""
+    leaves = tree_leaves(dict(arguments) if isinstance(arguments, Mapping) else arguments)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def pass_on(walk: Walk, source: Tensor, out: Any, fields: Iterable[Tensor]) -> None:
+    """Label every output that has as many dimensions as its source."""
+    fields = [compressed(f) for f in fields]
+    known = walk.labels(source)
+    for tensor in tensors_in(out):
+        kept = fields if tensor.ndim == source.ndim else []
+        walk.put(tensor, kept, weight=known.weight, wild=known.wild)
+
+
+def unknown(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """What becomes of channels here is not known: all of them are frozen."""
+    labeled = False
+    for tensor in tensors_in(arguments):
+        fields = walk.labels(tensor).fields
+        labeled = labeled or bool(fields)
+        walk.freeze(fields, f"they go through {name.removeprefix('aten::')}, which may join them")
+    made_of_sizes = not labeled and all(walk.labels(t).wild for t in tensors_in(arguments))
+    for tensor in tensors_in(out):
+        walk.put(tensor, [], wild=made_of_sizes)

@@ -1,0 +1,55 @@
+"""Hidden neurons of gated MLPs: SwiGLU and its kin."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torch_rsst.discovery.adapter import Adapter, Unsupported
+from torch_rsst.discovery.projections import Projection, between, empty, members_of, projections
+from torch_rsst.groups import GroupLayer
+from torch_rsst.surgery import Removal
+
+
+class GatedMLP(Adapter):
+    """Recognized by structure: an output layer, and a gate and a value as wide as what it takes in.
+
+    Gate and value are two linear layers of the same shape, or the halves of one. A neuron owns its row
+    in both, its column of the output layer, and its biases. 1×1 convolutions do as well.
+    """
+
+    kind = "neurons"
+
+    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        layers = _layers(module)
+        if not layers or layers[-1].taken == 0:
+            return None
+        hidden = layers[-1].taken
+        unit = torch.arange(hidden)
+        others = between(module, layers, hidden, unit)
+        if others is None:
+            return None
+        if isinstance(others, str):
+            return Unsupported(f"its {others} may join its hidden neurons")
+        halves = unit.repeat(2) if len(layers) == 2 else unit
+        giving = [member for layer in layers[:-1] for member in members_of(layer, halves)]
+        taking = members_of(layers[-1], unit, takes=True)
+        return GroupLayer("", self.kind, hidden, (*giving, *others[0], *taking), tuple(others[1]))
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        layers = _layers(module)
+        return module if layers[-1].taken else empty(module, layers, packed=len(layers) == 2)
+
+
+def _layers(module: nn.Module) -> list[Projection]:
+    """The gate and the value, or the one that puts out both; then the output layer."""
+    layers = projections(module)
+    if not layers or len({layer.is_linear for layer in layers}) > 1:
+        return []
+    *giving, last = layers
+    if len(giving) == 1:
+        return layers if giving[0].given == 2 * last.taken else []
+    same = len({(layer.taken, layer.given) for layer in giving}) == 1
+    return layers if same and giving[0].given == last.taken else []

@@ -1,0 +1,212 @@
+"""Adapters written as a list: which tensors of an attention are dealt out to its heads, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.discovery.adapter import Adapter, Unsupported
+from torch_rsst.discovery.become import become
+from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.groups import GroupLayer, Member, head_rows
+from torch_rsst.masks import named_weights
+from torch_rsst.surgery import Removal, module_at, named_buffers
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor's part in the heads of an attention.
+
+    Attributes:
+        name: its dense name within the attention; a tensor that is not there takes no part.
+        dim: the dimension that is dealt out to heads.
+        stacked: how many projections, each split into heads, lie one after the other along ``dim``.
+        ranked: see :class:`torch_rsst.groups.Member`.
+        consumes: see :class:`torch_rsst.groups.Member`.
+        interleaved: whether neighbors belong to different heads: the head counts fastest.
+    """
+
+    name: str
+    dim: int = 0
+    stacked: int = 1
+    ranked: bool = False
+    consumes: bool = False
+    interleaved: bool = False
+
+    def member(self, size: int, heads: int) -> Member:
+        """The part as a member, for a tensor that has ``size`` entries along ``dim``.
+
+        Raises:
+            ValueError: where they cannot be dealt out evenly.
+        """
+        if size % (heads * self.stacked):
+            raise ValueError(
+                f"its {self.name} has {size} entries, which {heads} heads do not share evenly"
+            )
+        unit_of = (
+            torch.arange(heads).repeat(size // heads)
+            if self.interleaved
+            else head_rows(size, heads, self.stacked)
+        )
+        return Member(self.name, self.dim, unit_of, self.ranked, self.consumes)
+
+
+def giving(path: str, stacked: int = 1) -> tuple[Part, ...]:
+    """A layer whose rows are heads: projections to queries, keys, values, or several of them stacked."""
+    return (
+        Part(f"{path}.weight", stacked=stacked, ranked=True),
+        Part(f"{path}.bias", stacked=stacked),
+    )
+
+
+def taking(
+    path: str = "proj", *, dim: int = 1, stacked: int = 1, interleaved: bool = False
+) -> tuple[Part, ...]:
+    """The layer that takes the heads in, by its columns."""
+    weight = f"{path}.weight"
+    return (Part(weight, dim, stacked, ranked=True, consumes=True, interleaved=interleaved),)
+
+
+def normed(path: str, stacked: int = 1) -> tuple[Part, ...]:
+    """A norm without statistics over heads: weight, bias and running statistics."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    return tuple(Part(f"{path}.{name}", stacked=stacked) for name in names)
+
+
+def head_members(
+    module: nn.Module, parts: Iterable[Part], heads: int
+) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
+    """Members of the parameters and of the buffers that a module has of these parts.
+
+    Raises:
+        ValueError: where a tensor cannot be dealt out evenly.
+    """
+    weights, homes = named_weights(module), named_buffers(module)
+    members, buffers = [], []
+    for part in parts:
+        if (weight := weights.get(part.name)) is not None:
+            members.append(part.member(weight.shape[part.dim], heads))
+        elif part.name in homes:
+            owner, key = homes[part.name]
+            buffer = owner._buffers[key]
+            assert buffer is not None
+            buffers.append(part.member(buffer.shape[part.dim], heads))
+    return tuple(members), tuple(buffers)
+
+
+class HeadAdapter(Adapter):
+    """An adapter of one family, from a list of parts.
+
+    A subclass names the classes it knows and their parts; whether the list is right is checked by
+    running, as for every adapter.
+    """
+
+    kind = "heads"
+    classes: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """The modules that it knows."""
+    parts: ClassVar[tuple[Part, ...]] = ()
+    """What is dealt out to heads; the first one is the layer whose input is the module's, if any is."""
+    heads_at: ClassVar[str] = "num_heads"
+    """The attribute that counts the units."""
+    scaled: ClassVar[tuple[str, ...]] = ()
+    """Further numbers that shrink in proportion; dotted where a child notes them."""
+    output: ClassVar[str] = "proj"
+    """The layer whose bias is left once there are no heads."""
+    slim: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Subclasses of the classes it knows that run with any number of heads."""
+    recalls: ClassVar[bool] = False
+    """Whether a shrunk module must know which heads it has: others hand it something per head."""
+
+    def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
+        """The parts of this very module."""
+        return self.parts
+
+    def units_of(self, module: nn.Module) -> int:
+        """How many units a module has."""
+        return int(getattr(module, self.heads_at))
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Why the units of a module of this family cannot be removed exactly, or None."""
+        return None
+
+    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        if not isinstance(module, self.classes) or not self.units_of(module):
+            return None
+        if reason := self.why_not(module):
+            return Unsupported(reason)
+        return self.found(module)
+
+    def found(self, module: nn.Module) -> GroupLayer | Unsupported:
+        """The units of a module, by its parts."""
+        heads = self.units_of(module)
+        try:
+            members, buffers = head_members(module, self.parts_of(module), heads)
+        except ValueError as error:
+            return Unsupported(str(error))
+        if not any(m.consumes for m in members) or all(m.consumes for m in members):
+            return Unsupported("it has no projection that takes its heads in")
+        return GroupLayer("", self.kind, heads, members, buffers)
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        before = removal.layer.units
+        if self.recalls:
+            recall(module, removal.gone)
+        for name in dict.fromkeys((self.heads_at, *self.scaled)):
+            _scale(module, name, before - removal.count, before)
+        if removal.count == before and self.least == 0:
+            return self.emptied(module)
+        return self.slimmed(module)
+
+    def slimmed(self, module: nn.Module) -> nn.Module:
+        """The module as the subclass of its class that runs with any number of heads, in place."""
+        for slim in self.slim:
+            known = slim.__bases__[0]
+            if isinstance(module, known) and _forward(type(module)) in map(_forward, (known, slim)):
+                become(module, slim)
+                break
+        return module
+
+    def emptied(self, module: nn.Module) -> nn.Module:
+        """What takes the place of a module without heads."""
+        return self.left_of(module, self.output)
+
+    @staticmethod
+    def left_of(module: nn.Module, output_path: str) -> nn.Module:
+        """The bias of an output layer, at every position."""
+        output = module_at(module, output_path)
+        assert isinstance(output, (nn.Linear, nn.Conv2d))
+        return BiasOnly(output)
+
+
+def _forward(cls: type[nn.Module]) -> object:
+    return cls.forward
+
+
+def _scale(module: nn.Module, name: str, left: int, before: int) -> None:
+    path, _, attribute = name.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return  # an optional part that this module lacks
+    value = getattr(owner, attribute, None)
+    if isinstance(value, int) and value % before == 0:
+        setattr(owner, attribute, value // before * left)
+
+
+def recall(module: nn.Module, gone: Tensor) -> None:
+    """Note which of the heads that a module once had are left."""
+    old: tuple[int, ...] = module.__dict__.get("kept_heads", tuple(range(gone.numel())))
+    if "all_heads" not in module.__dict__:
+        module.all_heads = len(old)  # type: ignore[assignment]
+    module.kept_heads = tuple(  # type: ignore[assignment]
+        head for head, goes in zip(old, gone.tolist(), strict=True) if not goes
+    )
+
+
+__all__ = ["HeadAdapter", "Part", "giving", "head_members", "normed", "recall", "taking"]

@@ -1,0 +1,207 @@
+"""Layers that map the features of each position alone, and what stands between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.discovery.adapter import columns, own_parameters, rows
+from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
+from torch_rsst.groups import Member
+from torch_rsst.live_weight import product
+from torch_rsst.surgery import replace_module
+
+_ACTIVATIONS = (
+    "torch.nn.modules.activation",
+    "timm.layers.activations",
+    "timm.layers.activations_me",
+    "transformers.activations",
+)
+_HEADS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_heads",
+    "n_head",
+    "head_dim",
+)
+"""A module that notes one of these is an attention: its layers put out queries, keys and values."""
+_Shared = (nn.modules.batchnorm._BatchNorm, nn.PReLU)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A linear layer or a 1×1 convolution within a module.
+
+    Attributes:
+        path: its name within the module.
+        layer: itself.
+    """
+
+    path: str
+    layer: nn.Linear | nn.Conv2d
+
+    @property
+    def taken(self) -> int:
+        """How many features it takes in."""
+        return int(_shape(self.layer)[1])
+
+    @property
+    def given(self) -> int:
+        """How many features it puts out."""
+        return int(_shape(self.layer)[0])
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether features are the last dimension; otherwise they are dimension 1."""
+        return isinstance(self.layer, nn.Linear)
+
+
+def projections(module: nn.Module) -> list[Projection]:
+    """The projections of a module in the order in which it holds them, or none.
+
+    Those among its children, if there are two or three; or those of its children that hold just one
+    each, where nothing else in the module maps features.
+    """
+    containers = (nn.ModuleList, nn.ModuleDict)  # compute nothing themselves
+    if isinstance(module, containers) or any(hasattr(module, name) for name in _HEADS):
+        return []
+    children = list(module.named_children())
+    direct = _among(children)
+    for linear in (True, False):
+        alike = [p for p in direct if p.is_linear is linear]
+        if len(alike) in (2, 3):
+            return alike
+    inside: list[Projection] = []
+    for name, child in children:
+        within = [(name, child), *((f"{name}.{k}", m) for k, m in child.named_children())]
+        held = _among(within)
+        mixing = [m for m in child.modules() if _maps(m)]
+        if len(held) > 1 or len(mixing) != len(held):
+            return []
+        inside += held
+    return inside if len(inside) in (2, 3) else []
+
+
+def members_of(projection: Projection, unit: Tensor, *, takes: bool = False) -> list[Member]:
+    """Members of a projection: its columns where it takes units in, else its rows and its bias."""
+    if takes:
+        return [columns(projection.path, unit)]
+    return rows(projection.path, projection.layer, unit)
+
+
+def _among(named: Sequence[tuple[str, nn.Module]]) -> list[Projection]:
+    return [
+        Projection(path, layer)
+        for path, layer in named
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and _is_pointwise(layer))
+    ]
+
+
+def between(
+    module: nn.Module, pair: Sequence[Projection], hidden: int, unit: Tensor
+) -> tuple[list[Member], list[Member]] | str | None:
+    """What acts on the hidden features between the first and the last of some projections.
+
+    Batch norms, PReLU and, between linear layers, depthwise convolutions treat every feature by itself.
+
+    Args:
+        module: that holds the projections.
+        pair: the projections, the last of which takes the hidden features in.
+        hidden: how many hidden features there are.
+        unit: the unit of each.
+
+    Returns:
+        the members and the buffers of these layers; or what joins the features; or None where a
+        convolution over positions stands between 1×1 convolutions: whose features are channels.
+    """
+    known = {p.path for p in pair}
+    outside = {pair[0].taken, pair[-1].given}
+    members: list[Member] = []
+    buffers: list[Member] = []
+    for path, part, inside in _in_order(module, pair[0].path, pair[-1].path):
+        wide = [n for n in own_parameters(part) if hidden in product(part, n).shape]
+        if path in known or not wide:
+            continue
+        joins = any(product(part, n).ndim > 1 for n in wide) and not _is_depthwise(part, hidden)
+        if not inside and (hidden in outside or joins):
+            continue  # before or behind, and only by chance as wide; running tells
+        if isinstance(part, nn.modules.conv._ConvNd) and not pair[0].is_linear:
+            return None
+        if not (isinstance(part, _Shared) or _is_depthwise(part, hidden)):
+            if hidden in outside and not path:
+                continue  # of which width it is, running tells
+            return f"{path} ({type(part).__name__})" if path else f"own parameter {wide[0]}"
+        for name in wide:
+            ranked = product(part, name).ndim > 1
+            members.append(Member(f"{path}.{name}", 0, unit, ranked=ranked))
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.shape == (hidden,):
+                buffers.append(Member(f"{path}.{name}", 0, unit, ranked=False))
+    return members, buffers
+
+
+def empty(module: nn.Module, pair: Sequence[Projection], *, packed: bool = False) -> nn.Module:
+    """A module whose hidden features are all gone: what its last projection still computes.
+
+    Args:
+        module: whose hidden features have been cut.
+        pair: its projections.
+        packed: whether it splits what the first of two puts out.
+
+    Returns:
+        the bias alone where the module runs two projections, activations and dropout in a row; else the
+        module, in which the bias takes the place of the last projection.
+    """
+    last = pair[-1]
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return module  # its fused path reads weights, and runs on empty ones
+    layers = {p.layer for p in pair}
+    rest = [m for m in module.modules() if m not in layers and m is not module]
+    if type(module) is nn.Sequential and all(map(_is_elementwise, rest)):
+        return BiasOnly(last.layer)
+    for path, part in list(module.named_modules()):
+        if any(product(part, name).numel() == 0 for name in own_parameters(part)):
+            gone = NoFeatures(-1 if last.is_linear else -3) if packed else nn.Identity()
+            replace_module(module, path, gone)
+    return replace_module(module, last.path, BiasOnly(last.layer))
+
+
+def _in_order(module: nn.Module, first: str, last: str) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Every module with parameters of its own, and whether it is held between two others."""
+    inside = False
+    for path, part in module.named_modules():
+        inside = (inside or path == first) and path != last
+        if own_parameters(part):
+            yield path, part, inside
+
+
+def _shape(layer: nn.Module) -> torch.Size:
+    return product(layer, "weight").shape
+
+
+def _maps(module: nn.Module) -> bool:
+    """Whether a module holds a matrix, but for convolutions of each channel alone."""
+    names = [n for n in own_parameters(module) if product(module, n).ndim > 1]
+    alone = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+    return bool(names) and not alone
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    plain = set(layer.kernel_size) == {1} and set(layer.stride) == {1} and layer.groups == 1
+    return plain and (layer.padding == "valid" or set(layer.padding) == {0})
+
+
+def _is_depthwise(module: nn.Module, features: int) -> bool:
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return False
+    return module.groups == module.in_channels == module.out_channels == features
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
+        return True
+    return type(module).__module__ in _ACTIVATIONS and not own_parameters(module)

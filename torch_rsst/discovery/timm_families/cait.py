@@ -1,0 +1,72 @@
+"""CaiT: talking heads, and a class token that asks all others."""
+
+# mypy: allow-subclassing-any, allow-untyped-calls
+
+from __future__ import annotations
+
+from timm.models.cait import ClassAttn, TalkingHeadAttn
+from torch import Tensor, nn
+
+from torch_rsst.discovery.adapter import register
+from torch_rsst.discovery.emptied_token import BiasOnlyToken
+from torch_rsst.discovery.head_math import attend, join_heads, split_heads
+from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.surgery import module_at
+
+
+class SlimClassAttn(ClassAttn):
+    """With any number of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See timm."""
+        q, k, v = (
+            split_heads(layer(tokens), 1, self.num_heads)[0]
+            for layer, tokens in ((self.q, x[:, :1]), (self.k, x), (self.v, x))
+        )
+        out: Tensor = self.proj_drop(self.proj(join_heads(attend(self, q, k, v))))
+        return out
+
+
+class SlimTalkingHeadAttn(TalkingHeadAttn):
+    """With any number of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See timm."""
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        scores = ((q * self.scale) @ k.mT).movedim(1, -1)
+        weights = self.proj_l(scores).movedim(-1, 1).softmax(-1)
+        weights = self.attn_drop(self.proj_w(weights.movedim(1, -1)).movedim(-1, 1))
+        out: Tensor = self.proj_drop(self.proj(join_heads(weights @ v)))
+        return out
+
+
+class CaitClassAttention(HeadAdapter):
+    """``timm.models.cait.ClassAttn``, which XCiT uses, too."""
+
+    classes = (ClassAttn,)
+    parts = (*giving("q"), *giving("k"), *giving("v"), *taking())
+    slim = (SlimClassAttn,)
+
+    def emptied(self, module: nn.Module) -> nn.Module:
+        """See :class:`HeadAdapter`."""
+        return BiasOnlyToken(module_at(module, "proj"))
+
+
+class CaitTalkingHeads(HeadAdapter):
+    """``timm.models.cait.TalkingHeadAttn``.
+
+    Head *h* is the *h*-th query, key and value, the *h*-th map that reaches ``proj_w`` and the one that
+    leaves it. A head is heard by way of the others' maps, too: it takes part in all columns.
+    """
+
+    classes = (TalkingHeadAttn,)
+    parts = (
+        *giving("qkv", 3),
+        *(part for name in ("proj_l", "proj_w") for part in (*giving(name), *taking(name))),
+        *taking(),
+    )
+    slim = (SlimTalkingHeadAttn,)
+
+
+for _adapter in (CaitClassAttention(), CaitTalkingHeads()):
+    register(_adapter)

@@ -1,0 +1,54 @@
+"""Attention between channels in place of tokens: XCiT and EdgeNeXt."""
+
+# mypy: allow-subclassing-any, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.edgenext import CrossCovarianceAttn
+from timm.models.xcit import XCA
+from torch import Tensor
+from torch.nn import functional
+
+from torch_rsst.discovery.adapter import register
+from torch_rsst.discovery.head_math import join_heads, split_heads
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+
+
+def _cross_covariance(module: Any, x: Tensor) -> Tensor:
+    q, k, v = split_heads(module.qkv(x), 3, module.num_heads).mT  # (…, heads, width, tokens)
+    scores = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT
+    weights = module.attn_drop((scores * module.temperature).softmax(-1))
+    out: Tensor = module.proj_drop(module.proj(join_heads((weights @ v).mT)))
+    return out
+
+
+class SlimXCA(XCA):
+    """With any number of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See timm."""
+        return _cross_covariance(self, x)
+
+
+class SlimCrossCovarianceAttn(CrossCovarianceAttn):
+    """With any number of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See timm."""
+        return _cross_covariance(self, x)
+
+
+class CrossCovariance(HeadAdapter):
+    """``timm.models.xcit.XCA`` and ``timm.models.edgenext.CrossCovarianceAttn``."""
+
+    classes = (XCA, CrossCovarianceAttn)
+    parts = (*giving("qkv", 3), Part("temperature"), *taking())
+    slim = (
+        SlimXCA,
+        SlimCrossCovarianceAttn,
+    )
+
+
+register(CrossCovariance())

@@ -1,0 +1,59 @@
+"""EfficientFormer, its second version, and TinyViT: values wider than keys, positions per head."""
+
+from __future__ import annotations
+
+from timm.models import efficientformer, efficientformer_v2, tiny_vit
+from torch import nn
+
+from torch_rsst.discovery.adapter import register
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, normed, taking
+from torch_rsst.discovery.timm_families.levit import forget_biases
+from torch_rsst.surgery import Removal
+
+
+class _WithPositions(HeadAdapter):
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        forget_biases(module)
+        return super().shrink(module, removal)
+
+
+class EfficientFormerAttention(_WithPositions):
+    """``Attention`` of ``timm.models.efficientformer`` and of ``timm.models.tiny_vit``.
+
+    Query, key and value of one head lie side by side.
+    """
+
+    classes = (efficientformer.Attention, tiny_vit.Attention)
+    parts = (*giving("qkv"), Part("attention_biases"), *taking())
+    scaled = ("key_attn_dim", "val_attn_dim", "out_dim")
+
+
+class EfficientFormerV2Attention(_WithPositions):
+    """``Attention2d`` and ``Attention2dDownsample`` of ``timm.models.efficientformer_v2``.
+
+    They run with any number of heads but none. Heads that talk to each other are also heard by way of
+    the others' maps.
+    """
+
+    classes = (efficientformer_v2.Attention2d, efficientformer_v2.Attention2dDownsample)
+    parts = (
+        *(
+            part
+            for name in ("q", "q.proj", "k", "v", "v_local")
+            for part in (*giving(f"{name}.conv"), *normed(f"{name}.bn"))
+        ),
+        *(
+            part
+            for name in ("talking_head1", "talking_head2")
+            for part in (*giving(name), *taking(name))
+        ),
+        Part("attention_biases"),
+        *taking("proj.conv"),
+    )
+    scaled = ("dh",)
+    least = 1
+
+
+for _adapter in (EfficientFormerAttention(), EfficientFormerV2Attention()):
+    register(_adapter)

@@ -1,0 +1,43 @@
+"""EfficientViT of MIT: linear attention over several scales of queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.efficientvit_mit import LiteMLA
+from torch import nn
+
+from torch_rsst.discovery.adapter import register
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, normed, taking
+
+
+class MultiScaleLinearAttention(HeadAdapter):
+    """``timm.models.efficientvit_mit.LiteMLA``; a unit is a head with its maps of every scale."""
+
+    classes = (LiteMLA,)
+    least = 1
+
+    def units_of(self, module: nn.Module) -> int:
+        """See :class:`HeadAdapter`."""
+        return self._heads(module)
+
+    def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
+        """See :class:`HeadAdapter`."""
+        scales = range(self._scales(module))
+        return (
+            *giving("qkv.conv"),
+            *normed("qkv.norm"),
+            *(part for i in scales for j in (0, 1) for part in giving(f"aggreg.{i}.{j}")),
+            *taking("proj.conv", stacked=1 + len(scales)),
+        )
+
+    @staticmethod
+    def _heads(module: Any) -> int:
+        return int(module.qkv.conv.out_channels) // (3 * int(module.dim))
+
+    @staticmethod
+    def _scales(module: Any) -> int:
+        return len(module.aggreg)
+
+
+register(MultiScaleLinearAttention())

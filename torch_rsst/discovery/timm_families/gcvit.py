@@ -1,0 +1,53 @@
+"""GCViT: windows that share queries made from the whole image."""
+
+# mypy: allow-subclassing-any, allow-untyped-calls
+
+from __future__ import annotations
+
+from timm.models.gcvit import WindowAttentionGlobal
+from torch import Tensor, nn
+
+from torch_rsst.discovery.adapter import register
+from torch_rsst.discovery.head_math import join_heads, kept, split_heads
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.timm_families._positions import note_heads, position_parts
+from torch_rsst.surgery import Removal
+
+
+class SlimWindowAttentionGlobal(WindowAttentionGlobal):
+    """With any number of heads; takes global queries of all the heads that there once were."""
+
+    def forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
+        """See timm."""
+        if self.use_global and q_global is not None:
+            k, v = split_heads(self.qkv(x), 2, self.num_heads)
+            (q,) = split_heads(q_global.flatten(1, -2), 1, self.all_heads)
+            q = kept(self, q, 1).repeat_interleave(x.shape[0] // q_global.shape[0], dim=0)
+        else:
+            q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        weights = self.rel_pos((q * self.scale) @ k.mT).softmax(-1)
+        context = self.attn_drop(weights) @ v
+        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
+        return out
+
+
+class GcVitAttention(HeadAdapter):
+    """``timm.models.gcvit.WindowAttentionGlobal``."""
+
+    classes = (WindowAttentionGlobal,)
+    slim = (SlimWindowAttentionGlobal,)
+    recalls = True
+
+    def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
+        """See :class:`HeadAdapter`."""
+        return (*giving("qkv", 2 if module.use_global else 3), *position_parts(module), *taking())
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        note_heads(module, removal.layer.units - removal.count)
+        return super().shrink(module, removal)
+
+
+__all__ = ["GcVitAttention", "SlimWindowAttentionGlobal"]
+
+register(GcVitAttention())

@@ -1,0 +1,45 @@
+"""LeViT: projections with a batch norm, values wider than keys, positions per head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.levit import Attention, AttentionDownsample
+from torch import nn
+
+from torch_rsst.discovery.adapter import register
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, normed, taking
+from torch_rsst.surgery import Removal
+
+
+class LevitAttention(HeadAdapter):
+    """``Attention`` and ``AttentionDownsample`` of ``timm.models.levit``, on tokens or on maps.
+
+    They run with any number of heads but none. Query, key and value of one head lie side by side.
+    """
+
+    classes = (Attention, AttentionDownsample)
+    parts = (
+        *(
+            part
+            for name in ("qkv", "kv", "q.ln")
+            for part in (*giving(f"{name}.linear"), *normed(f"{name}.bn"))
+        ),
+        Part("attention_biases"),
+        *taking("proj.ln.linear"),
+    )
+    scaled = ("key_attn_dim", "val_attn_dim")
+    least = 1
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        forget_biases(module)
+        return super().shrink(module, removal)
+
+
+def forget_biases(module: Any) -> None:
+    """Clear what a module has computed of its positions: it is per head."""
+    module.attention_bias_cache = {}
+
+
+register(LevitAttention())

@@ -1,0 +1,58 @@
+"""CoAtNet and MaxViT: heads first in a fused projection, positions per head."""
+
+# mypy: allow-subclassing-any, allow-untyped-calls
+
+from __future__ import annotations
+
+from timm.models.maxxvit import Attention2d, AttentionCl
+from torch import Tensor, nn
+
+from torch_rsst.discovery.adapter import register
+from torch_rsst.discovery.head_math import kept
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.timm_families._positions import note_heads, position_parts
+from torch_rsst.surgery import Removal
+
+
+class SlimAttention2d(Attention2d):
+    """Takes shared positions of all the heads that there once were."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """See timm."""
+        shared = None if shared_rel_pos is None else kept(self, shared_rel_pos, -3)
+        out: Tensor = super().forward(x, shared_rel_pos=shared)
+        return out
+
+
+class SlimAttentionCl(AttentionCl):
+    """Takes shared positions of all the heads that there once were."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """See timm."""
+        shared = None if shared_rel_pos is None else kept(self, shared_rel_pos, -3)
+        out: Tensor = super().forward(x, shared_rel_pos=shared)
+        return out
+
+
+class MaxxVitAttention(HeadAdapter):
+    """``Attention2d`` and ``AttentionCl`` of ``timm.models.maxxvit``."""
+
+    classes = (Attention2d, AttentionCl)
+    slim = (
+        SlimAttention2d,
+        SlimAttentionCl,
+    )
+    recalls = True
+
+    def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
+        """See :class:`HeadAdapter`."""
+        qkv = giving("qkv", 1 if module.head_first else 3)
+        return (*qkv, *position_parts(module), *taking())
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        note_heads(module, removal.layer.units - removal.count)
+        return super().shrink(module, removal)
+
+
+register(MaxxVitAttention())

@@ -1,0 +1,49 @@
+"""Vision transformers with relative positions."""
+
+# mypy: allow-subclassing-any, allow-untyped-calls
+
+from __future__ import annotations
+
+from timm.models.vision_transformer_relpos import RelPosAttention
+from torch import Tensor, nn
+
+from torch_rsst.discovery.adapter import register
+from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.timm_families._positions import note_heads, position_parts
+from torch_rsst.surgery import Removal
+
+
+class SlimRelPosAttention(RelPosAttention):
+    """With any number of heads; takes shared positions of all the heads that there once were."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """See timm."""
+        bias = None if shared_rel_pos is None else kept(self, shared_rel_pos, -3)
+        if self.rel_pos is not None:
+            own = self.rel_pos.get_bias()
+            bias = own if bias is None or self.fused_attn else own + bias
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        context = attend(self, self.q_norm(q), self.k_norm(k), v, bias)
+        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
+        return out
+
+
+class RelPosVitAttention(HeadAdapter):
+    """``timm.models.vision_transformer_relpos.RelPosAttention``."""
+
+    classes = (RelPosAttention,)
+    slim = (SlimRelPosAttention,)
+    recalls = True
+
+    def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
+        """See :class:`HeadAdapter`."""
+        return (*giving("qkv", 3), *position_parts(module), *taking())
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        note_heads(module, removal.layer.units - removal.count)
+        return super().shrink(module, removal)
+
+
+register(RelPosVitAttention())

@@ -1,0 +1,92 @@
+"""What the modules of transformers have in common."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.discovery.adapter import Unsupported
+from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.groups import GroupLayer
+
+_PACKAGES = (
+    "transformers",
+    "transformers_modules",
+)  # the latter holds code that comes with weights
+_HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+_QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+_WIDTHS = ("all_head_size", "inner_dim", "split_size")
+
+Answer = GroupLayer | Unsupported | None
+
+
+class NoHeads(BiasOnly):
+    """An attention without heads, called as any of transformers: its output and no weights."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The bias at every position of the hidden states, and None."""
+        return super().forward(_hidden_states(args, kwargs)), None
+
+
+class NothingAttended(nn.Module):
+    """An attention without heads whose output layer stands elsewhere: no features, and no weights."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """A tensor without features for every position of the hidden states, and None."""
+        return _hidden_states(args, kwargs)[..., :0], None
+
+
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What an attention gets first, or by that name."""
+    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden_states
+
+
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether the class of a module, or one it derives from, is one of transformers."""
+    return any(cls.__module__.split(".")[0] in _PACKAGES for cls in type(module).__mro__)
+
+
+def head_dim_of(module: nn.Module) -> int:
+    """The width of one head, as an attention notes it; 0 where it does not."""
+    noted = (getattr(module, name, None) for name in _HEAD_DIMS)
+    return next((value for value in noted if isinstance(value, int)), 0)
+
+
+def may_be_emptied(module: nn.Module) -> bool:
+    """Whether an attention that is gone can be left out: it keeps no cache, and returns a pair."""
+    returned = inspect.signature(type(module).forward).return_annotation
+    named = returned if isinstance(returned, str) else getattr(returned, "__name__", "")
+    return getattr(module, "is_causal", True) is False and named.startswith("tuple")
+
+
+def returns_weights(module: nn.Module) -> Unsupported | None:
+    """Why heads cannot be told by outputs: an eager attention puts out the weights of each head."""
+    config = getattr(module, "config", None)
+    if getattr(config, "_attn_implementation", "") != "eager":
+        return None
+    return Unsupported(
+        "its eager implementation returns the weights of every head; "
+        "call model.set_attn_implementation('sdpa') first, and set it back once the model is compacted"
+    )
+
+
+def note_heads(module: nn.Module, *, queries: int, keys: int, head_dim: int) -> None:
+    """Set what an attention notes about its heads, where it notes it."""
+    for names, value in (
+        (_QUERY_HEADS, queries),
+        (_KEY_HEADS, keys),
+        (_WIDTHS, queries * head_dim),
+    ):
+        for name in names:
+            if isinstance(module.__dict__.get(name), int):
+                setattr(module, name, value)
+
+
+def shared_rows(units: int, each: int) -> Tensor:
+    """The unit of each row, where each has that many rows in a row."""
+    return torch.arange(units).repeat_interleave(each)

@@ -1,0 +1,211 @@
+"""Heads of attention with separate linear layers for query, key and value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, holds, rows
+from torch_rsst.discovery.transformers_families.parts import (
+    Answer,
+    NoHeads,
+    NothingAttended,
+    head_dim_of,
+    is_of_transformers,
+    may_be_emptied,
+    note_heads,
+    returns_weights,
+    shared_rows,
+)
+from torch_rsst.groups import GroupLayer, Member
+from torch_rsst.surgery import Removal
+
+_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+)
+_OUTPUTS = ("o_proj", "out_proj", "dense", "o", "out_lin")
+_TABLE = "relative_position_bias"
+_BIAS_MLP = "continuous_position_bias_mlp"
+
+
+@dataclass(frozen=True, eq=False)
+class _Attention:
+    """An attention, found within the module that holds all of it.
+
+    Attributes:
+        path: where it stands, "" for the module itself.
+        holder: the attention: query, key, value and the number of heads.
+        names: of its query, key and value.
+        output: the path of the output layer.
+        last: the output layer.
+        table: the path of the table of position biases, or "".
+    """
+
+    path: str
+    holder: nn.Module
+    names: tuple[str, str, str]
+    output: str
+    last: nn.Linear
+    table: str
+
+    def inside(self, name: str) -> str:
+        """The name of a part of the attention within the module that holds all of it."""
+        return f"{self.path}.{name}" if self.path else name
+
+    @property
+    def stands_in_layer(self) -> bool:
+        """Whether the module is a whole layer, which drops the weights of attention."""
+        return bool(self.path) and self.output.startswith(f"{self.path}.")
+
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Query, key and value."""
+        q, k, v = (getattr(self.holder, name) for name in self.names)
+        return q, k, v
+
+
+class SeparateHeads(Adapter):
+    """A unit is a key/value head with all its query heads: one of each, unless they are grouped.
+
+    The output layer is part of the attention, or stands in the module beside it, as in BERT. A table of
+    position biases goes along (Swin, BEiT). Where all heads go, nothing is attended any more.
+    """
+
+    kind = "heads"
+
+    def find(self, module: nn.Module) -> Answer:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        attention = _attention_of(module)
+        if attention is None or not may_be_emptied(attention.holder) or _is_mixed(attention):
+            return None
+        return _units(attention)
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        attention = _attention_of(module)
+        assert attention is not None
+        _note(attention)
+        if attention.last.in_features:
+            return module
+        if not attention.path:
+            return NoHeads(attention.last)
+        if attention.stands_in_layer:
+            module._modules[_TABLE] = None
+            module._modules[attention.path] = NoHeads(attention.last)
+        else:
+            module._modules[attention.path] = NothingAttended()
+        return module
+
+
+class SomeHeads(Adapter):
+    """The same where one head has to stay: for the cache of a decoder, or for a norm behind it."""
+
+    kind = "heads"
+    least = 1
+
+    def find(self, module: nn.Module) -> Answer:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        attention = _attention_of(module)
+        return None if attention is None else _units(attention)
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        attention = _attention_of(module)
+        assert attention is not None
+        _note(attention)
+        return module
+
+
+def _attention_of(module: nn.Module) -> _Attention | None:
+    if not is_of_transformers(module):
+        return None
+    for path, holder in [("", module), *module.named_children()]:
+        names = next((n for n in _PROJECTIONS if all(map(_linear_in(holder), n))), None)
+        if names is None:
+            continue
+        within = next(filter(_linear_in(holder), _OUTPUTS), None)
+        beside = getattr(getattr(module, "output", None), "dense", None)
+        table = _table_of(module) or _table_of(holder, path)
+        if within is not None and (not path or (table and _table_of(module))):
+            output = f"{path}.{within}" if path else within
+            return _Attention(path, holder, names, output, getattr(holder, within), table)
+        if within is None and path and isinstance(beside, nn.Linear):
+            return _Attention(path, holder, names, "output.dense", beside, table)
+    return None
+
+
+def _linear_in(module: nn.Module):  # type: ignore[no-untyped-def]
+    return lambda name: isinstance(getattr(module, name, None), nn.Linear)
+
+
+def _table_of(module: nn.Module, path: str = "") -> str:
+    """The path of a table with a column per head, below a module at ``path``; or ""."""
+    holder = module._modules.get(_TABLE)
+    if holder is None or not holds(holder, f"{_TABLE}_table"):
+        return ""
+    return ".".join(filter(None, (path, _TABLE, f"{_TABLE}_table")))
+
+
+def _is_mixed(attention: _Attention) -> bool:
+    """Whether something follows the output layer within the attention, which would be lost with it."""
+    known = {*attention.names, attention.output.rpartition(".")[2], _TABLE}
+    others = (m for n, m in attention.holder.named_children() if n not in known)
+    return any(True for m in others for _ in m.parameters())
+
+
+def _units(attention: _Attention) -> GroupLayer | Unsupported | None:
+    q, k, v = attention.layers
+    width = head_dim_of(attention.holder)
+    if not q.out_features:
+        return None
+    if not width or q.out_features % width or k.out_features % width:
+        return Unsupported("the width of its heads is not known")
+    queries, units = q.out_features // width, k.out_features // width
+    if v.out_features != k.out_features or attention.last.in_features != q.out_features:
+        return Unsupported(
+            "its query, key, value and output layers differ in their number of heads"
+        )
+    if queries % units:
+        return Unsupported(f"its {queries} query heads do not share {units} key heads evenly")
+    of_query = shared_rows(units, queries // units * width)
+    of_key = shared_rows(units, width)
+    names = [attention.inside(name) for name in attention.names]
+    members = [
+        member
+        for name, layer, unit_of in zip(names, (q, k, v), (of_query, of_key, of_key), strict=True)
+        for member in rows(name, layer, unit_of)
+    ]
+    members += _per_head(attention, shared_rows(units, queries // units))
+    members.append(columns(attention.output, of_query))
+    if not attention.stands_in_layer and (refused := returns_weights(attention.holder)):
+        return refused
+    return GroupLayer("", "heads", units, tuple(members))
+
+
+def _per_head(attention: _Attention, unit_of: Tensor) -> Iterator[Member]:
+    """Members with an entry per query head: position biases, or what makes them; scales of scores."""
+    if attention.table:
+        yield Member(attention.table, 1, unit_of, ranked=False)
+    if holds(attention.holder, "logit_scale"):
+        yield Member(attention.inside("logit_scale"), 0, unit_of, ranked=False)
+    if isinstance(mlp := getattr(attention.holder, _BIAS_MLP, None), nn.Sequential):
+        last = f"{_BIAS_MLP}.{len(mlp) - 1}"
+        yield from (
+            replace(m, ranked=False) for m in rows(attention.inside(last), mlp[-1], unit_of)
+        )
+
+
+def _note(attention: _Attention) -> None:
+    q, k, _ = attention.layers
+    width = head_dim_of(attention.holder)
+    note_heads(
+        attention.holder,
+        queries=q.out_features // width,
+        keys=k.out_features // width,
+        head_dim=width,
+    )

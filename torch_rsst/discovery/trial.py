@@ -1,0 +1,94 @@
+"""Trials on copies of modules: random weights, zeroed units, outputs that agree or not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from torch_rsst.masked_parameter import restore
+from torch_rsst.masks import named_weights
+from torch_rsst.site import masked_sites
+from torch_rsst.surgery import Removal
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
+    module = copy.deepcopy(module).eval()
+    restore(masked_sites(module.modules()))
+    if any(is_half(p) for p in module.parameters()):
+        module.float()
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    with torch.no_grad():
+        for parameter in dict.fromkeys(module.parameters()):
+            if parameter.is_floating_point() and parameter.numel():
+                spread = parameter.std(correction=0).clamp(min=0.05)
+                parameter.add_(noise(parameter) * spread)
+        for norm in module.modules():
+            if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.running_mean is not None:
+                norm.running_mean.add_(noise(norm.running_mean) * 0.1)
+                assert norm.running_var is not None
+                norm.running_var.mul_(1.0 + 0.2 * noise(norm.running_var).abs())
+    return module
+
+
+def is_half(value: Any) -> bool:
+    """Whether a value is a tensor of 16-bit floats."""
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def silence(module: nn.Module, removals: Iterable[Removal]) -> None:
+    """Set all entries of units to 0, in place."""
+    weights = named_weights(module)
+    with torch.no_grad():
+        for removal in removals:
+            for member in removal.layer.members:
+                weight = weights[member.parameter]
+                weight.masked_fill_(member.spread(removal.gone, weight, fill=False), 0.0)
+
+
+def choices(units: int, least: int) -> Iterator[Tensor]:
+    """Some units in no order that a layout could share, and as many as may go."""
+    shuffled = torch.randperm(units, generator=torch.Generator().manual_seed(0))
+    for count in dict.fromkeys((max(1, units // 2), units - least)):
+        if 0 < count <= units - least:
+            gone = torch.zeros(units, dtype=torch.bool)
+            gone[shuffled[:count]] = True
+            yield gone
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """Copies of all tensors in what a module puts out."""
+    leaves = tree_leaves(outputs)
+    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def agree(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float = 1e-4) -> bool:
+    """Whether two outputs agree, but for how sums are rounded.
+
+    Args:
+        one: tensors.
+        other: tensors that should be the same.
+        tolerance: relative to the largest value of each tensor.
+    """
+    if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
+        return False
+    return all(
+        torch.allclose(a, b, rtol=0.0, atol=tolerance * float(a.abs().max()) + 1e-9)
+        for a, b in zip(one, other, strict=True)
+        if a.numel() and a.is_floating_point()
+    )
+
+
+def one_line(error: Exception) -> str:
+    """An error as part of a sentence."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
