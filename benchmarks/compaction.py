@@ -44,6 +44,7 @@ class Options:
         dtype: of weights and images.
         repeats: timed runs of each model at most, all in turns.
         seconds: no more turns after about so long, but at least three.
+        clock: the time that passes, or what this process works meanwhile: steadier on a shared machine.
         surgery: how often to time finding, regrouping and compacting; 0: not at all.
     """
 
@@ -60,6 +61,7 @@ class Options:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     repeats: int = 15
     seconds: float = 60.0
+    clock: Literal["wall", "cpu"] = "wall"
     surgery: int = 3
 
 
@@ -69,7 +71,7 @@ def main(options: Options) -> None:
     console = Console(width=118)
     console.print(
         f"torch {torch.__version__}, {options.device}, {options.dtype}, "
-        f"{torch.get_num_threads()} threads; medians, models in turns"
+        f"{torch.get_num_threads()} threads, {options.clock} time; medians, models in turns"
     )
     for name in options.models:
         table = _empty_table(name)
@@ -121,6 +123,7 @@ def _empty_table(name: str) -> Table:
         "gone",
         "batch",
         "mode",
+        "turns",
         "what",
         "ms",
         "speed-up",
@@ -153,6 +156,7 @@ def _add_rows(
                 f"{amount:.0%}",
                 str(batch),
                 mode,
+                str(len(times)),
                 label,
                 f"{1e3 * statistics.median(times):.1f}",
                 f"{faster:.2f} x",
@@ -172,7 +176,8 @@ def _in_turns(models: list[nn.Module], images: Tensor, options: Options) -> list
         time_in_turns(models, images, repeats=1, warmup=0)
         turn = time.perf_counter() - start
     turns = max(LEAST_TURNS, min(options.repeats, int(options.seconds / turn)))
-    return time_in_turns(models, images, repeats=turns, warmup=0)
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    return time_in_turns(models, images, repeats=turns, warmup=0, clock=clock)
 
 
 def _ratio(one: list[float], other: list[float]) -> float:

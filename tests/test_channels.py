@@ -315,6 +315,24 @@ def test_kinds_found_before_keep_what_is_theirs() -> None:
     assert_contract(Both(), images(), kinds=["neurons", "channels"])
 
 
+def test_a_part_that_trains_on_large_images_only_is_cut_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(WithAuxiliaryHead, "forward", _convolving_head)
+    model = WithAuxiliaryHead()
+    model.head = nn.Sequential(nn.AvgPool2d(16, 16), nn.Conv2d(6, 2, 5))
+    (layer,) = find_groups(model, ["channels"]).layers
+    assert ("head.1.weight", 1) in table(layer)
+    model.head[1] = nn.Conv2d(7, 2, 5)
+    expected = "it cannot be run (in training mode, where alone some of it is used: RuntimeError: "
+    assert reasons(model)[""].startswith(expected)
+
+
+def _convolving_head(self: WithAuxiliaryHead, x: Tensor) -> Any:
+    x = self.first(x)
+    return (self.last(x), self.head(x)) if self.training else self.last(x)
+
+
 # Refusals.
 
 
@@ -521,3 +539,83 @@ def test_finding_takes_seconds() -> None:
     begin = time.perf_counter()
     survey(transformer, ["channels"])
     assert time.perf_counter() - begin < 0.5
+
+
+@pytest.mark.needs_timm
+@pytest.mark.parametrize("family", ["blur", "res2net", "dla"])
+def test_widths_that_timms_blocks_note_follow(family: str) -> None:
+    from timm.layers import BlurPool2d
+    from timm.models.dla import DLA, DlaBottle2neck
+    from timm.models.res2net import Bottle2neck
+    from timm.models.resnet import Bottleneck, ResNet
+
+    sizes = {"num_classes": 3, "channels": (16, 16, 16, 16), "layers": (1, 2, 1, 1)}
+    model: nn.Module
+    if family == "blur":
+        model = ResNet(Bottleneck, aa_layer=BlurPool2d, **sizes)
+    elif family == "res2net":
+        model = ResNet(Bottle2neck, base_width=32, block_args={"scale": 4}, **sizes)
+    else:
+        model = DLA(
+            levels=[1, 1, 1, 2, 1, 1],
+            channels=[8, 8, 32, 64, 64, 64],
+            block=DlaBottle2neck,
+            base_width=28,
+            cardinality=1,
+            num_classes=3,
+        )
+    assert reasons(model) == {}
+    assert_contract(model, images(2, 3, 64, 64), kinds=["channels"])
+
+
+@pytest.mark.needs_timm
+@pytest.mark.parametrize("family", ["mixed", "selective", "shortcut", "dual paths", "stages"])
+def test_places_where_timms_blocks_split_follow(family: str) -> None:
+    from timm.layers import MixedConv2d, SelectiveKernel
+    from timm.models.cspnet import BottleneckBlock, CrossStage, CrossStage3
+    from timm.models.dpn import DualPathBlock
+    from timm.models.rexnet import LinearBottleneck
+
+    options: dict[str, Any] = {
+        "stride": 2,
+        "dilation": 1,
+        "depth": 2,
+        "block_ratio": 0.5,
+        "block_fn": BottleneckBlock,
+        "act_layer": nn.ReLU,
+        "norm_layer": nn.BatchNorm2d,
+    }
+    blocks = {
+        "mixed": [MixedConv2d(10, 10, [3, 5, 7], depthwise=True), MixedConv2d(10, 8, [3, 5, 7])],
+        "selective": [nn.Conv2d(10, 8, 1), SelectiveKernel(8, 8, rd_divisor=2)],
+        "shortcut": [LinearBottleneck(10, 14, stride=1), LinearBottleneck(14, 8, stride=1)],
+        "dual paths": [
+            DualPathBlock(10, 4, 4, 6, 3, 2, "proj", True),
+            DualPathBlock(15, 4, 4, 6, 2, 2, "normal", True),
+            nn.Conv2d(17, 8, 1),
+        ],
+        "stages": [CrossStage(10, 8, **options), CrossStage3(8, 8, **options)],
+    }[family]
+    model = nn.Sequential(norm_conv(3, 10), *blocks, nn.Conv2d(8, 2, 1))
+    assert reasons(model) == {}
+    assert_contract(model, images(2, 3, 16, 16), kinds=["channels"])
+
+
+@pytest.mark.needs_timm
+def test_inputs_of_normalized_weights_stay() -> None:
+    from timm.layers import ScaledStdConv2d
+
+    model = nn.Sequential(conv(3, 6), ScaledStdConv2d(6, 4, 3), nn.ReLU(), conv(4, 2))
+    assert reasons(model) == {"0": "the weights that take them in are normalized"}
+    assert layers_of(model) == {"1": 4}
+    assert_contract(model, images(), kinds=["channels"])
+
+
+def test_a_model_that_cannot_be_copied_is_reported() -> None:
+    class Single(nn.Sequential):
+        def __deepcopy__(self, memo: object) -> None:
+            raise TypeError("there is but one of it")
+
+    model = Single(conv(3, 4), conv(4, 2))
+    expected = "it cannot be run (TypeError: there is but one of it); pass example_inputs"
+    assert reasons(model) == {"": expected}

@@ -129,6 +129,25 @@ def test_a_bias_made_for_constants_is_made_again(tmp_path: Path) -> None:
     assert_same(torch_rsst.load_compact(tmp_path, model=Net()), small)
 
 
+def test_a_new_bias_is_cut_with_the_units_that_its_layer_puts_out(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        first, second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1, bias=False)
+        return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(6, 4, 1))
+
+    masked, x = randomize(make()).eval(), torch.randn(2, 3, 5, 5)
+    groups = torch_rsst.find_groups(masked, ("channels",), example_inputs=x)
+    dead = {"0.weight": torch.arange(8) >= 3, "2.weight": torch.arange(6) >= 2}
+    shapes = {name: masked.get_parameter(name).shape for name in dead}
+    torch_rsst.apply_mask(
+        masked, {n: alive[:, None, None, None].expand(shapes[n]) for n, alive in dead.items()}
+    )
+    small = torch_rsst.compact(masked, groups, example_inputs=x)
+    assert small[2].bias.shape == (4,)
+    torch.testing.assert_close(small(x), masked(x), rtol=0, atol=1e-5)
+    torch_rsst.save_compact(small, tmp_path)
+    assert_same(torch_rsst.load_compact(tmp_path, model=make()), small, x)
+
+
 @given(st.lists(st.integers(-1, 6), max_size=30))
 def test_runs_give_back_what_was_packed(values: list[int]) -> None:
     runs = pack(torch.tensor(values, dtype=torch.int64))
@@ -554,7 +573,7 @@ def _first(d: dict[str, Any]) -> dict[str, Any]:
         (_with(lambda d: d.update(stages=[3])), "expected 'stages' in it, got [3]"),
         (_with(lambda d: d.update(files={})), "expected its files, got no model.safetensors"),
         (_with(lambda d: d.update(stages=[])), "expected shape (8, 4) for 'first.0.weight'"),
-        (_with(lambda d: d["stages"].append({})), "expected 'layers', a list, got None"),
+        (_with(lambda d: d["stages"].append({})), "expected 'new_biases', a list, got None"),
         (_with(lambda d: _first(d).update(units=-1)), "expected 'units' of at least 0, got -1"),
         (_with(lambda d: _first(d).update(units=True)), "expected 'units', a int, got True"),
         (_with(lambda d: _first(d).update(units=10**12)), "expected fewer units of first"),

@@ -93,6 +93,15 @@ class Moved(nn.Module):
         return self.fc2(self.fc1(x.movedim(1, -1)).relu()).movedim(-1, 1)
 
 
+class Fire(nn.Module):
+    """Channels that two convolutions take in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze, self.one = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1)
+        self.three = nn.Conv2d(6, 8, 3, padding=1)
+
+
 class Weighing(nn.Module):
     """Squeeze and excite, of which the second half stands in a child of its own."""
 
@@ -204,6 +213,8 @@ class Attention(nn.Module):
         nn.Sequential(nn.AdaptiveAvgPool2d(1), *pointwise(nn.ReLU()), nn.Hardsigmoid()),
         Weighing(),
         nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 8)]),
+        nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), Attention(), nn.Linear(8, 6)),
+        Fire(),
         nn.Sequential(nn.Conv2d(8, 6, 1, stride=2), nn.ReLU(), nn.Conv2d(6, 8, 1)),
         nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6, 8)),
     ],
@@ -214,6 +225,8 @@ class Attention(nn.Module):
         "hard gate",
         "weighing",
         "list",
+        "whole model",
+        "fire",
         "strided",
         "mixed",
     ],

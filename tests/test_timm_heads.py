@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -113,6 +114,26 @@ def alone(
     return build
 
 
+def bottleneck(attention: str, feat_size: tuple[int, int] | None = None, **options: Any) -> Build:
+    """Makes a model around a block of a ResNet with attention."""
+
+    def build() -> nn.Module:
+        from timm.layers.create_attn import get_attn
+        from timm.models.byobnet import LayerFn, SelfAttnBlock
+
+        layer = functools.partial(get_attn(attention), num_heads=4, **options)
+        block = SelfAttnBlock(12, 12, feat_size=feat_size, layers=LayerFn(self_attn=layer))
+        return Around(block, tokens=False)
+
+    return build
+
+
+def parallel(**options: Any) -> Build:
+    """Makes a model around a block with MLP and attention side by side."""
+    module = "timm.models.vision_transformer"
+    return alone("ParallelScalingBlock", 12, 3, module=module, tokens=True, **options)
+
+
 DAVIT = {"depths": (1,), "embed_dims": (12,), "num_heads": (3,), "window_size": 4, "num_classes": 3}
 TWINS = {
     "img_size": 32,
@@ -163,6 +184,8 @@ FAMILIES: dict[str, tuple[Build, int]] = {
     "vit": (vit(qk_norm=True), 16),
     "vit map pool": (vit(global_pool="map", class_token=False), 16),
     "vit differential": (vit(attn_layer="diff", qk_norm=True), 16),
+    "vit parallel": (parallel(qkv_bias=True, qk_norm=True), 16),
+    "vit parallel fused": (parallel(qkv_bias=False, fuse_out_proj=True), 16),
     "rope": (eva(**ROPE), 16),
     "rope separate": (eva(**ROPE, qkv_fused=False), 16),
     "rope mixed": (eva(**ROPE, rope_type="mixed"), 16),
@@ -357,6 +380,10 @@ FAMILIES: dict[str, tuple[Build, int]] = {
         ),
         16,
     ),
+    "botnet": (bottleneck("bottleneck", feat_size=(4, 4), qk_ratio=2.0), 16),
+    "halonet": (bottleneck("halo", block_size=4, halo_size=1, qkv_bias=True), 16),
+    "lambda": (bottleneck("lambda", feat_size=(4, 4), r=None), 16),
+    "lambda near": (bottleneck("lambda", feat_size=(4, 4), r=3), 16),
     "multi query": (
         alone("MultiQueryAttention2d", 12, num_heads=3, query_strides=2, kv_stride=2),
         16,

@@ -29,6 +29,7 @@ from torch.nn.utils.prune import (
 
 from torch_rsst import discovery, importance, schedules
 from torch_rsst._version import __version__
+from torch_rsst.activations import measure_importance
 from torch_rsst.checkpoints import load_dense_state_dict, prepare_from_state_dict
 from torch_rsst.compact_folder import load_compact, save_compact
 from torch_rsst.compaction import compact
@@ -117,6 +118,7 @@ __all__ = [
     "ln_structured",
     "load_compact",
     "load_dense_state_dict",
+    "measure_importance",
     "penalty_mask",
     "plan",
     "prepare_from_state_dict",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,7 @@ INDEX, WEIGHTS, BUFFERS, PROGRAM = (
 
 def save_compact(
     small: nn.Module,
-    folder: str | os.PathLike[str],
+    folder: str | Path,
     *,
     masked: nn.Module | None = None,
     groups: Groups | Iterable[Group] | Iterable[GroupLayer] | None = None,
@@ -49,7 +48,7 @@ def save_compact(
     export: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Receipt:
-    """Save what :func:`compact` returned to a folder that :func:`load_compact` reads.
+    """Save what :func:`torch_rsst.compact` returned to a folder that :func:`torch_rsst.load_compact` reads.
 
     Example:
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
@@ -75,7 +74,7 @@ def save_compact(
             of ``timm.create_model``, ``timm.models.VisionTransformer``,
             ``torchvision.models.get_model``, ``transformers.AutoModel….from_config`` or a model
             class of transformers. Left out, it is found for models of timm and transformers; where
-            it is not, :func:`load_compact` needs the dense model. It is tried before anything is
+            it is not, :func:`torch_rsst.load_compact` needs the dense model. It is tried before anything is
             written.
         export: also write a program of :mod:`torch.export`, which runs without this library.
         notes: plain values of your own for the receipt, such as accuracies.
@@ -84,7 +83,7 @@ def save_compact(
         the receipt, see :func:`torch_rsst.receipt.measure`.
 
     Raises:
-        ValueError: for a model that :func:`compact` did not return, a ``build`` that makes another
+        ValueError: for a model that :func:`torch_rsst.compact` did not return, a ``build`` that makes another
             model, ``export`` without ``example_inputs``, or a folder with links out of it.
         TypeError: for a state dict that holds more than tensors.
         FileExistsError, NotADirectoryError: for a folder that holds something else.
@@ -124,8 +123,8 @@ def save_compact(
     return receipt
 
 
-def load_compact(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Load a model that :func:`save_compact` saved, bit for bit, in any process.
+def load_compact(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a model that :func:`torch_rsst.save_compact` saved, bit for bit, in any process.
 
     Example:
         >>> dense = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
@@ -136,7 +135,7 @@ def load_compact(folder: str | os.PathLike[str], model: nn.Module | None = None)
     plain values; nothing is downloaded.
 
     Args:
-        folder: of :func:`save_compact`.
+        folder: of :func:`torch_rsst.save_compact`.
         model: the dense model, built as the one was that was compacted; a copy of it is cut, its
             weights do not matter. None: built as the folder says.
 

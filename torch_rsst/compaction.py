@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,7 +89,9 @@ def compact(
     small = copy.deepcopy(bare, memo)
     without = bare_biases(small)
     removals, kept_whole = _choose(bare, small, groups, round_to, Probe(bare, example_inputs))
-    stage = stage_of(removals, without - bare_biases(small))
+    new_biases = without - bare_biases(small)
+    removals = [_with_biases(removal, new_biases) for removal in removals]
+    stage = stage_of(removals, new_biases)
     small, shortened = remove(small, removals)
     remember(small, [*(stages_of(bare) or ()), stage])
     restore([site for site in masked_sites(small.modules()) if _is_full(site)])
@@ -112,7 +114,7 @@ def remove(
     """
     removals = [removal for removal in removals if removal.count]
     shortened = cut(model, removals)
-    for removal in removals:
+    for removal in reversed(removals):  # what is inside first: an emptied module loses it
         layer = removal.layer
         if layer.family:
             new = family(layer.family).shrink(module_at(model, layer.name), removal)
@@ -134,8 +136,6 @@ def replay(model: nn.Module, stages: Iterable[Stage]) -> nn.Module:
         KeyError, ValueError: for stages of another model.
     """
     for stage in stages:
-        removals = removals_of(stage, model)
-        check_compactable(model, Groups(tuple(removal.layer for removal in removals)))
         for name in new_biases_of(stage):
             layer = module_at(model, name)
             if layer._parameters.get("bias", layer) is not None:
@@ -144,8 +144,24 @@ def replay(model: nn.Module, stages: Iterable[Stage]) -> nn.Module:
                 raise ValueError(message(name, expected=expected, got=got, remedy=remedy))
             weight = product(layer, "weight")
             layer._parameters["bias"] = nn.Parameter(weight.new_zeros(weight.shape[0]))
+        removals = removals_of(stage, model)
+        check_compactable(model, Groups(tuple(removal.layer for removal in removals)))
         model, _ = remove(model, removals)
     return model
+
+
+def _with_biases(removal: Removal, new: Collection[str]) -> Removal:
+    """With the biases that were not there when the units were found: their rows go, too."""
+    added = []
+    for member in removal.layer.members:
+        path, _, leaf = member.parameter.rpartition(".")
+        if leaf == "weight" and path in new and member.dim == 0 and not member.consumes:
+            bias = f"{path}.bias" if path else "bias"
+            added.append(replace(member, parameter=bias, ranked=False))
+    if not added:
+        return removal
+    members = (*removal.layer.members, *added)
+    return Removal(replace(removal.layer, members=members), removal.gone)
 
 
 def _is_full(site: Site) -> bool:

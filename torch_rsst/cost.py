@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -166,9 +166,23 @@ def measure_latencies(
 
 
 def time_in_turns(
-    models: Sequence[nn.Module], example_inputs: Any, *, repeats: int = 20, warmup: int = 3
+    models: Sequence[nn.Module],
+    example_inputs: Any,
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """The seconds of every timed run of each model; run number i of all of them came in a row."""
+    """The seconds of every timed run of each model; run number i of all of them came in a row.
+
+    Args:
+        models: see :func:`measure_latency`.
+        example_inputs: for all of them.
+        repeats: timed runs of each.
+        warmup: runs of each before them.
+        clock: read before and after a run. :func:`time.process_time` counts what this process alone
+            works, on all its threads, and is steadier where others want the cores.
+    """
     check_count(repeats, "repeats", at_least=1)
     check_count(warmup, "warmup", at_least=0)
     for model in models:
@@ -189,18 +203,20 @@ def time_in_turns(
             stack.enter_context(undisturbed(model))
         for turn in range(-warmup, repeats):
             for model, timed in zip(models, seconds, strict=True):
-                took = _time(model, example_inputs, devices)
+                took = _time(model, example_inputs, devices, clock)
                 if turn >= 0:
                     timed.append(took)
     return seconds
 
 
-def _time(model: nn.Module, inputs: Any, devices: set[torch.device]) -> float:
+def _time(
+    model: nn.Module, inputs: Any, devices: set[torch.device], clock: Callable[[], float]
+) -> float:
     _wait(devices)
-    start = time.perf_counter()
+    start = clock()
     run_on(model, inputs)
     _wait(devices)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait(devices: set[torch.device]) -> None:

@@ -77,7 +77,7 @@ class DataImportance(ABC):
 
 @dataclass(frozen=True)
 class ActivationL1(DataImportance):
-    """The mean of \\|a\\|, where a is what a unit puts out."""
+    """The mean of |a|, where a is what a unit puts out."""
 
     def entries(self, activation: Tensor, gradient: Tensor | None) -> Tensor:
         """See :class:`DataImportance`."""
@@ -99,7 +99,7 @@ class ActivationL2(DataImportance):
 
 @dataclass(frozen=True)
 class Taylor(DataImportance):
-    """The sum of \\|a · ∂L/∂a\\|, where a is what a unit puts out and L the loss of its batch."""
+    """The sum of |a · ∂L/∂a|, where a is what a unit puts out and L the loss of its batch."""
 
     needs_gradient: ClassVar[bool] = True
 

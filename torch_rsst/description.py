@@ -203,7 +203,8 @@ def put_together(model: nn.Module, description: Description, tensors: Tensors) -
     remember(model, description.stages)
     if description.build is not None:
         vars(model)[_BUILT] = description.build
-    return model.train(description.training)
+    model.train(description.training)
+    return model  # not what train() returns: some classes forget to
 
 
 def built_as(model: nn.Module) -> Build | None:

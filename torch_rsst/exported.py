@@ -32,7 +32,8 @@ def export_program(model: nn.Module, example_inputs: Any) -> bytes:
         RuntimeError: where the program puts out something else than the model.
         Exception: what the export raises.
     """
-    model = copy.deepcopy(unwrap(model)).eval()
+    model = copy.deepcopy(unwrap(model))
+    model.eval()
     try:
         program = _any_batch(model, example_inputs)
     except Exception:  # of as many kinds as there are reasons why a batch is fixed

@@ -2,7 +2,8 @@
 
 An importance is any callable ``(layer, weights, masks) → scores``. Those that look at weights alone are
 functions, written as users would write theirs. Those that look at data are a
-:class:`DataImportance`; :mod:`torch_rsst.activations` runs the model and makes such callables of them.
+:class:`torch_rsst.data_importance.DataImportance`; :mod:`torch_rsst.activations` runs the model and makes
+such callables of them.
 A :class:`Combination` makes one of several. Scores accumulate in float64.
 """
 
@@ -115,7 +116,7 @@ def name_of(importance: str | Importance) -> str:
     return str(getattr(found, "__qualname__", type(found).__qualname__))  # repr may hold an address
 
 
-Kind = TypeVar("Kind", bound="Combination")
+T = TypeVar("T", bound="Combination")
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,7 +157,7 @@ class Combination(ABC):
         rows = [score_units(part, layer, weights, masks, alive) for part in parts]
         return self.combine(torch.stack(rows), alive > 0)
 
-    def with_parts(self: Kind, parts: tuple[str | Importance, ...]) -> Kind:
+    def with_parts(self: T, parts: tuple[str | Importance, ...]) -> T:
         """The same combination of other parts."""
         return replace(self, parts=parts)
 
@@ -206,7 +207,7 @@ class RankAverage(Combination):
         living = scores[:, alive]
         ranks = torch.zeros_like(scores)
         for row, values in zip(ranks, living, strict=True):
-            distinct, place, count = values.unique(return_inverse=True, return_counts=True)
+            _, place, count = values.unique(return_inverse=True, return_counts=True)
             # Of c equal scores after s lower ones, each has the middle of the ranks s + 1 … s + c.
             middle = count.cumsum(0) - (count - 1) / 2
             row[alive] = middle[place].double() / max(1, values.numel())

@@ -51,9 +51,9 @@ def settings_of(model: nn.Module, built: nn.Module) -> Settings:
     for path in mine.keys() & theirs.keys():
         have = vars(theirs[path])
         for key, value in vars(mine[path]).items():
-            if not key.startswith("_") and type(value) is float and type(have.get(key)) is float:
-                if value != have[key] and math.isfinite(value):
-                    found.setdefault(path, {})[key] = value
+            both = type(value) is float and type(have.get(key)) is float
+            if both and not key.startswith("_") and value != have[key] and math.isfinite(value):
+                found.setdefault(path, {})[key] = value
     return found
 
 

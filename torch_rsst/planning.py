@@ -26,7 +26,7 @@ from torch_rsst.dead_units import dead_units
 from torch_rsst.discovery import family
 from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups
-from torch_rsst.importance import Importance, resolve_importance
+from torch_rsst.importance import Importance, name_of, resolve_importance
 from torch_rsst.masked_parameter import restore
 from torch_rsst.masks import extract_mask, named_weights, unwrap
 from torch_rsst.regroup import RegroupPlan, Scope, _scopes, _score
@@ -106,9 +106,6 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, fit for JSON; a callable importance by its name."""
-        named = self.importance
-        if not isinstance(named, str):
-            named = getattr(named, "__name__", type(named).__name__)
         costs = {
             what: None if pair is None else {"before": pair[0], "after": pair[1]}
             for what, pair in self._costs().items()
@@ -116,7 +113,8 @@ class Plan:
         return {
             "budget": dict([self.budget]),
             **self.arguments,
-            "importance": named,
+            "importance": getattr(self.importance, "__qualname__", None)
+            or name_of(self.importance),
             "layers": [asdict(layer) for layer in self.layers],
             **costs,
         }
@@ -181,7 +179,7 @@ def plan(
         groups: from :func:`find_groups` for this very model.
         budget: one of ``{"macs": 0.5}`` (multiply-adds), ``{"params": 0.5}`` and
             ``{"latency": 0.5}`` (measured here and now): a fraction of the dense model.
-        importance: as for :func:`regroup`.
+        importance: as for :func:`regroup`; one that needs data as :func:`measure_importance` returns it.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model;
             None: one sample, guessed from what the model says of itself.
         scope: as for :func:`regroup`.

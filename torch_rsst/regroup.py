@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from torch_rsst.activations import measured
 from torch_rsst.budget import Amount, check_amount, check_count, check_fraction, to_count
+from torch_rsst.data_source import Batches, DataSource, Forward, LossFn
 from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance import Importance, remain, resolve_importance, score_units
-from torch_rsst.masks import Masks, alive_in, check_masks, extract_mask, named_weights
+from torch_rsst.masks import Masks, alive_in, check_masks, extract_mask, named_weights, unwrap
+from torch_rsst.replicas import replica_group
 from torch_rsst.selection import lowest
 from torch_rsst.shards import total
 from torch_rsst.unit_selection import ScopeBudget, ScoredLayer, keep_units
@@ -72,6 +75,9 @@ def regroup(
     min_keep: int = 1,
     round_to: int | None = None,
     ungrouped: Ungrouped = "keep",
+    batches: Batches | None = None,
+    forward: Forward | None = None,
+    loss_fn: LossFn | None = None,
 ) -> Masks:
     """Regroup a mask to whole units: what *should* be alive.
 
@@ -91,7 +97,8 @@ def regroup(
         amount: the fraction of *all* units of a scope, dead ones included, that are absent from the
             refill mask; an int counts units per scope. None takes the budget from the density:
             ``round(d + fillback_rate · (n − d))`` units stay, d = Σ alive ranked entries / size.
-        importance: ``"magnitude"``, ``"remain"`` or a callable, see :mod:`torch_rsst.importance`.
+        importance: ``"magnitude"``, ``"remain"``; with ``batches``, ``"activation_l1"``,
+            ``"activation_l2"`` or ``"taylor"``; or a callable, see :mod:`torch_rsst.importance`.
         scope: what units compete with: those of their ``"layer"``, of their ``"type"``, or all
             (``"global"``; scores are then compared per ranked entry).
         current_mask: what is alive now; the model's own masks by default.
@@ -100,6 +107,10 @@ def regroup(
         round_to: raise the kept units of each layer to a multiple of this.
         ungrouped: entries in no group ``"keep"`` their current mask, or ``"element"``: each
             such parameter of ``current_mask`` loses ``amount`` of its alive entries, the smallest.
+        batches: for an importance that needs data: what ``model(batch)`` takes, an iterable or a
+            function that returns one. See :func:`measure_importance`, also for how the model is run.
+        forward: ``(model, batch) → output``, for batches that ``model(batch)`` does not take.
+        loss_fn: ``(output, batch) → loss``, for ``"taylor"``.
 
     Returns:
         bool masks on the parameters' devices, for every group member and every key of
@@ -107,13 +118,21 @@ def regroup(
 
     Raises:
         KeyError: for groups or masks of parameters that the model does not have.
-        ValueError: for an unknown name, an amount out of range, shapes that do not fit, NaN scores.
+        ValueError: for an unknown name, an amount out of range, shapes that do not fit, NaN scores;
+            for data that the importance lacks or has no use for.
+        TypeError: for batches that the model does not take.
     """
     plan = RegroupPlan(importance, scope, fillback_rate, min_keep, round_to, ungrouped)
     groups = as_groups(groups)
     weights = named_weights(model)
     given = extract_mask(model) if current_mask is None else current_mask
     current = check_masks(weights, given)
+    if amount is not None:
+        check_amount(amount)
+    check_groups(weights, groups)
+    data = DataSource(batches, forward, loss_fn)
+    known = measured(unwrap(model), groups, importance, data, current, replica_group(model))
+    plan = replace(plan, importance=known)
     decision = decide(weights, groups, current, amount, plan)
     return refill_from(decision, weights, groups, current, amount, plan)
 

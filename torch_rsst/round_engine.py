@@ -13,10 +13,13 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from torch_rsst.activations import check_source, measured
 from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
+from torch_rsst.data_source import DataSource
 from torch_rsst.errors import RoundWarning, check_keys, message
 from torch_rsst.freezing import freeze_latents
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.importance import data_parts, name_of
 from torch_rsst.masks import (
     Masks,
     apply_mask,
@@ -100,6 +103,7 @@ class Rounds(ABC):
         penalty: Mapping[str, Any],
         freeze_masked: bool = False,
         reset_moments: bool = False,
+        data: DataSource = DataSource(),  # noqa: B008 - frozen
     ) -> None:
         check_count(steps_per_round, "steps_per_round", at_least=1)
         check_count(rounds, "rounds", at_least=1)
@@ -120,6 +124,8 @@ class Rounds(ABC):
             check_amount(regroup_amount, "regroup_amount")
         self._model, self._groups, self._plan = unwrap(model), as_groups(groups), plan
         check_groups(named_weights(model), self._groups)
+        check_source(plan.importance, data, rounds)
+        self._data = data
         self._ranked = ranked_names(model, self._groups, parameters)
         self._snapshot = Snapshot.of(model, rewind)
         self._optimizer = optimizer
@@ -171,9 +177,10 @@ class Rounds(ABC):
         if self._next_index >= self.rounds or self._finalized:
             raise StopIteration
         index = self._next_index
+        plan = self._plan_of(index)
         current, refill, budgets = agreed(
             self._replicas,
-            lambda: self._choose(index),
+            lambda: self._choose(index, plan),
             lambda chosen: [
                 *chosen[0].items(),
                 *((f"refill {n}", m) for n, m in chosen[1].items()),
@@ -214,20 +221,44 @@ class Rounds(ABC):
 
     # A round's life
 
-    def _choose(self, index: int) -> tuple[Masks, Masks, tuple[ScopeBudget, ...]]:
-        """Rank and regroup; reads the model only."""
-        alive = self._mask_to_rank()
-        if index < 0:
-            return alive, alive, ()
+    def _plan_of(self, index: int) -> RegroupPlan:
+        """The plan of a round, with scores in place of what needs data.
+
+        Units are scored under the mask that this round's ranking makes. Not within :meth:`_choose`: there
+        ranks talk when all are done, here as well.
+        """
+        if index < 0 or not any(data_parts(self._plan.importance)):
+            return self._plan
+        current = agreed(self._replicas, self._rank, dict.items)
+        found = measured(
+            self._model,
+            self._groups,
+            self._plan.importance,
+            self._data,
+            current,
+            self._replicas,
+        )
+        return replace(self._plan, importance=found)
+
+    def _rank(self) -> Masks:
         weights = named_weights(self._model)
-        current = rank(weights, alive, self._groups, self._ranked, self.amount)
+        return rank(weights, self._mask_to_rank(), self._groups, self._ranked, self.amount)
+
+    def _choose(
+        self, index: int, plan: RegroupPlan
+    ) -> tuple[Masks, Masks, tuple[ScopeBudget, ...]]:
+        """Rank and regroup; reads the model only."""
+        if index < 0:
+            alive = self._mask_to_rank()
+            return alive, alive, ()
+        weights, current = named_weights(self._model), self._rank()
         amount = (
             self.regroup_amount(index) if callable(self.regroup_amount) else self.regroup_amount
         )
         if amount is not None:
             check_amount(amount, f"regroup_amount of round {index}")
-        decision = decide(weights, self._groups, current, amount, self._plan)
-        refill = refill_from(decision, weights, self._groups, current, amount, self._plan)
+        decision = decide(weights, self._groups, current, amount, plan)
+        refill = refill_from(decision, weights, self._groups, current, amount, plan)
         return current, refill, decision.budgets
 
     def _open(
@@ -408,6 +439,7 @@ class Rounds(ABC):
             "parameters": self._ranked,
             "rewind": bool(self._snapshot.weights),
             **vars(self._plan),
+            "importance": name_of(self._plan.importance),
             **self._penalty,
             "groups": [str(layer) for layer in self._groups.layers],
         }

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from torch_rsst.budget import Amount, refill_limit
+from torch_rsst.data_source import Batches, DataSource, Forward, LossFn
 from torch_rsst.errors import RoundWarning
 from torch_rsst.groups import Group, GroupLayer, Groups
 from torch_rsst.importance import Importance, remain
@@ -56,7 +57,7 @@ class RSST(Rounds):
         amount: what a ranking prunes: a fraction of the entries still alive, or a count.
         regroup_amount: fraction of all units that is meant to go, None for the density budget, or
             a callable round index → fraction for a ramp.
-        importance: how units are scored: ``"magnitude"``, ``"remain"`` or a callable.
+        importance: how units are scored, see :func:`regroup`.
         scope: what units compete with: ``"layer"``, ``"type"`` or ``"global"``.
         rewind: after each choice of a mask, put surviving weights back to those at construction
             (``"init"``) or to a state dict; None keeps them.
@@ -75,6 +76,11 @@ class RSST(Rounds):
         block_loss_grad: also zero the gradient of the loss on P.
         accumulation_steps: backward passes per step; used without an optimizer only.
         grad_scale: loss scale; used without an optimizer only.
+        batches: for an importance that needs data, which is measured anew in each round: an iterable,
+            drawn once per round, or a function that returns one; what ``model(batch)`` takes. No part
+            of the state, as are the arguments that follow: pass them again when you resume.
+        forward: ``(model, batch) → output``, for batches that ``model(batch)`` does not take.
+        loss_fn: ``(output, batch) → loss``, for ``importance="taylor"``.
 
     Raises:
         TypeError, ValueError, KeyError: for arguments out of range or groups of another model;
@@ -107,6 +113,9 @@ class RSST(Rounds):
         block_loss_grad: bool = False,
         accumulation_steps: int = 1,
         grad_scale: GradScale | None = None,
+        batches: Batches | None = None,
+        forward: Forward | None = None,
+        loss_fn: LossFn | None = None,
     ) -> None:
         self.dense_training = dense_training
         super().__init__(
@@ -122,6 +131,7 @@ class RSST(Rounds):
             train_first=train_first,
             parameters=parameters,
             freeze_masked=freeze_masked,
+            data=DataSource(batches, forward, loss_fn),
             penalty={
                 "schedule": resolve_schedule(schedule, strength),
                 "mode": mode,
@@ -131,8 +141,10 @@ class RSST(Rounds):
             },
         )
 
-    def _choose(self, index: int) -> tuple[Masks, Masks, tuple[ScopeBudget, ...]]:
-        current, refill, budgets = super()._choose(index)
+    def _choose(
+        self, index: int, plan: RegroupPlan
+    ) -> tuple[Masks, Masks, tuple[ScopeBudget, ...]]:
+        current, refill, budgets = super()._choose(index, plan)
         self._warn_of_emptied_layers(index, _intersection(current, refill))
         return current, refill, budgets
 
@@ -231,6 +243,9 @@ class Refill(Rounds):
         ungrouped: Ungrouped = "keep",
         freeze_masked: bool = False,
         reset_moments: bool = False,
+        batches: Batches | None = None,
+        forward: Forward | None = None,
+        loss_fn: LossFn | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -246,6 +261,7 @@ class Refill(Rounds):
             parameters=parameters,
             freeze_masked=freeze_masked,
             reset_moments=reset_moments,
+            data=DataSource(batches, forward, loss_fn),
             penalty={},
         )
         self._warn_about_limit()

@@ -166,16 +166,21 @@ SIZES: dict[type[nn.Module], Sizes] = {
 """Type of layer → what it notes about the shapes of its parameters. Add one with one line."""
 
 OWNERS: dict[type[nn.Module], Sizes] = {}
-"""Type of module → what it notes about the sizes of the layers in it: widths at which it splits, say."""
+"""Type of module → what it notes about the sizes of the layers in it: where it splits its channels, say.
+
+One that notes nothing says so with an empty mapping.
+"""
 
 
 def note_sizes(layer: nn.Module, table: Mapping[type[nn.Module], Sizes] = SIZES) -> None:
     """Set what a layer notes about the shapes of its parameters to what they are."""
-    for kind, sizes in table.items():
-        if isinstance(layer, kind):
-            for name, size in sizes(layer).items():
-                setattr(layer, name, size)
-            return
+    for name, size in sizes_of(layer, table).items():
+        setattr(layer, name, size)
+
+
+def sizes_of(layer: nn.Module, table: Mapping[type[nn.Module], Sizes]) -> Mapping[str, object]:
+    """What a layer should note, by a table; nothing where it is not listed."""
+    return next((sizes(layer) for kind, sizes in table.items() if isinstance(layer, kind)), {})
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ def find_groups(
     example_inputs: Any = None,
     on_unsupported: Literal["warn", "raise", "ignore"] = "warn",
 ) -> Groups:
-    """Find the units of a model: its attention heads and the hidden neurons of its MLPs.
+    """Find the units of a model: heads of its attentions, hidden neurons of its MLPs, channels.
 
     Example:
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
@@ -35,9 +35,10 @@ def find_groups(
         >>> print(groups)
         8 neurons in 1 layers
 
-    Modules are recognized by structure and then checked by running them once, alone: disturbing one
-    unit must reach that unit's inputs of the following layer and no others. The model is left as
-    it was; it may be dense or pruned, wrapped or not.
+    Modules are recognized by structure; the channels of convolutions are followed through one run of
+    the model. What is found is checked on copies with random weights: units that are zeroed must make
+    the same output as units that are cut. The model is left as it was; it may be dense or pruned,
+    wrapped or not.
 
     Args:
         model: any module.
@@ -45,12 +46,13 @@ def find_groups(
             kinds that you name must all be found.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for
             ``model``. Given, each module is checked on what it gets in that run instead of on
-            random (batch, tokens, features): needed where a module takes more than one tensor.
+            random (batch, tokens, features): needed where a module takes more than one tensor, and
+            for channels where the model takes no images.
         on_unsupported: what to do about a module that looks like a known family but whose units
             cannot be removed exactly: ``"warn"``, ``"raise"`` or ``"ignore"``.
 
     Returns:
-        the groups, in the order of ``model.named_modules()``.
+        the groups, in the order of ``model.named_modules()``; channels come last.
 
     Raises:
         TypeError: unless ``model`` is a module.

@@ -148,7 +148,7 @@ class HeadAdapter(Adapter):
             members, buffers = head_members(module, self.parts_of(module), heads)
         except ValueError as error:
             return Unsupported(str(error))
-        if not any(m.consumes for m in members) or all(m.consumes for m in members):
+        if not any(m.consumes for m in members):
             return Unsupported("it has no projection that takes its heads in")
         return GroupLayer("", self.kind, heads, members, buffers)
 

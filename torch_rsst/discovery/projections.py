@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import columns, own_parameters, rows
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
 from torch_rsst.groups import Member
-from torch_rsst.live_weight import product
+from torch_rsst.live_weight import ORIG
 from torch_rsst.surgery import replace_module
 
 _ACTIVATIONS = (
@@ -93,6 +93,12 @@ def members_of(projection: Projection, unit: Tensor, *, takes: bool = False) -> 
     return rows(projection.path, projection.layer, unit)
 
 
+def maps_between(module: nn.Module, pair: Sequence[Projection]) -> bool:
+    """Whether a module holds other layers that map features between some of its projections."""
+    ordered = _in_order(module, pair[0].path, pair[-1].path)
+    return any(inside and path != pair[0].path and _maps(part) for path, part, inside in ordered)
+
+
 def _among(named: Sequence[tuple[str, nn.Module]]) -> list[Projection]:
     return [
         Projection(path, layer)
@@ -115,28 +121,28 @@ def between(
         unit: the unit of each.
 
     Returns:
-        the members and the buffers of these layers; or what joins the features; or None where a
-        convolution over positions stands between 1×1 convolutions: whose features are channels.
+        the members and the buffers of these layers; or what joins the features; or None where
+        another convolution has to do with the features of 1×1 convolutions: these are channels.
     """
     known = {p.path for p in pair}
     outside = {pair[0].taken, pair[-1].given}
     members: list[Member] = []
     buffers: list[Member] = []
     for path, part, inside in _in_order(module, pair[0].path, pair[-1].path):
-        wide = [n for n in own_parameters(part) if hidden in product(part, n).shape]
+        wide = [n for n in own_parameters(part) if hidden in _shape(part, n)]
         if path in known or not wide:
             continue
-        joins = any(product(part, n).ndim > 1 for n in wide) and not _is_depthwise(part, hidden)
-        if not inside and (hidden in outside or joins):
-            continue  # before or behind, and only by chance as wide; running tells
         if isinstance(part, nn.modules.conv._ConvNd) and not pair[0].is_linear:
             return None
+        joins = any(len(_shape(part, n)) > 1 for n in wide) and not _is_depthwise(part, hidden)
+        if not inside and (hidden in outside or joins):
+            continue  # before or behind, and only by chance as wide; running tells
         if not (isinstance(part, _Shared) or _is_depthwise(part, hidden)):
             if hidden in outside and not path:
                 continue  # of which width it is, running tells
             return f"{path} ({type(part).__name__})" if path else f"own parameter {wide[0]}"
         for name in wide:
-            ranked = product(part, name).ndim > 1
+            ranked = len(_shape(part, name)) > 1
             members.append(Member(f"{path}.{name}", 0, unit, ranked=ranked))
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.shape == (hidden,):
@@ -163,8 +169,11 @@ def empty(module: nn.Module, pair: Sequence[Projection], *, packed: bool = False
     rest = [m for m in module.modules() if m not in layers and m is not module]
     if type(module) is nn.Sequential and all(map(_is_elementwise, rest)):
         return BiasOnly(last.layer)
+    along = (*_Shared, nn.Conv1d, nn.Conv2d)
     for path, part in list(module.named_modules()):
-        if any(product(part, name).numel() == 0 for name in own_parameters(part)):
+        if not (part in layers or isinstance(part, along)):
+            continue  # an attention beside, which may have lost its heads
+        if any(0 in _shape(part, name) for name in own_parameters(part)):
             gone = NoFeatures(-1 if last.is_linear else -3) if packed else nn.Identity()
             replace_module(module, path, gone)
     return replace_module(module, last.path, BiasOnly(last.layer))
@@ -179,15 +188,19 @@ def _in_order(module: nn.Module, first: str, last: str) -> Iterator[tuple[str, n
             yield path, part, inside
 
 
-def _shape(layer: nn.Module) -> torch.Size:
-    return product(layer, "weight").shape
+def _shape(module: nn.Module, name: str = "weight") -> torch.Size:
+    """The shape of a parameter, masked or not."""
+    stored = module._parameters.get(name + ORIG, module._parameters.get(name))
+    assert stored is not None
+    return stored.shape
 
 
 def _maps(module: nn.Module) -> bool:
     """Whether a module holds a matrix, but for convolutions of each channel alone."""
-    names = [n for n in own_parameters(module) if product(module, n).ndim > 1]
-    alone = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-    return bool(names) and not alone
+    names = [n for n in own_parameters(module) if len(_shape(module, n)) > 1]
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1:
+        return False
+    return bool(names)
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:

@@ -18,7 +18,8 @@ from torch_rsst.surgery import Removal
 
 def randomized(module: nn.Module) -> nn.Module:
     """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
-    module = copy.deepcopy(module).eval()
+    module = copy.deepcopy(module)
+    module.eval()  # which returns nothing in some classes
     restore(masked_sites(module.modules()))
     if any(is_half(p) for p in module.parameters()):
         module.float()

@@ -6,7 +6,14 @@ import torch
 from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported
-from torch_rsst.discovery.projections import Projection, between, empty, members_of, projections
+from torch_rsst.discovery.projections import (
+    Projection,
+    between,
+    empty,
+    maps_between,
+    members_of,
+    projections,
+)
 from torch_rsst.groups import GroupLayer
 from torch_rsst.surgery import Removal
 
@@ -26,7 +33,7 @@ class TwoLayerMLP(Adapter):
     def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
         pair = _pair(module)
-        if not pair or pair[0].given == 0:
+        if not pair or pair[0].given == 0 or maps_between(module, pair):
             return None
         first, second = pair
         hidden = first.given

@@ -22,6 +22,8 @@ from torch_rsst.discovery.probe import run_on
 from torch_rsst.discovery.trial import one_line, randomized
 
 KIND = "channels"
+LARGE = 300_000_000
+"""Models of more parameters are checked in single precision, for memory."""
 
 
 class ConvolutionChannels(WholeModelAdapter):
@@ -70,26 +72,35 @@ def _refused(convolutions: list[_ConvNd], reason: str) -> Survey:
 def _traced(model: nn.Module, example_inputs: Any) -> tuple[Ledger, Trials] | str:
     """What a run shows, and a copy of the model to make trials on; or why it does not run."""
     error = "no example fits it"
-    for copy in _copies(model):
+    copies = _copies(model)
+    while True:
+        try:
+            copy = next(copies)
+        except StopIteration:
+            return error
+        except Exception as failure:  # not every model can be copied
+            return one_line(failure)
+        trials: Trials | None = None
         for example in (example_inputs,) if example_inputs is not None else small_guesses(model):
-            ledger, given = Ledger(), _like(example, copy)
-            run = _Run(copy, given)
+            ledger = Ledger()
+            run = _Run(copy, _like(example, copy))
             try:
                 follow(copy, ledger, (run.training, run.evaluating))
             except Exception as failure:
-                error = one_line(failure)
-            else:
-                return ledger, Trials(copy, run.call, run.trains)
-    return error
+                error = error if trials else one_line(failure)
+                continue
+            trials = trials or Trials(copy, run.call, run.trains)
+            if run.trains or not ledger.unseen:
+                return ledger, trials
+            error = f"in training mode, where alone some of it is used: {run.error}"
 
 
 def _copies(model: nn.Module) -> Iterator[nn.Module]:
-    """Dense ones with random weights, in double precision if that runs."""
+    """Dense ones with random weights, in double precision if that runs and is not too large."""
     copy = randomized(model)
-    if any(p.device.type not in ("cpu", "cuda") for p in model.parameters()):
-        yield copy
-        return
-    yield copy.double()
+    small = sum(parameter.numel() for parameter in model.parameters()) < LARGE
+    if small and all(p.device.type in ("cpu", "cuda") for p in model.parameters()):
+        yield copy.double()
     yield copy.float()
 
 
@@ -114,6 +125,7 @@ class _Run:
         self.model = model
         self.example = example
         self.trains = False
+        self.error = ""
 
     def call(self, model: nn.Module) -> Any:
         """The outputs of a model for copies of the inputs."""
@@ -133,7 +145,8 @@ class _Run:
             out = self.call(self.model.train())
             self.trains = True
             return out
-        except Exception:
+        except Exception as failure:
+            self.error = one_line(failure)
             return None
         finally:
             self.model.eval()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch_rsst.discovery.channels.labels import varying, vector
 from torch_rsst.discovery.channels.walk import INPUT, UNNAMED, Arguments, Walk, rule
 
+POSITIONS = "they are normalized as positions"
 KERNEL = "they are positions of a kernel"
 WHOLE = "whole groups of a grouped convolution go"
 MIXED = "they meet in a product of activations, as those of an attention do"
@@ -145,13 +146,13 @@ def contract(
 def batch_norm(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
     """Each channel has its own scale, shift and statistics."""
     x = arguments["input"]
-    fed = walk.along(x, 1, "they are normalized together")
+    known = walk.labels(x)
+    joined = "the weights that take them in are normalized" if known.weight else POSITIONS
+    fed = walk.along(x, 1, joined)
     for key in ("weight", "bias", "running_mean", "running_var"):
         if (own := arguments.get(key)) is not None:
             walk.meet(fed, walk.along(own, 0, UNNAMED), INPUT if fed is None else UNNAMED)
-    walk.emit(out[0], fed, 1)
-    if walk.labels(x).weight:
-        walk.put(out[0], walk.labels(out[0]).fields, weight=True)
+    walk.put(out[0], known.fields, weight=known.weight)
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")

@@ -45,6 +45,8 @@ class Ledger:
     """Those of them that belong to convolutions."""
     takes: set[int] = field(default_factory=set)
     """Atoms that begin an axis of columns that take channels in."""
+    unseen: set[str] = field(default_factory=set)
+    """Parameters that no operator has used."""
     reasons: list[str] = field(default_factory=list)
     _ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _frozen: list[Tensor] = field(default_factory=list)

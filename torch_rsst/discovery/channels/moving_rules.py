@@ -113,6 +113,8 @@ def _even(walk: Walk, field: Tensor, dim: int, sizes: Sequence[int], begin: int 
         return True
     if size == 0:
         return False
+    if walk.splits_where_noted() and (len(set(sizes)) > 1 or total % size or begin % size):
+        return True
     if len(set(sizes)) > 1 or total % size or begin % size:
         walk.freeze([compressed(field)], UNEVEN)
         return False

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_rsst.discovery.channels import entry_rules, layer_rules, moving_rules
@@ -23,15 +24,19 @@ RULE_FILES = (entry_rules, layer_rules, moving_rules)
 class _Follow(TorchDispatchMode):
     """Applies the rule of every operator that runs."""
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: Walk, names: Mapping[Tensor, str]) -> None:
         super().__init__()
         self.walk = walk
+        self.names = names
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        for parameter in tensors_in([args]):
+            if isinstance(parameter, nn.Parameter) and parameter in self.names:
+                self.walk.ledger.unseen.discard(self.names[parameter])
         namespace, _, name = func._schema.name.partition("::")
         arguments = {
             argument.name: value
@@ -61,6 +66,8 @@ def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) 
         runs: call the model. What one of them raises is raised here, after what it has done.
     """
     walk = Walk(ledger)
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    ledger.unseen.update(names.values())
     for name, parameter in model.named_parameters():
         fields = ledger.enter(without_wrappers(name), parameter, buffer=False)
         walk.put(parameter, fields, weight=True)
@@ -68,7 +75,29 @@ def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) 
         fields = ledger.enter(without_wrappers(name), buffer, buffer=True)
         walk.put(buffer, fields, weight=True)
     for run in runs:
-        with torch.no_grad(), _Follow(walk):
+        with torch.no_grad(), _modules_noted(model, walk.running), _Follow(walk, names):
             out = run()
         for tensor in tensors_in([out]):
             walk.freeze(walk.labels(tensor).fields, OUTPUT)
+
+
+@contextmanager
+def _modules_noted(model: nn.Module, running: list[nn.Module]) -> Iterator[None]:
+    """Keep the modules that are running in a list, the innermost last."""
+
+    def enter(module: nn.Module, *_: object) -> None:
+        running.append(module)
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    running.clear()
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

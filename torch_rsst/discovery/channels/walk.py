@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_rsst.discovery.channels.labels import Labels, compressed, varying, vector
 from torch_rsst.discovery.channels.ledger import Ledger
+from torch_rsst.surgery import OWNERS, sizes_of
 
 UNLABELED = Labels()
 OUTPUT = "they are outputs of the model"
@@ -26,9 +27,15 @@ SILENT_REASONS = (OUTPUT, INPUT)
 
 @dataclass
 class Walk:
-    """The state of a run whose channels are followed."""
+    """The state of a run whose channels are followed.
+
+    Attributes:
+        ledger: that rules write to.
+        running: the modules that are running, the innermost last.
+    """
 
     ledger: Ledger
+    running: list[nn.Module] = field(default_factory=list)
     _labels: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     def labels(self, tensor: Tensor) -> Labels:
@@ -44,6 +51,10 @@ class Walk:
             fields = list(fields)
             self.freeze([f for f in fields if not varying(f)], TOGETHER)
             self._labels[tensor] = Labels(tuple(f for f in fields if varying(f)), weight, wild)
+
+    def splits_where_noted(self) -> bool:
+        """Whether the running module notes, and is told, where it splits its channels."""
+        return bool(self.running) and bool(sizes_of(self.running[-1], OWNERS))
 
     def freeze(self, fields: Iterable[Tensor], reason: str) -> None:
         """No channel in these labels can go."""

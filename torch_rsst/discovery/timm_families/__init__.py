@@ -31,7 +31,9 @@ FILES = (
     "conv_attention",
     "efficientvit",
     "cascade",
+    "bottleneck",
     "gemma",
+    "parallel",
 )
 
 for _file in FILES:
