@@ -247,7 +247,7 @@ def _masked_by(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
                 # By .data: graphs that are waiting for backward are not told, nor need they be.
                 if (mask := site.mask) is not None:
                     own = local(mask.data)
-                    alive = placed_like(masks[name], site.original) if name in masks else None
+                    alive = placed_like(masks[name], mask) if name in masks else None
                     wanted = torch.ones_like(own) if alive is None else local(alive).to(own.dtype)
                     if not torch.equal(own, wanted):
                         set_to(own, wanted)
