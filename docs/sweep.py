@@ -10,24 +10,39 @@ of the compacted one, in float64.
 
 from __future__ import annotations
 
-import gc
+import contextlib
+import copy
 import json
+import subprocess
 import sys
 import warnings
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 PAGE = HERE / "supported_models.md"
-SMALL = ("atto", "femto", "pico", "nano", "xxs", "micro", "tiny", "xs", "mini", "small", "_s_", "18")
+SMALL = (
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xxs",
+    "micro",
+    "tiny",
+    "xs",
+    "mini",
+    "small",
+    "_s_",
+    "18",
+)
 TOLERANCE = 1e-10
+LARGE = 60_000_000  # parameters; such models are built with two blocks if they take a depth
+LONGEST = 400  # seconds
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,8 @@ class Row:
         family: the module file of timm, or the family of torchvision.
         model: the name of the model that was tried.
         units: kind → units found that can be cut.
-        error: the largest difference of outputs, relative to outputs above 1; None where nothing was cut.
+        effect: the largest difference that masking makes to the outputs, relative to outputs above 1.
+        error: the same between the masked and the compacted model; None where nothing was cut.
         parameters: of the dense and of the compacted model.
         reasons: kind → why modules of that kind stay whole.
         failure: what went wrong, "" where nothing did.
@@ -47,6 +63,7 @@ class Row:
     family: str
     model: str
     units: dict[str, int] = field(default_factory=dict)
+    effect: float = 0.0
     error: float | None = None
     parameters: tuple[int, int] = (0, 0)
     reasons: dict[str, list[str]] = field(default_factory=dict)
@@ -55,7 +72,7 @@ class Row:
     @property
     def ok(self) -> bool:
         """Whether at least one kind was compacted and verified."""
-        return self.error is not None and self.error <= TOLERANCE
+        return self.error is not None and self.error <= TOLERANCE < self.effect / 1000
 
 
 def families() -> dict[str, tuple[str, str]]:
@@ -92,6 +109,9 @@ def build(library: str, name: str) -> tuple[nn.Module, Tensor]:
         import timm
 
         model = timm.create_model(name, num_classes=10)
+        if sum(p.numel() for p in model.parameters()) > LARGE:
+            with contextlib.suppress(TypeError):
+                model = timm.create_model(name, num_classes=10, depth=2)
         channels, height, width = model.pretrained_cfg["input_size"]
     else:
         from torchvision.models import get_model
@@ -138,16 +158,15 @@ def try_model(family: str, library: str, name: str) -> Row:
         reasons = {kind: list(dict.fromkeys(texts)) for kind, texts in reasons.items()}
         if not units:
             return Row(family, name, units, reasons=reasons)
+        dense = copy.deepcopy(model)
         torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
         small = torch_rsst.compact(model, groups)
-        error = difference(model, small, images)
+        effect, error = difference(dense, model, images), difference(model, small, images)
         counts = tuple(sum(p.numel() for p in m.parameters()) for m in (model, small))
-        return Row(family, name, units, error, (counts[0], counts[1]), reasons)
+        return Row(family, name, units, effect, error, (counts[0], counts[1]), reasons)
     except Exception as problem:
         text = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
         return Row(family, name, units, reasons=reasons, failure=text)
-    finally:
-        gc.collect()
 
 
 def page(rows: list[Row]) -> str:
@@ -159,7 +178,8 @@ def page(rows: list[Row]) -> str:
         "One small model of every module file of timm and of every classification family of torchvision, with random",
         "weights. Half of the units that {func}`torch_rsst.find_groups` offers were masked and cut by",
         "{func}`torch_rsst.compact`. *Error* is the largest difference between the outputs of the masked and the",
-        "compacted model, in float64, relative to outputs above 1. Written by `python docs/sweep.py`.",
+        "compacted model, in float64, relative to outputs above 1; *effect* what masking itself changes. Written by",
+        "`python docs/sweep.py`.",
         "",
         f"{len(verified)} of {len(rows)} families have at least one kind of unit compacted and verified; "
         f"{sum(row.error is not None and not row.ok for row in rows)} with a wrong result.",
@@ -174,39 +194,54 @@ def page(rows: list[Row]) -> str:
 
 def _table(rows: list[Row]) -> list[str]:
     lines = [
-        "| family | model | heads | neurons | channels | parameters | error | stays whole |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | model | heads | neurons | channels | parameters | effect | error | stays whole |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         counts = [str(row.units.get(kind, "")) for kind in ("heads", "neurons", "channels")]
         before, after = row.parameters
         shrunk = f"{before / 1e6:.1f} M → {after / 1e6:.1f} M" if after else ""
         error = "" if row.error is None else f"{row.error:.0e}"
+        effect = "" if row.error is None else f"{row.effect:.0e}"
         why = [f"{kind}: {'; '.join(texts[:2])}" for kind, texts in row.reasons.items()]
         why += [row.failure] if row.failure else []
         text = " · ".join(why).replace("|", "/").replace("\n", " ")
-        cells = [row.family.partition("/")[2], f"`{row.model}`", *counts, shrunk, error, text]
+        cells = [
+            row.family.partition("/")[2],
+            f"`{row.model}`",
+            *counts,
+            shrunk,
+            effect,
+            error,
+            text,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
+def run_alone(family: str) -> Row:
+    """Try a family in a process of its own, which takes its memory with it."""
+    _, name = families()[family]
+    command = [sys.executable, __file__, "--one", family]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        return Row(family, name, failure=f"it took more than {LONGEST} s")
+    lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        return Row(family, name, failure=f"the process ended with code {run.returncode}")
+    return Row(**json.loads(lines[-1]))
+
+
 def main(wanted: list[str]) -> None:
     """Sweep all families, or those named."""
-    chosen = {
-        family: model
-        for family, model in families().items()
-        if not wanted or any(word in family for word in wanted)
-    }
-    jobs: list[Any] = []
+    if wanted[:1] == ["--one"]:
+        print(json.dumps(asdict(try_model(wanted[1], *families()[wanted[1]]))))
+        return
+    chosen = [f for f in families() if not wanted or any(word in f for word in wanted)]
     rows = []
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for family, (library, name) in chosen.items():
-            jobs.append(pool.submit(try_model, family, library, name))
-        for (family, (_, name)), job in zip(chosen.items(), jobs, strict=True):
-            try:
-                row = job.result(timeout=600)
-            except Exception as problem:
-                row = Row(family, name, failure=f"{type(problem).__name__}: {problem}")
+    with ThreadPoolExecutor(2) as pool:
+        for row in pool.map(run_alone, chosen):
             rows.append(row)
             print(json.dumps(asdict(row)), flush=True)
     if not wanted:

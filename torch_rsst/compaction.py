@@ -27,7 +27,7 @@ from torch_rsst.dead_units import dead_units
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.errors import CompactionWarning, message
-from torch_rsst.folding import measure_constants
+from torch_rsst.folding import Constants, measure_constants
 from torch_rsst.groups import NO_UNIT, Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.live_weight import product
 from torch_rsst.masked_parameter import restore
@@ -35,7 +35,15 @@ from torch_rsst.masks import extract_mask, named_sites, named_weights, unwrap, w
 from torch_rsst.moved_optimizer import move_optimizer
 from torch_rsst.shards import is_sharded
 from torch_rsst.site import Site, masked_sites
-from torch_rsst.surgery import Removal, Shortened, cut, module_at, named_buffers, replace_module
+from torch_rsst.surgery import (
+    Removal,
+    Shortened,
+    cut,
+    kept_indices,
+    module_at,
+    named_buffers,
+    replace_module,
+)
 
 
 def compact(
@@ -85,10 +93,12 @@ def compact(
     groups = as_groups(groups)
     check_count(round_to, "round_to", at_least=1)
     check_compactable(bare, groups)
-    memo: dict[int, Any] = {}
+    removals, constants, kept_whole = _choose(bare, groups, round_to, Probe(bare, example_inputs))
+    memo = _shared(bare, removals)
     small = copy.deepcopy(bare, memo)
     without = bare_biases(small)
-    removals, kept_whole = _choose(bare, small, groups, round_to, Probe(bare, example_inputs))
+    for emitted, units in constants:
+        emitted.add_to(small, units)
     new_biases = without - bare_biases(small)
     removals = [_with_biases(removal, new_biases) for removal in removals]
     stage = stage_of(removals, new_biases)
@@ -165,7 +175,8 @@ def _with_biases(removal: Removal, new: Collection[str]) -> Removal:
 
 
 def _is_full(site: Site) -> bool:
-    return site.mask is not None and bool((site.mask != 0).all())
+    mask = site.mask
+    return mask is not None and (not mask.numel() or bool(mask.amin() > 0))
 
 
 def check_compactable(model: nn.Module, groups: Groups) -> None:
@@ -179,11 +190,12 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
         raise ValueError(
             message(subject, expected="a whole parameter", got="a sharded one", remedy=gather)
         )
+    modules = {without_wrappers(name) for name, _ in model.named_modules()}
     for layer in groups.layers:
         subject = f"groups of {layer}"
         if layer.family:
             family(layer.family)
-            if layer.name not in {without_wrappers(n) for n, _ in model.named_modules()}:
+            if layer.name not in modules:
                 got = "no such module"
                 raise KeyError(
                     message(subject, expected="a module of the model", got=got, remedy=remedy)
@@ -221,11 +233,11 @@ class _Whole:
 
 
 def _choose(
-    model: nn.Module, small: nn.Module, groups: Groups, round_to: int, probe: Probe
-) -> tuple[list[Removal], list[_Whole]]:
-    """Which units go; moves what they still emit into biases of ``small``."""
+    model: nn.Module, groups: Groups, round_to: int, probe: Probe
+) -> tuple[list[Removal], list[tuple[Constants, Tensor]], list[_Whole]]:
+    """Which units go, what some of them still emit, and which stay though they are dead."""
     weights, masks = named_weights(model), extract_mask(model)
-    removals, stay = [], []
+    removals, emitted, stay = [], [], []
     for layer in groups.layers:
         dead = dead_units(layer, weights, masks)
         goes = dead.silent
@@ -244,9 +256,20 @@ def _choose(
                 stay.append(_Whole(str(layer), left, reason))
         goes = _without_padding(goes, dead.silent, layer, round_to)
         if constants is not None:
-            constants.add_to(small, goes & ~dead.silent)
+            emitted.append((constants, goes & ~dead.silent))
         removals.append(Removal(layer, goes))
-    return removals, stay
+    return removals, emitted, stay
+
+
+def _shared(model: nn.Module, removals: Sequence[Removal]) -> dict[int, Any]:
+    """A memo that lets a copy share the weights and masks which are to be cut, and so replaced."""
+    sites = named_sites(model)
+    members = [member for removal in removals for member in removal.layer.members]
+    shared: list[Tensor | None] = []
+    for name, _ in kept_indices(members, removals):
+        # Not biases, which take up what constant units emit.
+        shared += [t for s in sites[name] if s.original.ndim > 1 for t in (s.original, s.mask)]
+    return {id(tensor): tensor for tensor in shared if tensor is not None}
 
 
 def _is_alone(layer: GroupLayer) -> bool:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_rsst.groups import GroupLayer, Member
-from torch_rsst.masks import alive_in
+from torch_rsst.groups import NO_UNIT, GroupLayer, Member
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +50,22 @@ def _all_zero(
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
 ) -> Tensor:
-    nonzero = torch.zeros(layer.units, dtype=torch.float64)
+    zero = torch.ones(layer.units, dtype=torch.bool)
     for member in members:
-        weight = weights[member.parameter]
-        heard = (weight != 0) & alive_in(weights, masks, member.parameter)
-        nonzero += member.sum_per_unit(heard, layer.units)
-    return nonzero == 0
+        zero &= ~_heard(member, weights[member.parameter], masks.get(member.parameter), layer.units)
+    return zero
+
+
+def _heard(member: Member, weight: Tensor, mask: Tensor | None, units: int) -> Tensor:
+    """Per unit, whether some entry of it acts: is alive and not 0."""
+    others = [d for d in range(weight.ndim) if d != member.dim]
+    values = weight.abs()
+    if mask is not None:
+        alive = mask.to(device=weight.device, dtype=weight.dtype)
+        # What is masked may be inf or NaN, which 0 would not silence.
+        values = values.mul_(alive) if bool(values.sum().isfinite()) else values.where(mask, 0.0)
+    along = (values.amax(others) if others else values) != 0
+    owned = member.unit_of != NO_UNIT
+    heard = torch.zeros(units)
+    heard.index_add_(0, member.unit_of[owned], along.cpu()[owned].float())
+    return heard != 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -43,7 +43,11 @@ def remain(layer: GroupLayer, weights: Mapping[str, Tensor], masks: Mapping[str,
     """
     score = torch.zeros(layer.units, dtype=torch.float64)
     for member in layer.ranked:
-        score += member.sum_per_unit(alive_in(weights, masks, member.parameter), layer.units)
+        name = member.parameter
+        if name in masks:
+            score += member.sum_per_unit(alive_in(weights, masks, name), layer.units)
+        else:
+            score += member.size_per_unit(weights[name], layer.units)
     return score
 
 
@@ -111,7 +115,7 @@ def name_of(importance: str | Importance) -> str:
     known = next((name for name, shipped in IMPORTANCES.items() if shipped is found), None)
     if known is not None:
         return known
-    if "__repr__" in vars(type(found)):
+    if is_dataclass(found):
         return repr(found)
     return str(getattr(found, "__qualname__", type(found).__qualname__))  # repr may hold an address
 

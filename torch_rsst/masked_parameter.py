@@ -192,6 +192,8 @@ def restore(sites: Sequence[Site]) -> None:
                 del site.module._forward_pre_hooks[found[0]]
         try:
             for original, mask in masked:
+                if _is_full(mask):
+                    continue
                 own, dead = local(original), local(_dead(original, mask))
                 latents.append((own, dead, own[dead]))
                 zero(original, mask)
@@ -212,6 +214,13 @@ def zero(original: nn.Parameter, mask: Tensor | None) -> None:
     """Set a parameter to 0 where its mask is 0."""
     with torch.no_grad():
         local(original).masked_fill_(local(_dead(original, mask)), 0.0)
+
+
+def _is_full(mask: Tensor | None) -> bool:
+    """Whether nothing is masked here; told faster than where."""
+    assert mask is not None, "only masked sites are made permanent"
+    part = local(mask)
+    return not part.numel() or bool(part.amin() > 0)
 
 
 def _dead(original: nn.Parameter, mask: Tensor | None) -> Tensor:

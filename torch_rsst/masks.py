@@ -13,7 +13,7 @@ from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.masked_parameter import find_hook, install
 from torch_rsst.replicas import agreed, replica_group
-from torch_rsst.shards import local, placed_like, sharded_like, total
+from torch_rsst.shards import is_sharded, local, placed_like, sharded_like, total
 from torch_rsst.site import Site, check_site, dense_name, masked_sites
 
 Masks: TypeAlias = dict[str, Tensor]
@@ -185,12 +185,23 @@ def as_bool(mask: Tensor, name: str) -> Tensor:
     if mask.dtype == torch.bool:
         return mask.clone()
     alive = mask != 0
-    if int(total(sharded_like(local(mask) != local(alive), mask))):
+    if not _is_binary(mask):
         remedy = "Compare with a threshold first: mask > 0.5."
         raise ValueError(
             message(subject, expected="zeros and ones", got="other values", remedy=remedy)
         )
     return alive
+
+
+def _is_binary(mask: Tensor) -> bool:
+    """Whether a mask holds nothing but 0 and 1, on all ranks."""
+    part = local(mask)
+    rest = torch.addcmul(
+        part, part, part, value=-1
+    )  # m − m²; comparing takes several times as long
+    if not is_sharded(mask):
+        return not rest.numel() or not bool(rest.abs().amax() != 0)
+    return not int(total(sharded_like(rest != 0, mask)))
 
 
 def as_masks(masks: Mapping[str, Tensor]) -> Masks:
