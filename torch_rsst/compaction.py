@@ -67,7 +67,7 @@ def compact(
     A unit is dead where all its entries are masked or exactly 0, or all those that put it out, or all
     that take it in. What a unit without inputs still emits (the activation of its bias, the shift of a
     batch norm) is moved into the bias of the next layer; where that is not exact the unit stays, and
-    a :class:`CompactionWarning` names it. Masks with zeros left in them stay masks; others are made
+    a :class:`torch_rsst.CompactionWarning` names it. Masks with zeros left in them stay masks; others are made
     permanent. Find the groups of the result anew: :func:`find_groups`.
 
     Args:

@@ -180,7 +180,7 @@ def time_in_turns(
         example_inputs: for all of them.
         repeats: timed runs of each.
         warmup: runs of each before them.
-        clock: read before and after a run. :func:`time.process_time` counts what this process alone
+        clock: read before and after a run. ``time.process_time`` counts what this process alone
             works, on all its threads, and is steadier where others want the cores.
     """
     check_count(repeats, "repeats", at_least=1)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.discovery.probe import Call, run_call, undisturbed
+from torch_rsst.discovery.adapter import Call
+from torch_rsst.discovery.probe import run_call, undisturbed
 from torch_rsst.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.live_weight import product
 from torch_rsst.masked_parameter import restore

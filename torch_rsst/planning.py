@@ -70,7 +70,10 @@ class Plan:
     Attributes:
         budget: the name of what was limited, and to which fraction of the dense model.
         amount: what :func:`torch_rsst.regroup` needs: the smallest that meets the budget.
-        importance, scope, min_keep, round_to: how units are chosen, as :func:`torch_rsst.plan` got it.
+        importance: how units are scored, as :func:`torch_rsst.plan` got it, like the next three.
+        scope: what units compete with.
+        min_keep: units per layer that stay in any case.
+        round_to: what the units of each layer are raised to a multiple of.
         layers: what becomes of each layer of units.
         parameters: before and after.
         multiply_adds: of one run on the example, before and after; None where none was at hand.
@@ -90,7 +93,7 @@ class Plan:
 
     @property
     def amounts(self) -> dict[str, float]:
-        """The amount of each kind of units: the same for all."""
+        """Kind of units → amount, the same for all."""
         return {layer.kind: self.amount for layer in self.layers}
 
     @property

@@ -166,7 +166,7 @@ SIZES: dict[type[nn.Module], Sizes] = {
 """Type of layer → what it notes about the shapes of its parameters. Add one with one line."""
 
 OWNERS: dict[type[nn.Module], Sizes] = {}
-"""Type of module → what it notes about the sizes of the layers in it: where it splits its channels, say.
+"""Type of module → what it notes of the sizes of its layers (where it splits its channels, say).
 
 One that notes nothing says so with an empty mapping.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.surgery import Removal
 
 KINDS = ("heads", "neurons", "channels")
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a module."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Adapter:
         Names in the answer are those within ``module``, which is looked at and never changed.
         """
         raise NotImplementedError
+
+    def examples(self, module: nn.Module) -> Iterable[Call]:
+        """Arguments that ``module`` runs on by itself, for families that take more than one tensor."""
+        return ()
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """Make ``module`` run without units that have been cut from its tensors, in place.
@@ -90,7 +96,7 @@ def register(adapter: Adapter) -> Adapter:
 
 
 def family(name: str) -> Adapter:
-    """The registered adapter of a :attr:`torch_rsst.GroupLayer.family`.
+    """The registered adapter of a ``GroupLayer.family``.
 
     Raises:
         KeyError: where none has this name.

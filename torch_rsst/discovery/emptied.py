@@ -24,8 +24,7 @@ class BiasOnly(nn.Module):
         super().__init__()
         linear = isinstance(output, nn.Linear)
         self.out_features = output.out_features if linear else output.out_channels
-        self.dim = -1 if linear else -3
-        """The dimension of features: the last, or the channels of an image."""
+        self.dim = -1 if linear else -3  # of features: the last, or the channels of an image
         self.bias = output.bias
         self.register_buffer("_like", output.weight.new_zeros(()), persistent=False)
         self.train(output.training)

@@ -37,7 +37,8 @@ def guesses(model: nn.Module) -> Iterator[Any]:
             yield {"pixel_values": images(channels, side, side)}
     if hasattr(config, "vocab_size"):
         tokens = torch.arange(8).view(2, 4) % int(config.vocab_size)
-        yield {"input_ids": tokens.to(like.device)}
+        no_cache = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        yield {"input_ids": tokens.to(like.device), **no_cache}
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None:
         for side in _SIDES:

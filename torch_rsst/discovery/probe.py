@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torch_rsst.discovery.adapter import Adapter, family
+from torch_rsst.discovery.adapter import Adapter, Call, family
 from torch_rsst.discovery.examples import guesses
 from torch_rsst.discovery.separate import why_mixed
 from torch_rsst.discovery.trial import (
@@ -29,9 +29,6 @@ from torch_rsst.groups import GroupLayer
 from torch_rsst.live_weight import MASK
 from torch_rsst.masks import named_weights
 from torch_rsst.surgery import Removal, cut, module_at
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a module."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Probe:
         """
         if any(parameter.is_meta for parameter in module.parameters()):
             return Verdict(refused="its weights are on the meta device, so that it cannot be run")
-        call, error = self._call_of(module, layer)
+        call, error = self._call_of(module, layer, adapter)
         if call is None:
             return Verdict(refused=f"it cannot be run alone ({error}); pass example_inputs")
         key = (type(adapter), _signature(module), _signature_of_call(call))
@@ -91,23 +88,30 @@ class Probe:
 
     def two_calls(self, module: nn.Module, layer: GroupLayer) -> list[Call]:
         """Two different inputs that the module runs on, or none."""
-        call, _ = self._call_of(module, layer)
+        call, _ = self._call_of(module, layer, family(layer.family) if layer.family else None)
         return [] if call is None else [call, tree_map(_other, call)]
 
-    def calls(self, module: nn.Module, layer: GroupLayer) -> Iterator[Call]:
+    def calls(
+        self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
+    ) -> Iterator[Call]:
         """Arguments that the module may take, the likeliest first."""
-        if self.example_inputs is not None:
-            if module in self._recorded:
-                yield self._recorded[module]
+        given = self.example_inputs is not None
+        if given and module in self._recorded:
+            yield self._recorded[module]
+        if adapter is not None:
+            yield from adapter.examples(module)
+        if given:
             return
-        if not (layer.family and family(layer.family).whole_model):
+        if adapter is not None and not adapter.whole_model:
             yield from _tokens(module, layer)
         if module in self._recorded:
             yield self._recorded[module]
 
-    def _call_of(self, module: nn.Module, layer: GroupLayer) -> tuple[Call | None, object]:
+    def _call_of(
+        self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
+    ) -> tuple[Call | None, object]:
         error: object = "it is not called when the model runs on its example"
-        for call in self.calls(module, layer):
+        for call in self.calls(module, layer, adapter):
             try:
                 with undisturbed(module):
                     module(*call[0], **call[1])
@@ -179,7 +183,14 @@ def run_call(module: nn.Module, call: Call) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, nn.Module):
+        return value
+    try:
+        return copy.deepcopy(value)  # caches of keys and values are written to
+    except Exception:
+        return value
 
 
 def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -> Verdict:

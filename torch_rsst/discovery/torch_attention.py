@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import nn
 
-from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, holds
+from torch_rsst.discovery.adapter import Adapter, Call, Unsupported, columns, holds
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.reduced_attention import ReducedMultiheadAttention
 from torch_rsst.groups import GroupLayer, Member, head_rows
@@ -45,6 +48,14 @@ class TorchAttention(Adapter):
                 members.append(Member(name, 2, one, ranked=False))
         members.append(columns("out_proj", one))
         return GroupLayer("", self.kind, heads, tuple(members))
+
+    def examples(self, module: nn.Module) -> Iterable[Call]:
+        """See :class:`torch_rsst.discovery.Adapter`: query, key and value."""
+        if isinstance(module, nn.MultiheadAttention):
+            output = module.out_proj.weight
+            generator = torch.Generator().manual_seed(0)
+            widths = (module.embed_dim, module.kdim, module.vdim)
+            yield tuple(torch.randn(4, 4, w, generator=generator).to(output) for w in widths), {}
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
-from torch_rsst.discovery.adapter import Adapter, Unsupported
+from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
 from torch_rsst.discovery.projections import (
     Projection,
     between,
@@ -45,6 +47,13 @@ class TwoLayerMLP(Adapter):
             return Unsupported(f"its {others} may join its hidden neurons")
         members = (*members_of(first, unit), *others[0], *members_of(second, unit, takes=True))
         return GroupLayer("", self.kind, hidden, members, tuple(others[1]))
+
+    def examples(self, module: nn.Module) -> Iterable[Call]:
+        """See :class:`torch_rsst.discovery.Adapter`: targets and memory of a decoder's layer."""
+        if isinstance(module, nn.TransformerDecoderLayer):
+            weight, generator = module.linear1.weight, torch.Generator().manual_seed(0)
+            tokens = torch.randn(4, 4, weight.shape[1], generator=generator).to(weight)
+            yield (tokens, tokens.flip(0)), {}
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""

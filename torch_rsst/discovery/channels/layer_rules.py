@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_rsst.discovery.channels.labels import varying, vector
-from torch_rsst.discovery.channels.walk import INPUT, UNNAMED, Arguments, Walk, rule
+from torch_rsst.discovery.channels.walk import INPUT, STEM, UNNAMED, Arguments, Walk, rule
 
 POSITIONS = "they are normalized as positions"
 KERNEL = "they are positions of a kernel"
@@ -32,7 +32,10 @@ def _gives(walk: Walk, rows: Tensor | None, bias: Tensor | None, convolves: bool
 
 @rule("convolution")
 def convolution(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
-    """Columns take in the channels of the input, rows put out those of the output."""
+    """Columns take in the channels of the input, rows put out those of the output.
+
+    A stem, which reads the model's input, is left alone with all that hangs together with its rows.
+    """
     x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
     groups, transposed = arguments["groups"], arguments["transposed"]
     fed = walk.along(x, 1, "a convolution mixes them as positions")
@@ -43,6 +46,8 @@ def convolution(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> Non
         else:
             walk.freeze([field], KERNEL)
     first, second = by_dim.get((0,)), by_dim.get((1,))
+    if walk.is_input(x):
+        walk.freeze(by_dim.values(), STEM)
     if groups == 1:
         columns, rows = (first, second) if transposed else (second, first)
         _takes(walk, fed, columns)

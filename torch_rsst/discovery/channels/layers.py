@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.base import Place
 from torch_rsst.discovery.channels.ledger import Axis, Ledger
-from torch_rsst.discovery.channels.walk import SILENT_REASONS, TOGETHER
+from torch_rsst.discovery.channels.walk import INPUT, OUTPUT, SILENT_REASONS, TOGETHER
 from torch_rsst.groups import NO_UNIT, GroupLayer, Member
 
 Signature = tuple[tuple[int, int], ...]
@@ -86,6 +86,8 @@ def layers_of(
             found.append(_layer(parts, name, axes, units, family))
         else:
             refused.append(Unsupported(TOGETHER, name, "channels"))
+    if not found and not refused and not taken:
+        refused = list(_refusals(parts, silent=(OUTPUT, INPUT)))
     return found, refused
 
 
@@ -127,17 +129,17 @@ def _layer(
     return GroupLayer(name, "channels", len(roots), tuple(members), tuple(buffers), family)
 
 
-def _refusals(parts: _Parts) -> Iterator[Unsupported]:
+def _refusals(parts: _Parts, silent: Collection[str] = SILENT_REASONS) -> Iterator[Unsupported]:
     """One for each set of convolutions whose channels hang together and cannot go."""
     told: set[int] = set()
     for axis in _convolutions(parts.ledger):
         roots = set(_on(axis, parts.roots).tolist())
-        reasons = _reasons(roots, parts.frozen)
+        reasons = _reasons(roots, parts.frozen, silent)
         if reasons and not roots & told:
             yield Unsupported(reasons[0], _module(axis), "channels")
         told |= roots
 
 
-def _reasons(roots: Iterable[int], frozen: Mapping[int, str]) -> list[str]:
+def _reasons(roots: Iterable[int], frozen: Mapping[int, str], silent: Collection[str]) -> list[str]:
     found = dict.fromkeys(frozen[root] for root in sorted(roots) if root in frozen)
-    return [reason for reason in found if reason not in SILENT_REASONS]
+    return [reason for reason in found if reason not in silent]

@@ -34,7 +34,8 @@ class _Follow(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        for parameter in tensors_in([args]):
+        given = tensors_in([args, kwargs])
+        for parameter in given:
             if isinstance(parameter, nn.Parameter) and parameter in self.names:
                 self.walk.ledger.unseen.discard(self.names[parameter])
         namespace, _, name = func._schema.name.partition("::")
@@ -47,6 +48,7 @@ class _Follow(TorchDispatchMode):
         if namespace != "aten" or apply is None:
             apply = unknown
         apply(self.walk, name.removesuffix("_"), _with_defaults(func, arguments), out)
+        self.walk.weigh(given, tensors_in([out]))
         return out
 
 

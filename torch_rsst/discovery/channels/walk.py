@@ -19,9 +19,10 @@ from torch_rsst.surgery import OWNERS, sizes_of
 UNLABELED = Labels()
 OUTPUT = "they are outputs of the model"
 INPUT = "they meet the model's input"
+STEM = "they come out of a convolution that reads the model's input, which is left alone"
 UNNAMED = "they meet entries that are no channels"
 TOGETHER = "they hang together, so that only all of them could go"
-SILENT_REASONS = (OUTPUT, INPUT)
+SILENT_REASONS = (OUTPUT, INPUT, STEM)
 """Reasons that need no report: there is nothing to prune."""
 
 
@@ -37,6 +38,7 @@ class Walk:
     ledger: Ledger
     running: list[nn.Module] = field(default_factory=list)
     _labels: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    _weighted: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     def labels(self, tensor: Tensor) -> Labels:
         """What is known of a tensor."""
@@ -51,6 +53,16 @@ class Walk:
             fields = list(fields)
             self.freeze([f for f in fields if not varying(f)], TOGETHER)
             self._labels[tensor] = Labels(tuple(f for f in fields if varying(f)), weight, wild)
+
+    def weigh(self, given: Iterable[Tensor], out: Iterable[Tensor]) -> None:
+        """Note that weights have gone into what is made of tensors into which they went."""
+        if any(tensor in self._weighted or _is_weight(tensor) for tensor in given):
+            for tensor in out:
+                self._weighted[tensor] = True
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the model's input, or made of it before any weights."""
+        return tensor not in self._weighted and not self.labels(tensor).wild
 
     def splits_where_noted(self) -> bool:
         """Whether the running module notes, and is told, where it splits its channels."""
@@ -82,6 +94,11 @@ class Walk:
     def emit(self, out: Tensor, labels: Tensor | None, dim: int) -> None:
         """An output whose channels lie along one dimension."""
         self.put(out, [] if labels is None else [vector(labels, out.ndim, dim)])
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Vectors of scales and shifts, which a norm of the input may have, are none."""
+    return isinstance(tensor, nn.Parameter) and tensor.ndim > 1
 
 
 Arguments = Mapping[str, Any]
