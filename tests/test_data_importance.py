@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import torch_rsst
 from torch_rsst import find_groups, measure_importance, regroup
 from torch_rsst.groups import GroupLayer, Groups, Member
+from torch_rsst.importance import DataImportance
 from torch_rsst.masks import named_weights
 from torch_rsst.testing import models_with_groups
 
@@ -65,9 +66,13 @@ def test_heads_and_neurons_against_one_unit_at_a_time(tiny_transformer, with_mas
 def test_channels_that_several_layers_take_in_against_one_unit_at_a_time(with_masks):
     torch.manual_seed(0)
     model = Residual().double()
-    groups = find_groups(model, ("channels",), example_inputs=tokens(0, 2, 3, 6, 6).double())
-    consumers = [sum(m.consumes for m in layer.members) for layer in groups.layers]
-    assert sorted(consumers) == [1, 1, 2]
+    channel = torch.arange(6)
+    rows = [Member(f"{name}.weight", 0, channel, ranked=True) for name in ("stem", "outer")]
+    columns = [
+        Member(f"{name}.weight", 1, channel, True, consumes=True) for name in ("inner", "last")
+    ]
+    layer = GroupLayer("stem", "channels", 6, (*rows, *columns))
+    groups = Groups((layer,))
     if with_masks:
         masked(model, groups)
     check_against_oracle(model, groups, [tokens(i, 2, 3, 6, 6).double() for i in range(2)])
@@ -94,6 +99,9 @@ def encoder(layers: int = 1) -> tuple[nn.TransformerEncoder, Groups]:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(12, 3, 10, batch_first=True, dropout=0.2)
     model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases begin at zero
+            parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
     return model, find_groups(model, example_inputs=tokens(0, 2, 4, 12).double())
 
 
@@ -300,16 +308,21 @@ def test_frozen_parameters_and_outer_modes_do_not_matter():
         assert all(torch.allclose(got[k], expected[k], rtol=1e-12) for k in expected)
 
 
-@pytest.mark.parametrize("reentrant", [False])
-def test_checkpointed_parts_are_heard_once(reentrant):
+def test_checkpointed_parts_are_heard_once():
     class Checkpointed(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(super().forward, x, use_reentrant=reentrant)
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    class Mean(DataImportance):
+        needs_gradient = True
+
+        def entries(self, activation: Tensor, gradient: Tensor | None) -> Tensor:
+            return activation.abs()
 
     plain = mlp().double()
     model = Checkpointed(*plain)
-    batches, groups = [tokens(0, 5, 4).double()], find_groups(plain)
-    for name in NAMES:
+    batches, groups = [tokens(i, 5, 4).double() for i in range(2)], find_groups(plain)
+    for name in (*NAMES, Mean()):
         expected = measured(plain, groups, name, batches)
         got = measured(model, groups, name, batches)
         assert all(torch.allclose(got[k], expected[k], rtol=1e-12) for k in expected)

@@ -193,6 +193,24 @@ def test_autocast(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_weights_that_autocast_keeps_converted_are_not_mixed_up(name):
+    model, batches = mlp(), [tokens(0, 5, 4)]
+    groups = find_groups(model)
+    current = {"0.weight": torch.rand(8, 4) < 0.5}
+    other = mlp()
+    torch_rsst.apply_mask(other, current)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = measured(other, groups, name, batches)
+        before = model(batches[0])
+        got = measured(model, groups, name, batches, current_mask=current)
+        assert all(torch.equal(got[k], s) for k, s in expected.items())
+        after = model(batches[0])
+        assert torch.equal(before, after)
+        after.float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_half_precision_models(name):
     model = mlp().bfloat16()
     batches = [tokens(0, 50, 4).bfloat16()]
@@ -205,14 +223,23 @@ def test_compiled_models(fingerprint):
     plain = nn.Sequential(mlp(4, 6), nn.Linear(2, 4), mlp(4, 8))
     groups, batches = find_groups(plain), [tokens(i, 5, 4) for i in range(2)]
     outside, inside, in_place = (copy.deepcopy(plain) for _ in range(3))
-    inside[2] = torch.compile(inside[2], backend="eager")
-    in_place.compile(backend="eager")
-    for model in (torch.compile(outside, backend="eager"), inside, in_place):
+    compiled = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    inside[2] = torch.compile(inside[2], backend=backend)
+    in_place.compile(backend=backend)
+    for model in (torch.compile(outside, backend=backend), inside, in_place):
         model(batches[0])  # compiled before anybody listens
+        before = len(compiled)
         for name in NAMES:
             expected = measured(plain, groups, name, batches)
             got = measured(model, groups, name, batches)
             assert all(torch.equal(got[k], s) for k, s in expected.items())
+        model(batches[0])
+        assert len(compiled) == before > 0  # nothing was compiled anew
 
 
 def replicated(rank: int) -> Any:
