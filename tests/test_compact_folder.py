@@ -132,17 +132,18 @@ def test_a_bias_made_for_constants_is_made_again(tmp_path: Path) -> None:
 def test_a_new_bias_is_cut_with_the_units_that_its_layer_puts_out(tmp_path: Path) -> None:
     def make() -> nn.Sequential:
         first, second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1, bias=False)
-        return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(6, 4, 1))
+        layers = (nn.Conv2d(3, 3, 1), first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(6, 4, 1))
+        return nn.Sequential(*layers)
 
     masked, x = randomize(make()).eval(), torch.randn(2, 3, 5, 5)
     groups = torch_rsst.find_groups(masked, ("channels",), example_inputs=x)
-    dead = {"0.weight": torch.arange(8) >= 3, "2.weight": torch.arange(6) >= 2}
+    dead = {"1.weight": torch.arange(8) >= 3, "3.weight": torch.arange(6) >= 2}
     shapes = {name: masked.get_parameter(name).shape for name in dead}
     torch_rsst.apply_mask(
         masked, {n: alive[:, None, None, None].expand(shapes[n]) for n, alive in dead.items()}
     )
     small = torch_rsst.compact(masked, groups, example_inputs=x)
-    assert small[2].bias.shape == (4,)
+    assert small[3].bias.shape == (4,)
     torch.testing.assert_close(small(x), masked(x), rtol=0, atol=1e-5)
     torch_rsst.save_compact(small, tmp_path)
     assert_same(torch_rsst.load_compact(tmp_path, model=make()), small, x)

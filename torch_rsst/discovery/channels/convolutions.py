@@ -33,6 +33,7 @@ class ConvolutionChannels(WholeModelAdapter):
     (several, where they are added), norms, gates, columns of all layers that take it in; a whole group
     of a grouped convolution; as many as are split or reshaped evenly. Channels that reach an output, a
     norm over channels or an attention, or whatever else is not known to keep them apart, stay.
+    So do those of the stem, the convolution that reads the model's input (one for each of its branches).
     """
 
     kind = KIND
