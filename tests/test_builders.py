@@ -160,3 +160,12 @@ def test_models_are_alike_but_for_values_and_modes(change: Any, expected: str) -
     found = difference(one, other)
     assert found.startswith(expected)
     assert bool(found) == bool(expected)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_configuration_names_no_code(nested: bool) -> None:
+    pytest.importorskip("transformers")
+    named = {"attn_implementation": "someone/kernel"}
+    config = {"model_type": "vit", **({"text_config": named} if nested else named)}
+    with pytest.raises(ValueError, match="a configuration without attn_implementation"):
+        build_model({"name": "transformers.ViTModel", "args": [config], "kwargs": {}})

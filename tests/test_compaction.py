@@ -115,14 +115,108 @@ def test_folding_into_a_masked_bias_keeps_what_was_folded() -> None:
     assert difference(model, compact(model, groups), tokens()) <= 1e-12
 
 
-def test_units_nothing_takes_in_go() -> None:
-    model = mlp()
+class Normalized(nn.Module):
+    """Its hidden units hear of each other, unless all of a unit is 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(nn.functional.gelu(x), dim=-1)
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), Normalized()])
+def test_a_unit_that_lives_stays_even_where_nothing_takes_it_in(act: nn.Module) -> None:
+    model = mlp(act=act)
     groups = find_groups(model)
     with torch.no_grad():
         model[2].weight[:, 3] = 0.0
-    small = compact(model, groups)
-    assert small[0].out_features == 7
+    with pytest.warns(
+        CompactionWarning, match="Nothing was cut: no unit of these groups is wholly"
+    ):
+        small = compact(model, groups)
+    assert small[0].out_features == 8
     assert difference(model, small, tokens()) <= 1e-12
+
+
+def test_a_constant_that_batch_norm_makes_another_in_training_keeps_its_unit() -> None:
+    model, groups = convolutions(last=1)
+    with torch.no_grad():
+        model[0].weight[[1, 2]] = 0.0
+        model[1].bias.fill_(1.5)
+        model[1].running_mean[1] = model[0].bias[1]  # as after training with it
+    with pytest.warns(CompactionWarning, match="1 of 0"):
+        small = compact(model, groups, example_inputs=tokens(2, 2, 6, 6))
+    assert small[0].out_channels == 5
+    for mode in (True, False):
+        model.train(mode), small.train(mode)
+        assert difference(model, small, tokens(2, 2, 6, 6)) <= 1e-5
+
+
+def test_a_bias_of_several_modules_takes_nothing_up() -> None:
+    model = nn.Sequential(mlp(act=nn.Sigmoid()), nn.Linear(3, 3)).double()
+    model[1].bias = model[0][2].bias
+    groups = find_groups(model)
+    with torch.no_grad():
+        model[0][0].weight[1] = 0.0
+    with pytest.warns(CompactionWarning, match="cannot be moved|emit what"):
+        small = compact(model, groups)
+    assert difference(model, small, tokens()) <= 1e-12
+
+
+def test_masks_of_the_stock_module_are_compacted() -> None:
+    from torch.nn.utils import prune as stock
+
+    model = mlp()
+    groups = find_groups(model)
+    stock.ln_structured(model[0], "weight", amount=4, n=2, dim=0)
+    small = compact(model, groups)
+    assert small[0].out_features == 4
+    assert difference(model, small, tokens()) <= 1e-12
+    assert len(find_groups(model)) == 8
+
+
+def test_attention_that_needs_a_head_keeps_one(request: pytest.FixtureRequest) -> None:
+    class Views(FixedWidth):
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, _ = x.shape
+            q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.proj(out.transpose(1, 2).flatten(2))
+
+    class Family(torch_rsst.discovery.FusedAttention):
+        def shrink(self, module: nn.Module, removal: Any) -> nn.Module:
+            module.num_heads -= removal.count
+            return module
+
+    model = Views().double()
+    torch_rsst.discovery.register(Family())
+    request.addfinalizer(lambda: torch_rsst.discovery.ADAPTERS.pop(0))
+    groups = find_groups(model)
+    assert (groups.layers[0].fixed, groups.layers[0].least) == ("", 1)
+    for amount in (0.5, 1.0):
+        torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=amount, min_keep=0))
+        assert compact(model, groups, example_inputs=tokens(2, 3, 4)).num_heads == 1
+    assert difference(model, compact(model, groups), tokens(2, 3, 4)) <= 1e-12
+
+
+def test_optimizers_that_cannot_go_on_are_refused() -> None:
+    model = mlp()
+    groups = find_groups(model)
+    drop(model, groups, 0)
+    with pytest.raises(ValueError, match="expected an optimizer of the model's parameters"):
+        compact(model, groups, optimizer=torch.optim.SGD(mlp().parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="got LBFGS"):
+        compact(model, groups, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+def test_a_bias_that_folding_makes_is_trained_on() -> None:
+    model = mlp(act=nn.Sigmoid(), bias=False)
+    groups = find_groups(model)
+    with torch.no_grad():
+        model[0].weight[1] = 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    small = compact(model, groups, optimizer=optimizer)
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {
+        id(p) for p in small.parameters()
+    }
 
 
 def test_a_layer_without_units_becomes_its_bias() -> None:
@@ -187,6 +281,7 @@ def test_the_shift_of_a_batch_norm_is_folded_where_nothing_is_padded(last: int) 
     with torch.no_grad():
         model[0].weight[[1, 2]] = 0.0
         model[1].bias.fill_(1.5)
+        model[1].running_mean[[1, 2]] = model[0].bias[[1, 2]]
     small = compact(model, groups, example_inputs=tokens(2, 2, 6, 6))
     assert small[0].out_channels == 4
     assert difference(model, small, tokens(2, 2, 6, 6)) <= 1e-12
@@ -197,6 +292,7 @@ def test_a_shift_before_a_padded_convolution_keeps_its_unit_and_says_so() -> Non
     with torch.no_grad():
         model[0].weight[[1, 2]] = 0.0
         model[1].bias[1], model[1].bias[2] = 1.5, -9.0  # the second is silenced by the ReLU
+        model[1].running_mean[[1, 2]] = model[0].bias[[1, 2]]
     with pytest.warns(CompactionWarning, match=r"1 of 0 \(6 channels\): they emit what cannot be"):
         small = compact(model, groups, example_inputs=tokens(2, 2, 6, 6))
     assert small[0].out_channels == 5
@@ -233,7 +329,7 @@ def test_a_module_whose_forward_fixes_its_width_stays_whole_and_is_named() -> No
     groups = find_groups(model)
     assert "its forward fixes how many it has" in groups.layers[0].fixed
     drop(model, groups, 1)
-    with pytest.warns(CompactionWarning, match="1 of the model .2 heads.: its forward fixes"):
+    with pytest.warns(CompactionWarning, match="1 of the model .2 heads.: it does not run without"):
         small = compact(model, groups)
     assert difference(model, small, tokens(2, 3, 4)) == 0.0
 

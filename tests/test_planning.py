@@ -166,6 +166,8 @@ def test_units_whose_weights_are_zero_are_cut_too() -> None:
     model, groups = mlp(), torch_rsst.find_groups(mlp())
     with torch.no_grad():
         model[2].weight[:, :3] = 0.0
+        model[0].weight[:3] = 0.0
+        model[0].bias[:3] = 0.0
     plan = torch_rsst.plan(model, groups, budget={"params": 1.0}, example_inputs=torch.randn(1, 4))
     assert plan.amount == 0.0
     assert plan.layers[0].after == 5

@@ -69,6 +69,13 @@ def _get_torchvision(_: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     return model
 
 
+def _names_in(value: object) -> set[str]:
+    """The keys of a mapping and of all that stand in it."""
+    if isinstance(value, Mapping):
+        return {str(key) for key in value}.union(*map(_names_in, value.values()))
+    return set().union(*map(_names_in, value)) if isinstance(value, (list, tuple)) else set()
+
+
 def _from_transformers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
     transformers = importlib.import_module("transformers")
     class_name, _, method = name.removeprefix("transformers.").partition(".")
@@ -80,6 +87,9 @@ def _from_transformers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
         raise _refuse(name, expected, "another name")
     if len(args) != 1 or not isinstance(args[0], Mapping):
         raise _refuse(name, "one configuration, as a dict", args)
+    if _names_in(args[0]) & {"attn_implementation", "experts_implementation"}:
+        # Which may name code in a repository.
+        raise _refuse(name, "a configuration without attn_implementation", "one with it")
     data, implementation = dict(args[0]), kwargs.get("attn_implementation")
     if set(kwargs) - {"attn_implementation"} or implementation not in _ATTENTION:
         raise _refuse(name, "attn_implementation alone, a built-in one", dict(kwargs))

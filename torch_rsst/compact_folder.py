@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch_rsst.description import (
     take_apart,
 )
 from torch_rsst.discovery.probe import output_error
-from torch_rsst.errors import message
+from torch_rsst.errors import CompactionWarning, message
 from torch_rsst.exported import export_program
 from torch_rsst.files import check_links, digest, digest_of_file, find_written, write_together
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups
@@ -105,6 +106,12 @@ def save_compact(
     _check_target(path)
     description, tensors = take_apart(bare, stages)
     description = _with_build(build, bare, description, tensors, example_inputs)
+    if description.build is None:
+        text = (
+            "The folder does not say how to build the dense model, so that load_compact needs model=. "
+            "Pass build= to save_compact to change that."
+        )
+        warnings.warn(text, CompactionWarning, stacklevel=2)
     receipt = measure(bare, None if masked is None else unwrap(masked), example_inputs)
     if groups is not None:
         receipt["units"] = of_kind(stages, as_groups(groups))

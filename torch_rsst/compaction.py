@@ -30,7 +30,7 @@ from torch_rsst.errors import CompactionWarning, message
 from torch_rsst.folding import Constants, measure_constants
 from torch_rsst.groups import NO_UNIT, Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.live_weight import product
-from torch_rsst.masked_parameter import restore
+from torch_rsst.masked_parameter import restore, stored_products
 from torch_rsst.masks import extract_mask, named_sites, named_weights, unwrap, without_wrappers
 from torch_rsst.moved_optimizer import move_optimizer
 from torch_rsst.shards import is_sharded
@@ -64,9 +64,8 @@ def compact(
         >>> small[0], small[2]
         (Linear(in_features=4, out_features=4, bias=True), Linear(in_features=4, out_features=4, bias=True))
 
-    A unit is dead where all its entries are masked or exactly 0, or all those that put it out, or all
-    that take it in. What a unit without inputs still emits (the activation of its bias, the shift of a
-    batch norm) is moved into the bias of the next layer; where that is not exact the unit stays, and
+    A unit is dead where all its entries are masked or exactly 0, or all those that put it out. What a
+    unit without inputs still emits (the activation of its bias, the shift of a batch norm) is moved into the bias of the next layer; where that is not exact the unit stays, and
     a :class:`torch_rsst.CompactionWarning` names it. Masks with zeros left in them stay masks; others are made
     permanent. Find the groups of the result anew: :func:`find_groups`.
 
@@ -94,7 +93,7 @@ def compact(
     check_count(round_to, "round_to", at_least=1)
     check_compactable(bare, groups)
     removals, constants, kept_whole = _choose(bare, groups, round_to, Probe(bare, example_inputs))
-    memo = _shared(bare, removals)
+    memo = _shared(bare, removals) | stored_products(bare)
     small = copy.deepcopy(bare, memo)
     without = bare_biases(small)
     for emitted, units in constants:
@@ -109,8 +108,11 @@ def compact(
         _compare(bare, small, example_inputs)
     if optimizer is not None:
         move_optimizer(optimizer, _successors(bare, small, memo, shortened))
+        _give_biases(optimizer, small, new_biases)
     if kept_whole:
         warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
+    elif not any(removal.count for removal in removals):
+        warnings.warn(_NOTHING, CompactionWarning, stacklevel=2)
     return small
 
 
@@ -289,7 +291,7 @@ def _without_padding(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: 
     features = int(torch.bincount(taking.unit_of[taking.unit_of != NO_UNIT]).max())
     step = round_to // math.gcd(round_to, features)
     left = layer.units - int(goes.sum())
-    least = family(layer.family).least if layer.family else 1
+    least = layer.least if layer.family else 1
     wanted = min(layer.units, max(-(-left // step) * step, least))
     back = wanted - left
     if back <= 0:
@@ -317,6 +319,16 @@ def _successors(
     return successors
 
 
+def _give_biases(optimizer: Optimizer, small: nn.Module, layers: Collection[str]) -> None:
+    """Let an optimizer train biases that are new in these layers, beside their weights."""
+    for name in layers:
+        site = Site(module_at(small, name), "weight")
+        bias = site.module._parameters.get("bias")
+        for group in optimizer.param_groups:
+            if bias is not None and any(p is site.original for p in group["params"]):
+                group["params"].append(bias)
+
+
 def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
     error, scale = output_error(model, small, example_inputs)
     precision = max((torch.finfo(p.dtype).eps for p in model.parameters()), default=1e-7)
@@ -328,4 +340,14 @@ def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
 
 def _not_cut(stay: Sequence[_Whole]) -> str:
     listed = "; ".join(map(str, stay[:3])) + (f"; and {len(stay) - 3} more" if stay[3:] else "")
-    return f"Dead units stay in the model: {listed}."
+    remedy = (
+        "A module that fixes its width can be made to follow its layers, see Extending in the docs."
+    )
+    fixed = f" {remedy}" if any("fixes" in whole.reason for whole in stay) else ""
+    return f"Dead units stay in the model: {listed}.{fixed}"
+
+
+_NOTHING = (
+    "Nothing was cut: no unit of these groups is wholly masked or 0. Apply a refill mask first, or "
+    "finalize() the rounds."
+)

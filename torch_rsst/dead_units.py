@@ -16,9 +16,9 @@ class DeadUnits:
     """Bool tensors over the units of a layer.
 
     Attributes:
-        silent: nothing of the unit can be heard: all that it puts out is taken in by zeros.
-        constant: it is heard, but the layers that put it out have only zeros, so that it puts out the
-            same whatever the input: the activation of its bias, the shift of a batch norm.
+        silent: all entries of the unit are 0.
+        constant: the layers that put it out have only zeros, so that it puts out the same whatever the
+            input: the activation of its bias, the shift of a batch norm.
     """
 
     silent: Tensor
@@ -35,12 +35,9 @@ def dead_units(
         weights: by dense name.
         masks: bool, by dense name; missing: all alive.
     """
-    taking = [member for member in layer.ranked if member.consumes]
     giving = [member for member in layer.ranked if not member.consumes]
-    everywhere = _all_zero(layer, layer.members, weights, masks)
-    unheard = _all_zero(layer, taking, weights, masks) if taking else everywhere
-    unfed = _all_zero(layer, giving, weights, masks) if giving else everywhere
-    silent = everywhere | unheard
+    silent = _all_zero(layer, layer.members, weights, masks)
+    unfed = _all_zero(layer, giving, weights, masks) if giving else silent
     return DeadUnits(silent, unfed & ~silent)
 
 

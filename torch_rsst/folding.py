@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from torch_rsst.discovery.adapter import Call
 from torch_rsst.discovery.probe import run_call, undisturbed
 from torch_rsst.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.live_weight import product
 from torch_rsst.masked_parameter import restore
+from torch_rsst.masks import named_sites
 from torch_rsst.site import Site
 from torch_rsst.surgery import module_at
 
@@ -35,7 +37,8 @@ class Constants:
     def add_to(self, model: nn.Module, units: Tensor) -> None:
         """Add what ``units`` contribute to the biases of the layers that take them in, in place."""
         for member, value in zip(_taking(self.layer), self.values, strict=True):
-            _add_to_bias(_home(model, member), member, units & self.exact, value)
+            if bool((units & self.exact).any()):
+                _add_to_bias(_home(model, member), member, units & self.exact, value)
 
 
 def measure_constants(
@@ -44,7 +47,8 @@ def measure_constants(
     """Measure what units put out whose output does not depend on the input.
 
     A unit can be moved into the biases of all layers that take it in, or stays: where its output is not
-    constant after all, or where a convolution pads with zeros what is not 0.
+    constant after all, where it is another one in training (batch norms), where a convolution pads with
+    zeros what is not 0, or where the bias is that of another module, too.
 
     Args:
         model: that holds everything; run in eval mode, not changed.
@@ -58,9 +62,15 @@ def measure_constants(
         return Constants(layer, torch.zeros_like(units), tuple(torch.zeros(0) for _ in homes))
     exact = units.clone()
     values = []
+    sites = named_sites(model).values()
+    tied = {s.module for places in sites for s in places if len(places) > 1 and s.name == "bias"}
     for member, home in zip(_taking(layer), homes, strict=True):
-        value, constant = _constants(_inputs_of(home, owner, calls), home, member.unit_of.numel())
-        movable = constant & (_does_not_pad(home) | (value == 0))
+        size = member.unit_of.numel()
+        value, constant = _constants(_inputs_of(home, owner, calls), home, size)
+        if layer.buffers or _norms(owner):
+            trained, same = _constants(_inputs_of(home, owner, calls, train=True), home, size)
+            constant &= same & ((trained - value).abs() <= 1e-5 * (1.0 + value.abs()))
+        movable = constant & ((_does_not_pad(home) and home not in tied) | (value == 0))
         owned = member.unit_of != NO_UNIT
         exact[member.unit_of[owned & ~movable]] = False
         values.append(value)
@@ -75,7 +85,14 @@ def _home(model: nn.Module, member: Member) -> nn.Module:
     return module_at(model, member.parameter.rpartition(".")[0])
 
 
-def _inputs_of(layer: nn.Module, owner: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+def _norms(owner: nn.Module) -> list[_NormBase]:
+    return [module for module in owner.modules() if isinstance(module, _NormBase)]
+
+
+def _inputs_of(
+    layer: nn.Module, owner: nn.Module, calls: Sequence[Call], *, train: bool = False
+) -> list[Tensor]:
+    """What a layer gets; with ``train``, where batch norms take the statistics of the batch."""
     seen: list[Tensor] = []
 
     def capture(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -84,6 +101,8 @@ def _inputs_of(layer: nn.Module, owner: nn.Module, calls: Sequence[Call]) -> lis
     handle = layer.register_forward_pre_hook(capture)
     try:
         with undisturbed(owner):
+            for norm in _norms(owner) if train else ():
+                norm.train()
             for call in calls:
                 run_call(owner, call)
     finally:
@@ -124,6 +143,8 @@ def _add_to_bias(layer: nn.Module, member: Member, units: Tensor, value: Tensor)
             restore([site])  # entries that were masked take part from now on
         bias = layer._parameters["bias"]
         if bias is None:
-            layer._parameters["bias"] = nn.Parameter(shift.to(weight.dtype))
+            layer._parameters["bias"] = nn.Parameter(
+                shift.to(weight.dtype), requires_grad=product(layer, "weight").requires_grad
+            )
         else:
             bias.copy_(bias.double() + shift)

@@ -44,6 +44,7 @@ class Group:
     buffers: tuple[Slab, ...] = ()
     family: str = ""
     fixed: str = ""
+    least: int = 0
 
     def __str__(self) -> str:
         return f"{self.layer or 'the model'} {self.kind}[{self.unit}]"
@@ -131,6 +132,7 @@ class GroupLayer:
         family: the adapter that found it and knows how to shrink its module; "" where the layer
             was made by hand.
         fixed: why its units can be masked but not cut out of the module; "" where they can.
+        least: how many units the module needs to run.
     """
 
     name: str
@@ -140,6 +142,7 @@ class GroupLayer:
     buffers: tuple[Member, ...] = ()
     family: str = ""
     fixed: str = ""
+    least: int = 0
 
     @property
     def ranked(self) -> tuple[Member, ...]:
@@ -149,7 +152,9 @@ class GroupLayer:
     def group(self, unit: int) -> Group:
         """One unit."""
         members, buffers = (tuple(_slabs(m, unit)) for m in (self.members, self.buffers))
-        return Group(self.name, self.kind, unit, members, buffers, self.family, self.fixed)
+        return Group(
+            self.name, self.kind, unit, members, buffers, self.family, self.fixed, self.least
+        )
 
     def __str__(self) -> str:
         return f"{self.name or 'the model'} ({self.units} {self.kind})"
@@ -245,7 +250,7 @@ def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLaye
 
 def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
     """Layers made of the given units only; their other units belong to no group."""
-    by_layer: dict[tuple[str, str, str, str], list[Group]] = {}
+    by_layer: dict[tuple[str, str, str, str, int], list[Group]] = {}
     if len(set(units)) < len(units):
         twice = next(unit for i, unit in enumerate(units) if unit in units[:i])
         remedy = "List every unit once: twice, it would count twice in the budget."
@@ -253,11 +258,13 @@ def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
             message(f"groups: {twice}", expected="it once", got="it twice", remedy=remedy)
         )
     for unit in units:
-        by_layer.setdefault((unit.layer, unit.kind, unit.family, unit.fixed), []).append(unit)
-    for (name, kind, *origin), chosen in by_layer.items():
+        by_layer.setdefault(
+            (unit.layer, unit.kind, unit.family, unit.fixed, unit.least), []
+        ).append(unit)
+    for (name, kind, family, fixed, least), chosen in by_layer.items():
         members = _tables([unit.members for unit in chosen])
         buffers = _tables([unit.buffers for unit in chosen])
-        yield GroupLayer(name, kind, len(chosen), members, buffers, *origin)
+        yield GroupLayer(name, kind, len(chosen), members, buffers, family, fixed, least)
 
 
 def _tables(slabs: Sequence[tuple[Slab, ...]]) -> tuple[Member, ...]:

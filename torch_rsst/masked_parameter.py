@@ -19,7 +19,7 @@ from torch_rsst.fsdp import tell_of_new_name
 from torch_rsst.live_weight import MASK, ORIG, make_live, make_plain, product
 from torch_rsst.rollback import place_kept, rolled_back_on_failure
 from torch_rsst.shards import is_sharded, local, placed_like
-from torch_rsst.site import Site, check_scores, check_site
+from torch_rsst.site import Site, check_scores, check_site, masked_sites
 
 # A mask of zeros and ones, or what writes it into a tensor: then it exists once, where it is used.
 NewMask: TypeAlias = Tensor | Callable[[Tensor], object]
@@ -214,6 +214,12 @@ def zero(original: nn.Parameter, mask: Tensor | None) -> None:
     """Set a parameter to 0 where its mask is 0."""
     with torch.no_grad():
         local(original).masked_fill_(local(_dead(original, mask)), 0.0)
+
+
+def stored_products(model: nn.Module) -> dict[int, Tensor]:
+    """A memo for copies of a model: products that stock hooks have stored, which are no leaves."""
+    stored = [(s.module.__dict__.get(s.name)) for s in masked_sites(model.modules())]
+    return {id(t): t.detach().clone() for t in stored if isinstance(t, Tensor)}
 
 
 def _is_full(mask: Tensor | None) -> bool:

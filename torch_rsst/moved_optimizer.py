@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,6 +29,15 @@ def move_optimizer(
     if not isinstance(optimizer, Optimizer):
         got, remedy = type(optimizer).__name__, "Pass the torch.optim optimizer of the model."
         raise TypeError(message("optimizer", expected="an optimizer", got=got, remedy=remedy))
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(parameter in successors for parameter in held):
+        got, remedy = "one of other parameters", "Pass the optimizer that trains this model."
+        expected = "an optimizer of the model's parameters"
+        raise ValueError(message("optimizer", expected=expected, got=got, remedy=remedy))
+    if isinstance(optimizer, torch.optim.LBFGS):
+        remedy = "Make a new one for the compacted model: it keeps a list of its parameters apart."
+        expected = "an optimizer that holds parameters in its groups"
+        raise ValueError(message("optimizer", expected=expected, got="LBFGS", remedy=remedy))
     state: dict[Any, dict[str, Any]] = {}
     groups: list[list[Any]] = []
     for group in optimizer.param_groups:

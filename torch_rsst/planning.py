@@ -23,7 +23,6 @@ from torch_rsst.cost import (
     shapes_of,
 )
 from torch_rsst.dead_units import dead_units
-from torch_rsst.discovery import family
 from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups
 from torch_rsst.importance import Importance, name_of, resolve_importance
@@ -299,7 +298,7 @@ def _without_indispensable(layer: GroupLayer, goes: Tensor) -> Tensor:
     """Fewer units where a module cannot run without some."""
     if layer.fixed:
         return torch.zeros_like(goes)
-    least = family(layer.family).least if layer.family else 1
+    least = layer.least if layer.family else 1
     back = goes.nonzero().flatten()[: max(0, least - int((~goes).sum()))]
     goes = goes.clone()
     goes[back] = False

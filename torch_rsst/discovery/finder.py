@@ -142,7 +142,12 @@ def _answer(kind: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsuppor
             verdict = probe.check(module, adapter, answer)
             if verdict.refused:
                 return Unsupported(verdict.refused)
-            return replace(answer, family=type(adapter).__name__, fixed=verdict.fixed)
+            return replace(
+                answer,
+                family=type(adapter).__name__,
+                fixed=verdict.fixed,
+                least=max(adapter.least, verdict.least),
+            )
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,10 +39,12 @@ class Verdict:
     Attributes:
         refused: why these are no units.
         fixed: why they can be masked but not cut.
+        least: how many must stay for the module to run.
     """
 
     refused: str = ""
     fixed: str = ""
+    least: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,9 +214,12 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
             cut(masked, [removal])
             got = _outputs(adapter.shrink(masked, removal), call)
         except Exception as error:
+            if heard and bool(gone.all()):
+                return Verdict(least=1)  # some may go, but not all
             if mixed := _why_mixed(module, layer, given):
                 return Verdict(refused=mixed)
-            return Verdict(fixed=f"its forward fixes how many it has ({one_line(error)})")
+            text = "it does not run without some of its units, as where its forward fixes how many it has"
+            return Verdict(fixed=f"{text} ({one_line(error)})")
         if not agree(expected, got):
             differs = "its output without some of its units differs"
             return Verdict(refused=_why_mixed(module, layer, given) or differs)
@@ -295,13 +301,23 @@ def _other(value: Any) -> Any:
     return noise.to(value) * value.std() if value.numel() > 1 else value
 
 
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a forward pass may set on a module: tensors, numbers, texts, and what lists of these hold."""
+    public = {k: v for k, v in vars(module).items() if not k.startswith("_") or _is_plain(v)}
+    kept = {k: v for k, v in public.items() if _is_plain(v)}
+    return kept | {k: copy.copy(v) for k, v in public.items() if type(v) in (list, dict, set)}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (Tensor, int, float, str, bool, tuple, type(None)))
+
+
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Run the block in eval mode without gradients; put back modes, RNG, buffers and attributes."""
     modes = [(m, m.training) for m in module.modules()]
-    attributes = [
-        (m, {k: v for k, v in m.__dict__.items() if isinstance(v, Tensor)}) for m, _ in modes
-    ]
+    attributes = [(m, _plain_attributes(m), dict(m._buffers)) for m, _ in modes]
+    dice = random.getstate()
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(module)):
@@ -310,8 +326,10 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
-        for m, tensors in attributes:
-            m.__dict__.update(tensors)
+        random.setstate(dice)
+        for m, plain, own_buffers in attributes:
+            m.__dict__.update(plain)
+            m._buffers.update(own_buffers)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

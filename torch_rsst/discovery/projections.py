@@ -191,8 +191,9 @@ def _in_order(module: nn.Module, first: str, last: str) -> Iterator[tuple[str, n
 def _shape(module: nn.Module, name: str = "weight") -> torch.Size:
     """The shape of a parameter, masked or not."""
     stored = module._parameters.get(name + ORIG, module._parameters.get(name))
-    assert stored is not None
-    return stored.shape
+    # Not stored where it is computed, as by a parametrization.
+    found: torch.Size = getattr(module, name).shape if stored is None else stored.shape
+    return found
 
 
 def _maps(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torch_rsst.masked_parameter import restore
+from torch_rsst.masked_parameter import restore, stored_products
 from torch_rsst.masks import named_weights
 from torch_rsst.site import masked_sites
 from torch_rsst.surgery import Removal
@@ -18,7 +18,7 @@ from torch_rsst.surgery import Removal
 
 def randomized(module: nn.Module) -> nn.Module:
     """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
-    module = copy.deepcopy(module)
+    module = copy.deepcopy(module, stored_products(module))
     module.eval()  # which returns nothing in some classes
     restore(masked_sites(module.modules()))
     if any(is_half(p) for p in module.parameters()):
