@@ -25,6 +25,7 @@ from torch_rsst.cut_record import (
 )
 from torch_rsst.dead_units import dead_units
 from torch_rsst.discovery import Probe, family
+from torch_rsst.discovery.adapter import least_left
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.errors import CompactionWarning, message
 from torch_rsst.folding import Constants, measure_constants
@@ -291,8 +292,7 @@ def _without_padding(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: 
     features = int(torch.bincount(taking.unit_of[taking.unit_of != NO_UNIT]).max())
     step = round_to // math.gcd(round_to, features)
     left = layer.units - int(goes.sum())
-    least = layer.least if layer.family else 1
-    wanted = min(layer.units, max(-(-left // step) * step, least))
+    wanted = min(layer.units, max(-(-left // step) * step, least_left(layer)))
     back = wanted - left
     if back <= 0:
         return goes

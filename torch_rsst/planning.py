@@ -23,6 +23,7 @@ from torch_rsst.cost import (
     shapes_of,
 )
 from torch_rsst.dead_units import dead_units
+from torch_rsst.discovery.adapter import least_left
 from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups
 from torch_rsst.importance import Importance, name_of, resolve_importance
@@ -298,8 +299,7 @@ def _without_indispensable(layer: GroupLayer, goes: Tensor) -> Tensor:
     """Fewer units where a module cannot run without some."""
     if layer.fixed:
         return torch.zeros_like(goes)
-    least = layer.least if layer.family else 1
-    back = goes.nonzero().flatten()[: max(0, least - int((~goes).sum()))]
+    back = goes.nonzero().flatten()[: max(0, least_left(layer) - int((~goes).sum()))]
     goes = goes.clone()
     goes[back] = False
     return goes

@@ -109,6 +109,11 @@ def family(name: str) -> Adapter:
     raise KeyError(unknown_choice("family of groups", name, known))
 
 
+def least_left(layer: GroupLayer) -> int:
+    """How many units must be left in a layer for the model to run."""
+    return max(layer.least, family(layer.family).least) if layer.family else 1
+
+
 def rows(path: str, layer: nn.Module, unit_of: Tensor) -> list[Member]:
     """Members of a layer that puts units out: the rows of its weight, and its bias if it has one."""
     members = [Member(f"{path}.weight", 0, unit_of, ranked=True)]
@@ -170,6 +175,7 @@ __all__ = [
     "family",
     "foreign",
     "holds",
+    "least_left",
     "own_parameters",
     "register",
     "removed_heads",
