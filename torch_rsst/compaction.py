@@ -93,7 +93,8 @@ def compact(
     groups = as_groups(groups)
     check_count(round_to, "round_to", at_least=1)
     check_compactable(bare, groups)
-    removals, constants, kept_whole = _choose(bare, groups, round_to, Probe(bare, example_inputs))
+    probe = Probe(bare, example_inputs)
+    removals, constants, kept_whole, dead = _choose(bare, groups, round_to, probe)
     memo = _shared(bare, removals) | stored_products(bare)
     small = copy.deepcopy(bare, memo)
     without = bare_biases(small)
@@ -112,7 +113,7 @@ def compact(
         _give_biases(optimizer, small, new_biases)
     if kept_whole:
         warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
-    elif not any(removal.count for removal in removals):
+    elif not dead:
         warnings.warn(_NOTHING, CompactionWarning, stacklevel=2)
     return small
 
@@ -237,13 +238,14 @@ class _Whole:
 
 def _choose(
     model: nn.Module, groups: Groups, round_to: int, probe: Probe
-) -> tuple[list[Removal], list[tuple[Constants, Tensor]], list[_Whole]]:
-    """Which units go, what some of them still emit, and which stay though they are dead."""
+) -> tuple[list[Removal], list[tuple[Constants, Tensor]], list[_Whole], int]:
+    """Which units go, what some of them still emit, which stay though they are dead; how many are dead."""
     weights, masks = named_weights(model), extract_mask(model)
-    removals, emitted, stay = [], [], []
+    removals, emitted, stay, count = [], [], [], 0
     for layer in groups.layers:
         dead = dead_units(layer, weights, masks)
         goes = dead.silent
+        count += int((dead.silent | dead.constant).sum())
         if layer.fixed and bool((dead.silent | dead.constant).any()):
             stay.append(_Whole(str(layer), int((goes | dead.constant).sum()), layer.fixed))
             continue
@@ -261,7 +263,7 @@ def _choose(
         if constants is not None:
             emitted.append((constants, goes & ~dead.silent))
         removals.append(Removal(layer, goes))
-    return removals, emitted, stay
+    return removals, emitted, stay, count
 
 
 def _shared(model: nn.Module, removals: Sequence[Removal]) -> dict[int, Any]:
