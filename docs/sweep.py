@@ -147,6 +147,8 @@ def try_model(family: str, library: str, name: str) -> Row:
     try:
         model, images = build(library, name)
         randomize(model)
+        model.train()  # clears what attention remembers of its biases
+        model.eval()
         groups, refused = survey(model)
         for layer in groups.layers:
             if layer.fixed:
