@@ -150,6 +150,23 @@ def test_a_constant_that_batch_norm_makes_another_in_training_keeps_its_unit() -
         assert difference(model, small, tokens(2, 2, 6, 6)) <= 1e-5
 
 
+class AlongTokens(nn.Module):
+    """Its constants depend on how many tokens there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.softmax(1)
+
+
+def test_a_constant_that_depends_on_the_number_of_tokens_keeps_its_unit() -> None:
+    model = mlp(act=AlongTokens())
+    groups = find_groups(model)
+    with torch.no_grad():
+        model[0].weight[:3] = 0.0
+    with pytest.warns(CompactionWarning, match="3 of the model"):
+        small = compact(model, groups)
+    assert difference(model, small, tokens(2, 7, 4)) <= 1e-12
+
+
 def test_a_bias_of_several_modules_takes_nothing_up() -> None:
     model = nn.Sequential(mlp(act=nn.Sigmoid()), nn.Linear(3, 3)).double()
     model[1].bias = model[0][2].bias

@@ -26,13 +26,12 @@ from torch_rsst.dead_units import dead_units
 from torch_rsst.discovery.adapter import least_left
 from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups
-from torch_rsst.importance import Importance, name_of, resolve_importance
+from torch_rsst.importance import Importance, name_of
 from torch_rsst.masked_parameter import restore
 from torch_rsst.masks import extract_mask, named_weights, unwrap
-from torch_rsst.regroup import RegroupPlan, Scope, _scopes, _score
+from torch_rsst.regroup import RegroupPlan, Scope, choose, score_layers
 from torch_rsst.site import masked_sites
 from torch_rsst.surgery import Removal
-from torch_rsst.unit_selection import keep_units
 
 BUDGETS = {"macs": "multiply-adds", "params": "parameters", "latency": "latency"}
 """Name of a budget → what it limits."""
@@ -271,27 +270,17 @@ class _Chooser:
 
     def __init__(self, model: nn.Module, groups: Groups, rules: RegroupPlan) -> None:
         weights, masks = named_weights(model), extract_mask(model)
-        importance = resolve_importance(rules.importance)
         self.groups, self.rules = groups, rules
-        self._scored = [_score(importance, layer, weights, masks) for layer in groups.layers]
+        self._scored = score_layers(weights, groups, masks, rules)
         # Compaction takes units whose weights are all 0, whatever the mask.
         self._silent = [dead_units(layer, weights, {}).silent for layer in groups.layers]
 
     def removals(self, amount: float) -> list[Removal]:
         """What :func:`torch_rsst.compact` cuts once :func:`torch_rsst.regroup` masked by an amount."""
-        kept: dict[int, Tensor] = {}
-        for positions in _scopes(self.groups, self.rules.scope).values():
-            chosen, _ = keep_units(
-                [self._scored[i] for i in positions],
-                amount=amount,
-                min_keep=self.rules.min_keep,
-                round_to=self.rules.round_to,
-                per_entry=self.rules.scope == "global",
-            )
-            kept.update(zip(positions, chosen, strict=True))
+        kept = choose(self.groups, self._scored, amount, self.rules).kept
         return [
-            Removal(layer, _without_indispensable(layer, ~kept[i] | self._silent[i]))
-            for i, layer in enumerate(self.groups.layers)
+            Removal(layer, _without_indispensable(layer, ~stays | silent))
+            for layer, stays, silent in zip(self.groups.layers, kept, self._silent, strict=True)
         ]
 
 

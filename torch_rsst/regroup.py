@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -148,8 +148,24 @@ def decide(
     if amount is not None:
         check_amount(amount)
     check_groups(weights, groups)
+    return choose(groups, score_layers(weights, groups, current, plan), amount, plan)
+
+
+def score_layers(
+    weights: Mapping[str, Tensor],
+    groups: Groups,
+    current: Mapping[str, Tensor],
+    plan: RegroupPlan,
+) -> list[ScoredLayer]:
+    """Score the units of every layer."""
     importance = resolve_importance(plan.importance)
-    scored = [_score(importance, layer, weights, current) for layer in groups.layers]
+    return [_score(importance, layer, weights, current) for layer in groups.layers]
+
+
+def choose(
+    groups: Groups, scored: Sequence[ScoredLayer], amount: Amount | None, plan: RegroupPlan
+) -> Decision:
+    """The units that stay, scope by scope, of layers that have been scored."""
     kept: dict[int, Tensor] = {}
     budgets = []
     for (label, kind), positions in _scopes(groups, plan.scope).items():

@@ -90,9 +90,12 @@ class Probe:
         return self._verdicts[key]
 
     def two_calls(self, module: nn.Module, layer: GroupLayer) -> list[Call]:
-        """Two different inputs that the module runs on, or none."""
+        """Two different inputs that the module runs on, or none; of other lengths if these fit."""
         call, _ = self._call_of(module, layer, family(layer.family) if layer.family else None)
-        return [] if call is None else [call, tree_map(_other, call)]
+        if call is None:
+            return []
+        longer = tree_map(_longer, tree_map(_other, call))
+        return [call, longer if _failure(module, longer) is None else tree_map(_other, call)]
 
     def calls(
         self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
@@ -115,13 +118,9 @@ class Probe:
     ) -> tuple[Call | None, object]:
         error: object = "it is not called when the model runs on its example"
         for call in self.calls(module, layer, adapter):
-            try:
-                with undisturbed(module):
-                    module(*call[0], **call[1])
-            except Exception as failure:
-                error = failure
-            else:
+            if (failure := _failure(module, call)) is None:
                 return call, None
+            error = failure
         return None, error
 
     @cached_property
@@ -299,6 +298,22 @@ def _other(value: Any) -> Any:
         return value
     noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
     return noise.to(value) * value.std() if value.numel() > 1 else value
+
+
+def _longer(value: Any) -> Any:
+    """One token more: what a unit emits may depend on how many there are."""
+    is_tokens = isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3
+    return torch.cat([value, value[:, :1]], dim=1) if is_tokens else value
+
+
+def _failure(module: nn.Module, call: Call) -> Exception | None:
+    """What a module raises when it is called like this, if anything."""
+    try:
+        with undisturbed(module):
+            run_call(module, call)
+    except Exception as failure:
+        return failure
+    return None
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

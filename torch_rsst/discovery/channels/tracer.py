@@ -77,14 +77,14 @@ def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) 
         fields = ledger.enter(without_wrappers(name), buffer, buffer=True)
         walk.put(buffer, fields, weight=True)
     for run in runs:
-        with torch.no_grad(), _modules_noted(model, walk.running), _Follow(walk, names):
+        with torch.no_grad(), running_modules(model, walk.running), _Follow(walk, names):
             out = run()
         for tensor in tensors_in([out]):
             walk.freeze(walk.labels(tensor).fields, OUTPUT)
 
 
 @contextmanager
-def _modules_noted(model: nn.Module, running: list[nn.Module]) -> Iterator[None]:
+def running_modules(model: nn.Module, running: list[nn.Module]) -> Iterator[None]:
     """Keep the modules that are running in a list, the innermost last."""
 
     def enter(module: nn.Module, *_: object) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Unsupported
+from torch_rsst.discovery.channels.tracer import running_modules
 from torch_rsst.discovery.trial import agree, choices, one_line, silence, tensors_of
 from torch_rsst.groups import GroupLayer
 from torch_rsst.surgery import Removal, cut
@@ -71,16 +70,16 @@ class Trials:
         self._made += 1
         for trains, removals in zip((self.trains, False), _removals(layers), strict=True):
             small = copy.deepcopy(self.whole)
-            entered: list[str] = []
+            running: list[nn.Module] = []
             try:
                 cut(small, removals)
-                with _noting(small, entered):
+                with running_modules(small, running):
                     got = self._outputs(small)
                     if trains:
                         self._outputs(small.train())
             except Exception as error:
                 reason = f"its forward fixes how many it has ({one_line(error)})"
-                return Failure(reason, entered[-1] if entered else "")
+                return Failure(reason, _path_of(running[-1], small) if running else "")
             del small
             masked = copy.deepcopy(self.whole)
             silence(masked, removals)
@@ -97,25 +96,9 @@ class Trials:
         return 1e-8 if double else 1e-4
 
 
-@contextmanager
-def _noting(model: nn.Module, entered: list[str]) -> Iterator[None]:
-    """Keep the paths of the modules that are running in a list, the innermost last."""
-
-    def enter(path: str, *_: object) -> None:
-        entered.append(path)
-
-    def leave(*_: object) -> None:
-        entered.pop()
-
-    handles = []
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(enter, path)))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _path_of(module: nn.Module, model: nn.Module) -> str:
+    found: str = next(path for path, part in model.named_modules() if part is module)
+    return found
 
 
 def _divided(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_rsst.discovery.head_parts import Part
+from torch_rsst.discovery.head_parts import HeadAdapter, Part
+from torch_rsst.surgery import Removal
 
 POSITION_PARTS = (
     Part("rel_pos.mlp.fc2.weight"),
@@ -21,7 +22,16 @@ def position_parts(module: nn.Module) -> tuple[Part, ...]:
     return (Part("rel_pos.relative_position_bias_table", 1 if table.ndim == 2 else 0),)
 
 
-def note_heads(module: nn.Module, heads: int) -> None:
+class PositionedHeads(HeadAdapter):
+    """Heads of a module whose ``rel_pos`` notes how many there are."""
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        _note_heads(module, removal.layer.units - removal.count)
+        return super().shrink(module, removal)
+
+
+def _note_heads(module: nn.Module, heads: int) -> None:
     """Tell a module's ``rel_pos`` its number of heads."""
     rel_pos = getattr(module, "rel_pos", None)
     shape = getattr(rel_pos, "bias_shape", None)

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import join_heads, kept, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
-from torch_rsst.discovery.timm_families._positions import note_heads, position_parts
-from torch_rsst.surgery import Removal
+from torch_rsst.discovery.head_parts import Part, giving, taking
+from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
 
 
 class SlimWindowAttentionGlobal(WindowAttentionGlobal):
@@ -31,7 +30,7 @@ class SlimWindowAttentionGlobal(WindowAttentionGlobal):
         return out
 
 
-class GcVitAttention(HeadAdapter):
+class GcVitAttention(PositionedHeads):
     """``timm.models.gcvit.WindowAttentionGlobal``."""
 
     classes = (WindowAttentionGlobal,)
@@ -41,11 +40,6 @@ class GcVitAttention(HeadAdapter):
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
         return (*giving("qkv", 2 if module.use_global else 3), *position_parts(module), *taking())
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        note_heads(module, removal.layer.units - removal.count)
-        return super().shrink(module, removal)
 
 
 __all__ = ["GcVitAttention", "SlimWindowAttentionGlobal"]

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import kept
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
-from torch_rsst.discovery.timm_families._positions import note_heads, position_parts
-from torch_rsst.surgery import Removal
+from torch_rsst.discovery.head_parts import Part, giving, taking
+from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
 
 
 class SlimAttention2d(Attention2d):
@@ -34,7 +33,7 @@ class SlimAttentionCl(AttentionCl):
         return out
 
 
-class MaxxVitAttention(HeadAdapter):
+class MaxxVitAttention(PositionedHeads):
     """``Attention2d`` and ``AttentionCl`` of ``timm.models.maxxvit``."""
 
     classes = (Attention2d, AttentionCl)
@@ -48,11 +47,6 @@ class MaxxVitAttention(HeadAdapter):
         """See :class:`HeadAdapter`."""
         qkv = giving("qkv", 1 if module.head_first else 3)
         return (*qkv, *position_parts(module), *taking())
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        note_heads(module, removal.layer.units - removal.count)
-        return super().shrink(module, removal)
 
 
 register(MaxxVitAttention())

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
-from torch_rsst.discovery.timm_families._positions import note_heads, position_parts
-from torch_rsst.surgery import Removal
+from torch_rsst.discovery.head_parts import Part, giving, taking
+from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
 
 
 class SlimRelPosAttention(RelPosAttention):
@@ -29,7 +28,7 @@ class SlimRelPosAttention(RelPosAttention):
         return out
 
 
-class RelPosVitAttention(HeadAdapter):
+class RelPosVitAttention(PositionedHeads):
     """``timm.models.vision_transformer_relpos.RelPosAttention``."""
 
     classes = (RelPosAttention,)
@@ -39,11 +38,6 @@ class RelPosVitAttention(HeadAdapter):
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
         return (*giving("qkv", 3), *position_parts(module), *taking())
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        note_heads(module, removal.layer.units - removal.count)
-        return super().shrink(module, removal)
 
 
 register(RelPosVitAttention())
