@@ -179,8 +179,11 @@ class Column:
         if not (self.counts or uncounted):
             return
         start = 0
-        parts = _parts(self.scores, self.scratch.size)
-        masks = repeat(None) if self.among is None else _parts(self.among, self.scratch.size)
+        size = self.scratch.size
+        if all(t.is_contiguous() for t in (self.scores, self.among) if t is not None):
+            size *= stride  # a part is looked at in place: its entries need room, not what lies between
+        parts = _parts(self.scores, size)
+        masks = repeat(None) if self.among is None else _parts(self.among, size)
         for number, (scores, mask) in enumerate(zip(parts, masks, strict=False)):
             if number % turns == turn:
                 every = slice(-(self.offset + start) % stride, None, stride)
