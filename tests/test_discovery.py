@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import torch_rsst
 from torch_rsst import Groups, UnsupportedModuleWarning, discovery, find_groups
 from torch_rsst.discovery import ADAPTERS, Unsupported
+from torch_rsst.discovery.missing import MissingNameError
 from torch_rsst.groups import GroupLayer, Member
 from torch_rsst.testing import assert_mask_invariants
 
@@ -373,6 +375,61 @@ def test_what_is_not_understood_is_warned_of_and_stays_whole(tiny_transformer: A
 def test_the_reason_is_given_where_a_named_kind_is_missing() -> None:
     with pytest.raises(ValueError, match=r"units of kind neurons.*Not understood.*may join"):
         find_groups(normed_mlp(), kinds=["neurons"], on_unsupported="ignore")
+
+
+def test_reasons_are_said_once_where_nothing_is_found() -> None:
+    model = nn.Sequential(*(normed_mlp() for _ in range(5)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="units of kind") as caught:
+            find_groups(model)
+    text = str(caught.value)
+    assert text.count("may join its hidden neurons") == 3
+    assert text.endswith(
+        "; and 2 more. The documentation shows, under Extending, how to add a family."
+    )
+    assert "No groups for 5 module(s): 0 (neurons)" in refusals(model)
+
+
+def test_a_full_stop_in_a_reason_is_not_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sentence(discovery.Adapter):
+        kind = "neurons"
+
+        def find(self, module: nn.Module) -> Any:
+            return Unsupported("They are mine.") if isinstance(module, nn.Sequential) else None
+
+    monkeypatch.setattr("torch_rsst.discovery.adapter.ADAPTERS", ADAPTERS)
+    monkeypatch.setattr("torch_rsst.discovery.finder.ADAPTERS", [Sentence(), *ADAPTERS])
+    assert "(neurons): They are mine. They stay whole" in refusals(mlp())
+    with pytest.raises(ValueError, match=r"\(neurons\): They are mine\. The documentation"):
+        find_groups(mlp())
+
+
+def test_an_example_that_does_not_reach_a_module_is_not_asked_for_again() -> None:
+    class Detour(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = mlp(), mlp()
+
+        def forward(self, x: Tensor, spare: bool = False) -> Tensor:
+            return self.spare(self.used(x)) if spare else self.used(x)
+
+    model, x = Detour(), torch.randn(2, 4)
+    assert "spare (neurons): it is not called when the model runs on example_inputs; pass some" in (
+        refusals(model, example_inputs=x)
+    )
+    assert len(find_groups(model, example_inputs=(x, True))) == 12
+
+
+def test_a_missing_name_is_shown_as_it_was_written() -> None:
+    with pytest.raises(KeyError) as caught:
+        discovery.family("TwoLayerMPL")
+    text = str(caught.value)
+    assert text.startswith("family of groups: expected one of '")
+    assert text.endswith("got 'TwoLayerMPL'. Did you mean 'TwoLayerMLP'?")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == text
+    assert (str(MissingNameError()), str(MissingNameError("a", "b"))) == ("", "('a', 'b')")
 
 
 def test_the_warning_lists_the_first_few() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.families import load_families
+from torch_rsst.discovery.missing import MissingNameError
 from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import GroupLayer, Member
 from torch_rsst.live_weight import MASK, ORIG
@@ -106,7 +107,7 @@ def family(name: str) -> Adapter:
         if type(adapter).__name__ == name:
             return adapter
     known = (type(adapter).__name__ for adapter in ADAPTERS)
-    raise KeyError(unknown_choice("family of groups", name, known))
+    raise MissingNameError(unknown_choice("family of groups", name, known))
 
 
 def least_left(layer: GroupLayer) -> int:

@@ -74,8 +74,11 @@ def find_groups(
             message("find_groups", expected="whole parameters", got="sharded ones", remedy=remedy)
         )
     groups, refused = survey(bare, kinds, example_inputs=example_inputs)
-    _report(refused, on_unsupported)
-    _require(kinds, groups.layers, refused)
+    if on_unsupported == "raise" and refused:
+        raise ValueError(_not_understood(refused))
+    _require(kinds, groups.layers, refused)  # before the warning, whose reasons the error gives
+    if on_unsupported == "warn" and refused:
+        warnings.warn(_not_understood(refused), UnsupportedModuleWarning, stacklevel=2)
     return groups
 
 
@@ -194,19 +197,17 @@ def _shared(
     return None
 
 
-def _report(refused: Sequence[Unsupported], on_unsupported: str) -> None:
-    if not refused or on_unsupported == "ignore":
-        return
-    listed = "; ".join(map(str, refused[:3])) + (
-        f"; and {len(refused) - 3} more" if refused[3:] else ""
+def _not_understood(refused: Sequence[Unsupported]) -> str:
+    return (
+        f"No groups for {len(refused)} module(s): {_first_of(refused)}. They stay whole; the "
+        "documentation shows, under Extending, how to add a family."
     )
-    text = (
-        f"No groups for {len(refused)} module(s): {listed}. They stay whole; the documentation shows, "
-        f"under Extending, how to add a family."
-    )
-    if on_unsupported == "raise":
-        raise ValueError(text)
-    warnings.warn(text, UnsupportedModuleWarning, stacklevel=3)
+
+
+def _first_of(refused: Sequence[Unsupported]) -> str:
+    """The first few with their reasons, to be followed by a full stop."""
+    rest = f"; and {len(refused) - 3} more" if refused[3:] else ""
+    return "; ".join(str(item).removesuffix(".") for item in refused[:3]) + rest
 
 
 def _require(
@@ -216,10 +217,11 @@ def _require(
     missing = [kind for kind in kinds if kind not in found]
     if not missing or (found and tuple(kinds) == KINDS):
         return
-    reasons = [str(r) for r in refused if r.kind in missing]
+    reasons = [item for item in refused if item.kind in missing]
     known = sorted({adapter.kind for adapter in ADAPTERS})
     remedy = (
-        f"Not understood: {'; '.join(reasons[:3])}."
+        f"Not understood: {_first_of(reasons)}. The documentation shows, under Extending, how to add "
+        "a family."
         if reasons
         else f"Adapters exist for {', '.join(known)}; the documentation shows, under Extending, how to "
         f"add one. Single weights can be pruned in any model: global_unstructured."

@@ -81,13 +81,20 @@ class Probe:
             return Verdict(refused="its weights are on the meta device, so that it cannot be run")
         call, error = self._call_of(module, layer, adapter)
         if call is None:
-            return Verdict(refused=f"it cannot be run alone ({error}); pass example_inputs")
+            return Verdict(refused=self._why_not_run(module, error))
         key = (type(adapter), _signature(module), _signature_of_call(call))
         if key not in self._verdicts:
             # Modules of one signature differ in nothing but the values of their tensors.
             with torch.random.fork_rng(devices=_cuda_devices(module)):
                 self._verdicts[key] = _check(module, adapter, layer, call)
         return self._verdicts[key]
+
+    def _why_not_run(self, module: nn.Module, error: object) -> str:
+        if self.example_inputs is None:
+            return f"it cannot be run alone ({error}); pass example_inputs"
+        if module in self._recorded:
+            return f"it does not run once more on what it gets from example_inputs ({error})"
+        return "it is not called when the model runs on example_inputs; pass some on which it is"
 
     def two_calls(self, module: nn.Module, layer: GroupLayer) -> list[Call]:
         """Two different inputs that the module runs on, or none; of other lengths if these fit."""
