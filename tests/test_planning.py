@@ -268,29 +268,50 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown": (
         {"budget": {"flops": 0.5}},
         ValueError,
-        "budget: expected one of 'macs', 'params', 'latency', got 'flops'. Choose one of these.",
+        "budget: expected one of 'macs', 'params', 'latency', got 'flops'. Did you mean 'macs'?",
+    ),
+    "nonsense": (
+        {"budget": {3: 0.5}},
+        ValueError,
+        "budget: expected one of 'macs', 'params', 'latency', got 3. Choose one of these.",
+    ),
+    "another library's word": (
+        {"budget": {"gflops": 0.5}},
+        ValueError,
+        "budget: expected one of 'macs', 'params', 'latency', got 'gflops'. Did you mean 'macs'?",
+    ),
+    "mistyped": (
+        {"budget": {"parameters": 0.5}},
+        ValueError,
+        "budget: expected one of 'macs', 'params', 'latency', got 'parameters'. Did you mean 'params'?",
+    ),
+    "no dict": (
+        {"budget": 0.5},
+        TypeError,
+        f"budget: expected a dict, {MANY}, got 0.5. The number is a fraction of the dense model.",
     ),
     "none": (
         {"budget": {}},
         TypeError,
-        f"budget: expected {MANY}, got {{}}. The number is a fraction of the dense model.",
+        f"budget: expected one limit, {MANY}, got {{}}. The number is a fraction of the dense model.",
     ),
     "two": (
         {"budget": {"macs": 0.5, "params": 0.5}},
         TypeError,
-        f"budget: expected {MANY}, got {{'macs': 0.5, 'params': 0.5}}. "
-        "The number is a fraction of the dense model.",
+        f"budget: expected one limit, {MANY}, got {{'macs': 0.5, 'params': 0.5}}. "
+        "Plan for each of them; the largest amount of the plans meets them all.",
     ),
     "text": (
         {"budget": {"macs": "half"}},
         TypeError,
-        f"budget: expected {MANY}, got {{'macs': 'half'}}. "
+        "budget['macs']: expected a number above 0, up to 1, got 'half'. "
         "The number is a fraction of the dense model.",
     ),
     "a bool": (
         {"budget": {"macs": True}},
         TypeError,
-        f"budget: expected {MANY}, got {{'macs': True}}. The number is a fraction of the dense model.",
+        "budget['macs']: expected a number above 0, up to 1, got True. "
+        "The number is a fraction of the dense model.",
     ),
     "zero": (
         {"budget": {"params": 0.0}},
@@ -337,9 +358,23 @@ def test_bad_input(arguments: dict[str, Any], error: type[Exception], text: str)
     assert str(raised.value) == text
 
 
+def test_the_largest_amount_meets_several_budgets() -> None:
+    limits = {"macs": 0.5, "params": 0.45}
+    plans = [
+        torch_rsst.plan(MODEL, GROUPS, budget={what: limit}, example_inputs=INPUTS)
+        for what, limit in limits.items()
+    ]
+    amount = max(plan.amount for plan in plans)
+    assert all(share_at(amount, what) <= limit for what, limit in limits.items())
+
+
 def test_groups_of_another_model() -> None:
-    with pytest.raises(KeyError, match="Find the groups of this very model"):
+    with pytest.raises(KeyError) as raised:
         torch_rsst.plan(mlp(), GROUPS, budget={"params": 0.5})
+    assert str(raised.value) == (
+        "groups of 0 (12 neurons): '0.0.weight': expected a parameter of the model, got no such name. "
+        "Find the groups of this very model: find_groups(model)."
+    )
 
 
 def test_an_example_that_does_not_fit_raises_what_the_model_raises() -> None:

@@ -18,6 +18,7 @@ from torch_rsst.cut_record import (
     Stage,
     bare_biases,
     new_biases_of,
+    recorded_module,
     remember,
     removals_of,
     stage_of,
@@ -26,6 +27,7 @@ from torch_rsst.cut_record import (
 from torch_rsst.dead_units import dead_units
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
+from torch_rsst.discovery.missing import MissingNameError
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.errors import CompactionWarning, message
 from torch_rsst.folding import Constants, measure_constants
@@ -151,7 +153,7 @@ def replay(model: nn.Module, stages: Iterable[Stage]) -> nn.Module:
     """
     for stage in stages:
         for name in new_biases_of(stage):
-            layer = module_at(model, name)
+            layer = recorded_module(model, name)
             if layer._parameters.get("bias", layer) is not None:
                 got, remedy = "one that has it already, or none", "Pass the model of this folder."
                 expected = "a layer without bias"
@@ -187,7 +189,10 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
     """Raise unless the groups are those of this model, and it can be copied and cut."""
     weights, sites, buffers = named_weights(model), named_sites(model), named_buffers(model)
     remedy = "Find the groups of this very model: find_groups(model)."
-    check_groups(weights, groups)
+    try:
+        check_groups(weights, groups)
+    except KeyError as error:
+        raise MissingNameError(*error.args) from None
     if sharded := next((name for name, w in weights.items() if is_sharded(w)), None):
         gather = "Gather the full parameters on one process first."
         subject = f"compact: {sharded!r}"
@@ -201,7 +206,7 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
             family(layer.family)
             if layer.name not in modules:
                 got = "no such module"
-                raise KeyError(
+                raise MissingNameError(
                     message(subject, expected="a module of the model", got=got, remedy=remedy)
                 )
         elif not any(member.consumes for member in layer.members):

@@ -147,6 +147,18 @@ def new_biases_of(stage: Any) -> list[str]:
     return names
 
 
+def recorded_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of a name that a stage holds.
+
+    Raises:
+        ValueError: where the model has none.
+    """
+    try:
+        return module_at(model, name)
+    except KeyError:
+        raise _damaged(f"a module {name!r}", "no such name") from None
+
+
 def _removal(data: Any, sizes: Mapping[str, tuple[int, ...]]) -> Removal:
     units = _get(data, "units", int)
     members, buffers = (
@@ -200,7 +212,7 @@ def _check_units(model: nn.Module, layer: GroupLayer) -> None:
     """
     if not layer.family or family(layer.family).whole_model:
         return
-    found = family(layer.family).find(module_at(model, layer.name))
+    found = family(layer.family).find(recorded_module(model, layer.name))
     if not isinstance(found, GroupLayer):
         return
     prefix = f"{layer.name}." if layer.name else ""

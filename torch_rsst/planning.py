@@ -35,6 +35,7 @@ from torch_rsst.surgery import Removal
 
 BUDGETS = {"macs": "multiply-adds", "params": "parameters", "latency": "latency"}
 """Name of a budget → what it limits."""
+_ALSO_CALLED = {"macs": ("flops", "gflops", "mult_adds"), "latency": ("time", "speed", "seconds")}
 _STEPS = {"macs": 10_000, "params": 10_000, "latency": 100}  # how finely amounts are searched
 _MIN_REPEATS = 3
 
@@ -242,18 +243,34 @@ def plan(
 def _check_budget(budget: object) -> tuple[str, float]:
     listed = " or ".join(f"{{{name!r}: 0.5}}" for name in BUDGETS)
     remedy = "The number is a fraction of the dense model."
-    if not isinstance(budget, Mapping) or len(budget) != 1:
-        raise TypeError(message("budget", expected=listed, got=repr(budget), remedy=remedy))
+    if not isinstance(budget, Mapping):
+        expected, got = f"a dict, {listed}", f"{budget!r}"
+        raise TypeError(message("budget", expected=expected, got=got, remedy=remedy))
+    if len(budget) != 1:
+        if budget:
+            remedy = "Plan for each of them; the largest amount of the plans meets them all."
+        expected = f"one limit, {listed}"
+        raise TypeError(message("budget", expected=expected, got=repr(budget), remedy=remedy))
     ((what, limit),) = budget.items()
     if what not in BUDGETS:
-        raise ValueError(unknown_choice("budget", what, BUDGETS))
+        raise ValueError(_unknown_budget(what))
+    subject = f"budget[{what!r}]"
     if isinstance(limit, bool) or not isinstance(limit, Real):
-        raise TypeError(message("budget", expected=listed, got=repr(budget), remedy=remedy))
+        expected = "a number above 0, up to 1"
+        raise TypeError(message(subject, expected=expected, got=repr(limit), remedy=remedy))
     if not 0.0 < float(limit) <= 1.0:
         expected = "a fraction above 0, up to 1"
-        subject = f"budget[{what!r}]"
         raise ValueError(message(subject, expected=expected, got=repr(limit), remedy=remedy))
     return str(what), float(limit)
+
+
+def _unknown_budget(name: object) -> str:
+    meant = next((known for known, words in _ALSO_CALLED.items() if name in words), None)
+    if meant is None:
+        return unknown_choice("budget", name, BUDGETS)
+    listed = ", ".join(map(repr, BUDGETS))
+    remedy = f"Did you mean {meant!r}?"
+    return message("budget", expected=f"one of {listed}", got=repr(name), remedy=remedy)
 
 
 def _out_of_reach(what: str, limit: float, least: float, min_keep: int) -> str:
