@@ -447,6 +447,63 @@ def test_a_loaded_model_compiles_and_exports_to_onnx(tmp_path: Path) -> None:
 # Wrong calls
 
 
+@pytest.mark.parametrize("name", ["Llama", "T5", "Bert"])
+def test_a_model_that_keeps_a_cache_is_exported_without_it(tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 10, "vocab_size": 11}
+    heads = {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    t5 = {"d_model": 12, "d_kv": 4, "num_heads": 3, "d_ff": 10, "num_layers": 1, "vocab_size": 11}
+    options = t5 if name == "T5" else sizes | heads
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(
+        getattr(transformers, f"{name}Config")(**options)
+    ).eval()
+    inputs = {"input_ids": torch.arange(8).view(2, 4)}
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if name == "T5" else {}
+    groups = torch_rsst.find_groups(model, "neurons", example_inputs=inputs)
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
+    small = torch_rsst.compact(model, groups)
+    torch_rsst.save_compact(small, tmp_path, example_inputs=inputs, export=True)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    one = {key: ids[:1] for key, ids in inputs.items()}
+    with torch.no_grad():
+        got, expected = program(**one), small(**one)
+    assert expected.get("past_key_values") is None or "past_key_values" not in got
+    torch.testing.assert_close(got.last_hidden_state, expected.last_hidden_state)
+    if name == "Llama":
+        assert small.config.use_cache
+        with pytest.raises(
+            ValueError, match=r"ask for no cache.*got use_cache=True\. Leave it out"
+        ):
+            torch_rsst.save_compact(
+                small, tmp_path, example_inputs={**inputs, "use_cache": True}, export=True
+            )
+
+
+def test_what_cannot_be_exported_is_said_with_the_way_out(tmp_path: Path) -> None:
+    class Decides(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.sum()) > -1e9 else x
+
+    _, small, _ = compacted()
+    small.__class__ = Decides
+    with pytest.raises(RuntimeError, match=r"expected a model that torch\.export traces") as e:
+        torch_rsst.save_compact(small, tmp_path, example_inputs=example(), export=True)
+    assert str(e.value).endswith(" Leave export out: the folder can be loaded without it.")
+    assert "\n" not in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_that_makes_another_model_is_said_in_one_sentence(tmp_path: Path) -> None:
+    _, small, _ = compacted()
+    build = {"name": "torchvision.models.get_model", "args": ["nothing"]}
+    with pytest.raises(ValueError, match="build: expected one that makes this Net, got ") as caught:
+        torch_rsst.save_compact(small, tmp_path, build=build)
+    assert str(caught.value).endswith(
+        "load_compact(folder, model=…). Correct it, or leave build out and pass model= to load_compact."
+    )
+
+
 def test_only_what_compact_returned_is_saved(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"expected what compact\(\) returned, got a Net that does"
@@ -574,6 +631,10 @@ def _first(d: dict[str, Any]) -> dict[str, Any]:
         (_with(lambda d: d.pop("stages")), "expected 'stages' in it, got None"),
         (_with(lambda d: d.update(stages=[3])), "expected 'stages' in it, got [3]"),
         (_with(lambda d: d.update(files={})), "expected its files, got no model.safetensors"),
+        (_with(lambda d: d["files"].update({"model.safetensors": "../x"})),
+         "expected the SHA-256 of 'model.safetensors', 64 hexadecimal digits, got '../x'. Save the"),
+        (_with(lambda d: d["files"].update({"model.pt2": "A" * 64})), "64 hexadecimal digits, got 'AA"),
+        (_with(lambda d: d["files"].update({"model.pt2": "0" * 64 + "\n"})), "64 hexadecimal digits"),
         (_with(lambda d: d.update(stages=[])), "expected shape (8, 4) for 'first.0.weight'"),
         (_with(lambda d: d["stages"].append({})), "expected 'new_biases', a list, got None"),
         (_with(lambda d: _first(d).update(units=-1)), "expected 'units' of at least 0, got -1"),
@@ -583,12 +644,13 @@ def _first(d: dict[str, Any]) -> dict[str, Any]:
         (_with(lambda d: _first(d).update(gone=[["a", 1, 1]])), "expected runs of three numbers"),
         (_with(lambda d: _first(d).update(gone=[[0, 1, 10**15]])), "expected 8 indices"),
         (_with(lambda d: _first(d).update(family="os.system")), "family of groups: expected one of"),
-        (_with(lambda d: _first(d).update(name="nowhere")), "nowhere"),
+        (_with(lambda d: _first(d).update(name="nowhere")), "expected a module 'nowhere', got no"),
         (_with(lambda d: _first(d)["members"][0].update(dim=7)), "with a dimension 7"),
         (_with(lambda d: _first(d)["members"][0].update(unit_of=[[0, 1, 10**12]])), "8 indices"),
         (_with(lambda d: _first(d).update(members=[])), "expected fewer units of first"),
         (_with(lambda d: d["stages"][0].update(new_biases=["norm"])), "norm: expected a layer without"),
         (_with(lambda d: d["stages"][0].update(new_biases=[3])), "expected names of modules"),
+        (_with(lambda d: d["stages"][0].update(new_biases=["x"])), "expected a module 'x', got no such"),
         (_with(lambda d: d["tied"].update({"head.weight": "nothing"})), "expected names of tied tensors"),
     ],
 )  # fmt: skip
@@ -602,6 +664,8 @@ def test_damaged_and_foreign_folders_are_clear_errors(
         torch_rsst.load_compact(tmp_path, model=Net())
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert ".." not in str(caught.value).replace("../x", "")
+    assert ".)" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kill_at", range(10))

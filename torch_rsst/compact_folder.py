@@ -286,9 +286,9 @@ def _other_versions(description: Description) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text without line breaks."""
+    """An error's text without line breaks and a full stop at its end: as part of a sentence."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return " ".join(text.split()).rstrip(".") or type(error).__name__
 
 
 def _read_tensors(folder: Path, description: Description) -> Tensors:

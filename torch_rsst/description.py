@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,7 @@ from torch_rsst.builders import Build
 from torch_rsst.checkpoints import prepare_from_state_dict
 from torch_rsst.compaction import replay
 from torch_rsst.cut_record import Stage, remember
+from torch_rsst.discovery.missing import MissingNameError
 from torch_rsst.errors import listing, message
 from torch_rsst.likeness import Settings, set_all
 from torch_rsst.masks import without_wrappers
@@ -97,6 +99,11 @@ class Description:
                 raise ValueError(
                     message(source, expected=f"{name!r} in it", got=got, remedy=remedy)
                 )
+        for name, text in data["files"].items():
+            if not re.fullmatch("[0-9a-f]{64}", text):
+                expected = f"the SHA-256 of {name!r}, 64 hexadecimal digits"
+                got = repr(text)[:80]
+                raise ValueError(message(source, expected=expected, got=got, remedy=remedy))
         return cls(**{name: data[name] for name in _KINDS})
 
 
@@ -227,7 +234,7 @@ def _check_fits(model: nn.Module, own: Mapping[str, str], state: Mapping[str, Te
     if odd := own.keys() ^ state.keys():
         got = f"{listing(sorted(odd))} in one of them only"
         expected = "those of the model"
-        raise KeyError(message(subject, expected=expected, got=got, remedy=remedy))
+        raise MissingNameError(message(subject, expected=expected, got=got, remedy=remedy))
     shapes = {name: getattr(model.state_dict()[key], "shape", None) for name, key in own.items()}
     if wrong := next((name for name, shape in shapes.items() if state[name].shape != shape), None):
         expected = f"shape {tuple(shapes[wrong] or ())} for {wrong!r}"

@@ -21,6 +21,9 @@ from torch_rsst.receipt import is_rounding
 def export_program(model: nn.Module, example_inputs: Any) -> bytes:
     """A model in eval mode as an exported program, for batches of any size where that can be.
 
+    A model of transformers is exported without the cache of keys and values that it would return by
+    default: a program puts out tensors alone.
+
     Args:
         model: not changed.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
@@ -29,23 +32,46 @@ def export_program(model: nn.Module, example_inputs: Any) -> bytes:
         the content of a file for :func:`torch.export.load`.
 
     Raises:
-        RuntimeError: where the program puts out something else than the model.
-        Exception: what the export raises.
+        ValueError: where the example asks for the cache.
+        RuntimeError: where the model cannot be exported, or the program puts out something else.
     """
+    if isinstance(example_inputs, Mapping) and example_inputs.get("use_cache"):
+        got, remedy = "use_cache=True", "Leave it out, or pass use_cache=False."
+        expected = "example_inputs that ask for no cache, which a program cannot return"
+        raise ValueError(message("export", expected=expected, got=got, remedy=remedy))
     model = copy.deepcopy(unwrap(model))
     model.eval()
+    _without_cache(model)
     try:
         program = _any_batch(model, example_inputs)
     except Exception:  # of as many kinds as there are reasons why a batch is fixed
         program = None
     if program is None or not _agrees(program, model, example_inputs):
-        program = _export(model, example_inputs, None)
+        try:
+            program = _export(model, example_inputs, None)
+        except Exception as error:  # of as many kinds as there are things that cannot be traced
+            raise RuntimeError(_not_exported(error)) from error
     if not _agrees(program, model, example_inputs):
         got, remedy = "others", "Leave export out, and please report the model."
         raise RuntimeError(message("export", expected="the same outputs", got=got, remedy=remedy))
     content = io.BytesIO()
     torch.export.save(program, content)
     return content.getvalue()
+
+
+def _without_cache(model: nn.Module) -> None:
+    """Let a copy of a model, or of a part of one, return no keys and values unless it is asked to."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            config.use_cache = False
+
+
+def _not_exported(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300].rstrip(".")
+    remedy = "Leave export out: the folder can be loaded without it."
+    expected, got = "a model that torch.export traces", f"{type(error).__name__}: {text}"
+    return message("export", expected=expected, got=got, remedy=remedy)
 
 
 def _any_batch(model: nn.Module, inputs: Any) -> ExportedProgram:
