@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import tyro
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 import torch_rsst
 from benchmarks.meter import Meter
+from torch_rsst.masks import penalty_mask
+from torch_rsst.penalized_set import PenalizedSet
 
 Step = Callable[[], None]
 PENALTIES: dict[str, dict[str, object]] = {
@@ -107,6 +110,58 @@ def main(options: Options) -> None:
         f"median of {options.repeats} steps in turns"
     )
     console.print(table)
+    console.print(passes(options, device))
+
+
+def passes(options: Options, device: torch.device) -> Table:
+    """The penalty alone, decoupled, on the weights of the same model: time and memory of a step."""
+    meter = Meter(device)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(options.width, options.heads) for _ in range(options.depth)))
+    groups = torch_rsst.find_groups(model)
+    model.to(device)
+    refill = torch_rsst.regroup(model, groups, amount=options.amount)
+    whole = {name: torch.ones_like(mask) for name, mask in refill.items()}
+    # By the unit, then with a fifth of the entries of each unit masked.
+    holes = {
+        n: m if m.dim() < 2 else torch.rand_like(m, dtype=torch.float32) < 0.8
+        for n, m in whole.items()
+    }
+    weights = [model.get_parameter(name).detach() for name in refill]
+    lists = [
+        (w.view(-1), (holes[n] & ~refill[n]).view(-1).nonzero()[:, 0])
+        for n, w in zip(refill, weights, strict=True)
+    ]
+    rows: dict[str, Callable[[], object]] = {
+        "plain update, all weights": lambda: [w.mul_(0.999) for w in weights],
+    }
+    memory: dict[str, float] = {}
+    for row, current in (("penalty, units alive", whole), ("penalty, units with holes", holes)):
+        made = partial(PenalizedSet, model, penalty_mask(current, refill))
+        before = meter.held()
+        penalized = made()
+        memory[row] = meter.held() - before
+        rows[row] = partial(penalized.shrink, list(penalized), 0.001, None)
+    rows["index lists, units with holes"] = lambda: [
+        w.index_put_((i,), w[i] * 0.999) for w, i in lists
+    ]
+    memory["index lists, units with holes"] = sum(8.0 * i.numel() for _, i in lists)
+    penalized_weights = sum(int((~m).sum()) for m in refill.values())
+    seconds: dict[str, list[float]] = {row: [] for row in rows}
+    for turn in range(-2, 5 * options.repeats):
+        for row, work in rows.items():
+            took = meter.seconds(work)
+            if turn >= 0:
+                seconds[row].append(took)
+    plain = seconds["plain update, all weights"]
+    table = Table(title="the penalty of a step alone, decoupled")
+    for heading in ("what", "ms", "of plain", "bytes a weight of units to go"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for row, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(times, plain, strict=True))
+        held = f"{memory[row] / penalized_weights:.2f}" if row in memory else ""
+        table.add_row(row, f"{1e3 * statistics.median(times):.2f}", f"{ratio:.2f} x", held)
+    return table
 
 
 def training_step(row: str, options: Options, device: torch.device) -> Step:

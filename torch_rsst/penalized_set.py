@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ class PenalizedSet:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         sites = named_sites(model)
-        # The complement of P is kept: that is what the operations below leave alone.
         self._entries: dict[str, tuple[nn.Parameter, Tensor]] = {}
         for name, mask in masks.items():
             subject = f"refill mask of {name!r}"
@@ -39,7 +39,7 @@ class PenalizedSet:
                 raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
             mask = placed_like(mask, parameter)
             if int(total(mask)):
-                self._entries[name] = (parameter, ~local(mask))
+                self._entries[name] = (parameter, _where(local(mask), local(parameter)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -54,8 +54,8 @@ class PenalizedSet:
     def norm(self) -> float:
         """The L2 norm of the weights in P, in float64. Synchronizes the device."""
         squares = 0.0
-        for parameter, rest in map(self._entry, self):
-            own = local(parameter.detach()).double().square().masked_fill(rest, 0.0)
+        for parameter, where in map(self._entry, self):
+            own = local(parameter.detach()).double().square().masked_fill(where.logical_not(), 0.0)
             squares += float(total(sharded_like(own, parameter)))
         return math.sqrt(squares)
 
@@ -63,28 +63,39 @@ class PenalizedSet:
         """Coupled: ``grad += strength · scale · weight`` on P; a missing gradient is made."""
         self._check_gradients(names)
         with torch.no_grad():
-            for parameter, rest in map(self._entry, names):
+            for parameter, where in map(self._entry, names):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                pull = local(parameter).masked_fill(rest, 0.0)
-                local(parameter.grad).add_(pull if scale is None else pull * scale, alpha=strength)
+                own, gradient = local(parameter), local(parameter.grad)
+                if where.is_floating_point() or where.numel() < own.numel():
+                    there = where.to(own.dtype)
+                    there = there if scale is None else there * scale
+                    gradient.addcmul_(own, there, value=strength)
+                else:
+                    pull = torch.where(where, own, 0.0)
+                    gradient.add_(pull if scale is None else pull * scale, alpha=strength)
 
     def block(self, names: Iterable[str]) -> None:
         """Set the gradient on P to 0; where there is none, there is nothing to block."""
         self._check_gradients(names)
         with torch.no_grad():
-            for parameter, rest in map(self._entry, names):
+            for parameter, where in map(self._entry, names):
                 if parameter.grad is not None:
-                    local(parameter.grad).masked_fill_(~rest, 0.0)
+                    local(parameter.grad).masked_fill_(where.bool(), 0.0)
 
     def shrink(self, names: Iterable[str], strength: float, skipped: Tensor | None) -> None:
         """Decoupled: ``weight *= 1 − min(1, strength)`` on P, unless ``skipped`` says so on the device."""
-        keep = 1.0 - min(1.0, strength)
+        strength = min(1.0, strength)
+        numbers = cache(_numbers)
         with torch.no_grad():
-            for parameter, rest in map(self._entry, names):
-                stays = rest if skipped is None else rest | skipped.to(rest.device).bool()
+            for parameter, where in map(self._entry, names):
                 own = local(parameter)
-                own.copy_(torch.where(stays, own, own * keep))
+                acts = where if skipped is None else where * (skipped == 0).to(where.device)
+                if acts.is_floating_point():
+                    own.addcmul_(own, acts, value=-strength)  # right to the last bit but one
+                else:
+                    keep, one = numbers(1.0 - strength, 1.0, dtype=own.dtype, device=own.device)
+                    own.mul_(torch.where(acts, keep, one))
 
     def _check_gradients(self, names: Iterable[str]) -> None:
         """Refuse sparse gradients, which P cannot index, before the first one is changed."""
@@ -102,9 +113,31 @@ class PenalizedSet:
             )
 
     def _entry(self, name: str) -> tuple[nn.Parameter, Tensor]:
-        """A parameter and the complement of P in it, on its device even after ``model.to``."""
-        parameter, rest = self._entries[name]
-        if rest.device != parameter.device:
-            rest = rest.to(parameter.device)
-            self._entries[name] = (parameter, rest)
-        return parameter, rest
+        """A parameter and where P lies in it, on its device even after ``model.to``."""
+        parameter, where = self._entries[name]
+        if where.device != parameter.device:
+            where = where.to(parameter.device)
+            self._entries[name] = (parameter, where)
+        return parameter, where
+
+
+def _where(penalized: Tensor, weight: Tensor) -> Tensor:
+    """Where P lies, in the form that takes least.
+
+    Where whole units lie in P, a bool vector along one dimension: no memory to speak of, and no time to
+    read it. Else 1 in P and 0 elsewhere, to multiply with; but bool where something outside P is not
+    finite, as 0 · ∞ is no 0.
+    """
+    for dim in range(penalized.dim()):
+        others = [d for d in range(penalized.dim()) if d != dim]
+        units = penalized.all(dim=others, keepdim=True) if others else penalized
+        if bool((units == penalized).all()):
+            return units
+    outside = weight.detach().masked_fill(penalized, 0.0)
+    return penalized.to(weight.dtype) if bool(outside.isfinite().all()) else penalized
+
+
+def _numbers(*values: float, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    # Not of the weights' dtype where that is half as wide: most factors would become 1.
+    wide = torch.promote_types(dtype, torch.float32)
+    return [torch.full((), value, dtype=wide, device=device) for value in values]
