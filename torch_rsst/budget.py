@@ -66,6 +66,18 @@ def check_count(value: object, subject: str, *, at_least: int) -> None:
         raise ValueError(message(subject, expected=expected, got=repr(value), remedy=remedy))
 
 
+def check_number(value: object, subject: str, *, above: float, or_equal: bool = False) -> None:
+    """Raise unless ``value`` is a finite number > ``above``, or >= where ``or_equal``."""
+    expected = f"a number {'>=' if or_equal else '>'} {above:g}"
+    remedy = f"Pass a finite number {'of at least' if or_equal else 'above'} {above:g}."
+    if isinstance(value, bool) or not isinstance(value, Real):
+        got = f"{type(value).__name__} {value!r}"
+        raise TypeError(message(subject, expected=expected, got=got, remedy=remedy))
+    number = float(value)
+    if not math.isfinite(number) or number < above or (number == above and not or_equal):
+        raise ValueError(message(subject, expected=expected, got=repr(value), remedy=remedy))
+
+
 def to_count(amount: Amount, n: int, *, subject: str = "amount", of: str = "entries") -> int:
     """How many of ``n`` an amount means: ints count, floats are fractions, rounded by Python's round.
 

@@ -51,6 +51,10 @@ def main(args: Sequence[str] | None = None) -> int:
     return _WRONG
 
 
+# What the library raises for input that the user can put right.
+_MISTAKES = (TypeError, ValueError, KeyError, OSError)
+
+
 class _WrongInput(Exception):  # noqa: N818 - carries a message for the user, not a fault of ours
     """Something that the user can put right."""
 
@@ -60,13 +64,12 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
     import tyro
 
     from torch_rsst.recipes.config import CompactConfig, ReportConfig, RunConfig
-    from torch_rsst.recipes.run_folder import RunFolder
 
     def parse(default: RunConfig) -> RunConfig | ReportConfig | CompactConfig:
         run = Annotated[RunConfig, tyro.conf.subcommand("run", default=default)]
         report = Annotated[ReportConfig, tyro.conf.subcommand("report")]
         compact = Annotated[CompactConfig, tyro.conf.subcommand("compact")]
-        description = "Structured sparsity for vision transformers: RSST and Refill."
+        description = "Structured sparsity for vision transformers and CNNs: RSST and Refill."
         commands = run | report | compact
         return tyro.cli(commands, prog="torch-rsst", description=description, args=list(args))
 
@@ -77,12 +80,53 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
         if isinstance(config, CompactConfig):
             return partial(_compact, config)
         if config.resume:
+            from torch_rsst.recipes.run_folder import RunFolder
+
             # A resumed run keeps its own options; naming another value is an error, found later.
             own = RunFolder(config.output).read_config()
             return partial(_run, parse(replace(own, output=config.output, resume=True)))
-        return partial(_run, config)
+        if config.config is not None:
+            config = parse(replace(RunConfig.named(config.config), config=config.config))
+        assert isinstance(config, RunConfig)
+        if config.write_config is not None:
+            return partial(_write_config, config)
+        return partial(_dry_run if config.dry_run else _run, config)
     except (TypeError, ValueError, OSError) as error:
         raise _WrongInput(_one_line(error)) from error
+
+
+def _write_config(config: Any) -> int:
+    from torch_rsst.files import write_text
+
+    try:
+        config.check()
+        if config.write_config.exists():
+            remedy = "Pass another name."
+            raise FileExistsError(
+                message(
+                    str(config.write_config), expected="a new file", got="an old one", remedy=remedy
+                )
+            )
+        config.write_config.parent.mkdir(parents=True, exist_ok=True)
+        write_text(config.write_config, config.to_yaml())
+    except (TypeError, ValueError, OSError) as error:
+        raise _WrongInput(_one_line(error)) from error
+    print(f"Start it with: torch-rsst run --config {config.write_config}")
+    return 0
+
+
+def _dry_run(config: Any) -> int:
+    from torch_rsst.recipes.forecast import forecast
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment] # takes less apart
+            found = forecast(config)
+    except _MISTAKES as error:
+        raise _WrongInput(_one_line(error)) from error
+    if _speaks():
+        _print_forecast(found, config)
+    return 0
 
 
 def _run(config: Any) -> int:
@@ -99,7 +143,7 @@ def _run(config: Any) -> int:
             warnings.showwarning = terminal.warn  # type: ignore[assignment] # takes less apart
             try:
                 experiment = Experiment(config, terminal, stop.asked)
-            except (TypeError, ValueError, KeyError, OSError) as error:
+            except _MISTAKES as error:
                 raise _WrongInput(_one_line(error)) from error
             terminal.plan(experiment)
             results = experiment.run()
@@ -155,7 +199,7 @@ def _compact(config: Any) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment] # takes less apart
             receipt = compact_run(config)
-    except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
+    except (*_MISTAKES, RuntimeError) as error:
         raise _WrongInput(_one_line(error)) from error
     _savings(receipt, folder.compact if config.output is None else config.output)
     return 0
@@ -195,12 +239,23 @@ class _Terminal:
 
     def __init__(self, config: Any) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._config = config
         self._console = Console(highlight=False, quiet=not _speaks())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(*columns, console=self._console, transient=True)
+        # Estimated from minutes, evaluation included: a few steps would promise too much.
+        times = (TextColumn("left:"), TimeRemainingColumn(elapsed_when_finished=True))
+        self._progress = Progress(
+            *columns, *times, console=self._console, transient=True, speed_estimate_period=600.0
+        )
+        self._whole = self._progress.add_task("whole run", total=None)
         self._bar = self._progress.add_task("", total=None)
         self._epochs = self._epoch = 0
         self._last: dict[str, Any] = {}
@@ -217,13 +272,16 @@ class _Terminal:
         config = self._config
         parameters = sum(p.numel() for p in experiment.model.parameters())
         self._console.print(
-            f"ViT of {parameters:,} parameters: {experiment.groups}. {config.method} over "
+            f"{experiment.trainer.name} of {parameters:,} parameters: {experiment.groups}. "
+            f"{config.method} over "
             f"{config.rounds} rounds on {experiment.trainer.accelerator.device}; "
             f"everything goes to {config.output}/"
         )
-        if idle := config.without_effect():
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            self._console.print(f"Note: {names} has no effect with --method {config.method}.")
+        for name, why in config.without_effect().items():
+            self._console.print(f"Note: {_flag(name)} has no effect with {why}.")
+        epochs = config.dense_epochs + config.rounds * config.epochs + config.finetune_epochs
+        total = epochs * experiment.trainer.steps_per_epoch
+        self._progress.reset(self._whole, total=total, completed=experiment.steps_done)
 
     def warn(self, text: Warning | str, *where: object) -> None:
         """A warning, without the lines of code that raised it."""
@@ -247,6 +305,7 @@ class _Terminal:
     def step(self) -> None:
         """One step was made."""
         self._progress.advance(self._bar)
+        self._progress.advance(self._whole)
 
     def record(self, record: dict[str, Any]) -> None:
         """An epoch or a round ended."""
@@ -292,6 +351,43 @@ def _round_line(record: dict[str, Any], config: Any) -> str:
     return line
 
 
+def _print_forecast(found: Any, config: Any) -> None:
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    images, held_out = found.images
+    console.print(
+        f"{found.name} on {found.device}: {images:,} images to train on, {held_out:,} held out, "
+        f"{found.classes} classes. Nothing has been trained or written."
+    )
+    table = Table("layer", "kind", "units", "stay", title="units, by the weights as they are now")
+    for layer in found.layers:
+        table.add_row(layer.layer or "(model)", layer.kind, f"{layer.units}", f"{layer.stay}")
+    console.print(table)
+    table = Table("", "dense", "compacted", title="of the model")
+    table.add_row("parameters", f"{found.before.parameters:,}", f"{found.after.parameters:,}")
+    adds = (f"{cost.multiply_adds:,}" for cost in (found.before, found.after))
+    table.add_row("multiply-adds per image", *adds)
+    console.print(table)
+    dense, rounds, finetune = found.steps
+    console.print(
+        f"Steps: {dense:,} dense, {rounds:,} in {config.rounds} rounds, {finetune:,} of fine-tuning; "
+        f"{config.batch_size * config.accumulation} images each."
+    )
+    memory = found.memory
+    console.print(
+        f"Memory of a process: about {decimal(memory.total)}: weights and masks {decimal(memory.model)}, "
+        f"gradients {decimal(memory.gradients)}, optimizer {decimal(memory.optimizer)}, "
+        f"activations of a batch {decimal(memory.activations)}."
+    )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _summary(path: Path, results: dict[str, Any], *, offer: bool = True) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -307,11 +403,11 @@ def _summary(path: Path, results: dict[str, Any], *, offer: bool = True) -> None
     for name, percent in rows.items():
         if percent is not None:
             table.add_row(name, f"{percent:.2f} %")
-    for name in ("element_sparsity", "head_sparsity", "neuron_sparsity"):
-        table.add_row(name.replace("_", " "), f"{results[name]:.1%}")
-    for name, unit in (("parameters", ""), ("multiply_adds", " per image")):
-        if name in results:  # runs of earlier versions did not count
-            table.add_row(f"{name.replace('_', '-')}{unit}, masked", f"{results[name]:,}")
+    table.add_row("element sparsity", f"{results['element_sparsity']:.1%}")
+    for kind, counts in results["sparsity"]["kinds"].items():
+        table.add_row(f"{kind.removesuffix('s')} sparsity", f"{counts['sparsity']:.1%}")
+    table.add_row("parameters, masked", f"{results['parameters']:,}")
+    table.add_row("multiply-adds per image, masked", f"{results['multiply_adds']:,}")
     console = Console(highlight=False)
     console.print(table)
     console.print(f"Open {path}/report.html; weights, numbers and pictures are beside it.")
@@ -340,7 +436,7 @@ def _savings(receipt: dict[str, Any], folder: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"Outputs for all {images} held-out images differ by at most {receipt['max_error']:.1e}. "
+        f"Outputs for {images} held-out images differ by at most {receipt['max_error']:.1e}. "
         f"Times are medians of runs in turns, without masks."
     )
     console.print(f'Load it: torch_rsst.load_compact("{folder}")', soft_wrap=True)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import torch_rsst
+from torch_rsst.budget import check_count
 from torch_rsst.recipes import digits
-from torch_rsst.recipes.config import CompactConfig
+from torch_rsst.recipes.config import CompactConfig, RunConfig
+from torch_rsst.recipes.images import open_images
+from torch_rsst.recipes.loading import held_out_loader
 from torch_rsst.recipes.page import write_page
 from torch_rsst.recipes.run_folder import RunFolder
 
@@ -21,38 +28,64 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
         the receipt, with ``accuracy`` in percent and the number of ``images``.
 
     Raises:
-        OSError, ValueError: for a folder that holds no finished run, an option out of its range, or an
-            output folder that holds something else.
+        OSError, ValueError: for a folder that holds no finished run, an option out of its range, an
+            output folder that holds something else, or images that are not there any more.
         RuntimeError: where the smaller model puts out something else than the masked one.
     """
+    check_count(config.images, "images", at_least=1)
     run = RunFolder(config.folder)
     results, own = run.read_report(), run.read_config()
     output = run.compact if config.output is None else config.output
     shown = output.resolve() == run.compact.resolve()  # on the run's own page
     records = run.read_metrics() if shown else []
-    model = run.read_model()
-    groups = torch_rsst.find_groups(model, ("heads", "neurons"))
-    images, labels = digits.datasets()[1].tensors
+    model = run.read_model(results["build"])
+    own = own if config.data_dir is None else replace(own, data_dir=config.data_dir)
+    loader = _held_out(own, model)
+    images = _first(loader, config.images)
+    groups = torch_rsst.find_groups(model, own.kinds, example_inputs=images[:2])
     small = torch_rsst.compact(model, groups, example_inputs=images, round_to=config.round_to)
-    accuracy = {
-        "before": _accuracy(model, images, labels),
-        "after": _accuracy(small, images, labels),
-    }
+    before, after = _accuracies([model, small], loader)
     receipt = torch_rsst.save_compact(
         small,
         output,
         masked=model,
         groups=groups,
         example_inputs=images,
-        build=digits.BUILD,
+        build=results["build"],
         export=config.export,
-        notes={"accuracy": accuracy, "images": len(images)},
+        notes={"accuracy": {"before": before, "after": after}, "images": len(images)},
     )
     if shown:
         write_page(run, own, results, records, receipt)
     return receipt
 
 
-def _accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+def _held_out(config: RunConfig, model: nn.Module) -> DataLoader[Any]:
+    size = (1, config.image_size or digits.SIZE, config.image_size or digits.SIZE)
+    form = {"input_size": size}
+    if config.source != "digits":
+        form = resolve_data_config({"img_size": config.image_size}, model=model)
+    images = open_images(config, processes=1).prepared(config, form)
+    return held_out_loader(config, images)
+
+
+def _first(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """The first images that are held out."""
+    found: list[Tensor] = []
+    for images, _ in batches:
+        found.append(images[: count - sum(map(len, found))])
+        if sum(map(len, found)) == count:
+            break
+    return torch.cat(found)
+
+
+def _accuracies(models: list[nn.Module], batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+    """Of each model, in percent, on the same batches."""
+    right, seen = torch.zeros(len(models), dtype=torch.float64), 0
     with torch.inference_mode():
-        return 100.0 * float((model(images).argmax(1) == labels).double().mean())
+        for images, labels in batches:
+            seen += len(labels)
+            right += torch.tensor(
+                [int((model(images).argmax(1) == labels).sum()) for model in models]
+            )
+    return (100.0 * right / seen).tolist()

@@ -4,71 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from torch_rsst.budget import check_count, check_fraction
 from torch_rsst.errors import listing, message, unknown_choice
-from torch_rsst.schedules import resolve_schedule
+from torch_rsst.recipes.data_options import DataOptions
+from torch_rsst.recipes.pruning_options import PruningOptions
+from torch_rsst.recipes.training_options import TrainingOptions
 
 # What a resumed run may change: where it runs, not what it computes.
-_FREE_ON_RESUME = ("output", "resume", "device")
-
-_LARGEST_SEED = 2**31 - 1  # seeds of epochs are made from it
+_FREE_ON_RESUME = ("output", "device", "workers", "data_dir")
+# What to do, rather than what the run is: not written down.
+_ORDERS = ("resume", "config", "dry_run", "write_config")
+_ONLY_WITH = {
+    "rsst": ("schedule", "strength", "mode"),
+    "refill": ("fillback_rate",),
+}
+_NOT_OF_DIGITS = (
+    "crop_scale",
+    "flip",
+    "color_jitter",
+    "auto_augment",
+    "random_erasing",
+    "download",
+)
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Train a small vision transformer, prune it over rounds, and report.
+class RunConfig(TrainingOptions, DataOptions, PruningOptions):
+    """Train an image classifier, prune it over rounds, and report.
 
-    The default trains a timm ViT on scikit-learn's handwritten digits and removes half of its
+    The default trains a small timm ViT on scikit-learn's handwritten digits and removes half of its
     heads and MLP neurons with RSST.
     """
 
-    method: Literal["rsst", "refill"] = "rsst"
-    """rsst: a growing penalty, then a cut that costs nothing. refill: mask at once, train on."""
-    rounds: int = 4
-    """Rounds of rank, regroup, train."""
-    amount: float = 0.2
-    """Share of the weights still alive that each ranking prunes."""
-    regroup_amount: float = 0.5
-    """Share of all heads and neurons that is to go."""
-    importance: Literal["magnitude", "remain"] = "magnitude"
-    """How heads and neurons are scored."""
-    scope: Literal["layer", "type", "global"] = "layer"
-    """What they compete with: their layer, their type, or everything."""
-    schedule: str = "exp_custom_exponents"
-    """How the penalty grows over a round: linear, quadratic, cubic, exponential, exp_custom or
-    exp_custom_exponents (RSST)."""
-    strength: float = 0.5
-    """Strength of the penalty at the end of a round (RSST)."""
-    mode: Literal["auto", "coupled", "decoupled"] = "auto"
-    """Whether the penalty goes through the gradient (RSST); auto: only for plain SGD."""
-    fillback_rate: float = 0.0
-    """Share of what would go that is given back (Refill)."""
-    rewind: Literal["none", "init"] = "none"
-    """Put surviving weights back to those of the dense model after each choice of a mask."""
-    dense_epochs: int = 40
-    """Epochs before the first round."""
-    epochs: int = 12
-    """Epochs of each round."""
-    finetune_epochs: int = 10
-    """Epochs after the cut."""
-    batch_size: int = 32
-    """Images per step."""
-    learning_rate: float = 3e-3
-    """Peak learning rate of AdamW in the dense stage; rounds and fine-tuning use a part of it."""
-    seed: int = 0
-    """Seed of weights, data order and augmentation."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
     output: Path = field(default=Path("runs/latest"))
     """Folder for config, metrics, weights, report and pictures; must not hold another run."""
+    log: bool = False
+    """Also write the metrics for TensorBoard, to the folder log in that of the run."""
     resume: bool = False
     """Continue the run in the output folder where it stopped, with its own options."""
+    config: str | None = None
+    """Start from the options in this YAML file, or of this recipe: digits, vit-cifar10, vit-cifar100,
+    resnet18-channels or deit-imagenet. Options beside it win."""
+    dry_run: bool = False
+    """Say what would be done, and train nothing."""
+    write_config: Path | None = None
+    """Write all options to this YAML file, and train nothing."""
 
     def check(self) -> None:
         """Raise unless every option is in its range.
@@ -81,71 +68,86 @@ class RunConfig:
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise ValueError(unknown_choice(name, getattr(self, name), get_args(kind)))
-        check_count(self.rounds, "rounds", at_least=1)
-        check_fraction(self.amount, "amount")
-        check_fraction(self.regroup_amount, "regroup_amount")
-        check_fraction(self.fillback_rate, "fillback_rate")
-        resolve_schedule(self.schedule, self.strength)
-        check_count(self.dense_epochs, "dense_epochs", at_least=0)
-        check_count(self.epochs, "epochs", at_least=1)
-        check_count(self.finetune_epochs, "finetune_epochs", at_least=0)
-        check_count(self.batch_size, "batch_size", at_least=1)
-        check_count(self.seed, "seed", at_least=0)
-        if self.seed > _LARGEST_SEED:
-            remedy = "Pass a smaller one."
-            expected = f"at most {_LARGEST_SEED}"
-            raise ValueError(message("seed", expected=expected, got=self.seed, remedy=remedy))
-        rate = self.learning_rate
-        if not (isinstance(rate, (int, float)) and 0.0 < rate < float("inf")):
-            remedy = "Try 0.003."
-            got = repr(rate)
-            raise ValueError(
-                message("learning_rate", expected="a number > 0", got=got, remedy=remedy)
-            )
+        for part in (PruningOptions, DataOptions, TrainingOptions):
+            part.check(self)
 
-    def without_effect(self) -> list[str]:
-        """Options that differ from their defaults but act in the other method only."""
-        other = ("fillback_rate",) if self.method == "rsst" else ("schedule", "strength", "mode")
+    def without_effect(self) -> dict[str, str]:
+        """Options that differ from their defaults but act elsewhere only → what makes them idle."""
+        other = "refill" if self.method == "rsst" else "rsst"
+        idle = dict.fromkeys(_ONLY_WITH[other], f"--method {self.method}")
+        if self.source == "digits":
+            idle |= dict.fromkeys(_NOT_OF_DIGITS, "the digits")
+        if not self.measures:
+            idle["importance_batches"] = f"--importance {self.importance}"
         defaults = {f.name: f.default for f in fields(self)}
-        return [name for name in other if getattr(self, name) != defaults[name]]
+        return {name: why for name, why in idle.items() if getattr(self, name) != defaults[name]}
 
     def to_yaml(self) -> str:
         """The options that make the run what it is, as YAML."""
-        options = {key: value for key, value in asdict(self).items() if key != "resume"}
-        options["output"] = str(self.output)
-        return yaml.safe_dump(options, sort_keys=False)
+        kept = {key: value for key, value in asdict(self).items() if key not in _ORDERS}
+        plain = TypeAdapter(dict[str, Any]).dump_python(kept, mode="json")
+        text: str = yaml.safe_dump(plain, sort_keys=False)
+        return text
 
     @classmethod
     def from_yaml(cls, text: str, source: Path) -> RunConfig:
-        """Read options back.
+        """Read options back; what is left out has its default.
 
         Raises:
-            ValueError: for a file that is no mapping of known options.
+            TypeError, ValueError: for a file that is no mapping of known options, or has wrong ones.
         """
         try:
             options: Any = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(_bad_file(source, reason)) from error
+            raise ValueError(_bad_file(source, str(error).splitlines()[0])) from error
         if not isinstance(options, Mapping):
             raise ValueError(_bad_file(source, f"a {type(options).__name__}"))
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - set(_ORDERS)
         if unknown := [str(key) for key in options if key not in known]:
             raise ValueError(_bad_file(source, f"unknown {listing(unknown)}"))
         try:
-            config = cls(**{**options, "output": Path(options.get("output", "runs/latest"))})
+            config = TypeAdapter(cls).validate_python(dict(options))
             config.check()
+        except ValidationError as error:  # says of everything that is wrong; the first will do
+            first = error.errors()[0]
+            got = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
+            raise ValueError(_bad_file(source, got)) from error
         except (TypeError, ValueError) as error:
             raise ValueError(_bad_file(source, str(error))) from error
         return config
+
+    @classmethod
+    def named(cls, name: str) -> RunConfig:
+        """The options of a YAML file, or of a recipe that comes with the package.
+
+        Raises:
+            FileNotFoundError: where there is neither.
+            TypeError, ValueError: for wrong options.
+        """
+        if Path(name).is_file():
+            return cls.from_yaml(Path(name).read_text(errors="replace"), Path(name))
+        shipped = {path.name.removesuffix(".yaml"): path for path in _configs()}
+        if name not in shipped:
+            remedy = f"Pass a YAML file, or one of {', '.join(sorted(shipped))}."
+            expected = "a file of options, or a recipe"
+            raise FileNotFoundError(
+                message("--config", expected=expected, got=repr(name), remedy=remedy)
+            )
+        return cls.from_yaml(shipped[name].read_text(), Path(f"{name}.yaml"))
 
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:
         """Option → (own, other's) value, where a resumed run may not differ."""
         return {
             f.name: (getattr(self, f.name), getattr(other, f.name))
             for f in fields(self)
-            if f.name not in _FREE_ON_RESUME and getattr(self, f.name) != getattr(other, f.name)
+            if f.name not in (*_FREE_ON_RESUME, *_ORDERS)
+            and getattr(self, f.name) != getattr(other, f.name)
         }
+
+
+def _configs() -> list[Any]:
+    folder = resources.files("torch_rsst.recipes") / "configs"
+    return [path for path in folder.iterdir() if path.name.endswith(".yaml")]
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,13 @@ class CompactConfig:
     output: Path | None = None
     """Folder for the smaller model; by default the folder "compact" in that of the run."""
     round_to: int = 1
-    """Leave heads and neurons of each layer such that its width is a multiple of this."""
+    """Leave units of each layer such that their number is a multiple of this."""
     export: bool = False
     """Also write a torch.export program, which runs without this library."""
+    images: int = 512
+    """Held-out images to compare outputs, count work and measure times on, at most."""
+    data_dir: Path | None = None
+    """Where the images are now, if not where the run had them."""
 
 
 def _bad_file(source: Path, got: str) -> str:
@@ -175,5 +181,5 @@ def _bad_file(source: Path, got: str) -> str:
         str(source),
         expected="the options of a run",
         got=got,
-        remedy="Restore the file or start anew.",
+        remedy="Correct or restore the file.",
     )

@@ -8,37 +8,11 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
 CLASSES = 10
 SIZE = 8
-
-
-def datasets() -> tuple[TensorDataset, TensorDataset]:
-    """Training and held-out data: images (1, 8, 8) float32, normalized, and labels int64.
-
-    The held-out quarter is the same whatever the seed of a run.
-    """
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
-    train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in parts)
-    mean, std = train_x.mean(), train_x.std()
-
-    def dataset(x: Tensor, y: Tensor) -> TensorDataset:
-        scaled = ((x - mean) / std).float().reshape(-1, 1, SIZE, SIZE)
-        return TensorDataset(scaled, y.long())
-
-    return dataset(train_x, train_y), dataset(test_x, test_y)
-
-
-def augmentation(dataset: TensorDataset) -> nn.Module:
-    """Shifts by up to one pixel; what comes in is background."""
-    background = float(dataset.tensors[0].min())
-    crop: nn.Module = v2.RandomCrop(SIZE, padding=1, fill=background)
-    return crop
-
-
 BUILD: dict[str, Any] = {
     "name": "timm.models.VisionTransformer",
     "kwargs": {
@@ -61,3 +35,39 @@ def model() -> nn.Module:
 
     vit: nn.Module = VisionTransformer(**BUILD["kwargs"])
     return vit
+
+
+def datasets(size: int = SIZE) -> tuple[TensorDataset, TensorDataset]:
+    """Training and held-out data: images (1, size, size) float32, normalized, and labels int64.
+
+    The held-out quarter is the same whatever the seed of a run.
+    """
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
+    train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in parts)
+    mean, std = train_x.mean(), train_x.std()
+
+    def dataset(x: Tensor, y: Tensor) -> TensorDataset:
+        scaled = ((x - mean) / std).float().reshape(-1, 1, SIZE, SIZE)
+        if size != SIZE:
+            scaled = v2.functional.resize(scaled, [size, size], antialias=True)
+        return TensorDataset(scaled, y.long())
+
+    return dataset(train_x, train_y), dataset(test_x, test_y)
+
+
+class Shifted(Dataset[tuple[Tensor, Tensor]]):
+    """Digits shifted by up to an eighth of their size; what comes in is background."""
+
+    def __init__(self, digits: TensorDataset) -> None:
+        images = digits.tensors[0]
+        size = images.shape[-1]
+        self._digits = digits
+        self._crop = v2.RandomCrop(size, padding=max(1, size // SIZE), fill=float(images.min()))
+
+    def __len__(self) -> int:
+        return len(self._digits)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self._digits[index]
+        return self._crop(image), label

@@ -7,15 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from accelerate.utils import gather_object
 from safetensors.torch import save
 from torch import nn
 
 import torch_rsst
 from torch_rsst.cost import measure_cost
 from torch_rsst.files import write_atomically
-from torch_rsst.recipes import digits
+from torch_rsst.groups import Groups
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.recipes.training import Epoch, Interrupted, Stage, Trainer
@@ -52,6 +50,57 @@ class Progress:
     accuracy_first_zero: float | None = None
 
 
+def find_units(config: RunConfig, trainer: Trainer) -> Groups:
+    """The units of the model that may go.
+
+    Raises:
+        ValueError: where it has none of them.
+    """
+    example = trainer.example.to(trainer.accelerator.device)
+    return torch_rsst.find_groups(trainer.bare, config.kinds, example_inputs=example)
+
+
+def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
+    """The rounds that the options describe."""
+    common: dict[str, Any] = {
+        "optimizer": trainer.optimizer,
+        "steps_per_round": config.epochs * trainer.steps_per_epoch,
+        "rounds": config.rounds,
+        "amount": config.amount,
+        "regroup_amount": config.regroup_amount,
+        "round_to": config.round_to,
+        "importance": config.importance,
+        "scope": config.scope,
+        "rewind": None if config.rewind == "none" else config.rewind,
+        **data_source(config, trainer),
+    }
+    if config.method == "refill":
+        return torch_rsst.Refill(
+            trainer.model, groups, fillback_rate=config.fillback_rate, **common
+        )
+    return torch_rsst.RSST(
+        trainer.model,
+        groups,
+        schedule=config.schedule,
+        strength=config.strength,
+        mode=config.mode,
+        **common,
+    )
+
+
+def data_source(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
+    """What to measure importance on, for the importances that are measured."""
+    if not config.measures:
+        return {}
+    source: dict[str, Any] = {
+        "batches": lambda: trainer.loaders.samples(config.importance_batches),
+        "forward": lambda model, batch: model(batch[0]),
+    }
+    if config.importance == "taylor":
+        source["loss_fn"] = lambda output, batch: nn.functional.cross_entropy(output, batch[1])
+    return source
+
+
 class Experiment:
     """One run in its folder.
 
@@ -67,9 +116,9 @@ class Experiment:
         self.config, self.observer, self._should_stop = config, observer, should_stop
         self.folder = RunFolder(config.output)
         self.trainer = Trainer(config)
-        self.model: nn.Module = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        self.model: nn.Module = self.trainer.bare
         self.writes = self.trainer.accelerator.is_main_process
-        self.groups = torch_rsst.find_groups(self.model, ("heads", "neurons"))
+        self.groups = find_units(config, self.trainer)
         self.progress = Progress()
         self.records: list[dict[str, Any]] = []
         self.rounds: Rounds | None = None
@@ -78,6 +127,8 @@ class Experiment:
             self.folder.open(config)
         # The others go on once the folder is theirs; where it is not, they are stopped with the first.
         self.trainer.accelerator.wait_for_everyone()
+        if config.log:
+            self.trainer.accelerator.init_trackers("log")
         if config.resume:
             try:
                 if (state := self.folder.read_checkpoint()) is not None:
@@ -85,6 +136,19 @@ class Experiment:
             except Exception as error:  # whatever does not fit, this is not our checkpoint
                 self._close()
                 raise self.folder.bad_checkpoint(error) from error
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps made before, of the whole run."""
+        config = self.config
+        epochs = {
+            "dense": 0,
+            "rounds": config.dense_epochs,
+            "finetune": config.dense_epochs + config.rounds * config.epochs,
+        }[self.progress.stage]
+        if self.rounds is not None and self.progress.stage == "rounds" and self.rounds.round:
+            epochs += self.rounds.round.index * config.epochs
+        return epochs * self.trainer.steps_per_epoch + self.progress.step
 
     def run(self) -> dict[str, Any]:
         """Do what is left to do, then free the folder.
@@ -103,58 +167,39 @@ class Experiment:
             self._close()
 
     def _close(self) -> None:
+        if self.config.log:
+            self.trainer.accelerator.end_training()
         if self.writes:
             self.folder.close()
 
     def _run(self) -> dict[str, Any]:
         if self.progress.stage == "dense":
-            self._train(Stage("dense", self.config.dense_epochs, 0, peak=1.0, warmup=50))
+            self._train(Stage("dense", self.config.dense_epochs, 0, 1.0, self.config.warmup_epochs))
             self.progress.dense_accuracy = self.trainer.evaluate()
-            self.rounds = self._make_rounds()
+            self.rounds = make_rounds(self.config, self.trainer, self.groups)
             self._advance("rounds")
         assert self.rounds is not None, "the checkpoint of a later stage holds them"
         if self.progress.stage == "rounds":
             self._prune(self.rounds)
             self._advance("finetune")
         first = self.config.dense_epochs + self.config.rounds * self.config.epochs
-        self._train(Stage("finetune", self.config.finetune_epochs, first, peak=0.15))
+        peak = self.config.finetune_learning_rate
+        self._train(Stage("finetune", self.config.finetune_epochs, first, peak))
         return self._finish()
 
     # The stages
 
-    def _make_rounds(self) -> Rounds:
-        config = self.config
-        common: dict[str, Any] = {
-            "optimizer": self.trainer.optimizer,
-            "steps_per_round": config.epochs * self.trainer.steps_per_epoch,
-            "rounds": config.rounds,
-            "amount": config.amount,
-            "regroup_amount": config.regroup_amount,
-            "importance": config.importance,
-            "scope": config.scope,
-            "rewind": None if config.rewind == "none" else config.rewind,
-        }
-        if config.method == "refill":
-            return torch_rsst.Refill(
-                self.trainer.model, self.groups, fillback_rate=config.fillback_rate, **common
-            )
-        return torch_rsst.RSST(
-            self.trainer.model,
-            self.groups,
-            schedule=config.schedule,
-            strength=config.strength,
-            mode=config.mode,
-            **common,
-        )
-
     def _prune(self, rounds: Rounds) -> None:
+        epochs, peak = self.config.epochs, self.config.round_learning_rate
         for rnd in rounds:
-            first = self.config.dense_epochs + rnd.index * self.config.epochs
+            self.trainer.masks_changed()
+            first = self.config.dense_epochs + rnd.index * epochs
             self.progress.step = rnd.start_step
-            self._train(Stage(f"round {rnd.index}", self.config.epochs, first, peak=0.7), rnd)
+            self._train(Stage(f"round {rnd.index}", epochs, first, peak), rnd)
             self._record_round(rnd)
         self.progress.accuracy_before_cut = self.trainer.evaluate()
         rounds.finalize()
+        self.trainer.masks_changed()
         self.progress.accuracy_after_cut = self.trainer.evaluate()
 
     def _train(self, stage: Stage, rnd: Round | None = None) -> None:
@@ -219,25 +264,33 @@ class Experiment:
         self.records.append(record | {"seconds": round(self._seconds(), 3)})
         if self.writes:
             self.folder.write_metrics(self.records)
+        if self.config.log:
+            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+            self.trainer.accelerator.log(
+                {f"{record['event']}/{key}": value for key, value in numbers.items()},
+                step=len(self.records),
+            )
         self.observer.record(self.records[-1])
 
     def _seconds(self) -> float:
         return self.progress.seconds + time.monotonic() - self._started
 
     def _finish(self) -> dict[str, Any]:
-        report = torch_rsst.sparsity_report(self.model, self.groups)
-        image = digits.datasets()[1].tensors[0][:1].to(self.trainer.accelerator.device)
-        cost = measure_cost(self.model, image)
+        outcome = self.trainer.outcome
+        report = torch_rsst.sparsity_report(outcome, self.groups)
+        image = self.trainer.example[:1].to(self.trainer.accelerator.device)
+        cost = measure_cost(outcome, image)
         results = {
             "method": self.config.method,
+            "model": self.trainer.name,
+            "build": self.trainer.build,
             "dense_accuracy": self.progress.dense_accuracy,
             "accuracy_before_cut": self.progress.accuracy_before_cut,
             "accuracy_after_cut": self.progress.accuracy_after_cut,
             "accuracy_first_zero": self.progress.accuracy_first_zero,
             "accuracy": self.trainer.evaluate(),
             "element_sparsity": report.element_sparsity,
-            "head_sparsity": report.unit_sparsity("heads"),
-            "neuron_sparsity": report.unit_sparsity("neurons"),
+            **{sparsity_of(kind): report.unit_sparsity(kind) for kind in report.kinds},
             "parameters": cost.parameters,
             "multiply_adds": cost.multiply_adds,
             "seconds": round(self._seconds(), 1),
@@ -248,7 +301,7 @@ class Experiment:
         return results
 
     def _write(self, report: SparsityReport, results: dict[str, Any]) -> None:
-        tensors = {k: v.contiguous() for k, v in self.model.state_dict().items()}
+        tensors = {k: v.contiguous() for k, v in self.trainer.outcome.state_dict().items()}
         content = save(tensors, {"format": "pt"})
         write_atomically(self.folder.weights, lambda file: file.write(content))
         self._present(report, results)
@@ -264,7 +317,7 @@ class Experiment:
             self.config,
             self.records,
             report,
-            self.model,
+            self.trainer.outcome,
             self.groups,
             steps_per_round=self.config.epochs * self.trainer.steps_per_epoch,
         )
@@ -273,9 +326,9 @@ class Experiment:
     # Checkpoints
 
     def _save(self) -> None:
-        rng = gather_object([torch.get_rng_state()])  # every process draws its own numbers
         if not self.writes:
             return
+        average, scaler = self.trainer.average, self.trainer.accelerator.scaler
         self.folder.write_checkpoint(
             {
                 **vars(self.progress),
@@ -283,9 +336,9 @@ class Experiment:
                 "records": self.records,
                 "rounds": None if self.rounds is None else self.rounds.state_dict(),
                 "model": self.model.state_dict(),
+                "average": None if average is None else average.state_dict(),
                 "optimizer": self.trainer.optimizer.state_dict(),
-                "rng": rng,
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "scaler": None if scaler is None else scaler.state_dict(),
             }
         )
 
@@ -295,18 +348,23 @@ class Experiment:
         if (state["rounds"] is None) != (state["stage"] == "dense"):
             raise ValueError("no rounds in a stage that has them, or the reverse")
         list(map(dict, state["records"]))
-        if len(state["rng"]) != self.trainer.processes:
-            raise ValueError(f"made by {len(state['rng'])} processes, not {self.trainer.processes}")
         if state["rounds"] is not None:
-            self.rounds = self._make_rounds()
+            self.rounds = make_rounds(self.config, self.trainer, self.groups)
             self.rounds.load_state_dict(state["rounds"])
+            self.trainer.masks_changed()
         self.model.load_state_dict(state["model"])
+        if self.trainer.average is not None:
+            self.trainer.average.load_state_dict(state["average"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"][self.trainer.accelerator.process_index])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self.trainer.accelerator.scaler is not None:
+            self.trainer.accelerator.scaler.load_state_dict(state["scaler"])
         self.records = state["records"]
         self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
+
+
+def sparsity_of(kind: str) -> str:
+    """The name under which results hold the share of a kind of units that is gone."""
+    return f"{kind.removesuffix('s')}_sparsity"
 
 
 def _share_to_go(report: SparsityReport, kind: str) -> float:

@@ -13,8 +13,9 @@ from torch_rsst.recipes.run_folder import RunFolder
 _CAPTIONS = {
     "accuracy_and_sparsity": "Accuracy over epochs; what is masked and gone after each round.",
     "heads": "Each head's share of weights that are alive.",
-    "mask": "The mask of one attention layer, its heads framed: alive weights are dark, heads in red "
-    "are gone.",
+    "neurons": "Each neuron's share of weights that are alive.",
+    "channels": "Each channel's share of weights that are alive.",
+    "mask": "The mask of one layer, its units framed: alive weights are dark, units in red are gone.",
     "strength": "The strength of the penalty, which starts anew in every round.",
 }
 

@@ -27,12 +27,12 @@ def draw_all(
     groups: Groups,
     steps_per_round: int,
 ) -> None:
-    """Draw accuracy and sparsity, the maps of heads and neurons, λ, and one layer's mask."""
+    """Draw accuracy and sparsity, the map of one kind of units, λ, and one layer's mask."""
     folder.pictures.mkdir(exist_ok=True)
     figures = {
         "accuracy_and_sparsity": plot.history(records, final=report),
-        "heads": plot.head_map(report),
-        "mask": _first_attention(model, groups),
+        report.kinds[0]: plot.head_map(report, kind=report.kinds[0]),
+        "mask": _first_layer(model, groups),
     }
     if config.method == "rsst":
         figures["strength"] = plot.schedule(
@@ -42,10 +42,15 @@ def draw_all(
         _save(figure, folder.pictures / f"{name}.png")
 
 
-def _first_attention(model: nn.Module, groups: Groups) -> Figure:
-    layer = groups.of_kind("heads").layers[0]
-    parameter = layer.ranked[0].parameter
-    return plot.mask(extract_mask(model)[parameter], layer, parameter)
+def _first_layer(model: nn.Module, groups: Groups) -> Figure:
+    masks = extract_mask(model)
+    layer, parameter = next(
+        (layer, member.parameter)
+        for layer in groups.layers
+        for member in layer.ranked
+        if member.parameter in masks
+    )
+    return plot.mask(masks[parameter], layer, parameter)
 
 
 def _save(figure: Figure, path: Path) -> None:

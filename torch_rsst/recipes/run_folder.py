@@ -16,24 +16,27 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import nn
 
+from torch_rsst.builders import build_model
 from torch_rsst.checkpoints import prepare_from_state_dict
 from torch_rsst.compact_folder import read_description
 from torch_rsst.errors import check_keys, message
 from torch_rsst.files import check_links, write_atomically, write_text
-from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
 
 RESULTS = (
     "method",
+    "model",
+    "build",
     "dense_accuracy",
     "accuracy_before_cut",
     "accuracy_after_cut",
     "accuracy_first_zero",
     "accuracy",
     "element_sparsity",
-    "head_sparsity",
-    "neuron_sparsity",
+    "parameters",
+    "multiply_adds",
     "seconds",
+    "sparsity",
 )
 """What ``report.json`` holds at least."""
 
@@ -237,15 +240,18 @@ class RunFolder:
                 message(str(self.metrics), expected="JSON lines", got=str(error), remedy=remedy)
             ) from error
 
-    def read_model(self) -> nn.Module:
+    def read_model(self, build: object) -> nn.Module:
         """The model of the run with its masks, in eval mode.
+
+        Args:
+            build: how it is built, from the results.
 
         Raises:
             FileNotFoundError, ValueError: where it cannot be read.
         """
-        model = digits.model()
         remedy = "Restore the file or run again."
         try:
+            model = build_model(build)
             tensors = load_file(self.weights)
             prepare_from_state_dict(model, tensors)
             model.load_state_dict(tensors)

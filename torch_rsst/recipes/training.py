@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
+import timm.optim
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import AverageMeter, accuracy
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from timm.data import Mixup
+from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from torch_rsst.errors import message
-from torch_rsst.recipes import digits
+import torch_rsst
+from torch_rsst.errors import message, unknown_choice
 from torch_rsst.recipes.config import RunConfig
+from torch_rsst.recipes.images import open_images
+from torch_rsst.recipes.loading import Batch, Loaders, check_batch_size, seed_everything
+from torch_rsst.recipes.models import choose_model
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not a fault
@@ -37,14 +43,14 @@ class Stage:
         epochs: its length.
         first_epoch: epochs of the run before it; seeds the order of data.
         peak: learning rate relative to the configured one.
-        warmup: steps of linear warm-up.
+        warmup: epochs over which it rises.
     """
 
     name: str
     epochs: int
     first_epoch: int
     peak: float
-    warmup: int = 0
+    warmup: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,57 +66,44 @@ class Epoch:
 class Trainer:
     """Model, optimizer and data of a run.
 
-    Every random number that training draws comes from PyTorch's global generator, which is seeded
-    once per epoch: with its state saved, a run continues exactly.
+    Random numbers are seeded anew for every batch and image, by their numbers: a resumed run goes on
+    exactly without having saved the state of any generator.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.accelerator = Accelerator(
-            # Without an accelerator, Accelerate forms a group of processes only if told so.
-            cpu=config.device == "cpu" or not torch.accelerator.is_available(),
-            # Split, so that a batch is as large, and an epoch as long, on any number of processes.
-            dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, split_batches=True
-            ),
-        )
-        if config.device == "cuda" and self.accelerator.device.type != "cuda":
-            remedy = "Pass --device cpu."
-            got = self.accelerator.device.type
-            raise ValueError(message("--device", expected="a CUDA device", got=got, remedy=remedy))
-        self.processes = self.accelerator.num_processes
-        if config.batch_size % self.processes:
-            remedy = "Pass another --batch-size, or start another number of processes."
-            expected = f"a multiple of the {self.processes} processes"
-            raise ValueError(
-                message("batch_size", expected=expected, got=config.batch_size, remedy=remedy)
-            )
-        train, test = digits.datasets()
-        if config.batch_size > len(train):
-            remedy = "Pass a smaller --batch-size."
-            raise ValueError(
-                message(
-                    "batch_size",
-                    expected=f"at most {len(train)} images",
-                    got=config.batch_size,
-                    remedy=remedy,
-                )
-            )
-        torch.manual_seed(config.seed)
-        self.model: nn.Module = digits.model()
-        self.augment = digits.augmentation(train)
+        self.accelerator = _accelerator(config)
+        processes = self.processes = self.accelerator.num_processes
+        images = open_images(config, processes=processes)
+        check_batch_size(config, images, processes)
+        seed_everything(config.seed)
+        chosen = choose_model(config, images)
+        self.name, self.build = chosen.name, chosen.build
+        self.images = images.prepared(config, chosen.form)
+        self.example = torch.zeros(2, *chosen.form["input_size"])
         # The optimizer is made once, before pruning: parameters keep their identity.
-        self.optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            self.model, opt="adamw", lr=config.learning_rate, weight_decay=0.05
-        )
-        loaders = (
-            DataLoader(train, config.batch_size, shuffle=True, drop_last=True),
-            DataLoader(test, 512),
-        )
-        self.model, self.train_loader, self.test_loader = self.accelerator.prepare(
-            self.model, *loaders
-        )
-        self.steps_per_epoch = len(self.train_loader)
+        self.optimizer = _optimizer(config, chosen.model)
+        self.loaders = Loaders(config, self.images, self.accelerator)
+        self.model, self._stepper = self.accelerator.prepare(chosen.model, self.optimizer)
+        self.bare: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self.steps_per_epoch = len(self.loaders) // config.accumulation
+        self.average = _average(config, self.bare)
+        self._mixup = _mixup(config, images.classes)
+
+    @property
+    def outcome(self) -> nn.Module:
+        """The model that is evaluated and kept: the average, where there is one."""
+        average: nn.Module | None = self.average and self.average.module
+        return self.bare if average is None else average
+
+    def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
+        """A new optimizer as the run has it, for another model."""
+        return _optimizer(self.config, model)
+
+    def masks_changed(self) -> None:
+        """Give the average the masks that the model has now."""
+        if self.average is not None:
+            torch_rsst.apply_mask(self.average.module, torch_rsst.extract_mask(self.bare))
 
     def run(
         self, stage: Stage, start_step: int, after_step: Callable[[int], None]
@@ -126,10 +119,12 @@ class Trainer:
         for number in range(start_step // self.steps_per_epoch, stage.epochs):
             first = max(start_step - number * self.steps_per_epoch, 0)
             losses = []
-            for step, (images, labels) in self._batches(stage, number, first):
-                schedule.step_update(step)
-                losses.append(self._step(images, labels))
-                after_step(step + 1)
+            for step in self._steps(stage.first_epoch + number, first):
+                position = number * self.steps_per_epoch + step.number
+                if schedule is not None:
+                    schedule.step_update(position)
+                losses.append(self._step(step))
+                after_step(position + 1)
             loss = float(self.accelerator.reduce(torch.stack(losses).mean(), "mean"))
             if not math.isfinite(loss):
                 raise Diverged(
@@ -140,12 +135,8 @@ class Trainer:
                         remedy=f"Lower --learning-rate; it is {self.config.learning_rate}.",
                     )
                 )
-            yield Epoch(
-                number,
-                loss,
-                self.evaluate(),
-                float(self.optimizer.param_groups[0]["lr"]),
-            )
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            yield Epoch(number, loss, self.evaluate(), rate)
 
     def any_process(self, flag: bool) -> bool:
         """Whether the flag is set on any process; the same answer on all."""
@@ -156,51 +147,141 @@ class Trainer:
         )
 
     def evaluate(self) -> float:
-        """Accuracy on the held-out data, in percent."""
-        self.model.eval()
-        top1 = AverageMeter()
-        with torch.inference_mode():
-            for images, labels in self.test_loader:
-                # Of all processes, which makes the result the same on each.
-                outputs, labels = self.accelerator.gather_for_metrics((self.model(images), labels))
-                (correct,) = accuracy(outputs, labels)
-                top1.update(correct.item(), len(labels))
+        """Accuracy on the held-out images, in percent; of all processes, the same on each."""
+        # Not through wrappers: processes may have different numbers of batches.
+        model = self.outcome.eval()
+        right = torch.zeros(2, dtype=torch.float64)
+        with torch.inference_mode(), self.accelerator.autocast():
+            for images, labels in self.loaders.held_out():
+                correct = model(images).argmax(1) == labels
+                right += torch.tensor([float(correct.sum()), float(len(labels))])
         self.model.train()
-        return float(top1.avg)
+        device = self.accelerator.device
+        correct, seen = self.accelerator.reduce(right.float().to(device), "sum").tolist()
+        return 100.0 * correct / max(seen, 1.0)
 
-    def _batches(
-        self, stage: Stage, number: int, first: int
-    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """(step of the stage, batch), without the ``first`` batches of the epoch."""
-        epoch = stage.first_epoch + number
-        state = torch.get_rng_state()
-        process = self.accelerator.process_index  # each augments its own share of a batch
-        torch.manual_seed(self.config.seed * 100_003 + epoch + 1_000_003 * process)
-        loader = self.train_loader
-        if first:
-            loader = self.accelerator.skip_first_batches(loader, first)
-        loader.set_epoch(epoch)
-        for position, batch in enumerate(loader, start=first):
-            if position == first and first:
-                torch.set_rng_state(state)  # resumed in mid-epoch: go on where it stopped
-            yield number * self.steps_per_epoch + position, batch
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy with labels, or with the shares of classes in mixed images."""
+        smoothing = self.config.label_smoothing if labels.dim() == 1 else 0.0
+        return nn.functional.cross_entropy(outputs, labels, label_smoothing=smoothing)
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        images = torch.stack([self.augment(image) for image in images])
-        self.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self.model(images), labels)
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        return loss.detach()  # kept on the device: reading it would wait for the step
+    def _steps(self, epoch: int, first: int) -> Iterator[_Step]:
+        """The optimizer steps of an epoch, without the ``first`` ones."""
+        together = self.config.accumulation
+        batches = self.loaders.epoch(epoch, first * together)
+        for number in range(first, self.steps_per_epoch):
+            yield _Step(epoch, number, islice(batches, together))
 
-    def _schedule(self, stage: Stage) -> CosineLRScheduler:
+    def _step(self, step: _Step) -> Tensor:
+        losses = []
+        for part, (images, labels) in enumerate(step.batches):
+            rank = self.accelerator.process_index
+            seed_everything(self.config.seed, step.epoch, step.number, part, rank)
+            if self._mixup is not None:
+                images, labels = self._mixup(images, labels)
+            with self.accelerator.accumulate(self.model):
+                with self.accelerator.autocast():
+                    loss = self.loss(self.model(images), labels)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and self.config.clip_grad is not None:
+                    self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.clip_grad)
+                self._stepper.step()
+                self._stepper.zero_grad()
+            losses.append(loss.detach())  # kept on the device: reading it would wait for the step
+        if self.average is not None:
+            self.average.update_parameters(self.bare)
+        return torch.stack(losses).mean()
+
+    def _schedule(self, stage: Stage) -> Any:
+        rate = self.config.learning_rate * stage.peak
         for group in self.optimizer.param_groups:
-            group["initial_lr"] = group["lr"] = self.config.learning_rate * stage.peak
-        return CosineLRScheduler(
+            group["initial_lr"] = group["lr"] = rate
+        epochs = max(stage.epochs, 1)
+        schedule, _ = create_scheduler_v2(
             self.optimizer,
-            t_initial=max(stage.epochs * self.steps_per_epoch, 1),
-            lr_min=self.config.learning_rate * 0.02,
-            warmup_t=stage.warmup,
-            warmup_prefix=False,
-            t_in_epochs=False,
+            self.config.lr_schedule,
+            num_epochs=epochs,
+            decay_epochs=max(epochs / 3, 1),
+            decay_milestones=[epochs / 2, 3 * epochs / 4],
+            min_lr=self.config.learning_rate * 0.02,
+            warmup_lr=min(1e-5, rate),
+            warmup_epochs=stage.warmup,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps_per_epoch,
         )
+        return schedule
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One optimizer step: its epoch, its number in it, and its batches, to be drawn once."""
+
+    epoch: int
+    number: int
+    batches: Iterator[Batch]
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    remedy = "Pass --device cpu." if config.device == "cuda" else "Pass --precision bf16 or fp32."
+    if config.device == "cuda" and not cuda:
+        raise ValueError(message("device", expected="a CUDA device", got="none", remedy=remedy))
+    if config.precision == "fp16" and not cuda:
+        raise ValueError(
+            message("precision", expected="a GPU for fp16", got="the CPU", remedy=remedy)
+        )
+    if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
+        expected, remedy = "a GPU that computes in bf16", "Pass --precision fp16 or fp32."
+        raise ValueError(message("precision", expected=expected, got="another", remedy=remedy))
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return Accelerator(
+        # Without an accelerator, Accelerate forms a group of processes only if told so.
+        cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        gradient_accumulation_steps=config.accumulation,
+        dynamo_backend="inductor" if config.compile else "no",
+        log_with="tensorboard" if config.log else None,
+        project_config=ProjectConfiguration(str(config.output), logging_dir=str(config.output)),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=config.seed, split_batches=True
+        ),
+    )
+
+
+def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    known = timm.optim.list_optimizers()
+    if config.optimizer not in known:
+        raise ValueError(unknown_choice("optimizer", config.optimizer, known))
+    try:
+        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+        )
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        got = " ".join(str(error).split())
+        expected, remedy = f"to make timm's {config.optimizer}", "Pass another one, such as adamw."
+        raise ValueError(message("optimizer", expected=expected, got=got, remedy=remedy)) from error
+    return optimizer
+
+
+def _average(config: RunConfig, model: nn.Module) -> AveragedModel | None:
+    if not config.ema:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+
+
+def _mixup(config: RunConfig, classes: int) -> Mixup | None:
+    if not config.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        label_smoothing=config.label_smoothing,
+        num_classes=classes,
+    )

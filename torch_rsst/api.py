@@ -1,0 +1,142 @@
+"""The public names: what ``torch_rsst.…`` gives. Importing it takes torch's second or two."""
+
+from __future__ import annotations
+
+from torch.nn.utils.prune import (
+    BasePruningMethod,
+    CustomFromMask,
+    Identity,
+    L1Unstructured,
+    LnStructured,
+    PruningContainer,
+    RandomStructured,
+    RandomUnstructured,
+    _compute_norm,
+    _compute_nparams_toprune,
+    _validate_pruning_amount,
+    _validate_pruning_amount_init,
+    _validate_pruning_dim,
+    _validate_structured_pruning,
+    is_pruned,
+)
+
+import torch_rsst.discovery as discovery
+import torch_rsst.importance as importance
+import torch_rsst.schedules as schedules
+from torch_rsst._version import __version__
+from torch_rsst.activations import measure_importance
+from torch_rsst.checkpoints import load_dense_state_dict, prepare_from_state_dict
+from torch_rsst.compact_folder import load_compact, save_compact
+from torch_rsst.compaction import compact
+from torch_rsst.discovery import find_groups
+from torch_rsst.errors import (
+    CompactionWarning,
+    InertPenaltyWarning,
+    RoundWarning,
+    RSSTWarning,
+    UnfrozenZerosWarning,
+    UnsupportedModuleWarning,
+)
+from torch_rsst.explanation import Explanation, UnitDecision
+from torch_rsst.freezing import freeze_masked
+from torch_rsst.functional import fillback, global_unstructured, head_structured
+from torch_rsst.groups import Group, GroupLayer, Groups, Member, head_layer
+from torch_rsst.masks import (
+    apply_mask,
+    extract_mask,
+    penalty_mask,
+    refresh,
+)
+from torch_rsst.methods import Fillback, GlobalL1, HeadRegroup
+from torch_rsst.optimizer_state import convert_optimizer_state
+from torch_rsst.planning import Plan, plan
+from torch_rsst.regroup import regroup
+from torch_rsst.regularizer import RegularizedPruner
+from torch_rsst.removal import remove_all
+from torch_rsst.report import LayerReport, SparsityReport, sparsity_report
+from torch_rsst.rounds import RSST, Refill, Round
+from torch_rsst.stock import (
+    custom_from_mask,
+    identity,
+    l1_unstructured,
+    ln_structured,
+    random_structured,
+    random_unstructured,
+    remove,
+)
+
+__all__ = [
+    "RSST",
+    "BasePruningMethod",
+    "CompactionWarning",
+    "CustomFromMask",
+    "Explanation",
+    "Fillback",
+    "GlobalL1",
+    "Group",
+    "GroupLayer",
+    "Groups",
+    "HeadRegroup",
+    "Identity",
+    "InertPenaltyWarning",
+    "L1Unstructured",
+    "LayerReport",
+    "LnStructured",
+    "Member",
+    "Plan",
+    "PruningContainer",
+    "RSSTWarning",
+    "RandomStructured",
+    "RandomUnstructured",
+    "Refill",
+    "RegularizedPruner",
+    "Round",
+    "RoundWarning",
+    "SparsityReport",
+    "UnfrozenZerosWarning",
+    "UnitDecision",
+    "UnsupportedModuleWarning",
+    "__version__",
+    "apply_mask",
+    "compact",
+    "convert_optimizer_state",
+    "custom_from_mask",
+    "discovery",
+    "extract_mask",
+    "fillback",
+    "find_groups",
+    "freeze_masked",
+    "global_unstructured",
+    "head_layer",
+    "head_structured",
+    "identity",
+    "importance",
+    "is_pruned",
+    "l1_unstructured",
+    "ln_structured",
+    "load_compact",
+    "load_dense_state_dict",
+    "measure_importance",
+    "penalty_mask",
+    "plan",
+    "prepare_from_state_dict",
+    "random_structured",
+    "random_unstructured",
+    "refresh",
+    "regroup",
+    "remove",
+    "remove_all",
+    "save_compact",
+    "schedules",
+    "sparsity_report",
+]
+
+# Not for `import *`, but part of the stock module that some tests and libraries call.
+_STOCK_HELPERS = (
+    _compute_norm,
+    _compute_nparams_toprune,
+    _validate_pruning_amount,
+    _validate_pruning_amount_init,
+    _validate_pruning_dim,
+    _validate_structured_pruning,
+)

@@ -1,0 +1,81 @@
+"""Which images a run trains on, and what is done to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch_rsst.budget import check_count, check_fraction, check_number
+from torch_rsst.errors import message
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images and their augmentation."""
+
+    dataset: str = "auto"
+    """auto: digits, or folder with --data-dir. digits: those inside scikit-learn. folder: a folder of images
+    for each class. torchvision/NAME: a data set of torchvision, such as torchvision/CIFAR10. Or a name for
+    timm's readers: wds/…, hfds/…, hfids/…, tfds/…, torch/…"""
+    data_dir: Path | None = None
+    """Where the images are, or are to be downloaded to."""
+    train_split: str = "train"
+    """Name of the part to train on; for web shards also a pattern such as 'train-{0000..0099}.tar|100000'."""
+    val_split: str = "validation"
+    """Name of the part to evaluate on."""
+    download: bool = False
+    """Let the data set download itself, where it can."""
+    num_classes: int | None = None
+    """How many classes there are, where the data does not tell (web shards)."""
+    image_size: int | None = None
+    """Pixels of a side; by default what the model was made for."""
+    workers: int | None = None
+    """Processes that load images; by default 4, or as many as there are processors; none for digits."""
+    crop_scale: float = 0.08
+    """Smallest share of an image's area that random crops take (not of digits)."""
+    flip: float = 0.5
+    """Chance of a horizontal flip (not of digits)."""
+    color_jitter: float = 0.4
+    """How much brightness, contrast and saturation change (not of digits)."""
+    auto_augment: str | None = None
+    """A policy of timm, such as rand-m9-mstd0.5-inc1 (not of digits)."""
+    random_erasing: float = 0.0
+    """Chance of a random patch being erased (not of digits)."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0: off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0: off."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread over all classes."""
+
+    @property
+    def source(self) -> str:
+        """The data set that is meant."""
+        automatic = "digits" if self.data_dir is None else "folder"
+        return automatic if self.dataset == "auto" else self.dataset
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0.0 or self.cutmix > 0.0
+
+    def check(self) -> None:
+        """Raise unless every option is in its range; whether the data is there is seen later."""
+        if self.source != "digits" and self.data_dir is None:
+            expected = f"where the images of --dataset {self.dataset} are"
+            remedy = "Pass --data-dir FOLDER."
+            raise ValueError(message("data_dir", expected=expected, got="none", remedy=remedy))
+        if self.source == "digits" and self.data_dir is not None:
+            remedy = "Leave --dataset away to train on the images in it."
+            raise ValueError(
+                message(
+                    "data_dir", expected="none for digits", got=str(self.data_dir), remedy=remedy
+                )
+            )
+        for name, least in (("num_classes", 2), ("image_size", 1), ("workers", 0)):
+            if (value := getattr(self, name)) is not None:
+                check_count(value, name, at_least=least)
+        for name in ("crop_scale", "flip", "random_erasing", "label_smoothing"):
+            check_fraction(getattr(self, name), name)
+        for name in ("color_jitter", "mixup", "cutmix"):
+            check_number(getattr(self, name), name, above=0.0, or_equal=True)

@@ -1,0 +1,190 @@
+"""What a run would do: its dry run, which trains nothing and writes nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import torch_rsst
+from torch_rsst.cost import Cost, measure_cost
+from torch_rsst.errors import RSSTWarning
+from torch_rsst.groups import Groups
+from torch_rsst.recipes.config import RunConfig
+from torch_rsst.recipes.experiment import data_source, find_units, make_rounds
+from torch_rsst.recipes.training import Trainer
+
+
+@dataclass(frozen=True)
+class PlannedUnits:
+    """One layer of units: how many there are, and how many would stay by the weights of today."""
+
+    layer: str
+    kind: str
+    units: int
+    stay: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training takes, of one process.
+
+    Attributes:
+        model: weights, their masks and the products of both.
+        gradients: of all weights.
+        optimizer: its state, and the average of weights where there is one.
+        activations: kept for the backward pass of one batch.
+    """
+
+    model: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.model + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What would become of a model.
+
+    Attributes:
+        name: of the model.
+        device: to train on.
+        images: to train on, and how many are held out.
+        classes: of images.
+        layers: what would become of each layer of units.
+        before: parameters and multiply-adds of one image, dense.
+        after: the same when compacted.
+        steps: optimizer steps: dense, of all rounds, of fine-tuning.
+        memory: that training takes.
+    """
+
+    name: str
+    device: str
+    images: tuple[int, int]
+    classes: int
+    layers: tuple[PlannedUnits, ...]
+    before: Cost
+    after: Cost
+    steps: tuple[int, int, int]
+    memory: Memory
+
+
+def forecast(config: RunConfig) -> Forecast:
+    """Build model and data, choose units by the weights as they are, and count.
+
+    Raises whatever the run itself would raise before its first step.
+    """
+    config.check()
+    trainer = Trainer(config)
+    groups = find_units(config, trainer)
+    make_rounds(config, trainer, groups)  # for what it refuses
+    model, device = trainer.bare, trainer.accelerator.device
+    image = trainer.example[:1].to(device)
+    small = _smaller(config, trainer, groups)
+    images = trainer.images
+    return Forecast(
+        name=trainer.name,
+        device=str(device),
+        images=(len(images.train), len(images.held_out)),  # type: ignore[arg-type]
+        classes=images.classes,
+        layers=_layers(model, small, groups),
+        before=measure_cost(model, image),
+        after=measure_cost(small, image),
+        steps=(
+            config.dense_epochs * trainer.steps_per_epoch,
+            config.rounds * config.epochs * trainer.steps_per_epoch,
+            config.finetune_epochs * trainer.steps_per_epoch,
+        ),
+        memory=_memory(config, trainer, groups),
+    )
+
+
+def _smaller(config: RunConfig, trainer: Trainer, groups: Groups) -> nn.Module:
+    """What compaction would leave, if the units that score lowest today were those that go."""
+    model = copy.deepcopy(trainer.bare)
+    fillback = config.fillback_rate if config.method == "refill" else 0.0
+    refill = torch_rsst.regroup(
+        model,
+        groups,
+        amount=config.regroup_amount,
+        importance=config.importance,
+        scope=config.scope,
+        round_to=config.round_to,
+        fillback_rate=fillback,
+        **data_source(config, trainer),
+    )
+    torch_rsst.apply_mask(model, refill)
+    with warnings.catch_warnings():
+        # What cannot be folded depends on the weights: it says nothing of those after training.
+        warnings.simplefilter("ignore", RSSTWarning)
+        example = trainer.example.to(trainer.accelerator.device)
+        return torch_rsst.compact(model, groups, example_inputs=example)
+
+
+def _layers(model: nn.Module, small: nn.Module, groups: Groups) -> tuple[PlannedUnits, ...]:
+    before, after = (dict(m.named_parameters()) for m in (model, small))
+    layers = []
+    for layer in groups.layers:
+        member = layer.ranked[0]
+        kept = after.get(member.parameter)  # a layer of which nothing stays may have none
+        wide = before[member.parameter].shape[member.dim]
+        share = 0.0 if kept is None else kept.shape[member.dim] / wide
+        layers.append(PlannedUnits(layer.name, layer.kind, layer.units, round(share * layer.units)))
+    return tuple(layers)
+
+
+def _memory(config: RunConfig, trainer: Trainer, groups: Groups) -> Memory:
+    weights = sum(_bytes(p) for p in trainer.bare.parameters())
+    ranked = {m.parameter for layer in groups.layers for m in layer.ranked}
+    masked = sum(_bytes(p) for n, p in trainer.bare.named_parameters() if n in ranked)
+    model = copy.deepcopy(trainer.bare)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = trainer.optimizer_of(model)
+    optimizer.step()
+    state = sum(
+        _bytes(value)
+        for of_parameter in optimizer.state.values()
+        for value in of_parameter.values()
+        if isinstance(value, torch.Tensor)
+    )
+    return Memory(
+        model=weights + 2 * masked,
+        gradients=weights,
+        optimizer=state + (weights + 2 * masked if config.ema else 0),
+        activations=_activations(config, trainer),
+    )
+
+
+def _activations(config: RunConfig, trainer: Trainer) -> int:
+    """What autograd keeps of one batch, counted on two images."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    example = trainer.example.to(trainer.accelerator.device)
+    weights = {p.untyped_storage().data_ptr() for p in trainer.bare.parameters()}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        trainer.accelerator.autocast(),
+    ):
+        outputs = trainer.bare(example)
+    own = sum(size for place, size in kept.items() if place not in weights)
+    del outputs
+    return own // len(example) * (config.batch_size // trainer.processes)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

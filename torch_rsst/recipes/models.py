@@ -1,0 +1,95 @@
+"""The model of a run: one of timm, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from torch import nn
+
+from torch_rsst.errors import closest, message
+from torch_rsst.recipes import digits
+from torch_rsst.recipes.config import RunConfig
+from torch_rsst.recipes.images import Images
+
+DIGITS = "vit_digits"
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A model, how it is built, and what it takes.
+
+    Attributes:
+        model: on the CPU.
+        name: of it.
+        build: for :func:`torch_rsst.save_compact`: builds it again, without pretrained weights.
+        form: size and normalization of images, as :func:`timm.data.resolve_data_config` tells.
+    """
+
+    model: nn.Module
+    name: str
+    build: dict[str, Any]
+    form: dict[str, Any]
+
+
+def choose_model(config: RunConfig, images: Images) -> Chosen:
+    """Build the model of a run for its images.
+
+    Raises:
+        ValueError: for a name that timm does not know, or options that do not fit the model.
+        OSError: where pretrained weights cannot be loaded.
+    """
+    name = _name(config)
+    if name == DIGITS and config.source == "digits" and config.image_size in (None, digits.SIZE):
+        form = {"input_size": (1, digits.SIZE, digits.SIZE)}
+        return Chosen(digits.model(), name, digits.BUILD, form)
+    if name == DIGITS:
+        remedy = "Pass --model, for example vit_small_patch16_224."
+        expected = f"a model for these images: {DIGITS} takes the digits, {digits.SIZE} pixels wide"
+        raise ValueError(message("model", expected=expected, got=name, remedy=remedy))
+    if config.pretrained and not timm.is_model_pretrained(name):
+        expected, remedy = "a model with pretrained weights", "Leave --pretrained away."
+        raise ValueError(message("model", expected=expected, got=name, remedy=remedy))
+    options = _options(config, name, images)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=config.pretrained, **options)
+    except Exception as error:  # of timm, the model, the hub's client, the network: many kinds
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if config.pretrained:
+            remedy = "Check the network, or leave --pretrained away."
+            expected = f"the pretrained weights of {name}"
+            raise OSError(message("model", expected=expected, got=reason, remedy=remedy)) from error
+        expected, remedy = f"options that {name} takes", "Check --image-size and --drop-path."
+        raise ValueError(message("model", expected=expected, got=reason, remedy=remedy)) from error
+    form = resolve_data_config({"img_size": config.image_size}, model=model)
+    form["input_size"] = (images.channels, *form["input_size"][1:])
+    return Chosen(
+        model, name, {"name": "timm.create_model", "args": [name], "kwargs": options}, form
+    )
+
+
+def _name(config: RunConfig) -> str:
+    if config.model == "auto":
+        return DIGITS
+    if config.model != DIGITS and not timm.is_model(config.model):
+        near = closest(config.model, timm.list_models())
+        remedy = f"Did you mean {near!r}?" if near else "timm.list_models() lists them."
+        raise ValueError(
+            message("model", expected="a model of timm", got=repr(config.model), remedy=remedy)
+        )
+    return config.model
+
+
+def _options(config: RunConfig, name: str, images: Images) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_classes": images.classes}
+    if images.channels != 3:
+        options["in_chans"] = images.channels
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    origin = timm.get_pretrained_cfg(name)
+    # Others take images of any size, and no such argument.
+    if config.image_size and origin is not None and origin.fixed_input_size:
+        options["img_size"] = config.image_size
+    return options

@@ -1,0 +1,85 @@
+"""Which model a run trains, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch_rsst.budget import check_count, check_fraction, check_number
+from torch_rsst.errors import message
+
+_LARGEST_SEED = 2**31 - 1  # seeds of single steps are made from it
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Model and training."""
+
+    model: str = "auto"
+    """A model of timm by name. auto: vit_digits, a small one for the digits."""
+    pretrained: bool = False
+    """Start from timm's weights, which are downloaded."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth, where the model has it."""
+    dense_epochs: int = 40
+    """Epochs before the first round."""
+    epochs: int = 12
+    """Epochs of each round."""
+    finetune_epochs: int = 10
+    """Epochs after the cut."""
+    batch_size: int = 32
+    """Images that are run at once, of all processes together."""
+    accumulation: int = 1
+    """Batches whose gradients make one step."""
+    optimizer: str = "adamw"
+    """An optimizer of timm by name: adamw, sgd, lamb, lion, …"""
+    learning_rate: float = 3e-3
+    """Peak learning rate of the dense stage; rounds and fine-tuning use a part of it."""
+    round_learning_rate: float = 0.7
+    """That of rounds, relative to it."""
+    finetune_learning_rate: float = 0.15
+    """That of fine-tuning, relative to it."""
+    weight_decay: float = 0.05
+    """Weight decay; biases and norms have none."""
+    momentum: float = 0.9
+    """Momentum, for optimizers that have one."""
+    lr_schedule: Literal["cosine", "tanh", "poly", "step", "multistep", "none"] = "cosine"
+    """How the learning rate falls over each stage; none: it stays."""
+    warmup_epochs: float = 1.0
+    """Epochs of the dense stage over which the learning rate rises."""
+    clip_grad: float | None = None
+    """Largest norm of the gradients; what is longer is scaled down."""
+    ema: float = 0.0
+    """Decay of the moving average of weights that is evaluated and kept; 0: off."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Numbers to compute in; fp16 scales the loss and needs a GPU."""
+    compile: bool = False
+    """Train through torch.compile."""
+    deterministic: bool = False
+    """Use only operations that give the same bits every time."""
+    seed: int = 0
+    """Seed of weights, data order and augmentation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+
+    def check(self) -> None:
+        """Raise unless every option is in its range; whether the model exists is seen later."""
+        for name, least in (("dense_epochs", 0), ("epochs", 1), ("finetune_epochs", 0)):
+            check_count(getattr(self, name), name, at_least=least)
+        check_count(self.batch_size, "batch_size", at_least=1)
+        check_count(self.accumulation, "accumulation", at_least=1)
+        check_count(self.seed, "seed", at_least=0)
+        if self.seed > _LARGEST_SEED:
+            expected, remedy = f"at most {_LARGEST_SEED}", "Pass a smaller one."
+            raise ValueError(message("seed", expected=expected, got=self.seed, remedy=remedy))
+        for name in ("learning_rate", "round_learning_rate", "finetune_learning_rate"):
+            check_number(getattr(self, name), name, above=0.0)
+        for name in ("weight_decay", "warmup_epochs"):
+            check_number(getattr(self, name), name, above=0.0, or_equal=True)
+        if self.clip_grad is not None:
+            check_number(self.clip_grad, "clip_grad", above=0.0)
+        for name in ("drop_path", "momentum", "ema"):
+            check_fraction(getattr(self, name), name)
+        if self.ema == 1.0:
+            expected, remedy = "less than 1", "1 would keep the first weights: try 0.999."
+            raise ValueError(message("ema", expected=expected, got=self.ema, remedy=remedy))
