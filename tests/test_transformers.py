@@ -38,7 +38,8 @@ SEQUENCES = {
     "encoder_ffn_dim": 10,
     "decoder_ffn_dim": 10,
 }
-T5 = {"vocab_size": 11, "d_model": 12, "d_kv": 4, "num_heads": 3, "d_ff": 10, "num_layers": 1}
+T5 = {"vocab_size": 11, "d_model": 12, "d_kv": 4, "num_heads": 3, "d_ff": 10, "num_layers": 2}
+SHARED = {**VISION, "use_shared_relative_position_bias": True}
 IDS = torch.arange(8).view(2, 4)
 
 
@@ -50,6 +51,7 @@ def pixels(side: int) -> dict[str, Tensor]:
 
 TEXT: dict[str, Any] = {"input_ids": IDS}
 DECODED: dict[str, Any] = {"input_ids": IDS, "use_cache": False}
+TRANSLATED: dict[str, Any] = {**DECODED, "decoder_input_ids": IDS[:, :3]}
 
 
 def build(name: str, **options: Any) -> nn.Module:
@@ -67,6 +69,7 @@ ALL_GO = [
     ("Dinov2", {**VISION, "mlp_ratio": 2, "use_swiglu_ffn": True}, pixels(8)),
     ("Beit", VISION, pixels(8)),
     ("Beit", {**VISION, "use_relative_position_bias": True}, pixels(8)),
+    ("Beit", SHARED, pixels(8)),
     ("Swin", SWIN, pixels(32)),
     ("CLIPVision", VISION, pixels(8)),
     ("Bert", BERT, TEXT),
@@ -88,6 +91,11 @@ ONE_STAYS = [
     ("Phi3", GROUPED, DECODED),
     ("GPTNeoX", BERT, DECODED),
     ("Bart", SEQUENCES, DECODED),
+    ("T5", T5, TRANSLATED),
+    ("MT5", T5, TRANSLATED),
+    ("UMT5", T5, TRANSLATED),
+    ("Data2VecVision", SHARED, pixels(8)),
+    ("Data2VecVision", {**SHARED, "use_relative_position_bias": True}, pixels(8)),
 ]
 
 
@@ -176,6 +184,22 @@ def test_a_compacted_decoder_generates_with_its_cache(name: str) -> None:
     assert torch.equal(*said)
 
 
+def test_a_compacted_t5_generates_with_its_cache() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(**T5, decoder_start_token_id=0, eos_token_id=None)
+    masked, small = compacted(transformers.T5ForConditionalGeneration(config), TRANSLATED)
+    steps = [
+        m.generate(IDS, max_new_tokens=5, do_sample=False, output_logits=True,
+                   return_dict_in_generate=True)
+        for m in (masked, small)
+    ]  # fmt: skip
+    assert torch.equal(steps[0].sequences, steps[1].sequences)
+    assert steps[0].sequences.shape == (2, 6)
+    for one, other in zip(steps[0].logits, steps[1].logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
 def test_images_are_guessed() -> None:
     model = build("ViT", **VISION).double()
     assert str(torch_rsst.find_groups(model, ("heads", "neurons"))) == (
@@ -202,22 +226,30 @@ def test_heads_that_are_normalized_together_are_refused() -> None:
         torch_rsst.find_groups(model, "heads", example_inputs=DECODED, on_unsupported="ignore")
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "inputs"),
-    [
-        ("T5", T5, {**DECODED, "decoder_input_ids": IDS}),
-        ("Beit", {**VISION, "use_shared_relative_position_bias": True}, pixels(8)),
-    ],
-)
-def test_position_biases_that_all_layers_share_keep_heads_whole(
-    name: str, options: dict[str, Any], inputs: dict[str, Any]
-) -> None:
-    found = torch_rsst.find_groups(
-        build(name, **options).double(), example_inputs=inputs, on_unsupported="ignore"
-    )
-    heads = found.of_kind("heads").layers
-    assert heads
-    assert all("its forward fixes how many it has" in layer.fixed for layer in heads)
+def test_a_bias_that_layers_share_stays_whole_and_each_takes_its_heads_of_it() -> None:
+    masked, small = compacted(build("T5", **T5), TRANSLATED, amount=1)
+    first, second = (block.layer[0].SelfAttention for block in small.encoder.block)
+    whole = masked.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    assert torch.equal(first.relative_attention_bias.weight, whole)
+    assert (first.n_heads, first.inner_dim, first.all_heads) == (2, 8, 3)
+    assert first.kept_heads != second.kept_heads  # else the test shows little
+    x = torch.randn(2, 4, 12, dtype=torch.float64)
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        handed_on = first(x, mask)[1]
+        expected = masked.encoder.block[0].layer[0].SelfAttention.compute_bias(4, 4)
+    assert torch.equal(handed_on, expected)
+    assert torch.equal(first.compute_bias(4, 4), expected[:, first.kept_heads])
+    _, small = compacted(build("UMT5", **T5), TRANSLATED, amount=1)
+    own = small.encoder.block[1].layer[0].SelfAttention.relative_attention_bias
+    assert (own.embedding_dim, own.weight.shape[1]) == (2, 2)
+
+
+def test_biases_of_a_layer_beside_shared_ones_keep_the_heads_of_beit_whole() -> None:
+    model = build("Beit", **SHARED, use_relative_position_bias=True).double()
+    found = torch_rsst.find_groups(model, example_inputs=pixels(8))
+    for layer in found.of_kind("heads").layers:
+        assert "its forward fixes how many it has" in layer.fixed
     assert all(not layer.fixed for layer in found.of_kind("neurons").layers)
 
 
@@ -226,7 +258,7 @@ def test_the_mlps_of_t5(gated: bool) -> None:
     options = {**T5, "feed_forward_proj": "gated-gelu" if gated else "relu"}
     assert_contract(
         build("T5", **options),
-        {**DECODED, "decoder_input_ids": IDS},
+        TRANSLATED,
         kinds=["neurons"],
         amounts=[0.5, 1.0],
         example_inputs=True,

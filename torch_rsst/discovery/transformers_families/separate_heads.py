@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -30,11 +31,12 @@ _PROJECTIONS = (
 )
 _OUTPUTS = ("o_proj", "out_proj", "dense", "o", "out_lin")
 _TABLE = "relative_position_bias"
+_BUCKETS = "relative_attention_bias"
 _BIAS_MLP = "continuous_position_bias_mlp"
 
 
 @dataclass(frozen=True, eq=False)
-class _Attention:
+class Attention:
     """An attention, found within the module that holds all of it.
 
     Attributes:
@@ -80,14 +82,14 @@ class SeparateHeads(Adapter):
 
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        attention = _attention_of(module)
+        attention = attention_of(module)
         if attention is None or not may_be_emptied(attention.holder) or _is_mixed(attention):
             return None
         return _units(attention)
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        attention = _attention_of(module)
+        attention = attention_of(module)
         assert attention is not None
         _note(attention)
         if attention.last.in_features:
@@ -110,18 +112,19 @@ class SomeHeads(Adapter):
 
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        attention = _attention_of(module)
+        attention = attention_of(module)
         return None if attention is None else _units(attention)
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        attention = _attention_of(module)
+        attention = attention_of(module)
         assert attention is not None
         _note(attention)
         return module
 
 
-def _attention_of(module: nn.Module) -> _Attention | None:
+def attention_of(module: nn.Module) -> Attention | None:
+    """The attention that a module of transformers is, or all of which it holds."""
     if not is_of_transformers(module):
         return None
     for path, holder in [("", module), *module.named_children()]:
@@ -133,9 +136,9 @@ def _attention_of(module: nn.Module) -> _Attention | None:
         table = _table_of(module) or _table_of(holder, path)
         if within is not None and (not path or (table and _table_of(module))):
             output = f"{path}.{within}" if path else within
-            return _Attention(path, holder, names, output, getattr(holder, within), table)
+            return Attention(path, holder, names, output, getattr(holder, within), table)
         if within is None and path and isinstance(beside, nn.Linear):
-            return _Attention(path, holder, names, "output.dense", beside, table)
+            return Attention(path, holder, names, "output.dense", beside, table)
     return None
 
 
@@ -151,14 +154,14 @@ def _table_of(module: nn.Module, path: str = "") -> str:
     return ".".join(filter(None, (path, _TABLE, f"{_TABLE}_table")))
 
 
-def _is_mixed(attention: _Attention) -> bool:
+def _is_mixed(attention: Attention) -> bool:
     """Whether something follows the output layer within the attention, which would be lost with it."""
     known = {*attention.names, attention.output.rpartition(".")[2], _TABLE}
     others = (m for n, m in attention.holder.named_children() if n not in known)
     return any(True for m in others for _ in m.parameters())
 
 
-def _units(attention: _Attention) -> GroupLayer | Unsupported | None:
+def _units(attention: Attention) -> GroupLayer | Unsupported | None:
     q, k, v = attention.layers
     width = head_dim_of(attention.holder)
     if not q.out_features:
@@ -187,10 +190,14 @@ def _units(attention: _Attention) -> GroupLayer | Unsupported | None:
     return GroupLayer("", "heads", units, tuple(members))
 
 
-def _per_head(attention: _Attention, unit_of: Tensor) -> Iterator[Member]:
+def _per_head(attention: Attention, unit_of: Tensor) -> Iterator[Member]:
     """Members with an entry per query head: position biases, or what makes them; scales of scores."""
     if attention.table:
         yield Member(attention.table, 1, unit_of, ranked=False)
+    embedding = getattr(attention.holder, _BUCKETS, None)
+    shares = "position_bias" in inspect.signature(type(attention.holder).forward).parameters
+    if isinstance(embedding, nn.Embedding) and not shares:  # as in UMT5, unlike T5
+        yield Member(attention.inside(f"{_BUCKETS}.weight"), 1, unit_of, ranked=False)
     if holds(attention.holder, "logit_scale"):
         yield Member(attention.inside("logit_scale"), 0, unit_of, ranked=False)
     if isinstance(mlp := getattr(attention.holder, _BIAS_MLP, None), nn.Sequential):
@@ -200,7 +207,7 @@ def _per_head(attention: _Attention, unit_of: Tensor) -> Iterator[Member]:
         )
 
 
-def _note(attention: _Attention) -> None:
+def _note(attention: Attention) -> None:
     q, k, _ = attention.layers
     width = head_dim_of(attention.holder)
     note_heads(
