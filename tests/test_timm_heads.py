@@ -128,10 +128,10 @@ def bottleneck(attention: str, feat_size: tuple[int, int] | None = None, **optio
     return build
 
 
-def parallel(**options: Any) -> Build:
+def parallel(cls: str = "ParallelScalingBlock", **options: Any) -> Build:
     """Makes a model around a block with MLP and attention side by side."""
     module = "timm.models.vision_transformer"
-    return alone("ParallelScalingBlock", 12, 3, module=module, tokens=True, **options)
+    return alone(cls, 12, 3, module=module, tokens=True, **options)
 
 
 DAVIT = {"depths": (1,), "embed_dims": (12,), "num_heads": (3,), "window_size": 4, "num_classes": 3}
@@ -186,6 +186,11 @@ FAMILIES: dict[str, tuple[Build, int]] = {
     "vit differential": (vit(attn_layer="diff", qk_norm=True), 16),
     "vit parallel": (parallel(qkv_bias=True, qk_norm=True), 16),
     "vit parallel fused": (parallel(qkv_bias=False, fuse_out_proj=True), 16),
+    "vit parallel differential": (parallel("DiffParallelScalingBlock", qk_norm=True), 16),
+    "vit parallel differential, one lambda": (
+        parallel("DiffParallelScalingBlock", qkv_bias=True, dual_lambda=True, depth=3),
+        16,
+    ),
     "rope": (eva(**ROPE), 16),
     "rope separate": (eva(**ROPE, qkv_fused=False), 16),
     "rope mixed": (eva(**ROPE, rope_type="mixed"), 16),
@@ -384,6 +389,24 @@ FAMILIES: dict[str, tuple[Build, int]] = {
     "halonet": (bottleneck("halo", block_size=4, halo_size=1, qkv_bias=True), 16),
     "lambda": (bottleneck("lambda", feat_size=(4, 4), r=None), 16),
     "lambda near": (bottleneck("lambda", feat_size=(4, 4), r=3), 16),
+    "linear": (
+        alone("LiteMLA", 12, 12, heads=3, dim=4, module="timm.models.efficientvit_mit"),
+        16,
+    ),
+    "linear, two scales": (
+        alone(
+            "LiteMLA",
+            12,
+            12,
+            heads=3,
+            dim=4,
+            scales=(3, 5),
+            use_bias=True,
+            norm_layer=(torch.nn.BatchNorm2d, torch.nn.BatchNorm2d),
+            module="timm.models.efficientvit_mit",
+        ),
+        16,
+    ),
     "multi query": (
         alone("MultiQueryAttention2d", 12, num_heads=3, query_strides=2, kv_stride=2),
         16,

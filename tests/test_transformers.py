@@ -89,6 +89,7 @@ ONE_STAYS = [
     ("Qwen2", GROUPED, DECODED),
     ("Qwen3", {**GROUPED, "head_dim": 4}, DECODED),
     ("Phi3", GROUPED, DECODED),
+    ("ModernBert", {**BERT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2}, TEXT),
     ("GPTNeoX", BERT, DECODED),
     ("Bart", SEQUENCES, DECODED),
     ("T5", T5, TRANSLATED),
@@ -218,6 +219,29 @@ def test_eager_attention_is_refused_with_the_way_out() -> None:
     for either in (masked, small):
         either.set_attn_implementation("eager")
     assert difference(masked, small, pixels(8)) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        (
+            "GPT2",
+            {**SPECIAL, "vocab_size": 11, "n_embd": 12, "n_layer": 1, "n_head": 1},
+            "it has no more heads than it needs to run (1)",
+        ),
+        (
+            "Mpt",
+            {"vocab_size": 11, "d_model": 12, "n_heads": 2, "n_layers": 1},
+            "no adapter knows the attention of MptAttention",
+        ),
+    ],
+)
+def test_heads_that_stay_whole_say_why(name: str, options: dict[str, Any], reason: str) -> None:
+    model = build(name, **options).double()
+    with pytest.warns(torch_rsst.UnsupportedModuleWarning) as caught:
+        found = torch_rsst.find_groups(model, example_inputs=DECODED)
+    assert reason in str(caught[0].message)
+    assert {layer.kind for layer in found.layers} == {"neurons"}
 
 
 def test_heads_that_are_normalized_together_are_refused() -> None:

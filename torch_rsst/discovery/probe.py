@@ -230,7 +230,10 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
             differs = "its output without some of its units differs"
             return Verdict(refused=_why_mixed(module, layer, given) or differs)
     # On few tokens, no unit may be active at all: louder ones are heard if any can be.
-    return Verdict() if heard else Verdict(refused=_why_mixed(module, layer, given) or "")
+    mixed = None if heard else _why_mixed(module, layer, given)
+    if mixed and layer.units <= adapter.least:
+        mixed = f"it has no more {layer.kind} than it needs to run ({layer.units})"
+    return Verdict(refused=mixed or "")
 
 
 def _why_mixed(module: nn.Module, layer: GroupLayer, call: Call) -> str | None:

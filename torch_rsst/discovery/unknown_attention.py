@@ -6,6 +6,8 @@ from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported
 
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+
 
 class UnknownAttention(Adapter):
     """Recognized by a number of heads and projections of its own; registered last.
@@ -17,7 +19,7 @@ class UnknownAttention(Adapter):
 
     def find(self, module: nn.Module) -> Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", None))
+        heads = next((getattr(module, name) for name in _HEADS if hasattr(module, name)), None)
         projections = [m for m in module.children() if isinstance(m, (nn.Linear, nn.Conv2d))]
         if not isinstance(heads, int) or not heads or not projections:
             return None

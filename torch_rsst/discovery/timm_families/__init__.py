@@ -34,6 +34,7 @@ FILES = (
     "bottleneck",
     "gemma",
     "parallel",
+    "parallel_differential",
 )
 
 for _file in FILES:

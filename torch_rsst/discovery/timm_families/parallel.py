@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock
@@ -44,12 +44,16 @@ class ParallelScalingHeads(Adapter):
 
     kind = "heads"
     least = 1
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (ParallelScalingBlock,)
+    """The modules that it knows."""
+    widths: ClassVar[int] = 1
+    """How many times as wide as it notes a head is."""
 
     def find(self, module: nn.Module) -> GroupLayer | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        if not isinstance(module, ParallelScalingBlock):
+        if not isinstance(module, self.classes):
             return None
-        heads, head_dim = int(module.num_heads), int(module.head_dim)
+        heads, head_dim = _heads_of(module), self.widths * _head_dim_of(module)
         hidden = torch.full((_in_split(module)[0],), NO_UNIT)
         rows = torch.cat([hidden, head_rows(3 * heads * head_dim, heads, 3)])
         columns = head_rows(heads * head_dim, heads)
@@ -57,25 +61,35 @@ class ParallelScalingHeads(Adapter):
         if holds(module.get_submodule("in_proj"), "bias"):
             members.append(Member("in_proj.bias", 0, rows, ranked=False))
         output = "attn_out_proj.weight"
-        if module.out_proj is not None:
+        if getattr(module, "out_proj", None) is not None:
             output, columns = "out_proj.weight", torch.cat([columns, hidden])
         members.append(Member(output, 1, columns, ranked=True, consumes=True))
         return GroupLayer("", self.kind, heads, tuple(members))
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        _lower(module, removal.count)
+        heads = _heads_of(module) - removal.count
+        split = [_in_split(module)[0], *[heads * self.widths * _head_dim_of(module)] * 3]
+        setattr(module, "num_heads", heads)  # noqa: B010 - mypy knows no attributes
+        setattr(module, "in_split", split)  # noqa: B010
+        return self.slimmed(module)
+
+    def slimmed(self, module: nn.Module) -> nn.Module:
+        """The module as the subclass of its class that runs with any number of heads, in place."""
         become(module, SlimParallelScalingBlock)
         return module
 
 
+def _heads_of(module: Any) -> int:
+    return int(module.num_heads)
+
+
+def _head_dim_of(module: Any) -> int:
+    return int(module.head_dim)
+
+
 def _in_split(module: Any) -> list[int]:
     return [int(width) for width in module.in_split]
-
-
-def _lower(module: Any, by: int) -> None:
-    module.num_heads -= by
-    module.in_split = [_in_split(module)[0], *[module.num_heads * module.head_dim] * 3]
 
 
 register(ParallelScalingHeads())

@@ -2,7 +2,11 @@
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.transformers_families.conv1d import Conv1DAttention, Conv1DMLP
-from torch_rsst.discovery.transformers_families.fused_heads import FusedHeads, InterleavedHeads
+from torch_rsst.discovery.transformers_families.fused_heads import (
+    FusedHeads,
+    InterleavedHeads,
+    StackedHeads,
+)
 from torch_rsst.discovery.transformers_families.intermediate_output import IntermediateOutput
 from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads, SomeHeads
 
@@ -10,6 +14,7 @@ register(Conv1DAttention())
 register(Conv1DMLP())
 register(FusedHeads())
 register(InterleavedHeads())
+register(StackedHeads())
 register(IntermediateOutput())
 register(SomeHeads())
 register(SeparateHeads())  # asked first: which of the two it is depends on the module

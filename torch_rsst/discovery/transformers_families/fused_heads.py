@@ -59,6 +59,32 @@ class FusedHeads(Adapter):
         return module
 
 
+class StackedHeads(Adapter):
+    """``Wqkv``: the queries of all heads, then their keys, then their values, and ``Wo``, as in ModernBERT."""
+
+    kind = "heads"
+    least = 1
+
+    def find(self, module: nn.Module) -> Answer:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        packed, last = getattr(module, "Wqkv", None), getattr(module, "Wo", None)
+        width = head_dim_of(module)
+        if not (is_of_transformers(module) and isinstance(packed, nn.Linear) and width):
+            return None
+        if not isinstance(last, nn.Linear) or packed.out_features != 3 * last.in_features:
+            return None
+        heads = last.in_features // width
+        of_head = shared_rows(heads, width)
+        members = (*rows("Wqkv", packed, of_head.repeat(3)), columns("Wo", of_head))
+        return returns_weights(module) or GroupLayer("", self.kind, heads, members)
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        width, heads = head_dim_of(module), removal.layer.units - removal.count
+        note_heads(module, queries=heads, keys=heads, head_dim=width)
+        return module
+
+
 class InterleavedHeads(Adapter):
     """``query_key_value``: query, key and value of one head, then those of the next, as in GPT-NeoX."""
 
