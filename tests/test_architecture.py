@@ -20,12 +20,12 @@ import torch_rsst
 
 ROOT = Path(torch_rsst.__file__).parent
 FLOORS = [
-    ["errors", "_version", "fsdp", "optimizer_steps", "workers"],
+    ["errors", "_version", "fsdp", "optimizer_steps", "tables", "workers"],
     ["budget", "digit_search", "replicas", "shards", "files", "builders"],
     ["live_weight", "order_keys", "schedules", "groups"],
     ["site", "candidates", "data_importance"],
     ["rollback", "selection", "freezing", "data_source"],
-    ["masked_parameter"],
+    ["masked_parameter", "unit_selection"],
     ["masks", "stock"],
     [
         "importance",
@@ -33,7 +33,7 @@ FLOORS = [
         "dead_units",
         "penalized_set",
         "penalty_hooks",
-        "unit_selection",
+        "decision_record",
         "rewind",
         "optimizer_state",
         "likeness",
@@ -42,17 +42,27 @@ FLOORS = [
     [
         "methods",
         "regularizer",
-        "report",
+        "explanation",
         "ranking",
         "removal",
         "discovery",
         "moved_optimizer",
         "activations",
     ],
-    ["functional", "regroup", "plot", "checkpoints", "folding", "cost", "cut_record"],
-    ["round_engine", "testing", "compaction", "receipt"],
-    ["rounds", "planning", "description", "exported"],
-    ["compact_folder"],
+    [
+        "functional",
+        "regroup",
+        "report",
+        "round_state",
+        "checkpoints",
+        "folding",
+        "cost",
+        "cut_record",
+    ],
+    ["training_round", "testing", "compaction", "receipt", "plot"],
+    ["round_engine", "planning", "description", "exported"],
+    ["rounds", "compact_folder"],
+    ["api"],
     ["torch_rsst"],
     ["recipes"],
     ["cli"],
@@ -163,7 +173,7 @@ def test_importing_the_library_imports_torch_alone() -> None:
 
 def test_testing_is_imported_on_demand() -> None:
     code = (
-        "import sys, torch_rsst; assert 'hypothesis' not in sys.modules; "
+        "import sys, torch_rsst.api; assert 'hypothesis' not in sys.modules; "
         "torch_rsst.testing.assert_mask_invariants; assert 'hypothesis' in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_rsst.budget import units_to_keep
-from torch_rsst.unit_selection import ScopeBudget, ScoredLayer, keep_units
+from torch_rsst.unit_selection import REASONS, ScopeBudget, ScoredLayer, keep_units, ranks
 
 
 def layer(scores: list[float], alive: list[int] | None = None, size: int = 4) -> ScoredLayer:
@@ -24,7 +24,7 @@ def layer(scores: list[float], alive: list[int] | None = None, size: int = 4) ->
 
 
 def kept(layers: list[ScoredLayer], **options: Any) -> list[list[int]]:
-    return [k.int().tolist() for k in keep_units(layers, **options)[0]]
+    return [k.int().tolist() for k in keep_units(layers, **options).kept]
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,72 @@ def test_units_of_different_size_compete_per_entry() -> None:
 
 
 def test_requested_is_what_the_budget_alone_would_keep() -> None:
-    _, requested = keep_units([layer([1, 2, 3, 4])], amount=1.0, min_keep=2, round_to=4)
-    assert requested == 0
+    found = keep_units([layer([1, 2, 3, 4])], amount=1.0, min_keep=2, round_to=4)
+    assert found.requested == 0
 
 
 def test_units_without_ranked_entries_are_dead() -> None:
     empty = ScoredLayer(*(torch.zeros(2, dtype=torch.float64) for _ in range(3)))
     assert kept([empty, layer([1, 2])], amount=None, min_keep=0) == [[0, 0], [1, 1]]
     assert kept([empty], amount=None, per_entry=True, min_keep=0) == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "stays", "decided_by"),
+    [
+        ([[1, 2, 3, 4]], {"amount": 0.5}, [[0, 0, 1, 1]], [["score"] * 4]),
+        ([[5, 5, 5, 5]], {"amount": 0.5}, [[0, 0, 1, 1]], [["score"] * 4]),
+        ([[1, 2]], {"amount": 0.0}, [[1, 1]], [["score"] * 2]),
+        ([[1, 2]], {"amount": 1.0}, [[0, 1]], [["score", "min_keep"]]),
+        (
+            [[1, 2, 3, 4]],
+            {"amount": 3, "round_to": 3},
+            [[0, 1, 1, 1]],
+            [["score", "round_to", "round_to", "score"]],
+        ),
+        (
+            [[1, 2, 3, 4]],
+            {"amount": 2, "fillback_rate": 0.5},
+            [[0, 1, 1, 1]],
+            [["score", "fillback_rate", "score", "score"]],
+        ),
+        # 1 is held in a layer of its own, 7 makes room for it.
+        (
+            [[10, 9, 7], [1]],
+            {"amount": 1},
+            [[1, 1, 0], [1]],
+            [["score", "score", "min_keep"], ["min_keep"]],
+        ),
+        # So does 7 where 1 and 6 are both held; by the budget alone 6 would stay as well.
+        (
+            [[10, 9, 7], [6], [1]],
+            {"amount": 1},
+            [[1, 1, 0], [1], [1]],
+            [["score", "score", "min_keep"], ["min_keep"], ["min_keep"]],
+        ),
+        ([[-torch.inf, 2, 3]], {"amount": 2}, [[0, 0, 1]], [["dead", "score", "score"]]),
+        ([[-torch.inf, 2]], {"amount": 0}, [[1, 1]], [["score", "score"]]),
+    ],
+)
+def test_what_decided_literally(
+    layers: list[list[float]], options: Any, stays: list[Any], decided_by: list[list[str]]
+) -> None:
+    found = keep_units([layer(scores) for scores in layers], **options)
+    assert [k.int().tolist() for k in found.kept] == stays
+    assert [[REASONS[i] for i in each.tolist()] for each in found.reasons()] == decided_by
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=5), min_size=1, max_size=3))
+def test_ranks_against_sorting(scores: list[list[int]]) -> None:
+    """The best has rank 1; of equals the earliest goes first, so it ranks lowest."""
+    units = [(s, i, u) for i, each in enumerate(scores) for u, s in enumerate(each)]
+    best_first = sorted(units, reverse=True)
+    expected = [
+        [1 + best_first.index((s, i, u)) for u, s in enumerate(each)]
+        for i, each in enumerate(scores)
+    ]
+    found = ranks([torch.tensor(each, dtype=torch.float64) for each in scores])
+    assert [each.tolist() for each in found] == expected
 
 
 scored_layers = st.lists(
@@ -143,7 +201,7 @@ def test_selection_against_loops(
     tensors = [
         ScoredLayer(*(torch.tensor(t, dtype=torch.float64) for t in each)) for each in layers
     ]
-    found, requested = keep_units(
+    found = keep_units(
         tensors,
         amount=amount,
         fillback_rate=fillback,
@@ -152,8 +210,8 @@ def test_selection_against_loops(
         per_entry=per_entry,
     )
     expected = by_loops(layers, amount, fillback, min_keep, round_to, per_entry)
-    assert [k.tolist() for k in found] == expected
-    assert 0 <= requested <= units
+    assert [k.tolist() for k in found.kept] == expected
+    assert 0 <= found.requested <= units
 
 
 def test_more_units_than_there_are() -> None:

@@ -114,7 +114,7 @@ class HeadRegroup(MaskHook):
         alive = remain(layer, weights, masks)
         sizes = torch.full((self.num_heads,), t.numel() // self.num_heads)
         scores = score_units(self.importance, layer, weights, masks, alive)
-        kept, _ = keep_units([ScoredLayer(scores, alive, sizes)], amount=self.amount)
+        kept = keep_units([ScoredLayer(scores, alive, sizes)], amount=self.amount).kept
         return layer.members[0].spread(kept[0], t).to(default_mask.dtype)
 
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch_rsst.activations import measured
 from torch_rsst.budget import Amount, check_amount, check_count, check_fraction, to_count
 from torch_rsst.data_source import Batches, DataSource, Forward, LossFn
+from torch_rsst.decision_record import Rules, Verdicts
 from torch_rsst.errors import message, unknown_choice
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
-from torch_rsst.importance import Importance, remain, resolve_importance, score_units
+from torch_rsst.importance import Importance, name_of, remain, resolve_importance, score_units
 from torch_rsst.masks import Masks, alive_in, check_masks, extract_mask, named_weights, unwrap
 from torch_rsst.replicas import replica_group
 from torch_rsst.selection import lowest
 from torch_rsst.shards import total
-from torch_rsst.unit_selection import ScopeBudget, ScoredLayer, keep_units
+from torch_rsst.unit_selection import ScopeBudget, ScoredLayer, Selection, keep_units
 
 Scope: TypeAlias = Literal["layer", "type", "global"]
 Ungrouped: TypeAlias = Literal["keep", "element"]
@@ -34,10 +35,23 @@ class Decision:
     Attributes:
         kept: per layer of the groups, a bool tensor, True for units kept.
         budgets: per scope.
+        selections: per scope, with the positions of its layers: what it came from.
     """
 
     kept: tuple[Tensor, ...]
     budgets: tuple[ScopeBudget, ...]
+    selections: tuple[tuple[tuple[int, ...], Selection], ...]
+
+    def verdicts(self) -> tuple[Verdicts, ...]:
+        """Per layer of the groups: scores as they were compared, and what decided."""
+        found = {
+            position: Verdicts(keys, kept, reasons)
+            for positions, chosen in self.selections
+            for position, keys, kept, reasons in zip(
+                positions, chosen.keys, chosen.kept, chosen.reasons(), strict=True
+            )
+        }
+        return tuple(found[position] for position in range(len(self.kept)))
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,16 @@ class RegroupPlan:
         check_count(self.min_keep, "min_keep", at_least=0)
         if self.round_to is not None:
             check_count(self.round_to, "round_to", at_least=1)
+
+    def rules(self, groups: Groups) -> Rules:
+        """The plan as a record of decisions about these groups names it."""
+        competitors = {
+            each: tuple(positions)
+            for positions in _scopes(groups, self.scope).values()
+            for each in positions
+        }
+        every = tuple(competitors[position] for position in range(len(groups.layers)))
+        return Rules(name_of(self.importance), self.scope, every)
 
 
 def regroup(
@@ -167,9 +191,9 @@ def choose(
 ) -> Decision:
     """The units that stay, scope by scope, of layers that have been scored."""
     kept: dict[int, Tensor] = {}
-    budgets = []
+    budgets, selections = [], []
     for (label, kind), positions in _scopes(groups, plan.scope).items():
-        chosen, requested = keep_units(
+        chosen = keep_units(
             [scored[i] for i in positions],
             amount=amount,
             fillback_rate=plan.fillback_rate,
@@ -177,12 +201,13 @@ def choose(
             round_to=plan.round_to,
             per_entry=plan.scope == "global",
         )
-        kept.update(zip(positions, chosen, strict=True))
+        kept.update(zip(positions, chosen.kept, strict=True))
         units = sum(groups.layers[i].units for i in positions)
-        budgets.append(
-            ScopeBudget(label, kind, units, requested, sum(int(k.sum()) for k in chosen))
-        )
-    return Decision(tuple(kept[i] for i in range(len(groups.layers))), tuple(budgets))
+        realized = sum(int(k.sum()) for k in chosen.kept)
+        budgets.append(ScopeBudget(label, kind, units, chosen.requested, realized))
+        selections.append((tuple(positions), chosen))
+    every = tuple(kept[i] for i in range(len(groups.layers)))
+    return Decision(every, tuple(budgets), tuple(selections))
 
 
 def _scopes(groups: Groups, scope: Scope) -> dict[tuple[str, str], list[int]]:

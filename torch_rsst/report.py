@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_rsst.decision_record import DecisionLog
+from torch_rsst.errors import message, unknown_choice
+from torch_rsst.explanation import Explanation, explain_unit, last_decisions
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.masks import Masks, alive_in, check_masks, extract_mask, named_weights, penalty_mask
 from torch_rsst.shards import total
+from torch_rsst.tables import aligned
 from torch_rsst.unit_selection import ScopeBudget
 
 
@@ -25,6 +30,7 @@ class LayerReport:
         kind: ``"heads"``, ``"neurons"``, ``"channels"``.
         units: how many there are.
         gone: units whose every entry, biases included, is masked or exactly 0.
+        gone_units: which these are.
         alive_share: per unit, the share of ranked entries that are not masked and not 0.
         elements: ranked entries of all units.
         zeros: how many of them are masked or exactly 0.
@@ -38,6 +44,7 @@ class LayerReport:
     kind: str
     units: int
     gone: int
+    gone_units: tuple[int, ...]
     alive_share: tuple[float, ...]
     elements: int
     zeros: int
@@ -66,6 +73,7 @@ class SparsityReport:
         penalized_norm: the L2 norm of the weights in P.
         kept_norm: the L2 norm of the weights alive and meant to stay.
         budgets: units requested and realized, per scope; empty where no round chose them.
+        decisions: what rounds decided about each unit; None where none did. :meth:`explain` reads it.
     """
 
     layers: tuple[LayerReport, ...]
@@ -75,6 +83,7 @@ class SparsityReport:
     penalized_norm: float
     kept_norm: float
     budgets: tuple[ScopeBudget, ...]
+    decisions: DecisionLog | None = field(default=None, repr=False, compare=False)
 
     @property
     def element_sparsity(self) -> float:
@@ -103,8 +112,80 @@ class SparsityReport:
         """The share of units of a kind that are gone; 0 where there are none."""
         return self.gone(kind) / self.units(kind) if self.units(kind) else 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers; what is not finite becomes None, as in strict JSON."""
+    def explain(self, layer: str, unit: int, *, kind: str | None = None) -> Explanation:
+        """Why a unit stayed or went: its score, rank and margin, and what the penalty did to it.
+
+        Example:
+            >>> up, down = torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1)
+            >>> with torch.no_grad():
+            ...     _ = up.weight.copy_(torch.tensor([[3.0], [1.0]]))
+            ...     _ = down.weight.copy_(torch.tensor([[1.0, 1.0]]))
+            >>> mlp = torch.nn.Sequential(up, torch.nn.GELU(), down)
+            >>> rsst = torch_rsst.RSST(
+            ...     mlp, torch_rsst.find_groups(mlp), rounds=1, steps_per_round=1, amount=0.0
+            ... )
+            >>> report = next(rsst).report()
+            >>> print(report.explain("", 1))
+            neuron 1 of the model is to go: round 0 chose so, by its score
+            score: 2 (magnitude), rank 2 of 2 in its layer, 2 below the lowest that stays (4)
+            penalty: coupled, strength 0.5; 2 penalized entries went from norm 1.41 to 1.41 in round 0
+            >>> report.explain("", 0).margin
+            2.0
+
+        Only reports of rounds can: ``rsst.report()`` and ``rnd.report()``.
+
+        Args:
+            layer: the dotted name of a layer in the report, "" for the model itself.
+            unit: the number of one of its units.
+            kind: ``"heads"``, ``"neurons"`` or ``"channels"``, where the layer has several.
+
+        Raises:
+            ValueError: for an unknown layer or kind, or where a kind must be given.
+            TypeError, IndexError: for a unit that the layer does not have.
+            RuntimeError: where no round has made a decision.
+        """
+        position = self._position(layer, kind)
+        found = self.layers[position]
+        _check_unit(unit, found)
+        if self.decisions is None:
+            expected, got = "a report of rounds that have chosen units", "one without decisions"
+            remedy = (
+                "Ask rsst.report() or rnd.report(), once a round has ranked and regrouped: "
+                "sparsity_report(model, groups) sees what is gone, not why."
+            )
+            raise RuntimeError(message("explain", expected=expected, got=got, remedy=remedy))
+        gone = unit in found.gone_units
+        return explain_unit(
+            self.decisions, position, int(unit), layer=found.name, kind=found.kind, gone=gone
+        )
+
+    def _position(self, name: str, kind: str | None) -> int:
+        """Where in the report the layer is."""
+        named = {layer.kind: i for i, layer in enumerate(self.layers) if layer.name == name}
+        if not named:
+            names = dict.fromkeys(layer.name for layer in self.layers)
+            raise ValueError(unknown_choice("layer", name, names))
+        if kind is None and len(named) > 1:
+            kinds = " or ".join(map(repr, named))
+            remedy = f"Pass kind={next(iter(named))!r}, or the other."
+            got = f"{name!r}, which has both" if len(named) == 2 else f"{name!r}, which has all"
+            raise ValueError(message("explain", expected=f"kind={kinds}", got=got, remedy=remedy))
+        if kind is not None and kind not in named:
+            raise ValueError(unknown_choice(f"kind of units in {name!r}", kind, named))
+        return next(iter(named.values())) if kind is None else named[kind]
+
+    def to_dict(self, *, decisions: bool = False) -> dict[str, Any]:
+        """Plain dicts, lists and numbers; what is not finite becomes None, as in strict JSON.
+
+        Args:
+            decisions: also the last round's decision about every unit, under ``"decisions"``: scores
+                as they were compared (None for dead units), ranks, who stays, what decided.
+        """
+        data = asdict(replace(self, decisions=None))
+        del data["decisions"]
+        if decisions:
+            names = [(layer.name, layer.kind) for layer in self.layers]
+            data["decisions"] = self.decisions and last_decisions(self.decisions, names)
         return {
             "element_sparsity": self.element_sparsity,
             "penalized_norm_ratio": _finite(self.penalized_norm_ratio),
@@ -116,13 +197,14 @@ class SparsityReport:
                 }
                 for kind in self.kinds
             },
-            **asdict(self),
+            **data,
             "penalized_norm": _finite(self.penalized_norm),
             "kept_norm": _finite(self.kept_norm),
             "layers": [
                 {
                     **asdict(layer),
                     "alive_share": list(layer.alive_share),
+                    "gone_units": list(layer.gone_units),
                     "penalized_norm": _finite(layer.penalized_norm),
                     "kept_norm": _finite(layer.kept_norm),
                 }
@@ -139,12 +221,23 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _check_unit(unit: object, layer: LayerReport) -> None:
+    expected = f"0 to {layer.units - 1}, for the {layer.units} {layer.kind} of {layer.name!r}"
+    remedy = "Units are numbered within their layer."
+    if isinstance(unit, bool) or not isinstance(unit, Integral):
+        got = f"{type(unit).__name__} {unit!r}"
+        raise TypeError(message("unit", expected=expected, got=got, remedy=remedy))
+    if not 0 <= int(unit) < layer.units:
+        raise IndexError(message("unit", expected=expected, got=unit, remedy=remedy))
+
+
 def sparsity_report(
     model: nn.Module,
     groups: Groups | Iterable[Group] | Iterable[GroupLayer],
     *,
     refill_mask: Mapping[str, Tensor] | None = None,
     budgets: Sequence[ScopeBudget] = (),
+    decisions: DecisionLog | None = None,
 ) -> SparsityReport:
     """Count what is gone in a model, layer by layer.
 
@@ -164,6 +257,7 @@ def sparsity_report(
         groups: from :func:`find_groups`.
         refill_mask: what is meant to stay; the penalized set P is what is alive outside it.
         budgets: from a round, for units requested and realized.
+        decisions: from rounds, for :meth:`SparsityReport.explain`; ``rsst.report()`` passes them.
 
     Raises:
         KeyError, ValueError: for groups or masks of another model.
@@ -184,6 +278,7 @@ def sparsity_report(
         penalized_norm=entries.norm(everything, penalized=True),
         kept_norm=entries.norm(everything, penalized=False),
         budgets=tuple(budgets),
+        decisions=decisions,
     )
 
 
@@ -230,6 +325,7 @@ def _layer_report(layer: GroupLayer, entries: _Entries) -> LayerReport:
         kind=layer.kind,
         units=layer.units,
         gone=int((every == 0).sum()),
+        gone_units=tuple((every == 0).nonzero().flatten().tolist()),
         alive_share=tuple((ranked / size.clamp(min=1)).tolist()),
         elements=int(size.sum()),
         zeros=int((size - ranked).sum()),
@@ -279,7 +375,7 @@ def _table(report: SparsityReport) -> str:
         if any(r.dropped is None for r in report.layers)
         else f"{sum(r.dropped or 0 for r in report.layers)}",
     )
-    lines = _aligned([header, *rows, totals])
+    lines = aligned([header, *rows, totals], left={0, 1})
     rule = "─" * len(lines[0])
     text = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
     text += [
@@ -292,14 +388,3 @@ def _table(report: SparsityReport) -> str:
 
 def _ratio(penalized: float, kept: float) -> str:
     return f"{penalized / kept:.2e}" if kept else "-"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch_rsst.activations import check_source, measured
 from torch_rsst.budget import Amount, check_amount, check_count, plain_amount
 from torch_rsst.data_source import DataSource
-from torch_rsst.errors import RoundWarning, check_keys, message
+from torch_rsst.decision_record import DecisionHistory
+from torch_rsst.errors import RoundWarning, message
 from torch_rsst.freezing import freeze_latents
 from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance import data_parts, name_of
 from torch_rsst.masks import (
     Masks,
     apply_mask,
-    check_masks,
     extract_mask,
     named_sites,
     named_weights,
@@ -38,49 +38,14 @@ from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.report import SparsityReport, sparsity_report
 from torch_rsst.rewind import Snapshot
 from torch_rsst.rollback import rolled_back_on_failure
+from torch_rsst.round_state import RoundsState, RoundState, damage_reported, plain_settings
 from torch_rsst.site import Parameter, masked_sites
-from torch_rsst.unit_selection import ScopeBudget
+from torch_rsst.training_round import Chosen, Round, record_decision, record_end
+
+__all__ = ["Chosen", "RegroupAmount", "Rewind", "Round", "Rounds"]
 
 RegroupAmount: TypeAlias = Amount | Callable[[int], Amount] | None
 Rewind: TypeAlias = Literal["init"] | Mapping[str, Tensor] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Round:
-    """One round, ready to be trained.
-
-    Attributes:
-        index: 0 … rounds − 1; −1 for the unpenalized round of ``train_first``.
-        start_step: optimizer steps already made in it: 0, or more after a resume.
-        current_mask: what is alive, as ranked for this round.
-        refill_mask: what should be alive.
-        budgets: units requested and realized, per scope.
-        pruner: counts the steps and, in RSST, carries the penalty.
-    """
-
-    index: int
-    start_step: int
-    current_mask: Masks
-    refill_mask: Masks
-    budgets: tuple[ScopeBudget, ...]
-    pruner: RegularizedPruner
-    _model: nn.Module
-    _groups: Groups
-
-    def attach(self, optimizer: Optimizers) -> None:
-        """Let an optimizer that is made inside the loop, or a list, carry penalty and step count.
-
-        Raises:
-            RuntimeError: where one is attached already.
-            ValueError: where a penalized parameter is in no optimizer, or in two.
-        """
-        self.pruner.attach(optimizer)
-
-    def report(self) -> SparsityReport:
-        """The sparsity of the model as it is now, with this round's refill mask and budgets."""
-        return sparsity_report(
-            self._model, self._groups, refill_mask=self.refill_mask, budgets=self.budgets
-        )
 
 
 class Rounds(ABC):
@@ -140,6 +105,7 @@ class Rounds(ABC):
             if regroup_amount is None or callable(regroup_amount)
             else plain_amount(regroup_amount)
         )
+        self._history = DecisionHistory(plan.rules(self._groups))
         self._next_index = -1 if train_first else 0
         self._round: Round | None = None  # the one in training
         self._last: Round | None = None  # the latest, open or closed
@@ -178,15 +144,8 @@ class Rounds(ABC):
             raise StopIteration
         index = self._next_index
         plan = self._plan_of(index)
-        current, refill, budgets = agreed(
-            self._replicas,
-            lambda: self._choose(index, plan),
-            lambda chosen: [
-                *chosen[0].items(),
-                *((f"refill {n}", m) for n, m in chosen[1].items()),
-            ],
-        )
-        opened = self._open(index, current, refill, budgets, rewind=index >= 0)
+        chosen = agreed(self._replicas, lambda: self._choose(index, plan), Chosen.masks)
+        opened = self._open(index, chosen, rewind=index >= 0)
         self._next_index = index + 1
         return opened
 
@@ -244,13 +203,11 @@ class Rounds(ABC):
         weights = named_weights(self._model)
         return rank(weights, self._mask_to_rank(), self._groups, self._ranked, self.amount)
 
-    def _choose(
-        self, index: int, plan: RegroupPlan
-    ) -> tuple[Masks, Masks, tuple[ScopeBudget, ...]]:
+    def _choose(self, index: int, plan: RegroupPlan) -> Chosen:
         """Rank and regroup; reads the model only."""
         if index < 0:
             alive = self._mask_to_rank()
-            return alive, alive, ()
+            return Chosen(alive, alive)
         weights, current = named_weights(self._model), self._rank()
         amount = (
             self.regroup_amount(index) if callable(self.regroup_amount) else self.regroup_amount
@@ -259,42 +216,39 @@ class Rounds(ABC):
             check_amount(amount, f"regroup_amount of round {index}")
         decision = decide(weights, self._groups, current, amount, plan)
         refill = refill_from(decision, weights, self._groups, current, amount, plan)
-        return current, refill, decision.budgets
+        return Chosen(current, refill, decision.budgets, decision.verdicts())
 
-    def _open(
-        self,
-        index: int,
-        current: Masks,
-        refill: Masks,
-        budgets: tuple[ScopeBudget, ...],
-        *,
-        rewind: bool,
-    ) -> Round:
+    def _open(self, index: int, chosen: Chosen, *, rewind: bool) -> Round:
+        current, refill = chosen.current_mask, chosen.refill_mask
+        alive = self._alive_to_penalize(current, refill)
         # The regularizer comes first: whatever can fail does so before the model is touched.
         pruner = RegularizedPruner(
             self._model,
             refill,
-            current_mask=self._alive_to_penalize(current, refill),
+            current_mask=alive,
             total_steps=self.steps_per_round,
             optimizer=self._optimizer,
             **self._penalty,
         )
+        parts = (self._model, self._groups, alive, self._history)
+        opened = Round(index, 0, current, refill, chosen.budgets, pruner, *parts)
         try:
             self._mask(self._training_mask(current, refill))
+            if rewind:
+                self._snapshot.restore(self._model)
+                pruner.reset()
+            if chosen.verdicts:
+                record_decision(opened, chosen.verdicts)
         except BaseException:
             pruner.detach()
             raise
-        if rewind:
-            self._snapshot.restore(self._model)
-            pruner.reset()
-        self._round = self._last = Round(
-            index, 0, current, refill, budgets, pruner, self._model, self._groups
-        )
-        return self._round
+        self._round = self._last = opened
+        return opened
 
     def _close(self) -> None:
         if self._round is None:
             return
+        record_end(self._round)
         index, pruner, self._round = self._round.index, self._round.pruner, None
         try:
             if pruner.steps < self.steps_per_round:
@@ -318,23 +272,24 @@ class Rounds(ABC):
         the order of data are yours to save.
         """
         last = self._last
-        return {
-            "settings": self._settings(),
-            "next_index": self._next_index,
-            "finalized": self._finalized,
-            "snapshot": self._snapshot.state(),
-            "masks": extract_mask(self._model) if last is None else {},
-            "round": None
+        return RoundsState(
+            settings=self._settings(),
+            next_index=self._next_index,
+            finalized=self._finalized,
+            snapshot=self._snapshot,
+            masks=extract_mask(self._model) if last is None else {},
+            round=None
             if last is None
-            else {
-                "index": last.index,
-                "open": self._round is not None,
-                "current_mask": {k: v.clone() for k, v in last.current_mask.items()},
-                "refill_mask": {k: v.clone() for k, v in last.refill_mask.items()},
-                "budgets": [asdict(budget) for budget in last.budgets],
-                "pruner": last.pruner.state_dict(),
-            },
-        }
+            else RoundState(
+                index=last.index,
+                open=self._round is not None,
+                current_mask=last.current_mask,
+                refill_mask=last.refill_mask,
+                budgets=last.budgets,
+                pruner=last.pruner.state_dict(),
+            ),
+            decisions=self._history.rounds,
+        ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the state was taken: call it before loading model, optimizer and RNG.
@@ -347,78 +302,50 @@ class Rounds(ABC):
                 one; the model's masks are as before then.
         """
         sites = [site for places in named_sites(self._model).values() for site in places]
-        try:
-            with rolled_back_on_failure(sites):
-                self._load(state)
-        except (AttributeError, IndexError, TypeError) as error:
-            if self._round is not None:
-                self._round.pruner.detach()
-            got, remedy = (
-                f"{type(error).__name__}: {error}",
-                "The file is damaged: load another one.",
+        with damage_reported():
+            saved = RoundsState.read(
+                state,
+                settings=self._settings(),
+                weights=named_weights(self._model),
+                groups=self._groups,
+                check_pruner=self._check_pruner,
             )
-            subject, expected = "state of rounds", "what state_dict() has returned"
-            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy)) from error
+            with rolled_back_on_failure(sites):
+                self._continue(saved)
 
-    def _load(self, state: Mapping[str, Any]) -> None:
-        saved = self._check_state(state)
+    def _check_pruner(self, state: Mapping[str, Any]) -> None:
+        optimizers = len(self._optimizers) or None
+        RegularizedPruner.check_state(state, self.steps_per_round, optimizers=optimizers)
+
+    def _continue(self, saved: RoundsState) -> None:
         if self._round is not None:
             self._round.pruner.detach()
         self._round, self._last, self._resumed = None, None, False
-        if saved is None:
-            apply_mask(self._model, state["masks"])
+        if saved.round is None:
+            apply_mask(self._model, saved.masks)
         else:
-            self._reopen(*saved, state["round"], finalized=state["finalized"])
-        self._snapshot = Snapshot.from_state(state["snapshot"])
-        self._next_index, self._finalized = state["next_index"], state["finalized"]
+            self._reopen(saved.round, finalized=saved.finalized)
+        self._history.load(saved.decisions)
+        self._snapshot = saved.snapshot
+        self._next_index, self._finalized = saved.next_index, saved.finalized
 
-    def _check_state(self, state: Mapping[str, Any]) -> tuple[Masks, Masks] | None:
-        """The masks of a state that fits, None before its first round; nothing is touched."""
-        parts = ("settings", "next_index", "finalized", "snapshot", "masks", "round")
-        check_keys(state, parts, "state of rounds")
-        saved, own = state["settings"], self._settings()
-        if saved != own:
-            differing = [key for key in own if saved.get(key) != own[key]]
-            raise ValueError(
-                message(
-                    "state of rounds",
-                    expected=", ".join(f"{key}={own[key]!r}" for key in differing),
-                    got=", ".join(f"{key}={saved.get(key)!r}" for key in differing),
-                    remedy="Build the rounds with the arguments of the saved ones.",
-                )
-            )
-        check_keys(state["snapshot"], ("weights", "buffers"), "rewind snapshot")
-        weights = named_weights(self._model)
-        if (last := state["round"]) is None:
-            check_masks(weights, state["masks"])
-            return None
-        parts = ("index", "open", "current_mask", "refill_mask", "budgets", "pruner")
-        check_keys(last, parts, "state of a round")
-        optimizers = len(self._optimizers) or None
-        RegularizedPruner.check_state(last["pruner"], self.steps_per_round, optimizers=optimizers)
-        return (
-            check_masks(weights, last["current_mask"]),
-            check_masks(weights, last["refill_mask"]),
-        )
-
-    def _reopen(
-        self, current: Masks, refill: Masks, saved: Mapping[str, Any], *, finalized: bool
-    ) -> None:
-        budgets = tuple(ScopeBudget(**budget) for budget in saved["budgets"])
-        opened = self._open(saved["index"], current, refill, budgets, rewind=False)
+    def _reopen(self, saved: RoundState, *, finalized: bool) -> None:
+        chosen = Chosen(saved.current_mask, saved.refill_mask, saved.budgets)
+        opened = self._open(saved.index, chosen, rewind=False)
         try:
-            opened.pruner.load_state_dict(saved["pruner"])
+            opened.pruner.load_state_dict(saved.pruner)
         except BaseException:
             opened.pruner.detach()
+            self._round = self._last = None
             raise
         self._last = replace(opened, start_step=opened.pruner.steps)
-        if saved["open"]:
+        if saved.open:
             self._round, self._resumed = self._last, True
             return
         opened.pruner.detach()
         self._round = None
         if finalized:
-            self._mask(self._final_mask(current, refill))
+            self._mask(self._final_mask(saved.current_mask, saved.refill_mask))
 
     def _mask(self, masks: Masks) -> None:
         """Apply masks, freeze what they mask, let returning weights start without a memory."""
@@ -430,25 +357,18 @@ class Rounds(ABC):
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for a state to fit: plain values, callables by their name."""
-        settings = {
-            "method": type(self).__name__,
-            "rounds": self.rounds,
-            "steps_per_round": self.steps_per_round,
-            "amount": self.amount,
-            "regroup_amount": self.regroup_amount,
-            "parameters": self._ranked,
-            "rewind": bool(self._snapshot.weights),
-            **vars(self._plan),
-            "importance": name_of(self._plan.importance),
-            **self._penalty,
-            "groups": [str(layer) for layer in self._groups.layers],
-        }
-        return {key: _plain(value) for key, value in settings.items()}
-
-
-def _plain(value: object) -> object:
-    if value is None or isinstance(value, (bool, int, float, str, list)):
-        return value
-    if is_dataclass(value):
-        return repr(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)  # repr may hold an address
+        return plain_settings(
+            {
+                "method": type(self).__name__,
+                "rounds": self.rounds,
+                "steps_per_round": self.steps_per_round,
+                "amount": self.amount,
+                "regroup_amount": self.regroup_amount,
+                "parameters": self._ranked,
+                "rewind": bool(self._snapshot.weights),
+                **vars(self._plan),
+                "importance": name_of(self._plan.importance),
+                **self._penalty,
+                "groups": [str(layer) for layer in self._groups.layers],
+            }
+        )

@@ -17,10 +17,9 @@ from torch_rsst.masks import Masks, named_weights
 from torch_rsst.penalty_hooks import Mode, Optimizers
 from torch_rsst.regroup import RegroupPlan, Scope, Ungrouped
 from torch_rsst.regularizer import GradScale
-from torch_rsst.round_engine import RegroupAmount, Rewind, Round, Rounds
+from torch_rsst.round_engine import Chosen, RegroupAmount, Rewind, Round, Rounds
 from torch_rsst.schedules import Schedule, resolve_schedule
 from torch_rsst.site import Parameter
-from torch_rsst.unit_selection import ScopeBudget
 
 __all__ = ["RSST", "Refill", "Round", "Rounds"]
 
@@ -141,12 +140,11 @@ class RSST(Rounds):
             },
         )
 
-    def _choose(
-        self, index: int, plan: RegroupPlan
-    ) -> tuple[Masks, Masks, tuple[ScopeBudget, ...]]:
-        current, refill, budgets = super()._choose(index, plan)
-        self._warn_of_emptied_layers(index, _intersection(current, refill))
-        return current, refill, budgets
+    def _choose(self, index: int, plan: RegroupPlan) -> Chosen:
+        chosen = super()._choose(index, plan)
+        final = _intersection(chosen.current_mask, chosen.refill_mask)
+        self._warn_of_emptied_layers(index, final)
+        return chosen
 
     def _warn_of_emptied_layers(self, index: int, final: Masks) -> None:
         """A global ranking can kill units that the refill mask keeps; RSST gives nothing back."""

@@ -11,6 +11,10 @@ from torch import Tensor
 from torch_rsst.budget import Amount, units_to_keep
 from torch_rsst.selection import lowest
 
+REASONS = ("score", "fillback_rate", "min_keep", "round_to", "dead")
+"""What can decide that a unit stays or goes, in the order of their numbers."""
+_SCORE, _FILLBACK, _MIN_KEEP, _ROUND_TO, _DEAD = range(len(REASONS))
+
 
 @dataclass(frozen=True, eq=False)
 class ScoredLayer:
@@ -50,6 +54,61 @@ class ScopeBudget:
         return f"{self.scope or 'the model'}: {asked}"
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which units of one scope stay, and what that came from; a tensor per layer.
+
+    Attributes:
+        kept: True for units that stay.
+        requested: how many the budget alone would keep.
+        keys: scores as they were compared; -inf for dead units.
+        budgeted: what stayed before ``round_to`` had its say.
+        without_fillback: how many the budget would keep if nothing were given back.
+    """
+
+    kept: tuple[Tensor, ...]
+    requested: int
+    keys: tuple[Tensor, ...]
+    budgeted: tuple[Tensor, ...]
+    without_fillback: int
+
+    def reasons(self) -> tuple[Tensor, ...]:
+        """What decided about each unit: uint8, positions in :data:`REASONS`.
+
+        A unit stays by its score where it ranks within the budget and above all that go. What stays
+        otherwise is held by ``min_keep`` or ``round_to``; what goes although it ranks within the
+        budget makes room for a unit that ``min_keep`` holds in another layer.
+        """
+        rank, kept, budgeted = (
+            torch.cat(ranks(self.keys)),
+            *map(_joined, (self.kept, self.budgeted)),
+        )
+        best_to_go = int(rank[~budgeted].min()) if not bool(budgeted.all()) else rank.numel() + 1
+        held = budgeted & ((rank > self.requested) | (rank > best_to_go))
+        reason = torch.full_like(rank, _SCORE, dtype=torch.uint8)
+        reason[budgeted & (rank > self.without_fillback)] = _FILLBACK
+        reason[held | (~kept & (rank <= self.requested))] = _MIN_KEEP
+        reason[kept & ~budgeted] = _ROUND_TO
+        reason[~kept & (_joined(self.keys) == -torch.inf)] = _DEAD
+        return torch.split(reason, [key.numel() for key in self.keys])
+
+
+def ranks(keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The rank of each unit among those of all layers: 1 goes last. Of equals the earliest goes first.
+
+    >>> ranks([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])])
+    (tensor([1, 4]), tensor([3, 2]))
+    """
+    order = torch.sort(_joined(keys), stable=True).indices
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), 0, -1)
+    return torch.split(rank, [key.numel() for key in keys])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts))
+
+
 def keep_units(
     layers: Sequence[ScoredLayer],
     *,
@@ -58,7 +117,7 @@ def keep_units(
     min_keep: int = 1,
     round_to: int | None = None,
     per_entry: bool = False,
-) -> tuple[list[Tensor], int]:
+) -> Selection:
     """Choose the units of one scope that stay.
 
     Args:
@@ -68,24 +127,19 @@ def keep_units(
         min_keep: units per layer that stay whatever the budget.
         round_to: raise each layer's kept units to a multiple of this, where it has that many.
         per_entry: compare scores per ranked entry, for units of different sizes.
-
-    Returns:
-        a bool tensor per layer, True for units kept, and how many the budget alone would keep.
     """
-    requested = units_to_keep(
-        amount, sum(layer.scores.numel() for layer in layers), _alive_of_size(layers), fillback_rate
-    )
+    units, alive_of_size = sum(layer.scores.numel() for layer in layers), _alive_of_size(layers)
+    requested = units_to_keep(amount, units, alive_of_size, fillback_rate)
     keys = [layer.sort_keys / layer.sizes if per_entry else layer.sort_keys for layer in layers]
     protected = [_best(key, min_keep) for key in keys]
     droppable = [~mask for mask in protected]
-    total = sum(key.numel() for key in keys)
-    drop = min(total - requested, sum(int(mask.sum()) for mask in droppable))
-    dropped = lowest(keys, drop, among=droppable)
-    kept = [~mask for mask in dropped]
+    drop = min(units - requested, sum(int(mask.sum()) for mask in droppable))
+    kept = budgeted = [~mask for mask in lowest(keys, drop, among=droppable)]
     if round_to is not None:
         counts = [-(-int(keep.sum()) // round_to) * round_to for keep in kept]
         kept = [keep | _best(key, n) for keep, key, n in zip(kept, keys, counts, strict=True)]
-    return kept, requested
+    without = units_to_keep(amount, units, alive_of_size, 0.0) if fillback_rate else requested
+    return Selection(tuple(kept), requested, tuple(keys), tuple(budgeted), without)
 
 
 def _alive_of_size(layers: Sequence[ScoredLayer]) -> dict[int, int]:
