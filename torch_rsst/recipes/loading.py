@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.data_loader import skip_first_batches
 from accelerate.utils import send_to_device
-from timm.utils import random_seed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -29,7 +30,12 @@ def seed_everything(*numbers: int) -> None:
     mixed = 0
     for number in numbers:
         mixed = (mixed * 1_000_003 + number + 1) % (2**32 - 5)  # a prime: no two steps in step
-    random_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed)
+    # torch.manual_seed notes a call for each kind of device that has not started, a millisecond each time.
+    torch.default_generator.manual_seed(mixed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(mixed)
 
 
 class Seeded(Dataset[Any]):
@@ -86,9 +92,8 @@ class Loaders:
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch on this process's device, from one on."""
         if not self._images.streams:
-            loader = skip_first_batches(self._train, first) if first else self._train
-            loader.set_epoch(number)
-            yield from loader
+            self._train.set_epoch(number)  # of the sampler, which is hidden once batches are skipped
+            yield from skip_first_batches(self._train, first) if first else self._train
             return
         self._images.train.set_epoch(number)  # type: ignore[attr-defined]
         seed_everything(self._config.seed, number)  # of which the workers make theirs
