@@ -1,7 +1,8 @@
-"""Compact one model of every family of timm and torchvision, and write the page of supported models.
+"""Compact models of many families of timm, torchvision and transformers; write the page of supported models.
 
-    python docs/sweep.py            # everything, into docs/supported_models.md
-    python docs/sweep.py beit swin  # some families, to the terminal
+    python docs/sweep.py                         # everything, into docs/supported_models.md
+    python docs/sweep.py --section transformers  # one section of the page; the others stay as they are
+    python docs/sweep.py beit swin               # some families, to the terminal
 
 Every model is built with random weights. Half of the units that discovery offers are masked, on weights
 and norms moved away from where they begin, and the outputs of the masked model are compared with those
@@ -20,11 +21,13 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 HERE = Path(__file__).parent
+LIBRARIES = ("timm", "torchvision", "transformers")
 PAGE = HERE / "supported_models.md"
 SMALL = (
     "atto",
@@ -75,26 +78,34 @@ class Row:
         return self.error is not None and self.error <= TOLERANCE < self.effect / 1000
 
 
-def families() -> dict[str, tuple[str, str]]:
-    """Family → (library, a small model of it)."""
-    import timm
-    from timm.models import _registry
-    from torchvision.models import list_models
+def families() -> dict[str, str]:
+    """Family → the name of a small model of it."""
+    return {family: name for library in LIBRARIES for family, name in families_of(library).items()}
 
-    chosen: dict[str, tuple[str, str]] = {}
-    by_file: dict[str, list[str]] = defaultdict(list)
-    for name in timm.list_models():
-        by_file[_registry._model_to_module[name]].append(name)
-    for file, names in sorted(by_file.items()):
-        chosen[f"timm/{file}"] = ("timm", min(names, key=_size))
-    by_module: dict[str, list[str]] = defaultdict(list)
-    for name in list_models(module=__import__("torchvision").models):
-        from torchvision.models import get_model_builder
 
-        by_module[get_model_builder(name).__module__.rpartition(".")[2]].append(name)
-    for file, names in sorted(by_module.items()):
-        chosen[f"torchvision/{file}"] = ("torchvision", min(names, key=_size))
-    return chosen
+def families_of(library: str) -> dict[str, str]:
+    """The same for one library; a family is named with its library before it."""
+    by_family: dict[str, list[str]] = defaultdict(list)
+    if library == "timm":
+        import timm
+        from timm.models import _registry
+
+        for name in timm.list_models():
+            by_family[_registry._model_to_module[name]].append(name)
+    elif library == "torchvision":
+        from torchvision.models import get_model_builder, list_models
+
+        for name in list_models(module=__import__("torchvision").models):
+            by_family[get_model_builder(name).__module__.rpartition(".")[2]].append(name)
+    else:
+        return {f"{library}/{family}": name for family, (name, *_) in _transformers().items()}
+    return {f"{library}/{file}": min(names, key=_size) for file, names in sorted(by_family.items())}
+
+
+def _transformers() -> dict[str, tuple[str, dict[str, Any], str]]:
+    from sweep_transformers import MODELS
+
+    return MODELS
 
 
 def _size(name: str) -> tuple[int, int, str]:
@@ -102,8 +113,13 @@ def _size(name: str) -> tuple[int, int, str]:
     return (rank, len(name), name)
 
 
-def build(library: str, name: str) -> tuple[nn.Module, Tensor]:
+def build(family: str, name: str) -> tuple[nn.Module, Any]:
     """A model with random weights, and an input of the size that it is made for, or smaller."""
+    library, _, rest = family.partition("/")
+    if library == "transformers":
+        from sweep_transformers import build as build_tiny
+
+        return build_tiny(rest)
     torch.manual_seed(0)
     if library == "timm":
         import timm
@@ -132,7 +148,7 @@ def build(library: str, name: str) -> tuple[nn.Module, Tensor]:
     raise RuntimeError("the model does not run")
 
 
-def try_model(family: str, library: str, name: str) -> Row:
+def try_model(family: str, name: str) -> Row:
     """Find, mask, compact and compare."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     from contract import difference, randomize
@@ -145,11 +161,13 @@ def try_model(family: str, library: str, name: str) -> Row:
     units: dict[str, int] = {}
     reasons: dict[str, list[str]] = {}
     try:
-        model, images = build(library, name)
+        model, inputs = build(family, name)
         randomize(model)
         model.train()  # clears what attention remembers of its biases
         model.eval()
-        groups, refused = survey(model)
+        # Models of images say what they take; those of text and sound are not asked to.
+        example = inputs if isinstance(inputs, dict) else None
+        groups, refused = survey(model, example_inputs=example)
         for layer in groups.layers:
             if layer.fixed:
                 reasons.setdefault(layer.kind, []).append(layer.fixed)
@@ -163,7 +181,7 @@ def try_model(family: str, library: str, name: str) -> Row:
         dense = copy.deepcopy(model)
         torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
         small = torch_rsst.compact(model, groups)
-        effect, error = difference(dense, model, images), difference(model, small, images)
+        effect, error = difference(dense, model, inputs), difference(model, small, inputs)
         counts = tuple(sum(p.numel() for p in m.parameters()) for m in (model, small))
         return Row(family, name, units, effect, error, (counts[0], counts[1]), reasons)
     except Exception as problem:
@@ -171,27 +189,50 @@ def try_model(family: str, library: str, name: str) -> Row:
         return Row(family, name, units, reasons=reasons, failure=text)
 
 
-def page(rows: list[Row]) -> str:
-    """The documentation page."""
-    verified = [row for row in rows if row.ok]
+def page(sections: dict[str, list[str]]) -> str:
+    """The documentation page, of the lines of each section."""
     lines = [
         "# Supported models",
         "",
-        "One small model of every module file of timm and of every classification family of torchvision, with random",
-        "weights. Half of the units that {func}`torch_rsst.find_groups` offers were masked and cut by",
-        "{func}`torch_rsst.compact`. *Error* is the largest difference between the outputs of the masked and the",
-        "compacted model, in float64, relative to outputs above 1; *effect* what masking itself changes. Written by",
-        "`python docs/sweep.py`.",
-        "",
-        f"{len(verified)} of {len(rows)} families have at least one kind of unit compacted and verified; "
-        f"{sum(row.error is not None and not row.ok for row in rows)} with a wrong result.",
+        "One small model of every module file of timm and of every classification family of torchvision, and tiny",
+        "models of many families of transformers, with random weights. Half of the units that",
+        "{func}`torch_rsst.find_groups` offers were masked and cut by {func}`torch_rsst.compact`. *Error* is the largest",
+        "difference between the outputs of the masked and the compacted model, in float64, relative to outputs above 1;",
+        "*effect* what masking itself changes. Written by `python docs/sweep.py`.",
         "",
     ]
-    for library in ("timm", "torchvision"):
-        own = [row for row in rows if row.family.startswith(f"{library}/")]
-        if own:
-            lines += [f"## {library}", "", *_table(own), ""]
+    counts = [verified(line) for section in sections.values() for line in section]
+    rows = [count for count in counts if count is not None]
+    lines += [
+        f"{rows.count('right')} of {len(rows)} families have at least one kind of unit compacted and verified; "
+        f"{rows.count('wrong')} with a wrong result.",
+        "",
+    ]
+    for library, section in sections.items():
+        lines += [f"## {library}", "", *section, ""]
     return "\n".join(lines)
+
+
+def read_page() -> dict[str, list[str]]:
+    """The sections of the page as it is."""
+    sections: dict[str, list[str]] = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            sections[line.removeprefix("## ")] = []
+        elif sections and line:
+            list(sections.values())[-1].append(line)
+    return sections
+
+
+def verified(line: str) -> str | None:
+    """What a line of a table says of a family: right, wrong, or nothing cut; None for other lines."""
+    cells = [cell.strip() for cell in line.split("|")]
+    if len(cells) < 11 or cells[1] in ("family", "---"):
+        return None
+    effect, error = cells[7], cells[8]
+    if not error:
+        return "nothing cut"
+    return "right" if float(error) <= TOLERANCE < float(effect) / 1000 else "wrong"
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -202,7 +243,8 @@ def _table(rows: list[Row]) -> list[str]:
     for row in rows:
         counts = [str(row.units.get(kind, "")) for kind in ("heads", "neurons", "channels")]
         before, after = row.parameters
-        shrunk = f"{before / 1e6:.1f} M → {after / 1e6:.1f} M" if after else ""
+        size, unit = (1e6, "M") if before > 3e5 else (1e3, "k")
+        shrunk = f"{before / size:.1f} {unit} → {after / size:.1f} {unit}" if after else ""
         error = "" if row.error is None else f"{row.error:.0e}"
         effect = "" if row.error is None else f"{row.effect:.0e}"
         why = [f"{kind}: {'; '.join(texts[:2])}" for kind, texts in row.reasons.items()]
@@ -221,10 +263,9 @@ def _table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def run_alone(family: str) -> Row:
+def run_alone(family: str, name: str) -> Row:
     """Try a family in a process of its own, which takes its memory with it."""
-    _, name = families()[family]
-    command = [sys.executable, __file__, "--one", family]
+    command = [sys.executable, __file__, "--one", family, name]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
     except subprocess.TimeoutExpired:
@@ -236,18 +277,25 @@ def run_alone(family: str) -> Row:
 
 
 def main(wanted: list[str]) -> None:
-    """Sweep all families, or those named."""
+    """Sweep all families, those of one library, or those named."""
     if wanted[:1] == ["--one"]:
-        print(json.dumps(asdict(try_model(wanted[1], *families()[wanted[1]]))))
+        print(json.dumps(asdict(try_model(*wanted[1:]))))
         return
-    chosen = [f for f in families() if not wanted or any(word in f for word in wanted)]
+    if wanted[:1] == ["--section"]:
+        chosen, sections = families_of(wanted[1]), read_page()
+    else:
+        every, sections = families(), {}
+        chosen = {f: n for f, n in every.items() if not wanted or any(word in f for word in wanted)}
     rows = []
     with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(run_alone, chosen):
+        for row in pool.map(run_alone, chosen, chosen.values()):
             rows.append(row)
             print(json.dumps(asdict(row)), flush=True)
-    if not wanted:
-        PAGE.write_text(page(rows), encoding="utf-8")
+    if not wanted or wanted[0] == "--section":
+        for library in LIBRARIES:
+            if own := [row for row in rows if row.family.startswith(f"{library}/")]:
+                sections[library] = _table(own)
+        PAGE.write_text(page(sections), encoding="utf-8")
     print(f"{sum(row.ok for row in rows)} of {len(rows)} families compacted and verified")
 
 

@@ -205,9 +205,9 @@ def normed_mlp() -> nn.Sequential:
 class Lift(nn.Module):
     """A module of parameters between two layers, of which nothing is known."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.low = nn.Parameter(torch.zeros(width))
+        self.low = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp(min=self.low)
@@ -236,6 +236,8 @@ class Siblings(nn.Module):
     [
         (normed_mlp(), r"1 (LayerNorm) may join"),
         (nn.Sequential(nn.Linear(4, 6), Lift(6), nn.Linear(6, 4)), r"1 (Lift) may join"),
+        # As ConvNeXt V2 of transformers stores the scales of its norm.
+        (nn.Sequential(nn.Linear(4, 6), Lift(1, 1, 1, 6), nn.Linear(6, 4)), r"1 (Lift) may join"),
         (MixingMLP(), "its units mix before the output layer"),
         (Siblings(), "its input layer does not feed its output layer"),
         (mlp().to("meta"), "its weights are on the meta device"),

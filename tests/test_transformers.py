@@ -211,7 +211,7 @@ def test_images_are_guessed() -> None:
 def test_eager_attention_is_refused_with_the_way_out() -> None:
     model = build("ViT", **VISION, attn_implementation="eager").double()
     with pytest.raises(
-        ValueError, match=r"returns the weights of every head; call model\.set_attn"
+        ValueError, match=r"every head; where the model has another, call model\.set_attn"
     ):
         torch_rsst.find_groups(model, "heads", example_inputs=pixels(8), on_unsupported="ignore")
     model.set_attn_implementation("sdpa")

@@ -198,10 +198,15 @@ def _shape(module: nn.Module, name: str = "weight") -> torch.Size:
 
 def _maps(module: nn.Module) -> bool:
     """Whether a module holds a matrix, but for convolutions of each channel alone."""
-    names = [n for n in own_parameters(module) if len(_shape(module, n)) > 1]
+    names = [n for n in own_parameters(module) if _is_matrix(_shape(module, n))]
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1:
         return False
     return bool(names)
+
+
+def _is_matrix(shape: torch.Size) -> bool:
+    # Scales of channels that come last are stored as (1, 1, 1, channels), too.
+    return len(shape) > 1 and not (len(shape) > 2 and set(shape[:-1]) == {1})
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:

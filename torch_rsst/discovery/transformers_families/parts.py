@@ -70,7 +70,7 @@ def returns_weights(module: nn.Module) -> Unsupported | None:
     if getattr(config, "_attn_implementation", "") != "eager":
         return None
     return Unsupported(
-        "its eager implementation returns the weights of every head; "
+        "its eager implementation returns the weights of every head; where the model has another, "
         "call model.set_attn_implementation('sdpa') first, and set it back once the model is compacted"
     )
 
