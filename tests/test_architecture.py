@@ -51,7 +51,7 @@ FLOORS = [
     ],
     [
         "functional",
-        "regroup",
+        "regrouping",
         "report",
         "round_state",
         "checkpoints",
@@ -155,6 +155,21 @@ def test_the_library_needs_torch_alone(module: str) -> None:
     assert foreign <= allowed
 
 
+def test_no_public_name_is_that_of_another_module() -> None:
+    """Importing a submodule sets it on the package, where it would hide what is imported lazily."""
+    for name in torch_rsst.__all__:
+        if f"torch_rsst.{name}" in MODULES:
+            assert getattr(torch_rsst, name) is sys.modules[f"torch_rsst.{name}"]
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    code = (
+        "import sys, torch_rsst; assert 'torch' not in sys.modules; "
+        "torch_rsst.RSST; assert 'torch' in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) != "cli"])
 def test_only_the_command_line_prints(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
@@ -164,7 +179,7 @@ def test_only_the_command_line_prints(module: str) -> None:
 
 def test_importing_the_library_imports_torch_alone() -> None:
     code = (
-        "import sys, torch; before = set(sys.modules); import torch_rsst; "
+        "import sys, torch; before = set(sys.modules); import torch_rsst.api; "
         f"print(sorted({set(OUTSIDERS)} & (set(sys.modules) - before)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

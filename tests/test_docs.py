@@ -20,3 +20,15 @@ def test_the_page_names_tests() -> None:
 def test_a_named_test_exists(path: str, name: str) -> None:
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.needs_timm
+def test_every_option_is_documented() -> None:
+    from dataclasses import fields
+
+    from torch_rsst.recipes.config import CompactConfig, RunConfig
+
+    page = (ROOT / "docs/command_line.md").read_text()
+    named = set(re.findall(r"^\| `--([\w-]+)` \|", page, re.MULTILINE))
+    options = {f.name for config in (RunConfig, CompactConfig) for f in fields(config)} - {"folder"}
+    assert named == {name.replace("_", "-") for name in options}

@@ -18,7 +18,7 @@ import torch_rsst
 from torch_rsst import Group, GroupLayer, Groups, Member, find_groups, head_layer, regroup
 from torch_rsst.budget import units_to_keep
 from torch_rsst.masks import extract_mask, named_weights
-from torch_rsst.regroup import RegroupPlan, decide
+from torch_rsst.regrouping import RegroupPlan, decide
 from torch_rsst.testing import mask_sets, models_with_groups
 
 Fingerprint = Callable[[nn.Module], list[Any]]

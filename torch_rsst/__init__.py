@@ -27,8 +27,7 @@ def __getattr__(name: str) -> Any:
     if name == "__all__" or not name.startswith("__"):
         api = importlib.import_module("torch_rsst.api")
         if hasattr(api, name):
-            globals().update({key: getattr(api, key) for key in api.__all__})
-            return getattr(api, name)
+            return globals().setdefault(name, getattr(api, name))
         if name in globals():  # a submodule, which the import has put here
             return globals()[name]
     raise AttributeError(f"module 'torch_rsst' has no attribute {name!r}")

@@ -50,7 +50,7 @@ from torch_rsst.masks import (
 from torch_rsst.methods import Fillback, GlobalL1, HeadRegroup
 from torch_rsst.optimizer_state import convert_optimizer_state
 from torch_rsst.planning import Plan, plan
-from torch_rsst.regroup import regroup
+from torch_rsst.regrouping import regroup
 from torch_rsst.regularizer import RegularizedPruner
 from torch_rsst.removal import remove_all
 from torch_rsst.report import LayerReport, SparsityReport, sparsity_report

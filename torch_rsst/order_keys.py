@@ -181,7 +181,7 @@ class Column:
         start = 0
         size = self.scratch.size
         if all(t.is_contiguous() for t in (self.scores, self.among) if t is not None):
-            size *= stride  # a part is looked at in place: its entries need room, not what lies between
+            size *= stride  # looked at in place: what lies between needs no room
         parts = _parts(self.scores, size)
         masks = repeat(None) if self.among is None else _parts(self.among, size)
         for number, (scores, mask) in enumerate(zip(parts, masks, strict=False)):

@@ -29,7 +29,7 @@ from torch_rsst.groups import Group, GroupLayer, Groups, as_groups
 from torch_rsst.importance import Importance, name_of
 from torch_rsst.masked_parameter import restore
 from torch_rsst.masks import extract_mask, named_weights, unwrap
-from torch_rsst.regroup import RegroupPlan, Scope, choose, score_layers
+from torch_rsst.regrouping import RegroupPlan, Scope, choose, score_layers
 from torch_rsst.site import masked_sites
 from torch_rsst.surgery import Removal
 

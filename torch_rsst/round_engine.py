@@ -32,7 +32,7 @@ from torch_rsst.masks import (
 from torch_rsst.optimizer_state import reset_returned
 from torch_rsst.penalty_hooks import Optimizers, as_optimizers
 from torch_rsst.ranking import rank, ranked_names
-from torch_rsst.regroup import RegroupPlan, decide, refill_from
+from torch_rsst.regrouping import RegroupPlan, decide, refill_from
 from torch_rsst.regularizer import RegularizedPruner
 from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.report import SparsityReport, sparsity_report

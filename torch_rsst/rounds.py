@@ -15,7 +15,7 @@ from torch_rsst.groups import Group, GroupLayer, Groups
 from torch_rsst.importance import Importance, remain
 from torch_rsst.masks import Masks, named_weights
 from torch_rsst.penalty_hooks import Mode, Optimizers
-from torch_rsst.regroup import RegroupPlan, Scope, Ungrouped
+from torch_rsst.regrouping import RegroupPlan, Scope, Ungrouped
 from torch_rsst.regularizer import GradScale
 from torch_rsst.round_engine import Chosen, RegroupAmount, Rewind, Round, Rounds
 from torch_rsst.schedules import Schedule, resolve_schedule

@@ -183,7 +183,7 @@ def _activations(config: RunConfig, trainer: Trainer) -> int:
         outputs = trainer.bare(example)
     own = sum(size for place, size in kept.items() if place not in weights)
     del outputs
-    return own // len(example) * (config.batch_size // trainer.processes)
+    return int(own) // len(example) * (config.batch_size // trainer.processes)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

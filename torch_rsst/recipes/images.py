@@ -176,7 +176,7 @@ def _part(root: Path, split: str, *, training: bool) -> Path:
 def _of_torchvision(config: RunConfig, root: Path, *, training: bool) -> Dataset[Any]:
     """A data set of torchvision by the name of its class."""
     name = config.source.removeprefix("torchvision/")
-    sets = {
+    sets: dict[str, Any] = {
         key: value
         for key, value in vars(torchvision.datasets).items()
         if inspect.isclass(value) and issubclass(value, torchvision.datasets.VisionDataset)
@@ -198,11 +198,12 @@ def _of_torchvision(config: RunConfig, root: Path, *, training: bool) -> Dataset
     if "download" in takes:
         options["download"] = config.download
     try:
-        return sets[name](**options)  # type: ignore[no-any-return]
+        dataset: Dataset[Any] = sets[name](**options)
     except (OSError, RuntimeError, ValueError) as error:
         got = " ".join(str(error).split())
         expected, remedy = f"torchvision's {name}", "Check --data-dir, or pass --download."
         raise ValueError(message(str(root), expected=expected, got=got, remedy=remedy)) from error
+    return dataset
 
 
 def _classes(dataset: Any) -> list[str]:

@@ -34,7 +34,7 @@ def seed_everything(*numbers: int) -> None:
     np.random.seed(mixed)
     # torch.manual_seed notes a call for each kind of device that has not started, a millisecond each time.
     torch.default_generator.manual_seed(mixed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(mixed)
 
 
@@ -92,7 +92,7 @@ class Loaders:
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch on this process's device, from one on."""
         if not self._images.streams:
-            self._train.set_epoch(number)  # of the sampler, which is hidden once batches are skipped
+            self._train.set_epoch(number)  # hidden once batches are skipped
             yield from skip_first_batches(self._train, first) if first else self._train
             return
         self._images.train.set_epoch(number)  # type: ignore[attr-defined]

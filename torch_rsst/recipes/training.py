@@ -158,7 +158,7 @@ class Trainer:
         self.model.train()
         device = self.accelerator.device
         correct, seen = self.accelerator.reduce(right.float().to(device), "sum").tolist()
-        return 100.0 * correct / max(seen, 1.0)
+        return float(100.0 * correct / max(seen, 1.0))
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy with labels, or with the shares of classes in mixed images."""
@@ -273,7 +273,7 @@ def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
 def _average(config: RunConfig, model: nn.Module) -> AveragedModel | None:
     if not config.ema:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
 
 
 def _mixup(config: RunConfig, classes: int) -> Mixup | None:
