@@ -181,9 +181,9 @@ def _activations(config: RunConfig, trainer: Trainer) -> int:
         trainer.accelerator.autocast(),
     ):
         outputs = trainer.bare(example)
-    own = sum(size for place, size in kept.items() if place not in weights)
+    own: int = sum(size for place, size in kept.items() if place not in weights)
     del outputs
-    return int(own) // len(example) * (config.batch_size // trainer.processes)
+    return own // len(example) * (config.batch_size // trainer.processes)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

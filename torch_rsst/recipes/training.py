@@ -73,7 +73,8 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.accelerator = _accelerator(config)
-        processes = self.processes = self.accelerator.num_processes
+        processes: int = self.accelerator.num_processes
+        self.processes = processes
         images = open_images(config, processes=processes)
         check_batch_size(config, images, processes)
         seed_everything(config.seed)
