@@ -68,7 +68,7 @@ class PenalizedSet:
                     parameter.grad = torch.zeros_like(parameter)
                 own, gradient = local(parameter), local(parameter.grad)
                 if where.is_floating_point() or where.numel() < own.numel():
-                    there = where.to(own.dtype)
+                    there = where if where.is_floating_point() else where.to(own.dtype)
                     there = there if scale is None else there * scale
                     gradient.addcmul_(own, there, value=strength)
                 else:
@@ -125,8 +125,8 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
     """Where P lies, in the form that takes least.
 
     Where whole units lie in P, a bool vector along one dimension: no memory to speak of, and no time to
-    read it. Else 1 in P and 0 elsewhere, to multiply with; but bool where something outside P is not
-    finite, as 0 · ∞ is no 0.
+    read it. Else 1 in P and 0 elsewhere, to multiply with, two bytes each; but bool where something outside
+    P is not finite, as 0 · ∞ is no 0.
     """
     for dim in range(penalized.dim()):
         others = [d for d in range(penalized.dim()) if d != dim]
@@ -134,7 +134,7 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
         if bool((units == penalized).all()):
             return units
     outside = weight.detach().masked_fill(penalized, 0.0)
-    return penalized.to(weight.dtype) if bool(outside.isfinite().all()) else penalized
+    return penalized.to(torch.float16) if bool(outside.isfinite().all()) else penalized
 
 
 def _numbers(*values: float, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

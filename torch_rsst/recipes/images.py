@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torchvision
-from timm.data import create_dataset, create_transform
+from PIL import Image
+from timm.data import ImageDataset, create_dataset, create_transform
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.transforms import Compose
 
 from torch_rsst.errors import listing, message, unknown_choice
 from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
 
 _TRAIN, _HELD_OUT = "train", ("validation", "val", "valid", "test")
+
+
+class BadImages(ValueError):
+    """Images that cannot be read, or are labeled as none of the classes."""
+
+    def __init__(self, text: str) -> None:
+        # What a loading process raises comes back wrapped into its traceback.
+        super().__init__(text.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +63,46 @@ class Images:
             train, held_out = digits.datasets(form["input_size"][-1])
             return Images(digits.Shifted(train), held_out, self.classes, self.channels)
         shape = {key: form[key] for key in ("input_size", "interpolation", "mean", "std")}
-        self.train.transform = create_transform(  # type: ignore[attr-defined]
+        evaluating = create_transform(
+            **shape, crop_pct=form["crop_pct"], crop_mode=form["crop_mode"]
+        )
+        # Data sets of torchvision give gray images as such; models take three channels.
+        self.train.transform = Compose([_in_color, _augmenting(config, shape)])  # type: ignore[attr-defined]
+        self.held_out.transform = Compose([_in_color, evaluating])  # type: ignore[attr-defined]
+        return self
+
+
+class Files(Dataset[Any]):
+    """Images of one of timm's readers; what cannot be read is an error that names the file.
+
+    timm's own data set takes the next image instead: then accuracies are of other images than meant.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self.reader, self.transform = reader, _in_color
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        file, label = self.reader[index][:2]
+        try:
+            image = _in_color(Image.open(file))
+        except (OSError, SyntaxError, ValueError) as error:  # PIL: SyntaxError for a broken PNG
+            got = " ".join(str(error).split())
+            remedy = "Restore or remove the file."
+            name = self.reader.filename(index, absolute=True)
+            raise BadImages(message(name, expected="an image", got=got, remedy=remedy)) from error
+        return self.transform(image), label
+
+
+def _in_color(image: Any) -> Any:
+    return image.convert("RGB") if isinstance(image, Image.Image) else image
+
+
+def _augmenting(config: RunConfig, shape: Mapping[str, Any]) -> Any:
+    try:
+        return create_transform(
             **shape,
             is_training=True,
             scale=(config.crop_scale, 1.0),
@@ -60,10 +111,12 @@ class Images:
             auto_augment=config.auto_augment,
             re_prob=config.random_erasing,
         )
-        self.held_out.transform = create_transform(  # type: ignore[attr-defined]
-            **shape, crop_pct=form["crop_pct"], crop_mode=form["crop_mode"]
-        )
-        return self
+    except Exception as error:  # timm asserts, or fails at whatever it reads
+        expected, remedy = "a policy of timm", "Try rand-m9-mstd0.5-inc1."
+        got = repr(config.auto_augment)
+        raise ValueError(
+            message("auto_augment", expected=expected, got=got, remedy=remedy)
+        ) from error
 
 
 def open_images(config: RunConfig, *, processes: int) -> Images:
@@ -124,16 +177,17 @@ def _open(config: RunConfig, root: Path, *, training: bool, processes: int) -> D
         ]
         raise ValueError(unknown_choice("dataset", config.source, choices))
     try:
-        dataset: Dataset[Any] = create_dataset(
-            "" if config.source == "folder" else config.source,
-            root=str(root),
-            split=split,
-            search_split=config.source != "folder",
-            is_training=training,
-            batch_size=max(1, config.batch_size // processes),
-            seed=config.seed,
-            download=config.download,
-        )
+        with _without_logs():
+            dataset: Dataset[Any] = create_dataset(
+                "" if config.source == "folder" else config.source,
+                root=str(root),
+                split=split,
+                search_split=config.source != "folder",
+                is_training=training,
+                batch_size=max(1, config.batch_size // processes),
+                seed=config.seed,
+                download=config.download,
+            )
     except (
         AssertionError,
         AttributeError,
@@ -151,7 +205,26 @@ def _open(config: RunConfig, root: Path, *, training: bool, processes: int) -> D
         raise ValueError(
             message(str(root), expected=expected, got=reason, remedy=remedy)
         ) from error
+    reader = getattr(dataset, "reader", None)
+    if isinstance(dataset, ImageDataset):
+        return Files(reader)
+    if not training and hasattr(reader, "dist_num_replicas"):
+        # Shares of shards are not equal, and some images would be left out or counted twice: every
+        # process reads all, and judges its share of the batches.
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
     return dataset
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Readers log what they miss; where it is needed, they also raise, and that is shown."""
+    logger = logging.getLogger("timm.data")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _part(root: Path, split: str, *, training: bool) -> Path:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from torch_rsst.errors import message
 from torch_rsst.recipes.config import RunConfig
-from torch_rsst.recipes.images import Images
+from torch_rsst.recipes.images import BadImages, Images
 
 Batch = tuple[Tensor, Tensor]
 
@@ -38,25 +38,48 @@ def seed_everything(*numbers: int) -> None:
         torch.cuda.manual_seed_all(mixed)
 
 
-class Seeded(Dataset[Any]):
-    """A data set whose augmentation depends on seed, epoch and index alone.
+class Checked(Dataset[Any]):
+    """A data set of which every image can be read and is of one of the classes, or is an error."""
 
-    So it is the same for any number of workers and processes, and after a resume.
-    """
-
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self._dataset, self._seed, self._epoch = dataset, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Augment differently from now on."""
-        self._epoch = epoch
+    def __init__(self, dataset: Dataset[Any], classes: int) -> None:
+        self._dataset, self._classes = dataset, classes
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
+        try:
+            image, label = self._dataset[index]
+            label = int(label)
+        except BadImages:
+            raise
+        except Exception as error:  # of the data set, PIL, the transforms
+            got = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            expected, remedy = "an image and the number of its class", "Check the data set."
+            raise BadImages(
+                message(f"image {index}", expected=expected, got=got, remedy=remedy)
+            ) from error
+        check_labels(torch.tensor([label]), self._classes)
+        return image, label
+
+
+class Seeded(Checked):
+    """A data set whose augmentation depends on seed, epoch and index alone.
+
+    So it is the same for any number of workers and processes, and after a resume.
+    """
+
+    def __init__(self, dataset: Dataset[Any], classes: int, seed: int) -> None:
+        super().__init__(dataset, classes)
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Augment differently from now on."""
+        self._epoch = epoch
+
+    def __getitem__(self, index: int) -> Any:
         seed_everything(self._seed, self._epoch, index)
-        return self._dataset[index]
+        return super().__getitem__(index)
 
 
 class Loaders:
@@ -68,15 +91,15 @@ class Loaders:
     def __init__(self, config: RunConfig, images: Images, accelerator: Accelerator) -> None:
         self._config, self._images, self._accelerator = config, images, accelerator
         self._share = config.batch_size // accelerator.num_processes
-        # Readers of streams draw random numbers as they go: not from those of the model.
-        self._workers = max(_workers(config), 1) if images.streams else _workers(config)
+        self._workers = _workers(config)
         self._train: Any = None
         if images.streams:
+            self._workers = _of_stream(images.train, self._workers, accelerator.num_processes)
             images.train.set_loader_cfg(num_workers=self._workers)  # type: ignore[attr-defined]
             self._train = self._loader(images.train, self._share, drop_last=True)
         else:
             loader = self._loader(
-                Seeded(images.train, config.seed), config.batch_size, shuffle=True, drop_last=True
+                self._seeded(), config.batch_size, shuffle=True, drop_last=True
             )
             self._train = accelerator.prepare(loader)
         self._held_out = held_out_loader(
@@ -87,7 +110,7 @@ class Loaders:
         """Batches of an epoch."""
         if not self._images.streams:
             return len(self._train)
-        return len(self._images.train) // self._config.batch_size  # type: ignore[arg-type]
+        return len(self._images.train) // self._share  # type: ignore[arg-type] # it counts its share
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch on this process's device, from one on."""
@@ -97,16 +120,28 @@ class Loaders:
             return
         self._images.train.set_epoch(number)  # type: ignore[attr-defined]
         seed_everything(self._config.seed, number)  # of which the workers make theirs
+        found = 0
         # What comes before is read and left: only so the rest is the same.
-        for images, labels in islice(self._train, first, len(self)):
-            self._check_labels(labels)
-            yield send_to_device((images, labels), self._accelerator.device)
+        for found, (images, labels) in enumerate(islice(self._train, len(self)), 1):
+            if found > first:
+                check_labels(labels, self._images.classes)
+                yield send_to_device((images, labels), self._accelerator.device)
+        if found < len(self):
+            expected = f"{len(self)} batches an epoch, by the number of images of --train-split"
+            remedy = "Correct the number, or restore the shards."
+            got = f"{found} that can be read"
+            raise BadImages(
+                message(self._config.source, expected=expected, got=got, remedy=remedy)
+            )
 
     def held_out(self) -> Iterator[Batch]:
         """What is held out: the share of this process."""
-        for images, labels in self._held_out:
-            self._check_labels(labels)
-            yield send_to_device((images, labels), self._accelerator.device)
+        accelerator, streams = self._accelerator, self._images.streams
+        for number, (images, labels) in enumerate(self._held_out):
+            check_labels(labels, self._images.classes)
+            if streams and number % accelerator.num_processes != accelerator.process_index:
+                continue  # streams are read by every process
+            yield send_to_device((images, labels), accelerator.device)
 
     def samples(self, batches: int) -> Iterator[Batch]:
         """Training batches to measure importance on: the share of this process, always the same."""
@@ -117,9 +152,11 @@ class Loaders:
         count = min(batches * self._config.batch_size, found)
         drawn = random.Random(self._config.seed).sample(range(found), count)
         own = drawn[self._accelerator.process_index :: self._accelerator.num_processes]
-        seeded = Seeded(self._images.train, self._config.seed)
-        for batch in self._loader(Subset(seeded, own), self._share):
+        for batch in self._loader(Subset(self._seeded(), own), self._share):
             yield send_to_device(batch, self._accelerator.device)
+
+    def _seeded(self) -> Seeded:
+        return Seeded(self._images.train, self._images.classes, self._config.seed)
 
     def _loader(self, dataset: Dataset[Any], size: int, **options: Any) -> DataLoader[Any]:
         return DataLoader(dataset, size, num_workers=self._workers, **options)
@@ -130,17 +167,22 @@ class Loaders:
             return dataset
         return Subset(dataset, range(own, len(dataset), processes))  # type: ignore[arg-type]
 
-    def _check_labels(self, labels: Tensor) -> None:
-        highest, classes = int(labels.max()), self._images.classes
-        if highest >= classes:
-            raise ValueError(
-                message(
-                    "--num-classes",
-                    expected=f"more than {highest}, which is a label in the data",
-                    got=classes,
-                    remedy=f"Pass --num-classes {highest + 1} or more.",
-                )
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise unless labels are numbers of classes."""
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0:
+        expected, remedy = "labels from 0 on", "Correct the labels of the data."
+        raise BadImages(message("the data", expected=expected, got=lowest, remedy=remedy))
+    if highest >= classes:
+        raise BadImages(
+            message(
+                "num_classes",
+                expected=f"more than {highest}, which is a label in the data",
+                got=classes,
+                remedy=f"Pass --num-classes {highest + 1} or more.",
             )
+        )
 
 
 def held_out_loader(
@@ -152,8 +194,10 @@ def held_out_loader(
     """Batches of what is held out, or of a part of it, on the CPU."""
     dataset, workers = images.held_out if part is None else part, _workers(config)
     if images.streams:
-        workers = max(workers, 1)
+        workers = _of_stream(dataset, workers, 1)
         dataset.set_loader_cfg(num_workers=workers)  # type: ignore[attr-defined]
+    else:
+        dataset = Checked(dataset, images.classes)
     return DataLoader(dataset, batch_size or config.batch_size, num_workers=workers)
 
 
@@ -161,6 +205,24 @@ def _workers(config: RunConfig) -> int:
     if config.workers is not None:
         return config.workers
     return 0 if config.source == "digits" else min(_WORKERS, os.cpu_count() or 1)
+
+
+def _of_stream(dataset: Any, workers: int, processes: int) -> int:
+    """How many processes may read a stream: each takes at least one shard, if there are shards.
+
+    At least one: readers draw random numbers as they go, not from those of the model.
+    """
+    known = getattr(getattr(dataset, "reader", None), "split_info", None)
+    shards = getattr(known, "filenames", None)
+    if not isinstance(shards, (list, tuple)):
+        return max(workers, 1)
+    if len(shards) < processes:
+        expected = f"a shard for each of the {processes} processes"
+        remedy = "Make more shards, or start fewer processes."
+        raise ValueError(
+            message("train_split", expected=expected, got=f"{len(shards)}", remedy=remedy)
+        )
+    return max(min(workers, len(shards) // processes), 1)
 
 
 def check_batch_size(config: RunConfig, images: Images, processes: int) -> None:
@@ -176,6 +238,8 @@ def check_batch_size(config: RunConfig, images: Images, processes: int) -> None:
     if config.mixes and (config.batch_size // processes) % 2:
         refuse("an even number on each process, to mix images", "Pass another --batch-size.")
     found = len(images.train)  # type: ignore[arg-type]
+    if images.streams:  # which count the share of one process
+        found *= processes
     if config.batch_size * config.accumulation > found:
         times = f" by {config.accumulation} (--accumulation)" if config.accumulation > 1 else ""
         refuse(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -65,9 +66,26 @@ def choose_model(config: RunConfig, images: Images) -> Chosen:
         raise ValueError(message("model", expected=expected, got=reason, remedy=remedy)) from error
     form = resolve_data_config({"img_size": config.image_size}, model=model)
     form["input_size"] = (images.channels, *form["input_size"][1:])
+    _try(model, name, form["input_size"], images.classes)
     return Chosen(
         model, name, {"name": "timm.create_model", "args": [name], "kwargs": options}, form
     )
+
+
+def _try(model: nn.Module, name: str, size: tuple[int, ...], classes: int) -> None:
+    """Raise where a model does not turn images of a size into a score for each class."""
+    try:
+        with torch.inference_mode():
+            outputs = model.eval()(torch.zeros(2, *size))
+        model.train()
+        if not isinstance(outputs, torch.Tensor) or outputs.shape != (2, classes):
+            raise ValueError(f"another output than {classes} scores for each image")
+    except Exception as error:  # models assert, or fail at whatever they compute
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        expected = f"a size that {name} takes, not {'x'.join(map(str, size[1:]))} pixels"
+        raise ValueError(
+            message("image_size", expected=expected, got=reason, remedy="Pass another --image-size.")
+        ) from error
 
 
 def _name(config: RunConfig) -> str:
