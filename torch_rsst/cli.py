@@ -80,6 +80,7 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
         if isinstance(config, CompactConfig):
             return partial(_compact, config)
         if config.resume:
+            _check_only_resumes(config)
             from torch_rsst.recipes.run_folder import RunFolder
 
             # A resumed run keeps its own options; naming another value is an error, found later.
@@ -93,6 +94,17 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
         return partial(_dry_run if config.dry_run else _run, config)
     except (TypeError, ValueError, OSError) as error:
         raise _WrongInput(_one_line(error)) from error
+
+
+def _check_only_resumes(config: Any) -> None:
+    beside = [name for name in ("config", "dry_run", "write_config") if getattr(config, name)]
+    if beside:
+        expected, remedy = (
+            "nothing else to do",
+            "A resumed run keeps its own options: leave it away.",
+        )
+        got = ", ".join(map(_flag, beside))
+        raise ValueError(message("--resume", expected=expected, got=got, remedy=remedy))
 
 
 def _write_config(config: Any) -> int:
@@ -131,6 +143,7 @@ def _dry_run(config: Any) -> int:
 
 def _run(config: Any) -> int:
     from torch_rsst.recipes.experiment import Experiment
+    from torch_rsst.recipes.images import BadImages
     from torch_rsst.recipes.run_folder import RunFolder
     from torch_rsst.recipes.training import Diverged, Interrupted
 
@@ -154,7 +167,7 @@ def _run(config: Any) -> int:
                 file=sys.stderr,
             )
         return _INTERRUPTED
-    except Diverged as error:
+    except (Diverged, BadImages) as error:
         raise _WrongInput(_one_line(error)) from error
     except OSError as error:
         again = f"torch-rsst run --resume --output {config.output}"

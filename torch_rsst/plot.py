@@ -19,7 +19,8 @@ from torch_rsst.schedules import Schedule, resolve_schedule
 
 _ALIVE = "viridis"
 _STAYS, _GONE = "tab:blue", "tab:red"
-_MOST_FRAMES = 64
+_MOST_FRAMES = 40  # of one picture: more lie on top of each other
+_MOST_NUMBERS = 24  # of one row
 _KIND_COLORS = {"heads": "tab:blue", "neurons": "tab:orange", "channels": "tab:green"}
 
 
@@ -44,16 +45,15 @@ def head_map(report: SparsityReport, *, kind: str = "heads") -> Figure:
     shares = np.full((len(layers), width), np.nan)
     for row, layer in enumerate(layers):
         shares[row, : layer.units] = layer.alive_share
-    figure = Figure(
-        figsize=(2.5 + 0.6 * min(width, 24), 1.6 + 0.45 * len(layers)), layout="constrained"
-    )
+    across = 2.5 + 0.6 * width if width <= _MOST_NUMBERS else 9.0
+    figure = Figure(figsize=(across, 1.6 + 0.45 * len(layers)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap=_ALIVE, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(layers)), [layer.name or "(model)" for layer in layers])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(kind.removesuffix("s"))
     axes.set_title(f"{report.gone(kind)} of {report.units(kind)} {kind} gone")
-    if width <= 24:
+    if width <= _MOST_NUMBERS:
         _annotate(axes, shares)
     figure.colorbar(image, ax=axes, label="alive share", format=PercentFormatter(1.0))
     return figure

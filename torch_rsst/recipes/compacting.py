@@ -39,7 +39,7 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
     shown = output.resolve() == run.compact.resolve()  # on the run's own page
     records = run.read_metrics() if shown else []
     model = run.read_model(results["build"])
-    own = own if config.data_dir is None else replace(own, data_dir=config.data_dir)
+    own = own if config.data_dir is None else _moved(own, config)
     loader = _held_out(own, model)
     images = _first(loader, config.images)
     groups = torch_rsst.find_groups(model, own.kinds, example_inputs=images[:2])
@@ -58,6 +58,13 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
     if shown:
         write_page(run, own, results, records, receipt)
     return receipt
+
+
+def _moved(own: RunConfig, config: CompactConfig) -> RunConfig:
+    # By its name: "auto" would be a folder once there is one.
+    moved = replace(own, dataset=own.source, data_dir=config.data_dir)
+    moved.check()
+    return moved
 
 
 def _held_out(config: RunConfig, model: nn.Module) -> DataLoader[Any]:

@@ -19,6 +19,8 @@ from torch_rsst.recipes.training_options import TrainingOptions
 
 # What a resumed run may change: where it runs, not what it computes.
 _FREE_ON_RESUME = ("output", "device", "workers", "data_dir")
+# Data sets whose images come in an order that depends on how many processes read them.
+_STREAMS = ("wds/", "hfids/", "tfds/")
 # What to do, rather than what the run is: not written down.
 _ORDERS = ("resume", "config", "dry_run", "write_config")
 _ONLY_WITH = {
@@ -77,6 +79,8 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
         idle = dict.fromkeys(_ONLY_WITH[other], f"--method {self.method}")
         if self.source == "digits":
             idle |= dict.fromkeys(_NOT_OF_DIGITS, "the digits")
+        if self.model in ("auto", "vit_digits"):
+            idle |= dict.fromkeys(("pretrained", "drop_path"), "--model vit_digits")
         if not self.measures:
             idle["importance_batches"] = f"--importance {self.importance}"
         defaults = {f.name: f.default for f in fields(self)}
@@ -137,11 +141,15 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
 
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:
         """Option → (own, other's) value, where a resumed run may not differ."""
+        free = {*_FREE_ON_RESUME, *_ORDERS}
+        if self.source.startswith(_STREAMS):
+            free.discard("workers")
+        if self.source != other.source:  # digits in one, a folder in the other
+            free.discard("data_dir")
         return {
             f.name: (getattr(self, f.name), getattr(other, f.name))
             for f in fields(self)
-            if f.name not in (*_FREE_ON_RESUME, *_ORDERS)
-            and getattr(self, f.name) != getattr(other, f.name)
+            if f.name not in free and getattr(self, f.name) != getattr(other, f.name)
         }
 
 

@@ -15,6 +15,7 @@ from torch_rsst.cost import measure_cost
 from torch_rsst.files import write_atomically
 from torch_rsst.groups import Groups
 from torch_rsst.recipes.config import RunConfig
+from torch_rsst.recipes.images import BadImages
 from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.recipes.training import Epoch, Interrupted, Stage, Trainer
 from torch_rsst.report import SparsityReport
@@ -128,7 +129,7 @@ class Experiment:
         # The others go on once the folder is theirs; where it is not, they are stopped with the first.
         self.trainer.accelerator.wait_for_everyone()
         if config.log:
-            self.trainer.accelerator.init_trackers("log")
+            self.trainer.accelerator.init_trackers(self.folder.log.name)
         if config.resume:
             try:
                 if (state := self.folder.read_checkpoint()) is not None:
@@ -159,17 +160,25 @@ class Experiment:
         Raises:
             Interrupted: when asked to stop; the checkpoint is written.
             Diverged: when the loss is no number any more.
+            BadImages: for images that cannot be read, or have no class.
             OSError: where the folder cannot be written.
         """
+        vain = False
         try:
             return self._run()
+        except BadImages:
+            # Found only as they were read. Nothing stays that a corrected command would stumble over.
+            vain = not self.records and not self.config.resume
+            raise
         finally:
-            self._close()
+            self._close(withdraw=vain)
 
-    def _close(self) -> None:
+    def _close(self, *, withdraw: bool = False) -> None:
         if self.config.log:
             self.trainer.accelerator.end_training()
         if self.writes:
+            if withdraw:
+                self.folder.withdraw()
             self.folder.close()
 
     def _run(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch_rsst.recipes.config import RunConfig
 _TRAIN, _HELD_OUT = "train", ("validation", "val", "valid", "test")
 
 
-class BadImages(ValueError):
+class BadImages(ValueError):  # noqa: N818 - of the data, not a fault of ours
     """Images that cannot be read, or are labeled as none of the classes."""
 
     def __init__(self, text: str) -> None:
@@ -85,13 +85,13 @@ class Files(Dataset[Any]):
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        file, label = self.reader[index][:2]
         try:
+            file, label = self.reader[index][:2]
             image = _in_color(Image.open(file))
         except (OSError, SyntaxError, ValueError) as error:  # PIL: SyntaxError for a broken PNG
             got = " ".join(str(error).split())
             remedy = "Restore or remove the file."
-            name = self.reader.filename(index, absolute=True)
+            name = str(self.reader.filename(index, absolute=True) or f"image {index}")
             raise BadImages(message(name, expected="an image", got=got, remedy=remedy)) from error
         return self.transform(image), label
 

@@ -59,7 +59,7 @@ class Checked(Dataset[Any]):
             raise BadImages(
                 message(f"image {index}", expected=expected, got=got, remedy=remedy)
             ) from error
-        check_labels(torch.tensor([label]), self._classes)
+        check_labels(label, label, self._classes)
         return image, label
 
 
@@ -98,9 +98,7 @@ class Loaders:
             images.train.set_loader_cfg(num_workers=self._workers)  # type: ignore[attr-defined]
             self._train = self._loader(images.train, self._share, drop_last=True)
         else:
-            loader = self._loader(
-                self._seeded(), config.batch_size, shuffle=True, drop_last=True
-            )
+            loader = self._loader(self._seeded(), config.batch_size, shuffle=True, drop_last=True)
             self._train = accelerator.prepare(loader)
         self._held_out = held_out_loader(
             config, images, self._own_part(images.held_out), self._share
@@ -124,24 +122,27 @@ class Loaders:
         # What comes before is read and left: only so the rest is the same.
         for found, (images, labels) in enumerate(islice(self._train, len(self)), 1):
             if found > first:
-                check_labels(labels, self._images.classes)
+                check_labels(int(labels.min()), int(labels.max()), self._images.classes)
                 yield send_to_device((images, labels), self._accelerator.device)
         if found < len(self):
             expected = f"{len(self)} batches an epoch, by the number of images of --train-split"
             remedy = "Correct the number, or restore the shards."
             got = f"{found} that can be read"
-            raise BadImages(
-                message(self._config.source, expected=expected, got=got, remedy=remedy)
-            )
+            raise BadImages(message(self._config.source, expected=expected, got=got, remedy=remedy))
 
     def held_out(self) -> Iterator[Batch]:
         """What is held out: the share of this process."""
-        accelerator, streams = self._accelerator, self._images.streams
+        accelerator, streams, number = self._accelerator, self._images.streams, -1
         for number, (images, labels) in enumerate(self._held_out):
-            check_labels(labels, self._images.classes)
+            check_labels(int(labels.min()), int(labels.max()), self._images.classes)
             if streams and number % accelerator.num_processes != accelerator.process_index:
                 continue  # streams are read by every process
             yield send_to_device((images, labels), accelerator.device)
+        if streams and number < 0:
+            expected, remedy = "images in --val-split", "Check --data-dir and --val-split."
+            raise BadImages(
+                message(self._config.source, expected=expected, got="none readable", remedy=remedy)
+            )
 
     def samples(self, batches: int) -> Iterator[Batch]:
         """Training batches to measure importance on: the share of this process, always the same."""
@@ -168,9 +169,8 @@ class Loaders:
         return Subset(dataset, range(own, len(dataset), processes))  # type: ignore[arg-type]
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise unless labels are numbers of classes."""
-    lowest, highest = int(labels.min()), int(labels.max())
+def check_labels(lowest: int, highest: int, classes: int) -> None:
+    """Raise unless labels between these are numbers of classes."""
     if lowest < 0:
         expected, remedy = "labels from 0 on", "Correct the labels of the data."
         raise BadImages(message("the data", expected=expected, got=lowest, remedy=remedy))

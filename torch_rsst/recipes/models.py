@@ -84,7 +84,9 @@ def _try(model: nn.Module, name: str, size: tuple[int, ...], classes: int) -> No
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         expected = f"a size that {name} takes, not {'x'.join(map(str, size[1:]))} pixels"
         raise ValueError(
-            message("image_size", expected=expected, got=reason, remedy="Pass another --image-size.")
+            message(
+                "image_size", expected=expected, got=reason, remedy="Pass another --image-size."
+            )
         ) from error
 
 

@@ -15,7 +15,8 @@ _CAPTIONS = {
     "heads": "Each head's share of weights that are alive.",
     "neurons": "Each neuron's share of weights that are alive.",
     "channels": "Each channel's share of weights that are alive.",
-    "mask": "The mask of one layer, its units framed: alive weights are dark, units in red are gone.",
+    "mask": "The mask of one layer: alive weights are dark. Units are framed where they are few, red "
+    "where they are gone.",
     "strength": "The strength of the penalty, which starts anew in every round.",
 }
 

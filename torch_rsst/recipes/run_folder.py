@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class RunFolder:
         return self.path / "compact"
 
     @property
+    def log(self) -> Path:
+        """The folder of TensorBoard's files."""
+        return self.path / "log"
+
+    @property
     def checkpoint(self) -> Path:
         """Where an unfinished run continues."""
         return self.path / "checkpoint.pt"
@@ -121,6 +127,11 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
+
+    def withdraw(self) -> None:
+        """Take back what a run has written that came to nothing."""
+        self.config.unlink(missing_ok=True)
+        shutil.rmtree(self.log, ignore_errors=True)
 
     def close(self) -> None:
         """Let other processes have the folder."""

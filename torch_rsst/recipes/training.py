@@ -12,6 +12,7 @@ from typing import Any
 import timm.optim
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import is_tensorboard_available
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
@@ -234,6 +235,8 @@ def _accelerator(config: RunConfig) -> Accelerator:
     if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         expected, remedy = "a GPU that computes in bf16", "Pass --precision fp16 or fp32."
         raise ValueError(message("precision", expected=expected, got="another", remedy=remedy))
+    if config.log and not is_tensorboard_available():  # Accelerate would go on without a word
+        raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
