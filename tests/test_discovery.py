@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torch_rsst
 from torch_rsst import Groups, UnsupportedModuleWarning, discovery, find_groups
 from torch_rsst.discovery import ADAPTERS, Unsupported
-from torch_rsst.discovery.missing import MissingNameError
+from torch_rsst.errors import MissingNameError
 from torch_rsst.groups import GroupLayer, Member
 from torch_rsst.testing import assert_mask_invariants
 

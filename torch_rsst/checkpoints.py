@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.errors import listing, message, unknown_choice
+from torch_rsst.errors import MissingNameError, listing, message, unknown_choice
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.masks import apply_mask, dense_keys, extract_mask, masked_names, unwrap
 from torch_rsst.removal import remove_all
@@ -145,7 +145,9 @@ def _check_fits(expected: Mapping[str, torch.Size | None], loaded: Mapping[str, 
             [f"none of {listing(missing)}"] * bool(missing)
             + [f"unknown {listing(unknown)}"] * bool(unknown)
         )
-        raise KeyError(message(subject, expected="the model's keys", got=got, remedy=remedy))
+        raise MissingNameError(
+            message(subject, expected="the model's keys", got=got, remedy=remedy)
+        )
     for name, shape in expected.items():
         if getattr(loaded[name], "shape", None) != shape:
             got = f"{getattr(loaded[name], 'shape', type(loaded[name]).__name__)}"

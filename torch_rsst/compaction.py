@@ -27,9 +27,8 @@ from torch_rsst.cut_record import (
 from torch_rsst.dead_units import dead_units
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
-from torch_rsst.discovery.missing import MissingNameError
 from torch_rsst.discovery.probe import output_error
-from torch_rsst.errors import CompactionWarning, message
+from torch_rsst.errors import CompactionWarning, MissingNameError, message
 from torch_rsst.folding import Constants, measure_constants
 from torch_rsst.groups import NO_UNIT, Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.live_weight import product
@@ -189,10 +188,7 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
     """Raise unless the groups are those of this model, and it can be copied and cut."""
     weights, sites, buffers = named_weights(model), named_sites(model), named_buffers(model)
     remedy = "Find the groups of this very model: find_groups(model)."
-    try:
-        check_groups(weights, groups)
-    except KeyError as error:
-        raise MissingNameError(*error.args) from None
+    check_groups(weights, groups)
     if sharded := next((name for name, w in weights.items() if is_sharded(w)), None):
         gather = "Gather the full parameters on one process first."
         subject = f"compact: {sharded!r}"

@@ -17,8 +17,7 @@ from torch_rsst.builders import Build
 from torch_rsst.checkpoints import prepare_from_state_dict
 from torch_rsst.compaction import replay
 from torch_rsst.cut_record import Stage, remember
-from torch_rsst.discovery.missing import MissingNameError
-from torch_rsst.errors import listing, message
+from torch_rsst.errors import MissingNameError, listing, message
 from torch_rsst.likeness import Settings, set_all
 from torch_rsst.masks import without_wrappers
 from torch_rsst.shards import is_sharded

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_rsst.budget import check_count
-from torch_rsst.errors import message
+from torch_rsst.errors import MissingNameError, message
 from torch_rsst.shards import Layout, Ranks, local, sharded_like
 
 NO_UNIT = -1
@@ -294,7 +294,7 @@ def check_groups(weights: Mapping[str, Tensor], groups: Groups) -> None:
             weight = weights.get(member.parameter)
             remedy = "Find the groups of this very model: find_groups(model)."
             if weight is None:
-                raise KeyError(
+                raise MissingNameError(
                     message(
                         subject,
                         expected="a parameter of the model",

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.errors import closest, listing, message
+from torch_rsst.errors import MissingNameError, closest, listing, message
 from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.masked_parameter import find_hook, install
@@ -263,7 +263,7 @@ def _sites_to_mask(
     resolved = {name: _resolve(name, sites) for name, _ in chosen}
     if strict and (left := masked_names(model) - set(resolved.values())):
         remedy = "Add them, or pass strict=False to leave them as they are."
-        raise KeyError(
+        raise MissingNameError(
             message(
                 "masks",
                 expected="every masked parameter",
@@ -294,7 +294,7 @@ def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
         name.removesuffix(ORIG) if name.removesuffix(ORIG) in sites else closest(name, sites, 0.85)
     )
     remedy = f"{f'Did you mean {near!r}? ' if near else ''}It has {listing(sites)}."
-    raise KeyError(
+    raise MissingNameError(
         message(
             f"mask {name!r}", expected="a parameter of the model", got="no such name", remedy=remedy
         )
@@ -367,7 +367,7 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> M
     for name, alive in as_masks(masks).items():
         if name not in weights:
             remedy = f"It has {listing(weights)}."
-            raise KeyError(
+            raise MissingNameError(
                 message(
                     f"mask {name!r}",
                     expected="a parameter of the model",

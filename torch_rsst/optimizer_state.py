@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_rsst.errors import check_keys, listing, message
+from torch_rsst.errors import MissingNameError, check_keys, listing, message
 from torch_rsst.live_weight import ORIG
 from torch_rsst.masks import Masks, named_sites, without_wrappers
 
@@ -130,7 +130,7 @@ def _dense(names: Sequence[str], shapes: Mapping[str, torch.Size]) -> list[str]:
     if unknown := [name for name in dense if name not in shapes]:
         remedy = f"It has {listing(shapes)}."
         got = listing(unknown)
-        raise KeyError(
+        raise MissingNameError(
             message("from_order", expected="parameters of the model", got=got, remedy=remedy)
         )
     return dense

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.errors import listing, message
+from torch_rsst.errors import MissingNameError, listing, message
 from torch_rsst.masks import named_sites
 from torch_rsst.shards import local, placed_like, sharded_like, total
 
@@ -29,7 +29,7 @@ class PenalizedSet:
             if name not in sites:
                 remedy = f"It has {listing(sites)}."
                 expected = "a parameter of the model"
-                raise KeyError(
+                raise MissingNameError(
                     message(subject, expected=expected, got="no such name", remedy=remedy)
                 )
             parameter = sites[name][0].original

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from torch_rsst.budget import Amount, to_count
-from torch_rsst.errors import listing, message
+from torch_rsst.errors import MissingNameError, listing, message
 from torch_rsst.groups import Groups
 from torch_rsst.importance import remain
 from torch_rsst.masks import Masks, alive_in, named_sites
@@ -39,7 +39,7 @@ def ranked_names(
                 name = by_identity.get(id(site.original), f"{site.name} of another model")
             if name not in sites:
                 remedy = f"It has {listing(sites)}."
-                raise KeyError(
+                raise MissingNameError(
                     message(
                         f"parameters: {name!r}",
                         expected="a parameter of the model",

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.families import load_families
-from torch_rsst.discovery.missing import MissingNameError
-from torch_rsst.errors import message, unknown_choice
+from torch_rsst.errors import MissingNameError, message, unknown_choice
 from torch_rsst.groups import GroupLayer, Member
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.surgery import Removal
