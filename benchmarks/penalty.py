@@ -88,7 +88,7 @@ class Block(nn.Module):
 def main(options: Options) -> None:
     """Print a line per way in which the penalty can act."""
     device = torch.device(options.device)
-    meter, console = Meter(device), Console()
+    meter, console = Meter(device), Console(width=110)
     steps = {row: training_step(row, options, device) for row in PENALTIES}
     for step in steps.values():
         step()  # the optimizer's state is made in the first
@@ -110,11 +110,17 @@ def main(options: Options) -> None:
         f"median of {options.repeats} steps in turns"
     )
     console.print(table)
-    console.print(passes(options, device))
+    console.print(passes(options, device, step=statistics.median(seconds["plain"])))
 
 
-def passes(options: Options, device: torch.device) -> Table:
-    """The penalty alone, decoupled, on the weights of the same model: time and memory of a step."""
+def passes(options: Options, device: torch.device, *, step: float) -> Table:
+    """The penalty alone, decoupled, on the weights of the same model: time and memory of a step.
+
+    Args:
+        options: of the benchmark.
+        device: where to measure.
+        step: seconds of a training step without penalty.
+    """
     meter = Meter(device)
     torch.manual_seed(0)
     model = nn.Sequential(*(Block(options.width, options.heads) for _ in range(options.depth)))
@@ -155,12 +161,13 @@ def passes(options: Options, device: torch.device) -> Table:
                 seconds[row].append(took)
     plain = seconds["plain update, all weights"]
     table = Table(title="the penalty of a step alone, decoupled")
-    for heading in ("what", "ms", "of plain", "bytes a weight of units to go"):
+    for heading in ("what", "ms", "of plain", "of a step", "bytes a weight of units to go"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for row, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(times, plain, strict=True))
+        took = statistics.median(times)
         held = f"{memory[row] / penalized_weights:.2f}" if row in memory else ""
-        table.add_row(row, f"{1e3 * statistics.median(times):.2f}", f"{ratio:.2f} x", held)
+        table.add_row(row, f"{1e3 * took:.2f}", f"{ratio:.2f} x", f"{took / step:.2%}", held)
     return table
 
 
