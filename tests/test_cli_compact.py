@@ -83,6 +83,7 @@ def test_compact_prints_before_and_after_and_report_repeats_it(run, capsys):
 
 
 def test_the_smaller_model_loads_in_a_process_of_its_own(run, tmp_path, capsys):
+    from torch_rsst.recipes.digits import BUILD
     from torch_rsst.recipes.run_folder import RunFolder
 
     output = tmp_path / "small"
@@ -94,7 +95,9 @@ def test_the_smaller_model_loads_in_a_process_of_its_own(run, tmp_path, capsys):
     assert not (run / "compact").exists()
     assert (run / "report.html").read_bytes() == page
     images = torch.randn(3, 1, 8, 8)
-    torch.save({"x": images, "y": RunFolder(run).read_model()(images).detach()}, tmp_path / "xy")
+    torch.save(
+        {"x": images, "y": RunFolder(run).read_model(BUILD)(images).detach()}, tmp_path / "xy"
+    )
     code = (
         "import sys, torch, torch_rsst; e = torch.load(sys.argv[2]); "
         "m = torch_rsst.load_compact(sys.argv[1]); "
@@ -151,6 +154,16 @@ def test_what_is_wrong_with_a_folder_is_one_line_and_exit_code_2(run, capsys, da
     assert error.startswith("torch-rsst: ")
     assert words in error
     assert "\n" not in error
+
+
+def test_fewer_images_are_compared_and_counted(run, capsys):
+    assert exit_code("compact", run, "--images", 7) == 0
+    assert "Outputs for 7 held-out images differ by at most" in said(capsys)
+    receipt = json.loads((run / "compact" / "compact.json").read_text())["receipt"]
+    assert receipt["images"] == 7
+    assert receipt["multiply_adds"]["before"] == 7 * 566_112
+    assert exit_code("compact", run, "--images", 0) == 2
+    assert "images: expected an int >= 1, got 0" in capsys.readouterr().err
 
 
 def test_wrong_options_exit_with_2(run, capsys):

@@ -317,7 +317,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"model": {}}, {"stage": "bogus"}, {"stage": "rounds"}, {"records": None}, {"rng": None}],
+    [{"model": {}}, {"stage": "bogus"}, {"stage": "rounds"}, {"records": None}, {"losses": None}],
 )
 def test_a_checkpoint_of_another_run_is_a_clear_error(tmp_path, damage):
     from torch_rsst.recipes.training import Interrupted
@@ -339,9 +339,10 @@ def test_a_diverged_training_names_the_learning_rate(tmp_path):
 
 
 def test_options_of_the_other_method_are_named(tmp_path):
-    assert quick_config(tmp_path, fillback_rate=0.1).without_effect() == ["fillback_rate"]
+    soft = quick_config(tmp_path, fillback_rate=0.1)
+    assert soft.without_effect() == {"fillback_rate": "--method rsst"}
     refill = quick_config(tmp_path, method="refill", strength=0.1, mode="coupled")
-    assert refill.without_effect() == ["strength", "mode"]
+    assert refill.without_effect() == dict.fromkeys(["strength", "mode"], "--method refill")
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,7 @@ class Experiment:
     # Checkpoints
 
     def _save(self) -> None:
+        losses = self.trainer.losses
         if not self.writes:
             return
         average, scaler = self.trainer.average, self.trainer.accelerator.scaler
@@ -343,6 +344,7 @@ class Experiment:
                 **vars(self.progress),
                 "seconds": self._seconds(),
                 "records": self.records,
+                "losses": losses,
                 "rounds": None if self.rounds is None else self.rounds.state_dict(),
                 "model": self.model.state_dict(),
                 "average": None if average is None else average.state_dict(),
@@ -367,6 +369,7 @@ class Experiment:
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         if self.trainer.accelerator.scaler is not None:
             self.trainer.accelerator.scaler.load_state_dict(state["scaler"])
+        self.trainer.losses = state["losses"]
         self.records = state["records"]
         self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
 

@@ -20,7 +20,8 @@ from torch_rsst.errors import listing, message, unknown_choice
 from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
 
-_TRAIN, _HELD_OUT = "train", ("validation", "val", "valid", "test")
+_HELD_OUT = ("validation", "val", "valid", "test")
+_READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # of timm
 
 
 class BadImages(ValueError):  # noqa: N818 - of the data, not a fault of ours
@@ -164,17 +165,8 @@ def _open(config: RunConfig, root: Path, *, training: bool, processes: int) -> D
         return _of_torchvision(config, root, training=training)
     if config.source == "folder":
         root = _part(root, split, training=training)
-    elif "/" not in config.source:
-        choices = [
-            "digits",
-            "folder",
-            "torchvision/…",
-            "wds/…",
-            "hfds/…",
-            "hfids/…",
-            "tfds/…",
-            "torch/…",
-        ]
+    elif not config.source.startswith(_READERS):  # timm would look for a folder
+        choices = ["digits", "folder", *(f"{name}…" for name in ("torchvision/", *_READERS))]
         raise ValueError(unknown_choice("dataset", config.source, choices))
     try:
         with _without_logs():
@@ -205,7 +197,7 @@ def _open(config: RunConfig, root: Path, *, training: bool, processes: int) -> D
         raise ValueError(
             message(str(root), expected=expected, got=reason, remedy=remedy)
         ) from error
-    reader = getattr(dataset, "reader", None)
+    reader: Any = getattr(dataset, "reader", None)
     if isinstance(dataset, ImageDataset):
         return Files(reader)
     if not training and hasattr(reader, "dist_num_replicas"):

@@ -90,7 +90,7 @@ class Loaders:
 
     def __init__(self, config: RunConfig, images: Images, accelerator: Accelerator) -> None:
         self._config, self._images, self._accelerator = config, images, accelerator
-        self._share = config.batch_size // accelerator.num_processes
+        self._share: int = config.batch_size // accelerator.num_processes
         self._workers = _workers(config)
         self._train: Any = None
         if images.streams:
@@ -98,7 +98,8 @@ class Loaders:
             images.train.set_loader_cfg(num_workers=self._workers)  # type: ignore[attr-defined]
             self._train = self._loader(images.train, self._share, drop_last=True)
         else:
-            loader = self._loader(self._seeded(), config.batch_size, shuffle=True, drop_last=True)
+            self._augmented = self._seeded()
+            loader = self._loader(self._augmented, config.batch_size, shuffle=True, drop_last=True)
             self._train = accelerator.prepare(loader)
         self._held_out = held_out_loader(
             config, images, self._own_part(images.held_out), self._share
@@ -108,12 +109,14 @@ class Loaders:
         """Batches of an epoch."""
         if not self._images.streams:
             return len(self._train)
-        return len(self._images.train) // self._share  # type: ignore[arg-type] # it counts its share
+        # The length of a stream is that of the share of one process.
+        return len(self._images.train) // self._share  # type: ignore[arg-type]
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch on this process's device, from one on."""
         if not self._images.streams:
             self._train.set_epoch(number)  # hidden once batches are skipped
+            self._augmented.set_epoch(number)  # Accelerate may tell the sampler alone
             yield from skip_first_batches(self._train, first) if first else self._train
             return
         self._images.train.set_epoch(number)  # type: ignore[attr-defined]

@@ -91,6 +91,22 @@ class Trainer:
         self.steps_per_epoch = len(self.loaders) // config.accumulation
         self.average = _average(config, self.bare)
         self._mixup = _mixup(config, images.classes)
+        self._losses: list[Tensor] = []
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the steps of an epoch that has begun, each the mean of all processes, which ask together.
+
+        A checkpoint holds them, so that the loss of an epoch is that of all its steps after a resume, too.
+        """
+        if not self._losses:
+            return []
+        losses: list[float] = self.accelerator.reduce(torch.stack(self._losses), "mean").tolist()
+        return losses
+
+    @losses.setter
+    def losses(self, losses: list[float]) -> None:
+        self._losses = list(torch.tensor(losses, device=self.accelerator.device))
 
     @property
     def outcome(self) -> nn.Module:
@@ -120,14 +136,14 @@ class Trainer:
         schedule = self._schedule(stage)
         for number in range(start_step // self.steps_per_epoch, stage.epochs):
             first = max(start_step - number * self.steps_per_epoch, 0)
-            losses = []
             for step in self._steps(stage.first_epoch + number, first):
                 position = number * self.steps_per_epoch + step.number
                 if schedule is not None:
                     schedule.step_update(position)
-                losses.append(self._step(step))
+                self._losses.append(self._step(step))
                 after_step(position + 1)
-            loss = float(self.accelerator.reduce(torch.stack(losses).mean(), "mean"))
+            loss = float(torch.tensor(self.losses).mean())
+            self._losses = []
             if not math.isfinite(loss):
                 raise Diverged(
                     message(
