@@ -144,9 +144,12 @@ class ByHand:
             return None
         (scope,) = (s for s in self.scopes() if k in s)
         living = [o for o in scope if self.alive[o]]
-        if self.stays[k]:
-            return max((self.key[o] for o in living if not self.stays[o]), default=None)
         by_score = ("score", "fillback_rate")
+        if self.stays[k] and self.decided_by[k] in by_score:
+            return max((self.key[o] for o in living if not self.stays[o]), default=None)
+        if self.stays[k]:
+            held = [self.key[o] for o in living if self.decided_by[o] in by_score and self.stays[o]]
+            return min(held, default=None)
         stay = [o for o in living if self.stays[o]]
         passing = [o for o in stay if o[0] == k[0] or self.decided_by[o] in by_score]
         return min((self.key[o] for o in passing), default=None)
@@ -455,9 +458,9 @@ def test_a_unit_that_makes_room_says_so():
     )  # fmt: skip
     report = next(rsst).report()
     held, out = report.explain("0", 0), report.explain("1", 0)
-    assert (held.stays, held.decided_by, held.margin) == (True, "min_keep", -10.0)
+    assert (held.stays, held.decided_by, held.margin) == (True, "min_keep", -11.0)
     assert (out.stays, out.decided_by, out.rank, out.margin) == (False, "min_keep", 3, -1.0)
-    assert "10 below the best that goes (10)" in str(held)
+    assert "11 below the lowest that stays by its score (11)" in str(held)
     assert "to make room for units that min_keep holds in other layers; its score would do" in str(
         out
     )

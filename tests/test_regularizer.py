@@ -961,3 +961,45 @@ def test_the_norm_is_taken_in_float64():
     assert pruner.penalized_norm() == pytest.approx(5e-30, rel=1e-6)
     assert pruner.start_norm == pruner.penalized_norm()
     pruner.detach()
+
+
+@pytest.mark.parametrize("whole_units", [True, False])
+def test_the_default_scale_of_a_grad_scaler_is_no_infinite_penalty(whole_units):
+    """65,536 is not a float16, the dtype in which P is kept where units have holes."""
+    model, plain = linear(), linear()
+    goes = torch.zeros(SHAPE, dtype=torch.bool)
+    goes[0] = True
+    goes[1, 2] = not whole_units
+    for layer in (model, plain):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+        scaler = torch.amp.GradScaler("cpu")
+        pruner = None
+        if layer is model:
+            pruner = RegularizedPruner(
+                layer, {"weight": ~goes}, total_steps=1, optimizer=optimizer, mode="coupled"
+            )
+        scaler.scale(layer(tokens(0, 5, 4)).square().mean()).backward()
+        scaler.step(optimizer)
+        if pruner is not None:
+            pruner.detach()
+    expected = plain.weight - 0.1 * 0.5 * linear().weight * goes
+    torch.testing.assert_close(model.weight, expected)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_an_infinite_latent_beside_whole_units_stays_alone(mode):
+    """0 · ∞ would make its gradient NaN, and clipping by the norm then all weights."""
+    model = linear()
+    with torch.no_grad():
+        model.weight[0, 0] = torch.inf
+    apply_mask(model, {"weight": torch.tensor([[False], [True], [True]]).expand(SHAPE).clone()})
+    optimizer = sgd(model)
+    keep = torch.tensor([[True], [False], [True]]).expand(SHAPE).clone()
+    pruner = RegularizedPruner(model, {"weight": keep}, total_steps=1, mode=mode)
+    model.weight_orig.square().nan_to_num(posinf=0.0).sum().backward()
+    model.weight_orig.grad.nan_to_num_(0.0)
+    pruner.add_penalty() if mode == "coupled" else pruner.step()
+    assert model.weight_orig.grad.isfinite().all()
+    assert model.weight_orig[0, 0] == torch.inf
+    optimizer.zero_grad()
+    pruner.detach()

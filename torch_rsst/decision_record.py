@@ -189,22 +189,25 @@ class DecisionLog:
         first = self.rounds[0].verdicts
         return sum(first[i].keys.numel() for i in self.rules.competitors[layer])
 
-    def cuts(self, decided: DecidedRound, layer: int) -> tuple[float | None, float | None]:
-        """What the units of a layer are compared with: the lowest score to pass, the best that goes.
+    def cut(self, decided: DecidedRound, layer: int, unit: int) -> float | None:
+        """The score that a unit's is compared with; None where there is none, and for a dead unit.
 
-        The lowest to pass is, for a unit that goes, that of the living units which stay: all of its
-        layer, those that stay by their score in other layers of its scope. The best that goes is, for
-        a unit that stays, that of all living units of its scope that go. None where there is none.
+        Of living units: for one that stays by its score, the best of its scope that goes; for one that is
+        held whatever its score, the lowest of its scope that stays by it; for one that goes, the lowest
+        that stays: in its layer, or by its score in its scope.
         """
         scope = [decided.verdicts[i] for i in self.rules.competitors[layer]]
         own = decided.verdicts[layer]
-        stay = [own.keys[own.kept & ~own.dead], *(v.keys[v.by_score & ~v.dead] for v in scope)]
-        go = [v.keys[~v.kept & ~v.dead] for v in scope]
-        lowest, best = torch.cat(stay), torch.cat(go)
-        return (
-            float(lowest.min()) if lowest.numel() else None,
-            float(best.max()) if best.numel() else None,
-        )
+        if own.dead[unit]:
+            return None
+        passing = [verdict.keys[verdict.by_score & ~verdict.dead] for verdict in scope]
+        if own.by_score[unit]:
+            going = torch.cat([verdict.keys[~verdict.kept & ~verdict.dead] for verdict in scope])
+            return float(going.max()) if going.numel() else None
+        if not own.kept[unit]:
+            passing.append(own.keys[own.kept & ~own.dead])
+        lowest = torch.cat(passing)
+        return float(lowest.min()) if lowest.numel() else None
 
 
 class DecisionHistory:

@@ -25,8 +25,9 @@ class UnitDecision:
             it goes without an alive ranked entry.
         score: as it was compared: per ranked entry under ``scope="global"``; 0 for a dead unit.
         rank: among the units of its scope, 1 for the best; of equals the earliest comes last.
-        cut: of a unit that stays, the best score of its scope that goes; of one that goes, the lowest
-            that stays, in its layer or by its score in its scope. Living units only; None where
+        cut: of a unit that stays by its score, the best of its scope that goes; of one that ``min_keep`` or
+            ``round_to`` hold, the lowest of its scope that stays by its score; of one that goes, the
+            lowest that stays, in its layer or by its score in its scope. Living units only; None where
             there is none, and for a dead unit.
         margin: score − cut; below 0 for units that go, and for those that only ``min_keep`` or
             ``round_to`` hold.
@@ -198,7 +199,7 @@ def _decision(log: DecisionLog, decided: DecidedRound, position: int, unit: int)
     verdicts = decided.verdicts[position]
     dead, stays = bool(verdicts.dead[unit]), bool(verdicts.kept[unit])
     score = 0.0 if dead else float(verdicts.keys[unit])
-    cut = None if dead else log.cuts(decided, position)[stays]
+    cut = log.cut(decided, position, unit)
     norms = decided.norms[position] if decided.norms else None
     penalized = 0 if norms is None else int(norms.entries[unit])
     after = None if norms is None or norms.after is None else float(norms.after[unit])
@@ -267,11 +268,14 @@ def _competition(found: Explanation) -> str:
     among = _AMONG[found.scope].format(kind=found.kind)
     rank = f"rank {decision.rank:,} of {found.competitors:,} {among}"
     text = f"score: {decision.score:.4g} ({found.importance}{unit}), {rank}"
+    held = decision.stays and decision.decided_by in ("min_keep", "round_to")
     if decision.margin is None or decision.cut is None:
-        dead = decision.decided_by == "dead"
-        return text if dead else f"{text}; no living unit {'goes' if decision.stays else 'stays'}"
+        dead, verb = decision.decided_by == "dead", "goes" if decision.stays else "stays"
+        verb = "stays by its score" if held else verb
+        return text if dead else f"{text}; no living unit {verb}"
     side = "above" if decision.margin >= 0 else "below"
     other = "the best that goes" if decision.stays else "the lowest that stays"
+    other = "the lowest that stays by its score" if held else other
     return f"{text}, {abs(decision.margin):.4g} {side} {other} ({decision.cut:.4g})"
 
 

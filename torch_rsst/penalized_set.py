@@ -68,8 +68,8 @@ class PenalizedSet:
                     parameter.grad = torch.zeros_like(parameter)
                 own, gradient = local(parameter), local(parameter.grad)
                 if where.is_floating_point() or where.numel() < own.numel():
-                    there = where if where.is_floating_point() else where.to(own.dtype)
-                    there = there if scale is None else there * scale
+                    there = where if scale is None else where.to(_wide(own.dtype)) * scale
+                    there = there if there.is_floating_point() else there.to(own.dtype)
                     gradient.addcmul_(own, there, value=strength)
                 else:
                     pull = torch.where(where, own, 0.0)
@@ -125,19 +125,23 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
     """Where P lies, in the form that takes least.
 
     Where whole units lie in P, a bool vector along one dimension: no memory to speak of, and no time to
-    read it. Else 1 in P and 0 elsewhere, to multiply with, two bytes each; but bool where something outside
-    P is not finite, as 0 · ∞ is no 0.
+    read it. Else 1 in P and 0 elsewhere, to multiply with, two bytes each. But all of P as bool where
+    something outside it is not finite, as 0 · ∞ is no 0.
     """
+    if not bool(weight.detach().masked_fill(penalized, 0.0).isfinite().all()):
+        return penalized
     for dim in range(penalized.dim()):
         others = [d for d in range(penalized.dim()) if d != dim]
         units = penalized.all(dim=others, keepdim=True) if others else penalized
         if bool((units == penalized).all()):
             return units
-    outside = weight.detach().masked_fill(penalized, 0.0)
-    return penalized.to(torch.float16) if bool(outside.isfinite().all()) else penalized
+    return penalized.to(torch.float16)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """A dtype in which factors near 1 are not 1, and scales of a GradScaler are not infinite."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _numbers(*values: float, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    # Not of the weights' dtype where that is half as wide: most factors would become 1.
-    wide = torch.promote_types(dtype, torch.float32)
-    return [torch.full((), value, dtype=wide, device=device) for value in values]
+    return [torch.full((), value, dtype=_wide(dtype), device=device) for value in values]
