@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import runs
 import torch
+from image_files import image_folder
+from runs import TINY, exit_code
 
 import torch_rsst
-from torch_rsst.cli import main
 
 pytestmark = pytest.mark.needs_timm
 
@@ -19,13 +21,6 @@ QUICK = [
     "--dense-epochs", "1", "--epochs", "1", "--rounds", "2", "--finetune-epochs", "1",
     "--batch-size", "256", "--device", "cpu",
 ]  # fmt: skip
-
-
-def exit_code(*args):
-    try:
-        return main([str(arg) for arg in args])
-    except SystemExit as error:  # how argument parsers leave
-        return error.code
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +179,10 @@ def test_a_damaged_compact_folder_is_named_by_report(run, capsys):
     shutil.rmtree(run / "compact")
     torch_rsst.save_compact(torch_rsst.compact(masked, groups), run / "compact")
     assert exit_code("report", run) == 2
-    assert "compact: expected a complete state, got none for 'accuracy'" in capsys.readouterr().err
+    expected = (
+        "compact: expected values for 'accuracy', 'images', 'units', got none. Restore the file"
+    )
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("always::torch_rsst.errors.RSSTWarning")
@@ -203,3 +201,30 @@ def test_warnings_are_a_line(run, capsys, monkeypatch):
     out = said(capsys)
     assert "Warning: Dead units stay in the model" in out
     assert ".py" not in out
+
+
+def test_images_of_other_classes_are_refused(tmp_path, capsys):
+    data, output = image_folder(tmp_path / "data"), tmp_path / "run"
+    assert exit_code("run", "--data-dir", data, "--output", output, *TINY, *runs.QUICK) == 0
+    for part in ("train", "validation"):
+        (data / part / "cat").rename(data / part / "zebra")
+    capsys.readouterr()
+    assert exit_code("compact", output) == 2
+    error = capsys.readouterr().err
+    assert (
+        "expected the classes that the model tells apart: 'cat', 'dog', got 'dog', 'zebra'" in error
+    )
+    assert not (output / "compact").exists()
+
+
+def test_digits_are_as_large_as_the_model_has_seen_them(tmp_path, capsys):
+    """Also where no option says how large: then it is what the model was made for."""
+    output = tmp_path / "run"
+    model = ["--model", "test_vit", "--device", "cpu", "--batch-size", 64]
+    assert exit_code("run", "--output", output, *runs.QUICK, *model) == 0
+    assert exit_code("compact", output, "--images", 4) == 0, capsys.readouterr().err
+    before = json.loads((output / "report.json").read_text())
+    receipt = json.loads((output / "compact" / "compact.json").read_text())["receipt"]
+    assert before["input_size"] == [1, 160, 160]
+    assert receipt["multiply_adds"]["before"] == 4 * before["multiply_adds"]
+    assert receipt["accuracy"]["before"] == pytest.approx(before["accuracy"])

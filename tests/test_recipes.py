@@ -378,3 +378,11 @@ def test_a_file_that_is_no_report_is_a_clear_error(tmp_path, text):
     folder.report.write_text(text)
     with pytest.raises(ValueError, match=r"report\.json: expected"):
         folder.read_report()
+
+
+def test_a_warm_up_leaves_half_of_the_dense_stage(tmp_path):
+    """As it would end before the learning rate has risen, in a recipe that is made shorter."""
+    _, observer = run(quick_config(tmp_path / "run", dense_epochs=2, warmup_epochs=5.0))
+    rates = [r["learning_rate"] for r in observer.records if r.get("stage") == "dense"]
+    assert rates[0] > 0.8 * 3e-3
+    assert rates[1] < 0.3 * 3e-3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -50,7 +52,7 @@ FOLDER = ["--data-dir", "DATA"]
         (FOLDER, "expected a model for these images: vit_digits takes the digits, 8 pixels wide"),
         (
             ["--data-dir", "DATA/missing"],
-            "missing: expected the images, got nothing. Check --data-dir.",
+            "missing: expected the images, got no such folder or file. Check --data-dir.",
         ),
         (
             ["--data-dir", "DATA/train"],
@@ -260,3 +262,86 @@ def test_unread_options_of_the_embedded_model_are_named(tmp_path):
         "drop_path": "--model vit_digits",
         "importance_batches": "--importance magnitude",
     }
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run", "--methd", "rsst"], "Unrecognized options: --methd"),
+        (["run", "--regroup-amount", "50%"], "could not convert string to float: '50%'"),
+        (["compact"], "Missing from torch-rsst compact: PATH"),
+        (["frob"], "Available subcommands: run, report, compact"),
+        ([], "Expected one of {run, report, compact}"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line(args, words, capsys):
+    assert exit_code(*args) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("torch-rsst: ")
+    assert words in error
+    assert "\n" not in error
+    assert not any(0x2500 <= ord(character) < 0x2580 for character in error)
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake():
+    command = f"{sys.executable} -m torch_rsst run --help | head -c 1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("u", "")
+
+
+def test_a_finished_run_is_resumed_with_its_own_options_alone(tmp_path, capsys):
+    output = tmp_path / "run"
+    assert exit_code("run", "--output", output, "--device", "cpu", *QUICK, "--batch-size", 256) == 0
+    assert exit_code("run", "--resume", "--output", output) == 0
+    capsys.readouterr()
+    assert exit_code("run", "--resume", "--output", output, "--rounds", 99) == 2
+    assert "expected rounds=1, got rounds=99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"accuracy": "x"}, "report.json: expected the results of a run, got none in 'accuracy'"),
+        ({"sparsity": []}, "report.json: expected the results of a run, got none in 'sparsity'"),
+        (
+            {"build": {"name": "os.system"}},
+            "report.json: expected how to build the model, got build: ",
+        ),
+        (
+            None,
+            "report.json: expected values for 'method', 'model', 'build', 'input_size', 'classes'",
+        ),
+    ],
+)
+def test_a_damaged_report_is_named(damage, words, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    results = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({} if damage is None else results | damage))
+    assert exit_code("compact", run) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert ".. " not in error
+    assert "\n" not in error
+
+
+def test_a_record_without_its_event_is_named(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert exit_code("compact", run) == 2
+    assert (
+        "metrics.jsonl: expected values for 'event', 'accuracy', got none"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "run"
+    with settings_restored():
+        assert (
+            exit_code("run", "--output", output, "--device", "cpu", *QUICK, "--batch-size", 256)
+            == 0
+        )
+    return output

@@ -148,3 +148,26 @@ def test_what_a_resumed_run_may_change_depends_on_its_data(tmp_path):
     shards = RunConfig(dataset="wds/pets", data_dir=tmp_path, workers=1)
     assert shards.differences(replace(shards, data_dir=tmp_path / "moved")) == {}
     assert shards.differences(replace(shards, workers=2)) == {"workers": (1, 2)}
+
+
+@pytest.mark.parametrize("change", ["fewer", "renamed", "another class"])
+def test_other_images_are_not_trained_on(change, tmp_path, monkeypatch, capsys):
+    """Their number sets where an epoch goes on, their classes what labels mean."""
+    data, output = image_folder(tmp_path / "data"), tmp_path / "run"
+    args = ["--data-dir", data, *TINY, *QUICK]
+    assert interrupted(["--output", output, *args], 2, monkeypatch) == 130
+    checkpoint = (output / "checkpoint.pt").read_bytes()
+    if change == "fewer":
+        next((data / "train" / "cat").iterdir()).unlink()
+    elif change == "renamed":
+        for part in ("train", "validation"):
+            (data / part / "cat").rename(data / part / "lynx")
+    else:
+        image_folder(data, classes=("cat", "dog", "fox"), train=27)
+    capsys.readouterr()
+    with settings_restored():
+        assert exit_code("run", "--resume", "--output", output) == 2
+    error = capsys.readouterr().err
+    assert "images: expected the images that the run began with, 24 train, 12 held out" in error
+    assert "Put the images back as they were, or start a new run." in error
+    assert (output / "checkpoint.pt").read_bytes() == checkpoint

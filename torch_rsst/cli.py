@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -45,6 +50,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_EXTRA.format(missing=error.name), file=sys.stderr)
     except _WrongInput as error:
         print(f"torch-rsst: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:  # before a run listens to it, or the second one
         print("torch-rsst: stopped at once", file=sys.stderr)
         return _INTERRUPTED
@@ -71,7 +79,16 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
         compact = Annotated[CompactConfig, tyro.conf.subcommand("compact")]
         description = "Structured sparsity for vision transformers and CNNs: RSST and Refill."
         commands = run | report | compact
-        return tyro.cli(commands, prog="torch-rsst", description=description, args=list(args))
+        told = io.StringIO()
+        try:
+            with redirect_stderr(told):
+                return tyro.cli(
+                    commands, prog="torch-rsst", description=description, args=list(args)
+                )
+        except SystemExit as stop:
+            if stop.code:
+                raise _WrongInput(_without_frame(told.getvalue())) from None
+            raise
 
     try:
         config = parse(RunConfig())
@@ -92,8 +109,16 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
         if config.write_config is not None:
             return partial(_write_config, config)
         return partial(_dry_run if config.dry_run else _run, config)
+    except BrokenPipeError:
+        raise
     except (TypeError, ValueError, OSError) as error:
         raise _WrongInput(_one_line(error)) from error
+
+
+def _without_frame(text: str) -> str:
+    """What the parser says, in one line: it draws boxes."""
+    words = re.sub(r"[─-╿]+", " ", text).split()
+    return " ".join(words).removeprefix("Parsing error ").removeprefix("Unrecognized options ")
 
 
 def _check_only_resumes(config: Any) -> None:
@@ -138,6 +163,8 @@ def _dry_run(config: Any) -> int:
         raise _WrongInput(_one_line(error)) from error
     if _speaks():
         _print_forecast(found, config)
+        for note in _notes(config):
+            print(note)
     return 0
 
 
@@ -145,10 +172,14 @@ def _run(config: Any) -> int:
     from torch_rsst.recipes.experiment import Experiment
     from torch_rsst.recipes.images import BadImages
     from torch_rsst.recipes.run_folder import RunFolder
-    from torch_rsst.recipes.training import Diverged, Interrupted
+    from torch_rsst.recipes.training import Diverged, Interrupted, StoppedElsewhere
 
     folder = RunFolder(config.output)
     if config.resume and folder.report.is_file():
+        try:
+            folder.check_same(config)
+        except _MISTAKES as error:
+            raise _WrongInput(_one_line(error)) from error
         return _report(config.output)
     stop = _StopOnCtrlC()
     try:
@@ -167,6 +198,8 @@ def _run(config: Any) -> int:
                 file=sys.stderr,
             )
         return _INTERRUPTED
+    except StoppedElsewhere:
+        return _WRONG
     except (Diverged, BadImages) as error:
         raise _WrongInput(_one_line(error)) from error
     except OSError as error:
@@ -257,28 +290,25 @@ class _Terminal:
             MofNCompleteColumn,
             Progress,
             TextColumn,
-            TimeRemainingColumn,
         )
 
         self._config = config
         self._console = Console(highlight=False, quiet=not _speaks())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        # Estimated from minutes, evaluation included: a few steps would promise too much.
-        times = (TextColumn("left:"), TimeRemainingColumn(elapsed_when_finished=True))
-        self._progress = Progress(
-            *columns, *times, console=self._console, transient=True, speed_estimate_period=600.0
-        )
-        self._whole = self._progress.add_task("whole run", total=None)
-        self._bar = self._progress.add_task("", total=None)
+        left = TextColumn("{task.fields[left]}")
+        self._progress = Progress(*columns, left, console=self._console, transient=True)
+        self._whole = self._progress.add_task("whole run", total=None, left="")
+        self._bar = self._progress.add_task("", total=None, left="")
+        self._started, self._made, self._to_make = time.monotonic(), 0, 0
         self._epochs = self._epoch = 0
         self._last: dict[str, Any] = {}
 
     def __enter__(self) -> _Terminal:
-        self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # else it would print an empty line
+            self._progress.stop()
 
     def plan(self, experiment: Any) -> None:
         """Say what is about to happen."""
@@ -290,11 +320,13 @@ class _Terminal:
             f"{config.rounds} rounds on {experiment.trainer.accelerator.device}; "
             f"everything goes to {config.output}/"
         )
-        for name, why in config.without_effect().items():
-            self._console.print(f"Note: {_flag(name)} has no effect with {why}.")
+        for note in _notes(config):
+            self._console.print(note)
         epochs = config.dense_epochs + config.rounds * config.epochs + config.finetune_epochs
         total = epochs * experiment.trainer.steps_per_epoch
         self._progress.reset(self._whole, total=total, completed=experiment.steps_done)
+        self._started, self._to_make = time.monotonic(), total - experiment.steps_done
+        self._progress.start()
 
     def warn(self, text: Warning | str, *where: object) -> None:
         """A warning, without the lines of code that raised it."""
@@ -318,7 +350,11 @@ class _Terminal:
     def step(self) -> None:
         """One step was made."""
         self._progress.advance(self._bar)
-        self._progress.advance(self._whole)
+        self._made += 1
+        # By all the time since the start, so that evaluating and loading count.
+        seconds = (time.monotonic() - self._started) / self._made * (self._to_make - self._made)
+        left = f"about {timedelta(seconds=round(seconds))} left"
+        self._progress.update(self._whole, advance=1, left=left)
 
     def record(self, record: dict[str, Any]) -> None:
         """An epoch or a round ended."""
@@ -351,7 +387,7 @@ def _warn(text: Warning | str, *where: object, console: Any = None) -> None:
 
 def _round_line(record: dict[str, Any], config: Any) -> str:
     units = ", ".join(
-        f"{kind} {share:.0%} gone of {record['share_to_go'][kind]:.0%} meant to"
+        f"{kind}: {record['share_to_go'][kind]:.0%} to go, {share:.0%} gone so far"
         for kind, share in record["share_gone"].items()
     )
     line = (
@@ -391,10 +427,15 @@ def _print_forecast(found: Any, config: Any) -> None:
     )
     memory = found.memory
     console.print(
-        f"Memory of a process: about {decimal(memory.total)}: weights and masks {decimal(memory.model)}, "
+        f"Memory of a process: about {decimal(memory.total)} beside PyTorch and the images: weights and masks {decimal(memory.model)}, "
         f"gradients {decimal(memory.gradients)}, optimizer {decimal(memory.optimizer)}, "
         f"activations of a batch {decimal(memory.activations)}."
     )
+
+
+def _notes(config: Any) -> list[str]:
+    idle = config.without_effect().items()
+    return [f"Note: {_flag(name)} has no effect with {why}." for name, why in idle]
 
 
 def _flag(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import torch_rsst
 from torch_rsst.budget import check_count
-from torch_rsst.recipes import digits
+from torch_rsst.errors import listing, message
 from torch_rsst.recipes.config import CompactConfig, RunConfig
 from torch_rsst.recipes.images import open_images
 from torch_rsst.recipes.loading import held_out_loader
@@ -40,7 +40,7 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
     records = run.read_metrics() if shown else []
     model = run.read_model(results["build"])
     own = own if config.data_dir is None else _moved(own, config)
-    loader = _held_out(own, model)
+    loader = _held_out(own, model, results)
     images = _first(loader, config.images)
     groups = torch_rsst.find_groups(model, own.kinds, example_inputs=images[:2])
     small = torch_rsst.compact(model, groups, example_inputs=images, round_to=config.round_to)
@@ -67,13 +67,20 @@ def _moved(own: RunConfig, config: CompactConfig) -> RunConfig:
     return moved
 
 
-def _held_out(config: RunConfig, model: nn.Module) -> DataLoader[Any]:
-    size = (1, config.image_size or digits.SIZE, config.image_size or digits.SIZE)
-    form = {"input_size": size}
-    if config.source != "digits":
-        form = resolve_data_config({"img_size": config.image_size}, model=model)
-    images = open_images(config, processes=1).prepared(config, form)
-    return held_out_loader(config, images)
+def _held_out(config: RunConfig, model: nn.Module, results: Mapping[str, Any]) -> DataLoader[Any]:
+    images = open_images(config, processes=1)
+    if images.labels != results["classes"]:
+        expected = f"the classes that the model tells apart: {_classes(results['classes'])}"
+        remedy = "Pass --data-dir with the images of the run."
+        got = _classes(images.labels)
+        raise ValueError(message("images", expected=expected, got=got, remedy=remedy))
+    size = {"input_size": tuple(results["input_size"])}
+    form = size if config.source == "digits" else resolve_data_config(size, model=model)
+    return held_out_loader(config, images.prepared(config, form))
+
+
+def _classes(labels: list[str] | int) -> str:
+    return listing(labels) if isinstance(labels, list) else f"{labels} of them"
 
 
 def _first(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:

@@ -7,17 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save
 from torch import nn
 
 import torch_rsst
 from torch_rsst.cost import measure_cost
+from torch_rsst.errors import listing, message
 from torch_rsst.files import write_atomically
 from torch_rsst.groups import Groups
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import BadImages
 from torch_rsst.recipes.run_folder import RunFolder
-from torch_rsst.recipes.training import Epoch, Interrupted, Stage, Trainer
+from torch_rsst.recipes.training import Epoch, Interrupted, Stage, StoppedElsewhere, Trainer
 from torch_rsst.report import SparsityReport
 from torch_rsst.round_engine import Round, Rounds
 
@@ -124,19 +126,46 @@ class Experiment:
         self.records: list[dict[str, Any]] = []
         self.rounds: Rounds | None = None
         self._started = time.monotonic()
+        self._claim_folder()
+        try:
+            if config.log:
+                self.trainer.accelerator.init_trackers(self.folder.log.name)
+            if config.resume:
+                self._resume()
+        except BaseException:
+            self._close()
+            raise
+
+    def _claim_folder(self) -> None:
+        """Open the folder on the process that writes; the others go on or stop with it."""
+        problem: Exception | None = None
         if self.writes:
-            self.folder.open(config)
-        # The others go on once the folder is theirs; where it is not, they are stopped with the first.
-        self.trainer.accelerator.wait_for_everyone()
-        if config.log:
-            self.trainer.accelerator.init_trackers(self.folder.log.name)
-        if config.resume:
             try:
-                if (state := self.folder.read_checkpoint()) is not None:
-                    self._restore(state)
-            except Exception as error:  # whatever does not fit, this is not our checkpoint
-                self._close()
-                raise self.folder.bad_checkpoint(error) from error
+                self.folder.open(self.config)
+            except Exception as error:
+                problem = error
+        (failed,) = broadcast_object_list([problem is not None])
+        if problem is not None:
+            raise problem
+        if failed:
+            raise StoppedElsewhere
+
+    def _resume(self) -> None:
+        try:
+            state = self.folder.read_checkpoint()
+        except Exception as error:  # of many kinds, for a damaged file
+            raise self.folder.bad_checkpoint(error) from error
+        if state is None:
+            return
+        before, now = state.get("images"), self.trainer.images.contents
+        if isinstance(before, dict) and before != now:
+            remedy = "Put the images back as they were, or start a new run."
+            expected = f"the images that the run began with, {_told(before)}"
+            raise ValueError(message("images", expected=expected, got=_told(now), remedy=remedy))
+        try:
+            self._restore(state)
+        except Exception as error:  # whatever does not fit, this is not our checkpoint
+            raise self.folder.bad_checkpoint(error) from error
 
     @property
     def steps_done(self) -> int:
@@ -183,7 +212,7 @@ class Experiment:
 
     def _run(self) -> dict[str, Any]:
         if self.progress.stage == "dense":
-            self._train(Stage("dense", self.config.dense_epochs, 0, 1.0, self.config.warmup_epochs))
+            self._train(self._dense_stage())
             self.progress.dense_accuracy = self.trainer.evaluate()
             self.rounds = make_rounds(self.config, self.trainer, self.groups)
             self._advance("rounds")
@@ -197,6 +226,10 @@ class Experiment:
         return self._finish()
 
     # The stages
+
+    def _dense_stage(self) -> Stage:
+        epochs = self.config.dense_epochs
+        return Stage("dense", epochs, 0, 1.0, min(self.config.warmup_epochs, epochs / 2))
 
     def _prune(self, rounds: Rounds) -> None:
         epochs, peak = self.config.epochs, self.config.round_learning_rate
@@ -293,6 +326,8 @@ class Experiment:
             "method": self.config.method,
             "model": self.trainer.name,
             "build": self.trainer.build,
+            "input_size": list(self.trainer.example.shape[1:]),
+            "classes": self.trainer.images.labels,
             "dense_accuracy": self.progress.dense_accuracy,
             "accuracy_before_cut": self.progress.accuracy_before_cut,
             "accuracy_after_cut": self.progress.accuracy_after_cut,
@@ -345,6 +380,7 @@ class Experiment:
                 "seconds": self._seconds(),
                 "records": self.records,
                 "losses": losses,
+                "images": self.trainer.images.contents,
                 "rounds": None if self.rounds is None else self.rounds.state_dict(),
                 "model": self.model.state_dict(),
                 "average": None if average is None else average.state_dict(),
@@ -372,6 +408,15 @@ class Experiment:
         self.trainer.losses = state["losses"]
         self.records = state["records"]
         self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
+
+
+def _told(contents: dict[str, Any]) -> str:
+    parts = {key: value for key, value in contents.items() if key != "classes"}
+    classes = contents["classes"]
+    named = f"classes {listing(classes)}" if isinstance(classes, list) else f"{classes} classes"
+    return ", ".join(
+        [*(f"{count:,} {key.replace('_', ' ')}" for key, count in parts.items()), named]
+    )
 
 
 def sparsity_of(kind: str) -> str:

@@ -6,21 +6,22 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torchvision
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset, create_transform
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose
 
-from torch_rsst.errors import listing, message, unknown_choice
+from torch_rsst.errors import closest, listing, message, unknown_choice
 from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
 
 _HELD_OUT = ("validation", "val", "valid", "test")
+_TORCHVISION = "torchvision/"
 _READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # of timm
 
 
@@ -40,13 +41,28 @@ class Images:
         train: to train on.
         held_out: to evaluate on.
         classes: how many there are.
+        names: of the classes, in order, where the data tells.
         channels: of an image.
     """
 
     train: Dataset[Any]
     held_out: Dataset[Any]
     classes: int
+    names: tuple[str, ...] = ()
     channels: int = 3
+
+    @property
+    def labels(self) -> list[str] | int:
+        """The classes: their names, or how many there are."""
+        return list(self.names) or self.classes
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What a resumed run must find again: classes, and how many images there are."""
+        if self.streams:  # which are counted by the process
+            return {"classes": self.labels}
+        counts = (len(part) for part in (self.train, self.held_out))  # type: ignore[arg-type]
+        return {"classes": self.labels, **dict(zip(("train", "held_out"), counts, strict=True))}
 
     @property
     def streams(self) -> bool:
@@ -62,7 +78,7 @@ class Images:
         """
         if config.source == "digits":
             train, held_out = digits.datasets(form["input_size"][-1])
-            return Images(digits.Shifted(train), held_out, self.classes, self.channels)
+            return replace(self, train=digits.Shifted(train), held_out=held_out)
         shape = {key: form[key] for key in ("input_size", "interpolation", "mean", "std")}
         evaluating = create_transform(
             **shape, crop_pct=form["crop_pct"], crop_mode=form["crop_mode"]
@@ -90,7 +106,8 @@ class Files(Dataset[Any]):
             file, label = self.reader[index][:2]
             image = _in_color(Image.open(file))
         except (OSError, SyntaxError, ValueError) as error:  # PIL: SyntaxError for a broken PNG
-            got = " ".join(str(error).split())
+            known = not isinstance(error, UnidentifiedImageError)
+            got = " ".join(str(error).split()) if known else "what is none, or broken"
             remedy = "Restore or remove the file."
             name = str(self.reader.filename(index, absolute=True) or f"image {index}")
             raise BadImages(message(name, expected="an image", got=got, remedy=remedy)) from error
@@ -144,29 +161,32 @@ def open_images(config: RunConfig, *, processes: int) -> Images:
         raise ValueError(
             message(str(root), expected=expected, got=f"{listing(odd)} in one alone", remedy=remedy)
         )
-    return Images(parts[0], parts[1], _check_classes(config, len(names[0]) or None))
+    classes = _check_classes(config, len(names[0]) or None)
+    return Images(parts[0], parts[1], classes, names=tuple(names[0]))
 
 
 def _root(config: RunConfig) -> Path:
     root = Path(config.data_dir or ".").expanduser()
+    if config.source.startswith(_TORCHVISION):
+        _torchvision_class(config)
     if not root.exists() and not config.download and not config.source.startswith("hf"):
         remedy = "Check --data-dir."
         if config.source.startswith(("torchvision/", "torch/", "tfds/")):
             remedy = "Check --data-dir, or pass --download."
         raise FileNotFoundError(
-            message(str(root), expected="the images", got="nothing", remedy=remedy)
+            message(str(root), expected="the images", got="no such folder or file", remedy=remedy)
         )
     return root
 
 
 def _open(config: RunConfig, root: Path, *, training: bool, processes: int) -> Dataset[Any]:
     split = config.train_split if training else config.val_split
-    if config.source.startswith("torchvision/"):
+    if config.source.startswith(_TORCHVISION):
         return _of_torchvision(config, root, training=training)
     if config.source == "folder":
         root = _part(root, split, training=training)
     elif not config.source.startswith(_READERS):  # timm would look for a folder
-        choices = ["digits", "folder", *(f"{name}…" for name in ("torchvision/", *_READERS))]
+        choices = ["digits", "folder", *(f"{name}…" for name in (_TORCHVISION, *_READERS))]
         raise ValueError(unknown_choice("dataset", config.source, choices))
     try:
         with _without_logs():
@@ -238,17 +258,25 @@ def _part(root: Path, split: str, *, training: bool) -> Path:
     )
 
 
-def _of_torchvision(config: RunConfig, root: Path, *, training: bool) -> Dataset[Any]:
-    """A data set of torchvision by the name of its class."""
-    name = config.source.removeprefix("torchvision/")
-    sets: dict[str, Any] = {
+def _torchvision_class(config: RunConfig) -> Any:
+    name = config.source.removeprefix(_TORCHVISION)
+    sets = {
         key: value
         for key, value in vars(torchvision.datasets).items()
         if inspect.isclass(value) and issubclass(value, torchvision.datasets.VisionDataset)
     }
     if name not in sets:
-        raise ValueError(unknown_choice("dataset", name, sorted(sets)))
-    takes = inspect.signature(sets[name].__init__).parameters
+        near = closest(name, sets)
+        remedy = f"Did you mean {near!r}?" if near else "torchvision.datasets lists them."
+        expected = "a data set of torchvision"
+        raise ValueError(message("dataset", expected=expected, got=repr(name), remedy=remedy))
+    return sets[name]
+
+
+def _of_torchvision(config: RunConfig, root: Path, *, training: bool) -> Dataset[Any]:
+    """A data set of torchvision by the name of its class."""
+    of = _torchvision_class(config)
+    name, takes = of.__name__, inspect.signature(of.__init__).parameters
     split = config.train_split if training else config.val_split
     options: dict[str, Any] = {"root": str(root)}
     if "train" in takes:
@@ -263,7 +291,7 @@ def _of_torchvision(config: RunConfig, root: Path, *, training: bool) -> Dataset
     if "download" in takes:
         options["download"] = config.download
     try:
-        dataset: Dataset[Any] = sets[name](**options)
+        dataset: Dataset[Any] = of(**options)
     except (OSError, RuntimeError, ValueError) as error:
         got = " ".join(str(error).split())
         expected, remedy = f"torchvision's {name}", "Check --data-dir, or pass --download."

@@ -57,7 +57,7 @@ def choose_model(config: RunConfig, images: Images) -> Chosen:
     try:
         model: nn.Module = timm.create_model(name, pretrained=config.pretrained, **options)
     except Exception as error:  # of timm, the model, the hub's client, the network: many kinds
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(".")
         if config.pretrained:
             remedy = "Check the network, or leave --pretrained away."
             expected = f"the pretrained weights of {name}"

@@ -22,13 +22,13 @@ class PruningOptions:
     method: Literal["rsst", "refill"] = "rsst"
     """rsst: a growing penalty, then a cut that costs nothing. refill: mask at once, train on."""
     kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
-    """Which units may go, of those that the model has."""
+    """Which units may go; all three: those of them that the model has."""
     rounds: int = 4
     """Rounds of rank, regroup, train."""
     amount: float = 0.2
     """Share of the weights still alive that each ranking prunes."""
     regroup_amount: float = 0.5
-    """Share of all units that is to go."""
+    """Share of all units that is to go, rounded to whole units: of 3 heads in a layer, 2."""
     round_to: int = 1
     """Keep so many units in each layer that their number is a multiple of this."""
     importance: Literal["magnitude", "remain", "activation_l1", "activation_l2", "taylor"] = (

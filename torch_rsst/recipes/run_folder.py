@@ -20,7 +20,7 @@ from torch import nn
 from torch_rsst.builders import build_model
 from torch_rsst.checkpoints import prepare_from_state_dict
 from torch_rsst.compact_folder import read_description
-from torch_rsst.errors import check_keys, message
+from torch_rsst.errors import listing, message
 from torch_rsst.files import check_links, write_atomically, write_text
 from torch_rsst.recipes.config import RunConfig
 
@@ -28,6 +28,8 @@ RESULTS = (
     "method",
     "model",
     "build",
+    "input_size",
+    "classes",
     "dense_accuracy",
     "accuracy_before_cut",
     "accuracy_after_cut",
@@ -40,6 +42,17 @@ RESULTS = (
     "sparsity",
 )
 """What ``report.json`` holds at least."""
+
+_NUMBERS = (
+    "dense_accuracy",
+    "accuracy_before_cut",
+    "accuracy_after_cut",
+    "accuracy",
+    "element_sparsity",
+    "parameters",
+    "multiply_adds",
+    "seconds",
+)
 
 RECEIPT = ("accuracy", "images", "latency_ms", "max_error", "multiply_adds", "parameters", "units")
 """What the receipt of a run's smaller model holds at least."""
@@ -106,7 +119,7 @@ class RunFolder:
             ValueError: for ``resume`` with other options.
         """
         if config.resume:
-            self._check_same(config)
+            self.check_same(config)
         elif self.path.is_symlink() or self.path.exists():
             self._check_empty()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -192,7 +205,12 @@ class RunFolder:
             remedy = "Pass --resume to continue it, or --output with a new folder."
         return message(str(self.path), expected="a new or empty folder", got=held, remedy=remedy)
 
-    def _check_same(self, config: RunConfig) -> None:
+    def check_same(self, config: RunConfig) -> None:
+        """Raise unless a resumed run has the options of the one that the folder holds.
+
+        Raises:
+            FileNotFoundError, ValueError: where it has not, or there is none.
+        """
         if differing := self.read_config().differences(config):
             raise ValueError(
                 message(
@@ -227,14 +245,16 @@ class RunFolder:
                 )
             )
         try:
-            results: dict[str, Any] = json.loads(self.report.read_text())
+            results: Any = json.loads(self.report.read_text())
         except ValueError as error:
-            remedy = "Restore the file or run again."
-            raise ValueError(
-                message(str(self.report), expected="JSON", got=str(error), remedy=remedy)
-            ) from error
-        check_keys(results, RESULTS, str(self.report))
-        return results
+            raise _damaged(self.report, "JSON", str(error)) from error
+        _check_held(results, RESULTS, self.report)
+        wrong = [key for key in _NUMBERS if not isinstance(results[key], (int, float))]
+        if wrong or not isinstance(results["sparsity"], dict) or "kinds" not in results["sparsity"]:
+            raise _damaged(
+                self.report, "the results of a run", f"none in {listing(wrong or ['sparsity'])}"
+            )
+        return dict(results)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of all epochs and rounds.
@@ -244,12 +264,12 @@ class RunFolder:
         """
         try:
             lines = self.metrics.read_text().splitlines()
-            return [dict(json.loads(line)) for line in lines]
+            records = [dict(json.loads(line)) for line in lines]
         except (TypeError, ValueError) as error:
-            remedy = "Restore the file or run again."
-            raise ValueError(
-                message(str(self.metrics), expected="JSON lines", got=str(error), remedy=remedy)
-            ) from error
+            raise _damaged(self.metrics, "JSON lines", str(error)) from error
+        for record in records:
+            _check_held(record, ("event", "accuracy"), self.metrics)
+        return records
 
     def read_model(self, build: object) -> nn.Module:
         """The model of the run with its masks, in eval mode.
@@ -260,19 +280,20 @@ class RunFolder:
         Raises:
             FileNotFoundError, ValueError: where it cannot be read.
         """
-        remedy = "Restore the file or run again."
         try:
             model = build_model(build)
+        except Exception as error:  # what builders raise
+            got = " ".join(str(error).split()).removesuffix(".")
+            raise _damaged(self.report, "how to build the model", got) from error
+        try:
             tensors = load_file(self.weights)
             prepare_from_state_dict(model, tensors)
             model.load_state_dict(tensors)
         except OSError:
             raise
         except Exception as error:  # of safetensors' own kind, or of many kinds for other tensors
-            got = " ".join(str(error).split())
-            raise ValueError(
-                message(str(self.weights), expected="the model of this run", got=got, remedy=remedy)
-            ) from error
+            got = " ".join(str(error).split()).removesuffix(".")
+            raise _damaged(self.weights, "the model of this run", got) from error
         return model.eval()
 
     def read_receipt(self) -> dict[str, Any] | None:
@@ -284,7 +305,7 @@ class RunFolder:
         if not self.compact.is_dir():
             return None
         receipt = read_description(self.compact).receipt
-        check_keys(receipt, RECEIPT, str(self.compact))
+        _check_held(receipt, RECEIPT, self.compact)
         return receipt
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
@@ -316,3 +337,15 @@ class RunFolder:
                 remedy="Delete it to start this run from its beginning.",
             )
         )
+
+
+def _damaged(path: Path, expected: str, got: str) -> ValueError:
+    remedy = "Restore the file or run again."
+    return ValueError(message(str(path), expected=expected, got=got, remedy=remedy))
+
+
+def _check_held(held: Any, keys: Iterable[str], path: Path) -> None:
+    if not isinstance(held, dict):
+        raise _damaged(path, "a JSON object", type(held).__name__)
+    if missing := [key for key in keys if key not in held]:
+        raise _damaged(path, f"values for {listing(missing)}", "none")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torch_rsst
-from torch_rsst.errors import message, unknown_choice
+from torch_rsst.errors import closest, message
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import open_images
 from torch_rsst.recipes.loading import Batch, Loaders, check_batch_size, seed_everything
@@ -29,6 +29,10 @@ from torch_rsst.recipes.models import choose_model
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not a fault
     """The run was asked to stop; everything needed to continue is saved."""
+
+
+class StoppedElsewhere(Exception):  # noqa: N818 - another process says why
+    """Another process of the run cannot go on."""
 
 
 class Diverged(Exception):  # noqa: N818 - an outcome of training
@@ -274,7 +278,10 @@ def _accelerator(config: RunConfig) -> Accelerator:
 def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     known = timm.optim.list_optimizers()
     if config.optimizer not in known:
-        raise ValueError(unknown_choice("optimizer", config.optimizer, known))
+        near = closest(config.optimizer, known)
+        remedy = f"Did you mean {near!r}?" if near else "timm.optim.list_optimizers() lists them."
+        expected, got = "an optimizer of timm", repr(config.optimizer)
+        raise ValueError(message("optimizer", expected=expected, got=got, remedy=remedy))
     try:
         optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
             model,

@@ -46,7 +46,7 @@ class TrainingOptions:
     lr_schedule: Literal["cosine", "tanh", "poly", "step", "multistep", "none"] = "cosine"
     """How the learning rate falls over each stage; none: it stays."""
     warmup_epochs: float = 1.0
-    """Epochs of the dense stage over which the learning rate rises."""
+    """Epochs of the dense stage over which the learning rate rises, at most half of them."""
     clip_grad: float | None = None
     """Largest norm of the gradients; what is longer is scaled down."""
     ema: float = 0.0
