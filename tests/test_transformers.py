@@ -288,3 +288,21 @@ def test_the_mlps_of_t5(gated: bool) -> None:
         example_inputs=True,
         train=False,
     )
+
+
+def test_heads_whose_biases_are_made_elsewhere_stay_whole():
+    """MPNet's encoder makes them, for as many heads as its configuration says."""
+    from transformers import MPNetConfig, MPNetModel
+
+    config = MPNetConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=24,
+        vocab_size=50,
+    )
+    with pytest.warns(
+        torch_rsst.UnsupportedModuleWarning, match="one for each head, are made elsewhere"
+    ):
+        groups = torch_rsst.find_groups(MPNetModel(config))
+    assert {layer.kind for layer in groups.layers} == {"neurons"}

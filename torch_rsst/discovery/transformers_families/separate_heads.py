@@ -32,6 +32,7 @@ _PROJECTIONS = (
 _OUTPUTS = ("o_proj", "out_proj", "dense", "o", "out_lin")
 _TABLE = "relative_position_bias"
 _BUCKETS = "relative_attention_bias"
+_MAKES_BIASES = "has_relative_attention_bias"  # T5's, of which an adapter of its own takes care
 _BIAS_MLP = "continuous_position_bias_mlp"
 
 
@@ -166,6 +167,8 @@ def _units(attention: Attention) -> GroupLayer | Unsupported | None:
     width = head_dim_of(attention.holder)
     if not q.out_features:
         return None
+    if _takes_biases(attention.holder) and not hasattr(attention.holder, _MAKES_BIASES):
+        return Unsupported("its biases of positions, one for each head, are made elsewhere")
     if not width or q.out_features % width or k.out_features % width:
         return Unsupported("the width of its heads is not known")
     queries, units = q.out_features // width, k.out_features // width
@@ -195,8 +198,8 @@ def _per_head(attention: Attention, unit_of: Tensor) -> Iterator[Member]:
     if attention.table:
         yield Member(attention.table, 1, unit_of, ranked=False)
     embedding = getattr(attention.holder, _BUCKETS, None)
-    shares = "position_bias" in inspect.signature(type(attention.holder).forward).parameters
-    if isinstance(embedding, nn.Embedding) and not shares:  # as in UMT5, unlike T5
+    # As in UMT5, unlike T5.
+    if isinstance(embedding, nn.Embedding) and not _takes_biases(attention.holder):
         yield Member(attention.inside(f"{_BUCKETS}.weight"), 1, unit_of, ranked=False)
     if holds(attention.holder, "logit_scale"):
         yield Member(attention.inside("logit_scale"), 0, unit_of, ranked=False)
@@ -205,6 +208,10 @@ def _per_head(attention: Attention, unit_of: Tensor) -> Iterator[Member]:
         yield from (
             replace(m, ranked=False) for m in rows(attention.inside(last), mlp[-1], unit_of)
         )
+
+
+def _takes_biases(holder: nn.Module) -> bool:
+    return "position_bias" in inspect.signature(type(holder).forward).parameters
 
 
 def _note(attention: Attention) -> None:
