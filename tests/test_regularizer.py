@@ -965,7 +965,7 @@ def test_the_norm_is_taken_in_float64():
 
 @pytest.mark.parametrize("whole_units", [True, False])
 def test_the_default_scale_of_a_grad_scaler_is_no_infinite_penalty(whole_units):
-    """65,536 is not a float16, the dtype in which P is kept where units have holes."""
+    """65,536 is not a float16, in which P is kept for weights in float16."""
     model, plain = linear(), linear()
     goes = torch.zeros(SHAPE, dtype=torch.bool)
     goes[0] = True

@@ -125,8 +125,8 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
     """Where P lies, in the form that takes least.
 
     Where whole units lie in P, a bool vector along one dimension: no memory to speak of, and no time to
-    read it. Else 1 in P and 0 elsewhere, to multiply with, two bytes each. But all of P as bool where
-    something outside it is not finite, as 0 · ∞ is no 0.
+    read it. Else 1 in P and 0 elsewhere, to multiply with. But all of P as bool where something outside it
+    is not finite, as 0 · ∞ is no 0.
     """
     if not bool(weight.detach().masked_fill(penalized, 0.0).isfinite().all()):
         return penalized
@@ -135,7 +135,7 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
         units = penalized.all(dim=others, keepdim=True) if others else penalized
         if bool((units == penalized).all()):
             return units
-    return penalized.to(torch.float16)
+    return penalized.to(weight.dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
