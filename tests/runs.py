@@ -59,10 +59,10 @@ def same(first: Path, second: Path) -> bool:
 
 def interrupted(args: list[Any], after: int, monkeypatch: Any) -> int:
     """The exit code of a run that is asked to stop after some steps, as by Ctrl-C."""
-    from torch_rsst import cli
+    from torch_rsst import cli, terminal
 
     made = 0
-    step: Callable[..., None] = cli._Terminal.step
+    step: Callable[..., None] = terminal.Terminal.step
 
     def count(self: Any) -> None:
         nonlocal made
@@ -70,6 +70,6 @@ def interrupted(args: list[Any], after: int, monkeypatch: Any) -> int:
         step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli._Terminal, "step", count)
+        patch.setattr(terminal.Terminal, "step", count)
         patch.setattr(cli._StopOnCtrlC, "asked", lambda self: made >= after)
         return exit_code("run", *args)

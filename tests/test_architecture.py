@@ -65,6 +65,7 @@ FLOORS = [
     ["api"],
     ["torch_rsst"],
     ["recipes"],
+    ["terminal"],
     ["cli"],
     ["__main__"],
 ]
@@ -170,7 +171,7 @@ def test_the_package_is_imported_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) != "cli"])
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) not in ("cli", "terminal")])
 def test_only_the_command_line_prints(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]

@@ -25,7 +25,7 @@ STAGES = ["--dense-epochs", 2, "--epochs", 1, "--rounds", 2, "--finetune-epochs"
 @pytest.mark.parametrize("where", ["digits", "folder"])
 def test_a_dry_run_tells_what_the_run_comes_to(where, tmp_path, monkeypatch, capsys):
     """Half of the units goes, whichever: sizes and steps are known before."""
-    from torch_rsst import cli
+    from torch_rsst import terminal
     from torch_rsst.recipes.config import RunConfig
     from torch_rsst.recipes.forecast import forecast
 
@@ -44,8 +44,8 @@ def test_a_dry_run_tells_what_the_run_comes_to(where, tmp_path, monkeypatch, cap
     assert "Nothing has been trained or written." in out
 
     steps = []
-    step = cli._Terminal.step
-    monkeypatch.setattr(cli._Terminal, "step", lambda self: (steps.append(1), step(self)))
+    step = terminal.Terminal.step
+    monkeypatch.setattr(terminal.Terminal, "step", lambda self: (steps.append(1), step(self)))
     with settings_restored():
         assert exit_code("run", *args) == 0, capsys.readouterr().err
     found = forecast(RunConfig.from_yaml((output / "config.yaml").read_text(), output))

@@ -1,4 +1,4 @@
-"""``torch-rsst``: arguments in, exit codes and terminal out. The only place that prints."""
+"""``torch-rsst``: arguments in, exit codes out."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import os
 import re
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -20,6 +18,16 @@ from typing import Annotated, Any
 
 from torch_rsst._version import __version__
 from torch_rsst.errors import message
+from torch_rsst.terminal import (
+    Terminal,
+    flag,
+    notes,
+    print_forecast,
+    print_savings,
+    print_summary,
+    print_warning,
+    speaks,
+)
 
 _EXTRA = (
     "torch-rsst: the command line needs more packages ({missing}): pip install 'torch-rsst[cli]'"
@@ -128,7 +136,7 @@ def _check_only_resumes(config: Any) -> None:
             "nothing else to do",
             "A resumed run keeps its own options: leave it away.",
         )
-        got = ", ".join(map(_flag, beside))
+        got = ", ".join(map(flag, beside))
         raise ValueError(message("--resume", expected=expected, got=got, remedy=remedy))
 
 
@@ -157,13 +165,13 @@ def _dry_run(config: Any) -> int:
 
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn  # type: ignore[assignment] # takes less apart
+            warnings.showwarning = print_warning  # type: ignore[assignment] # takes less apart
             found = forecast(config)
     except _MISTAKES as error:
         raise _WrongInput(_one_line(error)) from error
-    if _speaks():
-        _print_forecast(found, config)
-        for note in _notes(config):
+    if speaks():
+        print_forecast(found, config)
+        for note in notes(config):
             print(note)
     return 0
 
@@ -183,7 +191,7 @@ def _run(config: Any) -> int:
         return _report(config.output)
     stop = _StopOnCtrlC()
     try:
-        with stop, warnings.catch_warnings(), _Terminal(config) as terminal:
+        with stop, warnings.catch_warnings(), Terminal(config) as terminal:
             warnings.showwarning = terminal.warn  # type: ignore[assignment] # takes less apart
             try:
                 experiment = Experiment(config, terminal, stop.asked)
@@ -192,7 +200,7 @@ def _run(config: Any) -> int:
             terminal.plan(experiment)
             results = experiment.run()
     except Interrupted:
-        if _speaks():
+        if speaks():
             print(
                 f"Stopped. Continue with: torch-rsst run --resume --output {config.output}",
                 file=sys.stderr,
@@ -212,14 +220,9 @@ def _run(config: Any) -> int:
                 remedy=f"Check free space and permissions, then: {again}",
             )
         ) from error
-    if _speaks():
-        _summary(config.output, results)
+    if speaks():
+        print_summary(config.output, results)
     return 0
-
-
-def _speaks() -> bool:
-    """Whether this is the process that talks: under torchrun, the first one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _report(path: Path) -> int:
@@ -230,9 +233,9 @@ def _report(path: Path) -> int:
         results, receipt = folder.read_report(), folder.read_receipt()
     except (ValueError, KeyError, OSError) as error:
         raise _WrongInput(_one_line(error)) from error
-    _summary(path, results, offer=receipt is None)
+    print_summary(path, results, offer=receipt is None)
     if receipt is not None:
-        _savings(receipt, folder.compact)
+        print_savings(receipt, folder.compact)
     return 0
 
 
@@ -243,11 +246,11 @@ def _compact(config: Any) -> int:
     folder = RunFolder(config.folder)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn  # type: ignore[assignment] # takes less apart
+            warnings.showwarning = print_warning  # type: ignore[assignment] # takes less apart
             receipt = compact_run(config)
     except (*_MISTAKES, RuntimeError) as error:
         raise _WrongInput(_one_line(error)) from error
-    _savings(receipt, folder.compact if config.output is None else config.output)
+    print_savings(receipt, folder.compact if config.output is None else config.output)
     return 0
 
 
@@ -278,222 +281,6 @@ class _StopOnCtrlC:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-
-
-class _Terminal:
-    """Shows progress: a bar per epoch, a line per stage and per round."""
-
-    def __init__(self, config: Any) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-        )
-
-        self._config = config
-        self._console = Console(highlight=False, quiet=not _speaks())
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        left = TextColumn("{task.fields[left]}")
-        self._progress = Progress(*columns, left, console=self._console, transient=True)
-        self._whole = self._progress.add_task("whole run", total=None, left="")
-        self._bar = self._progress.add_task("", total=None, left="")
-        self._started, self._made, self._to_make = time.monotonic(), 0, 0
-        self._epochs = self._epoch = 0
-        self._last: dict[str, Any] = {}
-
-    def __enter__(self) -> _Terminal:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._progress.live.is_started:  # else it would print an empty line
-            self._progress.stop()
-
-    def plan(self, experiment: Any) -> None:
-        """Say what is about to happen."""
-        config = self._config
-        parameters = sum(p.numel() for p in experiment.model.parameters())
-        self._console.print(
-            f"{experiment.trainer.name} of {parameters:,} parameters: {experiment.groups}. "
-            f"{config.method} over "
-            f"{config.rounds} rounds on {experiment.trainer.accelerator.device}; "
-            f"everything goes to {config.output}/"
-        )
-        for note in _notes(config):
-            self._console.print(note)
-        epochs = config.dense_epochs + config.rounds * config.epochs + config.finetune_epochs
-        total = epochs * experiment.trainer.steps_per_epoch
-        self._progress.reset(self._whole, total=total, completed=experiment.steps_done)
-        self._started, self._to_make = time.monotonic(), total - experiment.steps_done
-        self._progress.start()
-
-    def warn(self, text: Warning | str, *where: object) -> None:
-        """A warning, without the lines of code that raised it."""
-        _warn(text, console=self._console)
-
-    def stage(self, stage: Any, steps: int, done: int) -> None:
-        """A stage begins."""
-        self._end_of_stage()
-        per_epoch = max(1, steps // max(1, stage.epochs))
-        number = stage.name.removeprefix("round ")
-        self._name = (
-            stage.name
-            if number == stage.name
-            else f"round {int(number) + 1} of {self._config.rounds}"
-        )
-        self._epochs, self._epoch = stage.epochs, done // per_epoch
-        self._progress.reset(
-            self._bar, total=per_epoch, completed=done % per_epoch, description=self._description()
-        )
-
-    def step(self) -> None:
-        """One step was made."""
-        self._progress.advance(self._bar)
-        self._made += 1
-        # By all the time since the start, so that evaluating and loading count.
-        seconds = (time.monotonic() - self._started) / self._made * (self._to_make - self._made)
-        left = f"about {timedelta(seconds=round(seconds))} left"
-        self._progress.update(self._whole, advance=1, left=left)
-
-    def record(self, record: dict[str, Any]) -> None:
-        """An epoch or a round ended."""
-        if record["event"] == "round":
-            self._last = {}
-            self._console.print(_round_line(record, self._config))
-            return
-        self._last = record
-        self._epoch += 1
-        self._progress.reset(self._bar, description=self._description())
-
-    def _description(self) -> str:
-        accuracy = f", accuracy {self._last['accuracy']:.1f} %" if self._last else ""
-        return (
-            f"{self._name}: epoch {min(self._epoch + 1, self._epochs)} of {self._epochs}{accuracy}"
-        )
-
-    def _end_of_stage(self) -> None:
-        if self._last.get("stage") == "dense":
-            self._console.print(f"dense: accuracy {self._last['accuracy']:.2f} %")
-        self._last = {}
-
-
-def _warn(text: Warning | str, *where: object, console: Any = None) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False) if console is None else console
-    console.print(f"Warning: {text}", style="yellow")
-
-
-def _round_line(record: dict[str, Any], config: Any) -> str:
-    units = ", ".join(
-        f"{kind}: {record['share_to_go'][kind]:.0%} to go, {share:.0%} gone so far"
-        for kind, share in record["share_gone"].items()
-    )
-    line = (
-        f"round {record['round'] + 1} of {config.rounds}: accuracy {record['accuracy']:.2f} %, "
-        f"weights {record['element_sparsity']:.1%} masked, {units}"
-    )
-    if config.method == "rsst":
-        start, end = record["penalized_norm_start"], record["penalized_norm"]
-        line += f", λ {record['strength']:.2g}, penalized norm {start:.3g} → {end:.1e}"
-    return line
-
-
-def _print_forecast(found: Any, config: Any) -> None:
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    images, held_out = found.images
-    console.print(
-        f"{found.name} on {found.device}: {images:,} images to train on, {held_out:,} held out, "
-        f"{found.classes} classes. Nothing has been trained or written."
-    )
-    table = Table("layer", "kind", "units", "stay", title="units, by the weights as they are now")
-    for layer in found.layers:
-        table.add_row(layer.layer or "(model)", layer.kind, f"{layer.units}", f"{layer.stay}")
-    console.print(table)
-    table = Table("", "dense", "compacted", title="of the model")
-    table.add_row("parameters", f"{found.before.parameters:,}", f"{found.after.parameters:,}")
-    adds = (f"{cost.multiply_adds:,}" for cost in (found.before, found.after))
-    table.add_row("multiply-adds per image", *adds)
-    console.print(table)
-    dense, rounds, finetune = found.steps
-    console.print(
-        f"Steps: {dense:,} dense, {rounds:,} in {config.rounds} rounds, {finetune:,} of fine-tuning; "
-        f"{config.batch_size * config.accumulation} images each."
-    )
-    memory = found.memory
-    console.print(
-        f"Memory of a process: about {decimal(memory.total)} beside PyTorch and the images: weights and masks {decimal(memory.model)}, "
-        f"gradients {decimal(memory.gradients)}, optimizer {decimal(memory.optimizer)}, "
-        f"activations of a batch {decimal(memory.activations)}."
-    )
-
-
-def _notes(config: Any) -> list[str]:
-    idle = config.without_effect().items()
-    return [f"Note: {_flag(name)} has no effect with {why}." for name, why in idle]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _summary(path: Path, results: dict[str, Any], *, offer: bool = True) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{results['method']}: {results['seconds']:.0f} s", show_header=False)
-    rows = {
-        "accuracy, dense": results["dense_accuracy"],
-        "accuracy when penalized weights first fell below 1 %": results["accuracy_first_zero"],
-        "accuracy before the cut": results["accuracy_before_cut"],
-        "accuracy after the cut": results["accuracy_after_cut"],
-        "accuracy, final": results["accuracy"],
-    }
-    for name, percent in rows.items():
-        if percent is not None:
-            table.add_row(name, f"{percent:.2f} %")
-    table.add_row("element sparsity", f"{results['element_sparsity']:.1%}")
-    for kind, counts in results["sparsity"]["kinds"].items():
-        table.add_row(f"{kind.removesuffix('s')} sparsity", f"{counts['sparsity']:.1%}")
-    table.add_row("parameters, masked", f"{results['parameters']:,}")
-    table.add_row("multiply-adds per image, masked", f"{results['multiply_adds']:,}")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"Open {path}/report.html; weights, numbers and pictures are beside it.")
-    if offer:
-        console.print(f"Cut out what is gone: torch-rsst compact {path}", soft_wrap=True)
-
-
-def _savings(receipt: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    images = receipt["images"]
-    rows: dict[str, tuple[Any, Callable[[Any], str]]] = {
-        "accuracy": (receipt["accuracy"], "{:.2f} %".format),
-        **{kind: (counts, "{:,}".format) for kind, counts in receipt["units"].items()},
-        "parameters": (receipt["parameters"], "{:,}".format),
-        "multiply-adds per image": (
-            receipt["multiply_adds"],
-            lambda count: f"{count // images:,}",
-        ),
-        f"time for {images} images": (receipt["latency_ms"], "{:.2f} ms".format),
-    }
-    table = Table("", "before", "after", title="compacted")
-    for name, (values, text) in rows.items():
-        table.add_row(name, text(values["before"]), text(values["after"]))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"Outputs for {images} held-out images differ by at most {receipt['max_error']:.1e}. "
-        f"Times are medians of runs in turns, without masks."
-    )
-    console.print(f'Load it: torch_rsst.load_compact("{folder}")', soft_wrap=True)
 
 
 if __name__ == "__main__":
