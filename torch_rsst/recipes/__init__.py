@@ -6,6 +6,7 @@ The pruning is the library's; training stands on Accelerate, timm and torchvisio
 ``config.py``, ``*_options.py``             the options, from the command line or YAML; ``configs/``
 ``images.py``, ``digits.py``, ``models.py`` data and model by name
 ``loading.py``, ``training.py``             batches, steps, epochs
+``pruning.py``                              units and rounds, as the options say
 ``experiment.py``, ``run_folder.py``        stages of a run, and its folder: resumable after any step
 ``forecast.py``                             the dry run
 ``pictures.py``, ``page.py``                what people look at

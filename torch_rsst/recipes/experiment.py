@@ -15,9 +15,9 @@ import torch_rsst
 from torch_rsst.cost import measure_cost
 from torch_rsst.errors import listing, message
 from torch_rsst.files import write_atomically
-from torch_rsst.groups import Groups
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import BadImages
+from torch_rsst.recipes.pruning import find_units, make_rounds
 from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.recipes.training import Epoch, Interrupted, Stage, StoppedElsewhere, Trainer
 from torch_rsst.report import SparsityReport
@@ -51,57 +51,6 @@ class Progress:
     accuracy_before_cut: float = 0.0
     accuracy_after_cut: float = 0.0
     accuracy_first_zero: float | None = None
-
-
-def find_units(config: RunConfig, trainer: Trainer) -> Groups:
-    """The units of the model that may go.
-
-    Raises:
-        ValueError: where it has none of them.
-    """
-    example = trainer.example.to(trainer.accelerator.device)
-    return torch_rsst.find_groups(trainer.bare, config.kinds, example_inputs=example)
-
-
-def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
-    """The rounds that the options describe."""
-    common: dict[str, Any] = {
-        "optimizer": trainer.optimizer,
-        "steps_per_round": config.epochs * trainer.steps_per_epoch,
-        "rounds": config.rounds,
-        "amount": config.amount,
-        "regroup_amount": config.regroup_amount,
-        "round_to": config.round_to,
-        "importance": config.importance,
-        "scope": config.scope,
-        "rewind": None if config.rewind == "none" else config.rewind,
-        **data_source(config, trainer),
-    }
-    if config.method == "refill":
-        return torch_rsst.Refill(
-            trainer.model, groups, fillback_rate=config.fillback_rate, **common
-        )
-    return torch_rsst.RSST(
-        trainer.model,
-        groups,
-        schedule=config.schedule,
-        strength=config.strength,
-        mode=config.mode,
-        **common,
-    )
-
-
-def data_source(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
-    """What to measure importance on, for the importances that are measured."""
-    if not config.measures:
-        return {}
-    source: dict[str, Any] = {
-        "batches": lambda: trainer.loaders.samples(config.importance_batches),
-        "forward": lambda model, batch: model(batch[0]),
-    }
-    if config.importance == "taylor":
-        source["loss_fn"] = lambda output, batch: nn.functional.cross_entropy(output, batch[1])
-    return source
 
 
 class Experiment:

@@ -15,7 +15,7 @@ from torch_rsst.cost import Cost, measure_cost
 from torch_rsst.errors import RSSTWarning
 from torch_rsst.groups import Groups
 from torch_rsst.recipes.config import RunConfig
-from torch_rsst.recipes.experiment import data_source, find_units, make_rounds
+from torch_rsst.recipes.pruning import data_source, find_units, make_rounds
 from torch_rsst.recipes.training import Trainer
 
 

@@ -1,0 +1,64 @@
+"""The library's part of a run: its units, its rounds, what importance is measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+import torch_rsst
+from torch_rsst.groups import Groups
+from torch_rsst.recipes.config import RunConfig
+from torch_rsst.recipes.training import Trainer
+from torch_rsst.round_engine import Rounds
+
+
+def find_units(config: RunConfig, trainer: Trainer) -> Groups:
+    """The units of the model that may go.
+
+    Raises:
+        ValueError: where it has none of them.
+    """
+    example = trainer.example.to(trainer.accelerator.device)
+    return torch_rsst.find_groups(trainer.bare, config.kinds, example_inputs=example)
+
+
+def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
+    """The rounds that the options describe."""
+    common: dict[str, Any] = {
+        "optimizer": trainer.optimizer,
+        "steps_per_round": config.epochs * trainer.steps_per_epoch,
+        "rounds": config.rounds,
+        "amount": config.amount,
+        "regroup_amount": config.regroup_amount,
+        "round_to": config.round_to,
+        "importance": config.importance,
+        "scope": config.scope,
+        "rewind": None if config.rewind == "none" else config.rewind,
+        **data_source(config, trainer),
+    }
+    if config.method == "refill":
+        return torch_rsst.Refill(
+            trainer.model, groups, fillback_rate=config.fillback_rate, **common
+        )
+    return torch_rsst.RSST(
+        trainer.model,
+        groups,
+        schedule=config.schedule,
+        strength=config.strength,
+        mode=config.mode,
+        **common,
+    )
+
+
+def data_source(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
+    """What to measure importance on, for the importances that are measured."""
+    if not config.measures:
+        return {}
+    source: dict[str, Any] = {
+        "batches": lambda: trainer.loaders.samples(config.importance_batches),
+        "forward": lambda model, batch: model(batch[0]),
+    }
+    if config.importance == "taylor":
+        source["loss_fn"] = lambda output, batch: nn.functional.cross_entropy(output, batch[1])
+    return source
