@@ -142,7 +142,7 @@ def test_a_corrupted_rank_raises_on_every_rank(outcomes: list[dict[str, Any]], c
     [
         ("global nan", "ValueError: scores of "),
         ("rounds nan", "ValueError: scores of "),
-        ("apply name", "KeyError: "),
+        ("apply name", "MissingNameError: "),
     ],
 )
 def test_an_error_on_one_rank_leaves_none_waiting(
