@@ -9,14 +9,17 @@ import pickle
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
-def picture(label: int, number: int, size: int = 20) -> Image.Image:
+def picture(label: int, number: int, size: int = 20) -> Image:
     """Noise, brighter for each class."""
+    import numpy as np  # neither is there where torch is alone
+    from PIL import Image
+
     noise = np.random.default_rng([label, number]).integers(0, 128, (size, size, 3))
     return Image.fromarray((noise + 60 * label).clip(0, 255).astype(np.uint8))
 
@@ -83,6 +86,7 @@ def cifar(
     root: Path, monkeypatch: Any, *, classes: int = 10, train: int = 20, test: int = 20
 ) -> Path:
     """The files of CIFAR-10 or CIFAR-100 with a few images; torchvision is told of their digests."""
+    import numpy as np
     import torchvision
 
     known: Any = getattr(torchvision.datasets, f"CIFAR{classes}")

@@ -292,9 +292,8 @@ def test_the_mlps_of_t5(gated: bool) -> None:
 
 def test_heads_whose_biases_are_made_elsewhere_stay_whole():
     """MPNet's encoder makes them, for as many heads as its configuration says."""
-    from transformers import MPNetConfig, MPNetModel
-
-    config = MPNetConfig(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MPNetConfig(
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=4,
@@ -304,5 +303,5 @@ def test_heads_whose_biases_are_made_elsewhere_stay_whole():
     with pytest.warns(
         torch_rsst.UnsupportedModuleWarning, match="one for each head, are made elsewhere"
     ):
-        groups = torch_rsst.find_groups(MPNetModel(config))
+        groups = torch_rsst.find_groups(transformers.MPNetModel(config))
     assert {layer.kind for layer in groups.layers} == {"neurons"}
