@@ -87,7 +87,6 @@ class PenalizedSet:
         """Decoupled: ``weight *= 1 − min(1, strength)`` on P, unless ``skipped`` says so on the device."""
         strength = min(1.0, strength)
         numbers = cache(_numbers)
-        units: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for parameter, where in map(self._entry, names):
                 own = local(parameter)
@@ -96,9 +95,7 @@ class PenalizedSet:
                     own.addcmul_(own, acts, value=-strength)  # right to the last bit but one
                 else:
                     keep, one = numbers(1.0 - strength, 1.0, dtype=own.dtype, device=own.device)
-                    units.append((own, torch.where(acts, keep, one)))
-            if units:  # in one call: for small parameters, calls are what takes the time
-                torch._foreach_mul_(*map(list, zip(*units, strict=True)))
+                    own.mul_(torch.where(acts, keep, one))
 
     def _check_gradients(self, names: Iterable[str]) -> None:
         """Refuse sparse gradients, which P cannot index, before the first one is changed."""
