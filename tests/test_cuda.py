@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from tiny_models import linear, mlp, same, tokens, weights_of
 from torch import Tensor, nn
 
+import torch_rsst
 from torch_rsst import (
     RSST,
     Refill,
@@ -46,6 +50,7 @@ def twins(tiny_transformer: Any) -> tuple[nn.Module, nn.Module]:
 )
 @pytest.mark.parametrize("amount", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("scope", ["layer", "type", "global"])
+@pytest.mark.filterwarnings("ignore::torch_rsst.errors.RoundWarning")  # 0.9 empties layers
 def test_masks_equal_those_of_the_cpu(twins, method, kwargs, amount, scope):
     chosen = []
     for model in twins:
@@ -68,6 +73,39 @@ def test_masks_equal_those_of_the_cpu(twins, method, kwargs, amount, scope):
         for expected, found in zip(cpu, map(on_cpu, device), strict=True):
             assert expected.keys() == found.keys()
             assert all(same(found[name], mask) for name, mask in expected.items())
+
+
+def waits(work: Callable[[], object]) -> int:
+    """How often a call waits for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(each.message) for each in caught)
+
+
+def test_waits_are_seen():
+    assert waits(lambda: torch.ones(3, device=DEVICE).sum().item()) == 1
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "transposed", "float64"])
+@pytest.mark.parametrize("values", ["random", "ties"])
+def test_a_call_waits_for_the_device_at_most_twice(kind, values):
+    layers = nn.ModuleList(nn.Linear(600, 500, bias=False) for _ in range(4)).to(DEVICE)
+    for layer in layers:
+        if values == "ties":
+            nn.init.ones_(layer.weight)
+        if kind == "transposed":
+            layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    if kind == "float64":
+        layers.double()
+    parameters = [(layer, "weight") for layer in layers]
+    for amount in (0.2, 0.5, 1000, 0):
+        call = partial(torch_rsst.global_unstructured, parameters, torch_rsst.GlobalL1)
+        assert waits(partial(call, amount=amount)) <= 2
 
 
 def attached(mode: str, by_hooks: bool, **kwargs: Any) -> tuple[Any, Any, RegularizedPruner]:

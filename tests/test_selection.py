@@ -6,7 +6,7 @@ import math
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranked_scores import DISTRIBUTIONS, by_sorting, flat, problems, uniform
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -22,41 +23,10 @@ from torch_rsst import candidates, rollback, selection, workers
 from torch_rsst.digit_search import Found, kth_lowest
 from torch_rsst.order_keys import Column
 from torch_rsst.selection import Cut, Ranking, lowest
-from torch_rsst.testing import masks, weights
+from torch_rsst.testing import weights
 
 INF, NAN = math.inf, math.nan
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-def by_sorting(
-    scores: Sequence[Tensor], k: int, among: Sequence[Tensor | None] | None, absolute: bool
-) -> list[list[bool]]:
-    """The slow oracle: sort all competitors on (score, position) and take the first k."""
-    among = among or [None] * len(scores)
-    entries = []
-    for which, (score, mask) in enumerate(zip(scores, among, strict=True)):
-        competes = [True] * score.numel() if mask is None else mask.reshape(-1).tolist()
-        values = score.double().reshape(-1).tolist()
-        for position, (value, competing) in enumerate(zip(values, competes, strict=True)):
-            if competing:
-                entries.append((abs(value) if absolute else value, which, position))
-    goes = {(which, position) for _, which, position in sorted(entries)[:k]}
-    return [[(which, i) in goes for i in range(s.numel())] for which, s in enumerate(scores)]
-
-
-def flat(marked: Sequence[Tensor]) -> list[list[bool]]:
-    return [m.reshape(-1).tolist() for m in marked]
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor | None], int]:
-    scores = draw(st.lists(weights(allow_infinity=True), min_size=1, max_size=4))
-    among = [draw(st.one_of(st.none(), masks(tuple(s.shape)))) for s in scores]
-    competing = sum(
-        s.numel() if m is None else int(m.sum()) for s, m in zip(scores, among, strict=True)
-    )
-    k = draw(st.one_of(st.integers(0, competing), st.sampled_from((0, competing))))
-    return scores, among, k
 
 
 @given(problems(), st.booleans())
@@ -289,44 +259,12 @@ def test_samples_blocks_and_threads_have_no_say(
         marked = lowest(scores, k, among=among, absolute=absolute)
         ranking = Ranking(scores, among=among, absolute=absolute)
         cut = ranking.cut(k)
-        stays = [cut.stays(position) for position in range(len(scores))]
+        stays = cut.stays()
     assert flat(marked) == by_sorting(scores, k, among, absolute)
     competes = [torch.ones_like(m) if a is None else a for m, a in zip(marked, among, strict=True)]
     assert ranking.available == sum(int(mask.sum()) for mask in competes)
     for stay, mask, goes in zip(stays, competes, marked, strict=True):
         assert torch.equal(stay, mask & ~goes)
-
-
-def uniform(n: int) -> Tensor:
-    return torch.rand(n, generator=torch.Generator().manual_seed(n)) - 0.5
-
-
-def misleading(n: int) -> Tensor:
-    """High at every place that a sample of 256 looks at, low elsewhere."""
-    stride = n // 256
-    while math.gcd(stride, 30) > 1:
-        stride += 1
-    score = uniform(n).abs()
-    score[::stride] += 100
-    return score
-
-
-DISTRIBUTIONS: dict[str, Callable[[int], Tensor]] = {
-    "uniform": uniform,
-    "all equal": lambda n: torch.full((n,), -3.0),
-    "all zero": lambda n: torch.zeros(n),
-    "zeros of both signs": lambda n: torch.zeros(n) * uniform(n),
-    "two values": lambda n: torch.where(uniform(n) < 0.1, 1.0, 2.0),
-    "three in ten tie": lambda n: torch.where(uniform(n) < -0.2, 0.25, uniform(n)),
-    "denormal": lambda n: (uniform(n) * 2**20).round() * 2.0**-149,
-    "sorted": lambda n: torch.arange(n) / n,
-    "sorted down": lambda n: -torch.arange(n) / n,
-    "constant blocks": lambda n: (torch.arange(n) // 1000).float(),
-    "mostly infinite": lambda n: uniform(n).masked_fill(uniform(n) < 0.4, torch.inf),
-    "infinite of both signs": lambda n: (uniform(n) * 1e40).float(),
-    "misleading": misleading,
-    "periodic": lambda n: (torch.arange(n) % 79).float(),
-}
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -354,8 +292,8 @@ def test_adversarial_scores_against_a_stable_sort(
         expected = torch.zeros(n, dtype=torch.bool)
         expected[order[:k]] = True
         cut = ranking.cut(k)
-        assert torch.equal(torch.cat([cut.goes(i).reshape(-1) for i in range(3)]), expected)
-        stays = torch.cat([cut.stays(i).reshape(-1) for i in range(3)])
+        assert torch.equal(torch.cat([mask.reshape(-1) for mask in cut.goes()]), expected)
+        stays = torch.cat([mask.reshape(-1) for mask in cut.stays()])
         assert torch.equal(stays, alive & ~expected)
 
 
@@ -368,8 +306,8 @@ def test_all_entries_are_searched_where_the_sample_does_not_help(
 ) -> None:
     in_small(monkeypatch, block=3000, sample=256, few=0.3)
     calls = []
-    original = candidates.everything
-    monkeypatch.setattr(candidates, "everything", lambda *args: calls.append(1) or original(*args))
+    original = selection.everything
+    monkeypatch.setattr(selection, "everything", lambda *args: calls.append(1) or original(*args))
     n = 40_000
     score = DISTRIBUTIONS[distribution](n)
     marked = lowest([score], n // 5, absolute=True)[0]
@@ -402,7 +340,7 @@ def test_layouts_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     back = [turned.index(dim) for dim in range(4)]
     assert torch.equal(lowest([stored.permute(back)], 3000, among=[alive])[0], expected)
     out = torch.empty_like(score, memory_format=last)
-    Ranking([score], among=[alive]).cut(3000).write_stays(0, out)
+    Ranking([score], among=[alive]).cut(3000).write_stays([out])
     assert torch.equal(out != 0, alive & ~expected)
 
 
@@ -420,34 +358,16 @@ def test_nan_of_every_kind(nan: int, absolute: bool, monkeypatch: pytest.MonkeyP
             lowest([uniform(10), score], k, among=[None, alive], absolute=absolute)
     alive[7777] = 0
     cut = Ranking([score], among=[alive], absolute=absolute).cut(9998)
-    assert int(cut.stays(0).sum()) == 1
-    assert not cut.stays(0)[7777]
-    assert not cut.goes(0)[7777]
-
-
-def test_nothing_is_marked_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = [uniform(50), uniform(60), uniform(70)]
-    expected = lowest(scores, 90, absolute=True)
-    cut = Ranking(scores, absolute=True).cut(90)
-    visited = []
-    blocks = Column.blocks
-
-    def spy(column: Column, *args: Any, **kwargs: Any) -> Any:
-        visited.append(column.offset)
-        return blocks(column, *args, **kwargs)
-
-    monkeypatch.setattr(Column, "blocks", spy)
-    assert torch.equal(cut.goes(2), expected[2])
-    assert torch.equal(cut.stays(0), ~expected[0])
-    assert torch.equal(cut.goes(1), expected[1])
-    assert visited == [110, 0, 50]
+    assert int(cut.stays()[0].sum()) == 1
+    assert not cut.stays()[0][7777]
+    assert not cut.goes()[0][7777]
 
 
 def test_a_mask_may_be_overwritten_with_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     in_small(monkeypatch, block=64, sample=50, few=0.5)
     score, mask = uniform(1000).round(decimals=1), (uniform(1001)[1:] < 0.3).float()
-    expected = Ranking([score], among=[mask], absolute=True).cut(300).stays(0)
-    Ranking([score], among=[mask], absolute=True).cut(300).write_stays(0, mask)
+    expected = Ranking([score], among=[mask], absolute=True).cut(300).stays()[0]
+    Ranking([score], among=[mask], absolute=True).cut(300).write_stays([mask])
     assert torch.equal(mask, expected.float())
 
 
@@ -510,15 +430,15 @@ def test_a_failure_while_masks_are_written_changes_nothing(
     parameters = [(layer, "weight") for layer in model]
     torch_rsst.global_unstructured(parameters[1:4], torch_rsst.GlobalL1, amount=0.4)
     before = fingerprint(model)
-    write = Cut.write_stays
+    write, columns = Cut._mark_blocks, []
 
-    def failing(cut: Cut, position: int, out: Tensor) -> Tensor:
-        write(cut, position, out)
-        if position == fails_at:
+    def failing(cut: Cut, column: Column, *args: Any, **kwargs: Any) -> None:
+        write(cut, column, *args, **kwargs)
+        columns.append(column)
+        if len(columns) > fails_at:
             raise KeyboardInterrupt
-        return out
 
-    monkeypatch.setattr(Cut, "write_stays", failing)
+    monkeypatch.setattr(Cut, "_mark_blocks", failing)
     with pytest.raises(KeyboardInterrupt):
         torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.4)
     assert fingerprint(model) == before

@@ -2,7 +2,7 @@
 
 A sample tells between which two keys it should lie. One pass counts the entries below these and
 collects those between. Where the sample was wrong, or too many lie between (they are equal, say),
-all entries stay in the search: slower, as exact.
+all entries are searched: slower, as exact.
 """
 
 from __future__ import annotations
@@ -31,35 +31,97 @@ _CPU = torch.device("cpu")
 class Candidates:
     """Entries to search the k-th lowest among.
 
+    What is known of them are int64 tensors, added up over ranks, which nobody has waited for.
+
     Attributes:
         keys: gives all keys, as often as it is called.
         places: gives the places of the entries with a key; what else it gives lies above all.
-        below: how many entries lie below all candidates.
         low: the key of the k-th is not lower.
         high: nor is it higher.
+        below: how many entries lie below all candidates.
+        inside: how many lie between ``low`` and ``high``.
+        overfull: on how many ranks these were too many to collect, so that some are missing.
+        has_nan: how many NaN compete in each column; empty if that is known already.
     """
 
     keys: Callable[[], Iterable[Tensor]]
-    places: Callable[[int], Iterable[Tensor]]
-    below: int
+    places: Callable[[Tensor], Iterable[Tensor]]
     low: int
     high: int
+    below: Tensor
+    inside: Tensor
+    overfull: Tensor
+    has_nan: Tensor
+
+    def search(self, rank: int, entries: int, *, device: torch.device, reduce: Reduce) -> Findings:
+        """Find the entry at a rank, and wait once.
+
+        Args:
+            rank: which one is looked for, counting what does not compete, which lies lowest.
+            entries: how many there are on all ranks.
+            device: where counts are added up.
+            reduce: adds counts up over ranks.
+        """
+        find = partial(kth_lowest, device=device, reduce=reduce)
+        found = find(self.keys, rank - self.below, low=self.low, high=self.high)
+        place = torch.full((), entries, device=device)
+        # Elsewhere than on the CPU, to look whether others are equal would be to wait.
+        if device.type != "cpu" or found.rank < found.equal:
+            ties = partial(self.places, found.value)
+            place = find(ties, found.rank, low=0, high=entries).value
+        known = torch.stack([found.value, place, self.below, self.inside, self.overfull])
+        key, last, below, inside, overfull, *has_nan = torch.cat([known, self.has_nan]).tolist()
+        return Findings(key, last, below < rank <= below + inside, overfull == 0, has_nan)
 
 
-def everything(columns: Sequence[Column], low: int, high: int) -> Candidates:
+@dataclass(frozen=True)
+class Findings:
+    """What a search has found.
+
+    Attributes:
+        key: of the entry that was looked for.
+        place: where it stands.
+        between: whether it does lie between the two keys that were guessed.
+        complete: whether all between these were there to be searched.
+        has_nan: how many NaN compete in each column.
+    """
+
+    key: int
+    place: int
+    between: bool
+    complete: bool
+    has_nan: list[int]
+
+
+def everything(
+    columns: Sequence[Column], low: int, high: int, *, has_nan: Tensor | None = None
+) -> Candidates:
     """All entries of some columns, of which the k-th lowest has a key from ``low`` to ``high``."""
+    device = columns[0].scores.device
 
     def keys() -> Iterator[Tensor]:
         for column in columns:
             yield from (keys for _, keys in column.blocks())
 
-    def places(key: int) -> Iterator[Tensor]:
+    def places(key: Tensor) -> Iterator[Tensor]:
         for column in columns:
             for start, keys in column.blocks():
                 places = column.places(start, keys.numel())
-                yield places.masked_fill_(keys != key, torch.iinfo(places.dtype).max)
+                others = keys != key.to(keys.device)
+                yield places.masked_fill_(others, torch.iinfo(places.dtype).max)
 
-    return Candidates(keys, places, below=0, low=low, high=high)
+    none, all_of_them = (
+        torch.full((), number, dtype=torch.int64, device=device)
+        for number in (0, torch.iinfo(torch.int64).max)
+    )
+    known = has_nan if has_nan is not None else none.new_empty(0)
+    return Candidates(keys, places, low, high, none, all_of_them, none, known)
+
+
+def nan_of_each(columns: Sequence[Column], *, device: torch.device) -> Tensor:
+    """Whether NaN competes here, for each column; for no other device than theirs is waited."""
+    flags = [column.has_nan().to(device, torch.int64) for column in columns]
+    return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def narrowed(
@@ -70,8 +132,8 @@ def narrowed(
     *,
     workers: Workers,
     reduce: Reduce,
-) -> tuple[Candidates, list[int]]:
-    """The entries near the one at ``rank``, and the highest key of every column. On the CPU only.
+) -> Candidates:
+    """The entries near the one at ``rank``. On the CPU only.
 
     Args:
         columns: what this process holds.
@@ -86,18 +148,60 @@ def narrowed(
     # Twice the few, since threads do not find the same number.
     room = 2 * max(2 * _LEAST, int(_FEW * own)) // workers.count
     surveys = workers.run(partial(_survey, columns, kind, low, high, room))
-    highest = [max(tops) for tops in zip(*(survey.highest for survey in surveys), strict=True)]
+    has_nan = [
+        max(tops) > kind.infinity for tops in zip(*(s.highest for s in surveys), strict=True)
+    ]
     counts = torch.tensor(
-        [[survey.below, survey.inside, survey.overfull] for survey in surveys], device=_CPU
-    )
-    below, inside, overfull = reduce(counts.sum(0)).tolist()
-    if not below < rank <= below + inside:
-        return everything(columns, kind.lowest, kind.highest), highest
-    if overfull:
-        return everything(columns, low, high), highest
+        [
+            [survey.below, survey.inside, survey.overfull, *(0 for _ in has_nan)]
+            for survey in surveys
+        ],
+        device=_CPU,
+    ).sum(0)
+    counts[3:] = torch.tensor(has_nan, device=_CPU)
+    below, inside, overfull, *_ = counts = reduce(counts)
     keys = torch.cat([survey.keys for survey in surveys])
     places = torch.cat([survey.places for survey in surveys])
-    return Candidates(lambda: [keys], lambda key: [places[keys == key]], below, low, high), highest
+    return Candidates(
+        lambda: [keys],
+        lambda key: [places[keys == key]],
+        low,
+        high,
+        below=below,
+        inside=inside,
+        overfull=overfull,
+        has_nan=counts[3:],
+    )
+
+
+def stride_of(entries: int, sample: int) -> int:
+    """Every how manieth entry makes a sample of about that size; less than 2: no sample."""
+    stride = entries // sample
+    while stride > 1 and math.gcd(stride, 30) > 1:  # out of step with rows and channels
+        stride += 1
+    return stride
+
+
+def bracket(
+    kth: Callable[[int], int], size: int, rank: int, entries: int, kind: Kind
+) -> tuple[int, int]:
+    """Two keys that the one at ``rank`` lies between, unless the sample misleads.
+
+    Args:
+        kth: the k-th lowest of the sample, k counting from 1.
+        size: of the sample; 0 where there is none.
+        rank: which one is looked for.
+        entries: how many there are.
+        kind: of the keys.
+    """
+    share = rank / entries
+    # Four standard deviations of the rank in a random sample.
+    middle, slack = size * share, 4 * math.sqrt(size * share * (1 - share)) + 4
+    first, last = int(middle - slack), int(middle + slack) + 1
+    return (
+        max(kth(first), kind.floor) if first > 0 else kind.floor,
+        kth(last) if last <= size else kind.highest,
+    )
 
 
 def _guess(
@@ -109,24 +213,18 @@ def _guess(
     workers: Workers,
     reduce: Reduce,
 ) -> tuple[int, int]:
-    """Two keys that the one at ``rank`` lies between, unless the sample misleads."""
-    stride = entries // max(_LEAST, min(_SAMPLE, int(_FEW * entries)))
+    stride = stride_of(entries, max(_LEAST, min(_SAMPLE, int(_FEW * entries))))
     if stride < 2:
         return kind.floor, kind.highest
-    while math.gcd(stride, 30) > 1:  # out of step with rows and channels
-        stride += 1
     samples = workers.run(partial(_sample, columns, kind, stride))
     size = int(reduce(torch.tensor(sum(sample.numel() for sample in samples), device=_CPU)))
-    share = rank / entries
-    # Four standard deviations of the rank in a random sample.
-    middle, slack = size * share, 4 * math.sqrt(size * share * (1 - share)) + 4
-    first, last = int(middle - slack), int(middle + slack) + 1
-    search = partial(kth_lowest, lambda: samples, device=_CPU, reduce=reduce)
-    low, high = kind.lowest, kind.highest
-    return (
-        max(search(first, low=low, high=high).value, kind.floor) if first > 0 else kind.floor,
-        search(last, low=low, high=high).value if last <= size else kind.highest,
-    )
+
+    def kth(k: int) -> int:
+        low, high = kind.lowest, kind.highest
+        found = kth_lowest(lambda: samples, k, low=low, high=high, device=_CPU, reduce=reduce)
+        return int(found.value)
+
+    return bracket(kth, size, rank, entries, kind)
 
 
 def _sample(columns: Sequence[Column], kind: Kind, stride: int, turn: int, turns: int) -> Tensor:

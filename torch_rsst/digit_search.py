@@ -19,11 +19,14 @@ _DIGIT_BITS = 11  # three digits make 32 bits, six make 64
 
 
 class Found(NamedTuple):
-    """An integer; how many equal ones there are up to the k-th in order, and how many in all."""
+    """An integer; how many equal ones there are up to the k-th in order, and how many in all.
 
-    value: int
-    rank: int
-    equal: int
+    Each an int64 tensor of no dimension, on the device of the search, which has not been waited for.
+    """
+
+    value: Tensor
+    rank: Tensor
+    equal: Tensor
 
 
 def alone(counts: Tensor) -> Tensor:
@@ -33,7 +36,7 @@ def alone(counts: Tensor) -> Tensor:
 
 def kth_lowest(
     blocks: Callable[[], Iterable[Tensor]],
-    k: int,
+    k: int | Tensor,
     *,
     low: int,
     high: int,
@@ -45,31 +48,33 @@ def kth_lowest(
     Example:
         >>> kth_lowest(lambda: [torch.tensor([7, 3]), torch.tensor([5, 3, 3])], 2, low=0, high=9,
         ...            device=torch.device("cpu"))
-        Found(value=3, rank=2, equal=3)
+        Found(value=tensor(3), rank=tensor(2), equal=tensor(3))
 
     Args:
         blocks: gives the integers, as often as it is called: once per digit.
         k: at most how many integers there are, on all ranks together.
         low: no more than the k-th.
         high: no less than it. The nearer the two, the fewer digits there are to count.
-        device: where counts are added up; nothing waits for it before the end.
+        device: where counts are added up.
         reduce: adds counts up over ranks.
     """
     shift = max((high - low).bit_length() - _DIGIT_BITS, 0)
     digits = (high >> shift) - (low >> shift) + 1
-    first = torch.tensor(low >> shift, device=device)
-    rank = torch.tensor(k, device=device)
+    # Filled, not copied to the device, which would wait for it.
+    first = torch.full((), low >> shift, device=device)
+    rank = torch.full((), k, device=device) if isinstance(k, int) else k
     while True:
         counts = torch.zeros(digits + 2, dtype=torch.int64, device=device)
         for integers in blocks():
             counts += _count(integers >> shift, first, digits).to(device)
         counts = reduce(counts)
         up_to = counts.cumsum(0)
-        chosen = torch.searchsorted(up_to, rank)
+        # Where there are fewer than k integers, what is found means nothing, but must be there.
+        chosen = torch.searchsorted(up_to, rank).clamp_(max=digits + 1)
         equal = counts[chosen]
         value = first + chosen - 1
         if shift == 0:
-            return Found(*torch.stack([value, rank - up_to[chosen] + equal, equal]).tolist())
+            return Found(value, rank - up_to[chosen] + equal, equal)
         step = min(shift, _DIGIT_BITS)
         shift, first, digits = shift - step, value << step, 1 << step
 
@@ -78,9 +83,6 @@ def _count(bins: Tensor, first: Tensor, digits: int) -> Tensor:
     """How many values lie below ``first``, are it, and so on, and lie above the last digit."""
     first = first.to(bins.device, bins.dtype)
     bins.clamp_(first - 1, first + digits).sub_(first - 1)
-    if bins.device.type == "cpu":
-        return torch.bincount(bins, minlength=digits + 2)
-    # On a device bincount would wait for the result.
-    edges = torch.arange(digits + 2, dtype=bins.dtype, device=bins.device)
-    up_to = torch.searchsorted(bins.sort().values, edges, right=True)
-    return up_to.diff(prepend=up_to.new_zeros(1))
+    if bins.device.type == "cuda":  # where bincount would wait for the highest value
+        return torch.histc(bins.to(torch.int32), digits + 2, min=0, max=digits + 2)
+    return torch.bincount(bins, minlength=digits + 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import message
 from torch_rsst.freezing import freeze_latents
 from torch_rsst.importance import Importance
-from torch_rsst.masked_parameter import NewMask, as_tensor, install
+from torch_rsst.masked_parameter import Write, as_tensors, from_tensors, install
 from torch_rsst.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.optimizer_state import reset_moments as reset_entries
 from torch_rsst.penalty_hooks import Optimizers, as_optimizers, divide
@@ -65,15 +64,17 @@ def global_unstructured(
             the score of an alive entry, or an amount out of range.
         RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
     """
-    sites, masks = agreed(
+    sites, write = agreed(
         process_group,
         lambda: _choose(_distinct_sites(parameters), pruning_method, importance_scores, kwargs),
         lambda chosen: (
-            (f"{site}, number {i}", as_tensor(site, mask))
-            for i, (site, mask) in enumerate(zip(*chosen, strict=True))
+            (f"{tied[0]}, number {i}", mask)
+            for i, (tied, mask) in enumerate(
+                zip(_by_parameter(chosen[0]), as_tensors(*chosen), strict=True)
+            )
         ),
     )
-    install(list(zip(sites, masks, strict=True)))
+    install(sites, write)
 
 
 def _choose(
@@ -81,8 +82,8 @@ def _choose(
     pruning_method: type[prune.BasePruningMethod],
     importance_scores: Mapping[Parameter, Tensor] | None,
     arguments: Mapping[str, Any],
-) -> tuple[list[Site], list[NewMask]]:
-    """The sites and their new masks; nothing is touched."""
+) -> tuple[list[Site], Write]:
+    """The sites and what writes their new masks; nothing is touched."""
     if not (isinstance(pruning_method, type) and issubclass(pruning_method, BasePruningMethod)):
         remedy = "Pass the class, such as GlobalL1, and its arguments by name: amount=0.2."
         got = getattr(pruning_method, "__name__", repr(pruning_method))
@@ -100,21 +101,18 @@ def _choose(
                 remedy="Use GlobalL1, or prune whole units with regroup() and apply_mask().",
             )
         )
-    owners: dict[int, list[Site]] = {}
-    for site in sites:
-        owners.setdefault(id(site.original), []).append(site)
-    unique = [tied[0] for tied in owners.values()]
-    scores = [_scores_of(tied, importance_scores) for tied in owners.values()]
-    masks = _rank(method, unique, scores)
+    by_parameter = _by_parameter(sites)
+    unique = [tied[0] for tied in by_parameter]
+    scores = [_scores_of(tied, importance_scores) for tied in by_parameter]
+    write = _rank(method, unique, scores)
     if importance_scores is not None:
         # Scores may be masks, or share their memory: take all that is wanted before any changes.
-        masks = [as_tensor(site, mask) for site, mask in zip(unique, masks, strict=True)]
-    mask_of = {id(site.original): mask for site, mask in zip(unique, masks, strict=True)}
-    return sites, [mask_of[id(site.original)] for site in sites]
+        write = from_tensors(as_tensors(unique, write))
+    return sites, write
 
 
 def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
-    sites: list[Site] = []
+    sites: dict[Site, None] = {}  # a set that keeps the order
     for pair in parameter_list(parameters):
         site = site_of(pair)
         if site in sites:
@@ -124,11 +122,19 @@ def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
                     f"parameter {site}", expected="to be listed once", got="it twice", remedy=remedy
                 )
             )
-        sites.append(site)
+        sites[site] = None
     if not sites:
         remedy = "Name the parameters to prune."
         raise ValueError(message("parameters", expected="at least one", got="none", remedy=remedy))
-    return sites
+    return list(sites)
+
+
+def _by_parameter(sites: list[Site]) -> list[list[Site]]:
+    """The sites that share a parameter, together."""
+    tied: dict[int, list[Site]] = {}
+    for site in sites:
+        tied.setdefault(id(site.original), []).append(site)
+    return list(tied.values())
 
 
 def _scores_of(tied: list[Site], importance_scores: Mapping[Parameter, Tensor] | None) -> Tensor:
@@ -150,14 +156,13 @@ def _scores_of(tied: list[Site], importance_scores: Mapping[Parameter, Tensor] |
     return check_scores(tied[0], given[0] if given else None)
 
 
-def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> list[NewMask]:
-    """The new masks of all sites; L1 ranking without joining them into one vector."""
+def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> Write:
+    """What writes the new masks of all sites; L1 ranking without joining them into one vector."""
     if type(method).compute_mask not in _L1_RULES:
-        return [*_rank_joined(method, sites, scores)]
+        return from_tensors(_rank_joined(method, sites, scores))
     names = [str(site) for site in sites]
     ranking = Ranking(scores, among=[site.mask for site in sites], absolute=True, names=names)
-    cut = ranking.cut(to_count(method.amount, ranking.available, of="alive entries"))
-    return [partial(cut.write_stays, position) for position in range(len(sites))]
+    return ranking.cut(to_count(method.amount, ranking.available, of="alive entries")).write_stays
 
 
 def _rank_joined(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:

@@ -21,8 +21,8 @@ from torch_rsst.rollback import place_kept, rolled_back_on_failure
 from torch_rsst.shards import is_sharded, local, placed_like
 from torch_rsst.site import Site, check_scores, check_site, masked_sites
 
-# A mask of zeros and ones, or what writes it into a tensor: then it exists once, where it is used.
-NewMask: TypeAlias = Tensor | Callable[[Tensor], object]
+Write: TypeAlias = Callable[[Sequence[Tensor]], object]
+"""Sets masks that are given to it, so that these exist once, where they are used."""
 
 
 class _Masked(BasePruningMethod):
@@ -80,7 +80,7 @@ class MaskHook(_Masked):
         scores = check_scores(site, importance_scores)
         default = torch.ones_like(site.original) if site.mask is None else site.mask.clone()
         mask = self._new_mask(scores, default.detach(), given=importance_scores is not None)
-        install([(site, mask != 0)])
+        install([site], from_tensors([mask != 0]))
         self._tensor_name = site.name
 
     def _new_mask(self, scores: Tensor, mask: Tensor, *, given: bool) -> Tensor:
@@ -92,45 +92,53 @@ class MaskContainer(_Masked, PruningContainer):
     """Stock methods that came first and ours, as PyTorch composes them."""
 
 
-def install(masks: Sequence[tuple[Site, NewMask]]) -> None:
+def install(sites: Sequence[Site], write: Write) -> None:
     """Set masks exactly, in place, all or none.
 
     Args:
-        masks: sites and new masks of their parameters' shapes.
+        sites: where to; those that share a parameter share its mask.
+        write: sets the masks, one for each parameter in the order of ``sites``, when nothing else is
+            left to do.
     """
-    sites = [site for site, _ in masks]
     # A mask made in inference mode could not be changed outside it.
-    with torch.inference_mode(False), rolled_back_on_failure(sites):
-        shared: dict[int, Tensor] = {}  # tied parameters share one mask as they share one original
-        for site, alive in masks:
+    with torch.inference_mode(False), torch.no_grad(), rolled_back_on_failure(sites):
+        masks: dict[int, Tensor] = {}
+        for site in sites:
             original = id(site.original)
-            if original not in shared:
-                shared[original] = _mask_buffer(site, alive)
-            _reparametrize(site, shared[original])
-            hook = _set_hook(site)
+            if original not in masks:
+                masks[original] = _mask_buffer(site)
+            _reparametrize(site, masks[original])
+        hooks = [(site, _set_hook(site)) for site in sites]
+        write(list(masks.values()))
+        for site, hook in hooks:
             hook(site.module, ())
 
 
-def _mask_buffer(site: Site, alive: NewMask) -> Tensor:
-    """The site's mask, holding ``alive``; written in place where there is one already."""
-    with torch.no_grad():
-        mask = torch.empty_like(site.original) if site.mask is None else site.mask
-        if is_sharded(site.original) and not is_sharded(mask):
-            mask = placed_like(mask, site.original).clone()  # masked before it was sharded
-        if isinstance(alive, Tensor):
-            mask.copy_(placed_like(alive, mask))
-        else:
-            alive(mask)
-    return mask
+def from_tensors(masks: Sequence[Tensor]) -> Write:
+    """Masks of zeros and ones, to be written one into each parameter's."""
+
+    def write(outs: Sequence[Tensor]) -> None:
+        for out, alive in zip(outs, masks, strict=True):
+            out.copy_(placed_like(alive, out))
+
+    return write
 
 
-def as_tensor(site: Site, mask: NewMask) -> Tensor:
-    """The new mask of a site by itself."""
-    if isinstance(mask, Tensor):
-        return mask
-    alive = torch.empty_like(site.original, dtype=torch.bool)
-    mask(alive)
+def as_tensors(sites: Sequence[Site], write: Write) -> list[Tensor]:
+    """New masks by themselves, one for each parameter."""
+    originals = {id(site.original): site.original for site in sites}
+    alive = [torch.empty_like(each, dtype=torch.bool) for each in originals.values()]
+    write(alive)
     return alive
+
+
+def _mask_buffer(site: Site) -> Tensor:
+    """The site's mask, new where there is none."""
+    if site.mask is None:
+        return torch.empty_like(site.original, requires_grad=False)
+    if is_sharded(site.original) and not is_sharded(site.mask):
+        return placed_like(site.mask, site.original).clone()  # masked before it was sharded
+    return site.mask
 
 
 def find_hook(site: Site) -> tuple[int, BasePruningMethod] | None:

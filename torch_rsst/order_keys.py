@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, repeat
 from typing import TypeVar
 
@@ -86,16 +87,22 @@ class Scratch(threading.local):
     """
 
     def __init__(self, size: int, kind: Kind, device: torch.device) -> None:
-        self.size, self.kind = size, kind
+        self.size, self.kind, self.device = size, kind, device
+
+    @cached_property
+    def _memory(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Made when it is first asked for: not all ways of ranking need it."""
         # What is made in inference mode could not be changed outside it.
         with torch.inference_mode(False):
-            self._keys, self._first, self._second = (
-                torch.empty(size, dtype=kind.integer, device=device) for _ in range(3)
+            keys, first, second = (
+                torch.empty(self.size, dtype=self.kind.integer, device=self.device)
+                for _ in range(3)
             )
+        return keys, first, second
 
     def keys_of(self, scores: Tensor, among: Tensor | None) -> Tensor:
         """The keys of flat scores, in memory that the next call overwrites."""
-        keys = self._keys[: scores.numel()]
+        keys = self._memory[0][: scores.numel()]
         values = keys.view(self.kind.real)
         if self.kind.absolute:
             if scores.dtype == values.dtype:
@@ -113,9 +120,9 @@ class Scratch(threading.local):
     def _below_all(self, keys: Tensor, among: Tensor) -> Tensor:
         """Make keys negative, in place, where an entry does not compete."""
         if among.dtype == torch.bool:
-            keys |= self._second[: among.numel()].copy_(among).sub_(1)
+            keys |= self._memory[2][: among.numel()].copy_(among).sub_(1)
             return keys
-        kind, dead = self.kind, self._second[: among.numel()]
+        kind, dead = self.kind, self._memory[2][: among.numel()]
         torch.eq(among, 0, out=dead.view(kind.real))
         # The bits of 1.0, moved up by as many as its exponent has, are the sign bit alone.
         return keys.add_(dead, alpha=kind.exponents)
@@ -125,11 +132,11 @@ class Scratch(threading.local):
         if among.dtype == torch.bool:
             return among
         # A comparison into bools takes several times as long.
-        return torch.ne(among, 0, out=self._second[: among.numel()].view(self.kind.real))
+        return torch.ne(among, 0, out=self._memory[2][: among.numel()].view(self.kind.real))
 
     def spare(self, count: int) -> tuple[Tensor, Tensor]:
         """Two integer vectors, free until the next keys are asked for."""
-        return self._first[:count], self._second[:count]
+        return self._memory[1][:count], self._memory[2][:count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,13 +198,12 @@ class Column:
                 yield start, self.scratch.keys_of(scores[every], among)
             start += scores.numel()
 
-    def highest_key(self) -> Tensor:
-        """The highest key of all."""
-        kind = self.scratch.kind
-        highest = torch.tensor(kind.lowest, dtype=kind.integer, device=self.scores.device)
+    def has_nan(self) -> Tensor:
+        """Whether NaN is among what competes."""
+        found = torch.zeros((), dtype=torch.bool, device=self.scores.device)
         for _, keys in self.blocks():
-            highest = torch.maximum(highest, keys.amax())
-        return highest
+            found |= keys.amax() > self.scratch.kind.infinity
+        return found
 
     def places(self, start: int, count: int) -> Tensor:
         """The places of ``count`` entries from flat index ``start`` on."""

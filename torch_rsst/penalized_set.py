@@ -7,8 +7,8 @@ waits for the device or moves data between devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class PenalizedSet:
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         sites = named_sites(model)
         self._entries: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._factors: dict[Any, _Factors] = {}
         for name, mask in masks.items():
             subject = f"refill mask of {name!r}"
             if name not in sites:
@@ -86,16 +87,29 @@ class PenalizedSet:
     def shrink(self, names: Iterable[str], strength: float, skipped: Tensor | None) -> None:
         """Decoupled: ``weight *= 1 − min(1, strength)`` on P, unless ``skipped`` says so on the device."""
         strength = min(1.0, strength)
-        numbers = cache(_numbers)
+        units: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
         with torch.no_grad():
-            for parameter, where in map(self._entry, names):
+            for name in names:
+                parameter, where = self._entry(name)
                 own = local(parameter)
-                acts = where if skipped is None else where * (skipped == 0).to(where.device)
-                if acts.is_floating_point():
+                if where.is_floating_point():
+                    acts = where if skipped is None else where * _took_place(skipped, where)
                     own.addcmul_(own, acts, value=-strength)  # right to the last bit but one
                 else:
-                    keep, one = numbers(1.0 - strength, 1.0, dtype=own.dtype, device=own.device)
-                    own.mul_(torch.where(acts, keep, one))
+                    units.setdefault((own.device, own.dtype), []).append((name, own))
+            for together in units.values():
+                factors = self._factors_for(tuple(name for name, _ in together))
+                factors.set(1.0 - strength, skipped)
+                torch._foreach_mul_([own for _, own in together], factors.views)
+
+    def _factors_for(self, names: tuple[str, ...]) -> _Factors:
+        """Made once for the parameters that are shrunk together, and again after ``model.to``."""
+        first, where = self._entry(names[0])
+        key = names, first.dtype, where.device
+        if key not in self._factors:
+            vectors = [self._entry(name)[1] for name in names]
+            self._factors[key] = _Factors(vectors, _wide(first.dtype))
+        return self._factors[key]
 
     def _check_gradients(self, names: Iterable[str]) -> None:
         """Refuse sparse gradients, which P cannot index, before the first one is changed."""
@@ -121,12 +135,32 @@ class PenalizedSet:
         return parameter, where
 
 
+class _Factors:
+    """What the units of many parameters are multiplied with: all made in one operation a step."""
+
+    def __init__(self, vectors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._in_p = torch.cat([vector.reshape(-1) for vector in vectors])
+        self._values = torch.empty_like(self._in_p, dtype=dtype)
+        self._one = torch.ones((), dtype=dtype, device=self._in_p.device)
+        parts = torch.split(self._values, [vector.numel() for vector in vectors])
+        self.views = [part.view_as(vector) for part, vector in zip(parts, vectors, strict=True)]
+
+    def set(self, factor: float, skipped: Tensor | None) -> None:
+        """Let ``views`` hold the factor in P and 1 elsewhere, or 1 everywhere if a step was skipped."""
+        acts = self._in_p if skipped is None else self._in_p & _took_place(skipped, self._in_p)
+        torch.where(acts, torch.full_like(self._one, factor), self._one, out=self._values)
+
+
+def _took_place(skipped: Tensor, like: Tensor) -> Tensor:
+    return (skipped == 0).to(like.device)
+
+
 def _where(penalized: Tensor, weight: Tensor) -> Tensor:
     """Where P lies, in the form that takes least.
 
     Where whole units lie in P, a bool vector along one dimension: no memory to speak of, and no time to
     read it. Else 1 in P and 0 elsewhere, to multiply with. But all of P as bool where something outside it
-    is not finite, as 0 · ∞ is no 0.
+    is not finite, as 0 · ∞ is no 0: rare, and not worth another way.
     """
     if not bool(weight.detach().masked_fill(penalized, 0.0).isfinite().all()):
         return penalized
@@ -141,7 +175,3 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """A dtype in which factors near 1 are not 1, and scales of a GradScaler are not infinite."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _numbers(*values: float, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    return [torch.full((), value, dtype=_wide(dtype), device=device) for value in values]

@@ -77,7 +77,7 @@ def rank(
     scores = [weights[name] for name in ranked]
     ranking = Ranking(scores, among=before, absolute=True, names=[repr(n) for n in ranked])
     cut = ranking.cut(to_count(amount, ranking.available, of="alive entries"))
-    current = {name: cut.stays(position) for position, name in enumerate(ranked)}
+    current = dict(zip(ranked, cut.stays(), strict=True))
     current |= {name: mask for name, mask in alive.items() if name not in current}
     for layer in groups.layers:
         lives = remain(layer, weights, current) > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -43,13 +43,8 @@ def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
     """Put modules back exactly as they were if the block raises, interrupts included."""
     modules = {id(site.module): site.module for site in sites}.values()
     saved = [(module, type(module), _shallow(module)) for module in modules]
-    present = {id(site.mask): local(site.mask) for site in sites if site.mask is not None}
-    masks = list(present.values())
-
-    def pack(turn: int, turns: int) -> list[tuple[Tensor, Tensor]]:
-        return [(mask, _packed(mask)) for mask in masks[turn::turns]]
-
-    values = Workers(sum(mask.numel() for mask in masks) // _PACKED).run(pack)
+    present = {id(mask): local(mask) for mask in (site.mask for site in sites) if mask is not None}
+    put_masks_back = _kept(list(present.values()))
     try:
         yield
     except BaseException:
@@ -61,10 +56,34 @@ def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
             if other in site.module._parameters:
                 now, other = other, now
             tell_of_new_name(site.module, other, now)
-        with torch.no_grad():
-            for mask, bits in chain(*values):
-                mask.copy_(_unpacked(bits, mask.shape))
+        put_masks_back()
         raise
+
+
+def _kept(masks: Sequence[Tensor]) -> Callable[[], None]:
+    """What puts the values of masks back: a bit an entry, elsewhere than on the CPU a byte.
+
+    Devices have no time for operations on a part of a mask each, but they copy many masks in one.
+    """
+    here = [mask for mask in masks if mask.device.type == "cpu"]
+    elsewhere = [mask for mask in masks if mask.device.type != "cpu"]
+
+    def pack(turn: int, turns: int) -> list[tuple[Tensor, Tensor]]:
+        return [(mask, _packed(mask)) for mask in here[turn::turns]]
+
+    packed = Workers(sum(mask.numel() for mask in here) // _PACKED).run(pack)
+    flags = [torch.empty_like(mask, dtype=torch.bool) for mask in elsewhere]
+    if elsewhere:
+        torch._foreach_copy_(flags, elsewhere)
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for mask, bits in chain(*packed):
+                mask.copy_(_unpacked(bits, mask.shape))
+            if elsewhere:
+                torch._foreach_copy_(elsewhere, flags)
+
+    return put_back
 
 
 def _packed(mask: Tensor) -> Tensor:

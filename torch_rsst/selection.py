@@ -7,25 +7,30 @@ is some blocks of scores and the few that lie near the cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from torch_rsst.candidates import everything, narrowed
-from torch_rsst.digit_search import kth_lowest
+from torch_rsst.candidates import Candidates, everything, nan_of_each, narrowed
+from torch_rsst.digit_search import alone
 from torch_rsst.errors import message
 from torch_rsst.order_keys import Column, Kind, Scratch
 from torch_rsst.shards import Layout, Ranks, local, placed_like, sharded_like
 from torch_rsst.workers import Workers, one_thread
 
-# Entries looked at together: a small part of all, and few enough for the processor's cache. They have
-# no say in the result.
+if TYPE_CHECKING:
+    from torch_rsst.fused import Fused
+
+# Entries looked at together: a small part of all, on the CPU few enough for the processor's cache. They
+# have no say in the result.
 _BLOCK = 1 << 19
 _LEAST = 1 << 17
+_LEAST_ELSEWHERE = 1 << 22
 
 
 def lowest(
@@ -58,8 +63,7 @@ def lowest(
     Raises:
         ValueError: for NaN in a competing entry, or ``k`` larger than the number of these.
     """
-    cut = Ranking(scores, among=among, absolute=absolute, names=names).cut(k)
-    return [cut.goes(position) for position in range(len(scores))]
+    return Ranking(scores, among=among, absolute=absolute, names=names).cut(k).goes()
 
 
 class Ranking:
@@ -67,8 +71,8 @@ class Ranking:
 
     Example:
         >>> ranking = Ranking([torch.tensor([3.0, -1.0, 2.0])], absolute=True)
-        >>> ranking.cut(ranking.available - 1).stays(0)
-        tensor([ True, False, False])
+        >>> ranking.cut(ranking.available - 1).stays()
+        [tensor([ True, False, False])]
 
     Where several ranks hold parts of the scores, counts are added up over them, a few kilobytes at a
     time whatever the size of the scores: the cut is then the same on all.
@@ -86,8 +90,13 @@ class Ranking:
         self._kind = Kind.of(scores, absolute=absolute)
         ranks, parts = Ranks.of(scores), [local(t.detach()) for t in scores]
         own = sum(t.numel() for t in parts)
-        size = min(_BLOCK, max(_LEAST, own // 64), max((t.numel() for t in parts), default=0))
-        scratch = {t.device: Scratch(size, self._kind, t.device) for t in parts}
+        longest = max((t.numel() for t in parts), default=0)
+        sizes = {"cpu": min(longest, _BLOCK, max(_LEAST, own // 64))}
+        elsewhere = min(longest, max(_LEAST_ELSEWHERE, own // 32))
+        scratch = {
+            t.device: Scratch(sizes.get(t.device.type, elsewhere), self._kind, t.device)
+            for t in parts
+        }
         starts = accumulate((t.numel() for t in scores), initial=0)
         self._wholes = list(scores)
         self._columns = [
@@ -102,9 +111,11 @@ class Ranking:
             for whole, part, mask, start in zip(scores, parts, among, starts, strict=False)
         ]
         self._own_entries = sum(c.scores.numel() for c in self._columns if c.counts)
+        self._entries = sum(t.numel() for t in scores)
         self._on_cpu = all(device.type == "cpu" for device in scratch)
         self._device = next(iter(scratch), torch.device("cpu"))
-        self._names, self._reduce = names, ranks.add_up
+        self._names, self._reduce = names, ranks.add_up if ranks.mesh is not None else alone
+        self._fused = fused_passes(self._columns)
         self._workers = Workers(own // (2 * _LEAST) if self._on_cpu else 1)
 
     @property
@@ -115,7 +126,12 @@ class Ranking:
     @cached_property
     def _totals(self) -> tuple[int, int]:
         """How many entries compete, and how many there are."""
-        counts = torch.tensor([0, self._own_entries], device=self._device)
+        counts = torch.zeros(2, dtype=torch.int64, device=self._device)
+        counts[1].fill_(self._own_entries)
+        if self._fused is not None:
+            counts[:1] = self._fused.count(self._entries)
+            available, entries = self._fused.fetched(self._reduce(counts))
+            return available, entries
 
         def competing(turn: int, turns: int) -> list[Tensor]:
             return [
@@ -141,40 +157,48 @@ class Ranking:
             raise ValueError(
                 message("k", expected=f"0 to {available} candidates", got=k, remedy=remedy)
             )
-        kind = self._kind
-        rank = entries - available + k  # what does not compete lies below what does
-        if k and self._on_cpu:
-            candidates, highest = narrowed(
-                self._columns, rank, entries, kind, workers=self._workers, reduce=self._reduce
-            )
-        else:  # on another device, collecting would wait once per block
-            candidates = everything(self._columns, kind.lowest, kind.highest)
-            tops = [column.highest_key().to(self._device) for column in self._columns]
-            highest = torch.stack(tops).tolist() if tops else []
-        self._check_numbers(highest)
+        cut = partial(Cut, self._columns, self._wholes, workers=self._workers, fused=self._fused)
         if k == 0:
-            return Cut(
-                self._columns,
-                self._wholes,
-                key=kind.floor - 1,
-                place=entries,
-                workers=self._workers,
-            )
-        search = partial(kth_lowest, device=self._device, reduce=self._reduce)
-        low, high = candidates.low, candidates.high
-        found = search(candidates.keys, rank - candidates.below, low=low, high=high)
-        place = entries
-        if found.rank < found.equal:
-            ties = partial(candidates.places, found.value)
-            place = search(ties, found.rank, low=0, high=entries).value
-        return Cut(self._columns, self._wholes, key=found.value, place=place, workers=self._workers)
+            flags = self._reduce(nan_of_each(self._columns, device=self._device))
+            self._check_numbers(flags.tolist())
+            return cut(key=self._kind.floor - 1, place=entries)
+        rank = entries - available + k  # what does not compete lies below what does
+        search = partial(
+            Candidates.search, rank=rank, entries=entries, device=self._device, reduce=self._reduce
+        )
+        candidates = self._near(rank, entries)
+        found = search(candidates)
+        self._check_numbers(found.has_nan)
+        if not found.between:
+            found = search(everything(self._columns, self._kind.lowest, self._kind.highest))
+        elif not found.complete:
+            found = search(everything(self._columns, candidates.low, candidates.high))
+        return cut(key=found.key, place=found.place)
 
-    def _check_numbers(self, highest: Sequence[int]) -> None:
-        """Raise for the first column whose highest key is that of a NaN."""
+    def _near(self, rank: int, entries: int) -> Candidates:
+        """What is likely to be among the entries near a rank, by the fastest way there is."""
+        if self._fused is not None:
+            near = self._fused.near(rank, entries, self._reduce)
+            if near is not None:
+                return near
+        elif self._on_cpu:
+            return narrowed(
+                self._columns,
+                rank,
+                entries,
+                self._kind,
+                workers=self._workers,
+                reduce=self._reduce,
+            )
+        # Block by block, collecting would wait once per block.
+        has_nan = self._reduce(nan_of_each(self._columns, device=self._device))
+        return everything(self._columns, self._kind.lowest, self._kind.highest, has_nan=has_nan)
+
+    def _check_numbers(self, has_nan: Sequence[int]) -> None:
+        """Raise for the first column in which NaN competes."""
         infinity = self._kind.infinity
-        has_nan = torch.tensor([int(top > infinity) for top in highest], device=self._device)
-        for position, ranks in enumerate(self._reduce(has_nan).tolist()):
-            if ranks:
+        for position, found in enumerate(has_nan):
+            if found:
                 blocks = self._columns[position].blocks()
                 own = sum(int((keys > infinity).sum()) for _, keys in blocks)
                 count = int(self._reduce(torch.tensor(own, device=self._device)))
@@ -189,62 +213,68 @@ class Ranking:
 class Cut:
     """The last entry that goes. Others go if their key is lower, or the same and their place lower.
 
-    Nothing is marked before it is asked for, by position, in any order. The scores and ``among`` of
-    a tensor must not change until then.
+    Nothing is marked before it is asked for. The scores and what says which of them compete must not
+    change until then.
     """
 
     columns: Sequence[Column]
     wholes: Sequence[Tensor]
+    workers: Workers
+    fused: Fused | None
     key: int
     place: int
-    workers: Workers
 
-    def goes(self, position: int) -> Tensor:
-        """A bool tensor, True for the entries that go."""
-        column = self.columns[position]
+    def goes(self) -> list[Tensor]:
+        """A bool tensor for each tensor of scores, True for the entries that go."""
+        return self._marked(goes=True)
 
-        def write(keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
-            torch.le(keys, bound, out=out)
-            if column.among is not None:
-                out &= keys >= column.scratch.kind.floor
+    def stays(self) -> list[Tensor]:
+        """The same for the entries that compete and do not go."""
+        return self._marked(goes=False)
 
-        marks = self._mark(column, _bools(column.scores), write)
-        return sharded_like(marks, self.wholes[position])
+    def write_stays(self, outs: Sequence[Tensor]) -> None:
+        """Set ``outs``, of whatever dtype, to the same. They may be what says which entries compete."""
+        self._mark([local(out) for out in outs], goes=False)
 
-    def stays(self, position: int) -> Tensor:
-        """A bool tensor, True for the entries that compete and do not go."""
-        marks = self.write_stays(position, _bools(self.columns[position].scores))
-        return sharded_like(marks, self.wholes[position])
+    def _marked(self, *, goes: bool) -> list[Tensor]:
+        # Threads could not write to what is made in inference mode.
+        with torch.inference_mode(False):
+            marks = [
+                torch.empty_like(c.scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+                for c in self.columns
+            ]
+        self._mark(marks, goes=goes)
+        return [sharded_like(m, whole) for m, whole in zip(marks, self.wholes, strict=True)]
 
-    def write_stays(self, position: int, out: Tensor) -> Tensor:
-        """Set ``out``, of whatever dtype, to the same. It may be ``among`` itself, or a local part."""
-        column = self.columns[position]
-        kind = column.scratch.kind
+    def _mark(self, outs: Sequence[Tensor], *, goes: bool) -> None:
+        flat = [
+            out
+            if out.is_contiguous()
+            else torch.empty_like(out, memory_format=torch.contiguous_format)
+            for out in outs
+        ]
+        if self.fused is not None:
+            self.fused.mark(flat, self.key, self.place, goes=goes)
+        else:
+            for column, out in zip(self.columns, flat, strict=True):
+                self._mark_blocks(column, out.view(-1), goes=goes)
+        for out, marks in zip(outs, flat, strict=True):
+            if marks is not out:
+                out.copy_(marks)
 
-        def write(keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
-            if out.dtype == kind.real and (value := kind.magnitude(bound)) is not None:
-                torch.gt(keys.view(kind.real), value, out=out)  # half the time of what follows
-            else:
-                out.copy_(torch.gt(keys, bound, out=column.scratch.spare(keys.numel())[0]))
-
-        return self._mark(column, local(out), write)
-
-    def _mark(
-        self, column: Column, out: Tensor, write: Callable[[Tensor, int | Tensor, Tensor], None]
-    ) -> Tensor:
-        flat = out.view(-1) if out.is_contiguous() else out.new_empty(out.numel())
+    def _mark_blocks(self, column: Column, out: Tensor, *, goes: bool) -> None:
+        mark = _mark_goes if goes else _mark_stays
 
         def work(turn: int, turns: int) -> None:
             for start, keys in column.blocks(turn, turns, uncounted=True):
                 bound = self._bound(column, start, keys)
-                write(keys, bound, flat[start : start + keys.numel()])
+                mark(column, keys, bound, out[start : start + keys.numel()])
 
         if column.scores.numel() <= column.scratch.size:
             with one_thread():  # a single block
                 work(0, 1)
         else:
             self.workers.run(work)
-        return out if out.is_contiguous() else out.copy_(flat.view(out.shape))
 
     def _bound(self, column: Column, start: int, keys: Tensor) -> int | Tensor:
         """The highest key that goes; entry by entry in a block that the cut runs through."""
@@ -256,7 +286,26 @@ class Cut:
         return self.key - above.to(keys.dtype)
 
 
-def _bools(like: Tensor) -> Tensor:
-    # Threads could not write to what is made in inference mode.
-    with torch.inference_mode(False):
-        return torch.empty(like.shape, dtype=torch.bool, device=like.device)
+def _mark_goes(column: Column, keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
+    torch.le(keys, bound, out=out)
+    if column.among is not None:
+        out &= keys >= column.scratch.kind.floor
+
+
+def _mark_stays(column: Column, keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
+    kind = column.scratch.kind
+    if out.dtype == kind.real and (value := kind.magnitude(bound)) is not None:
+        torch.gt(keys.view(kind.real), value, out=out)  # half the time of what follows
+    else:
+        out.copy_(torch.gt(keys, bound, out=column.scratch.spare(keys.numel())[0]))
+
+
+def fused_passes(columns: Sequence[Column]) -> Fused | None:
+    """Kernels that pass over all columns at once, where PyTorch has Triton and they suit it."""
+    if not columns or any(column.scores.device.type != "cuda" for column in columns):
+        return None  # without importing Triton, which takes long
+    try:
+        from torch_rsst.fused import Fused, suits
+    except ImportError:
+        return None
+    return Fused(columns) if suits(columns) else None

@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_rsst.errors import message
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: object) -> bool:
     """Whether it is a ``DTensor``, of which each rank holds a part or a replica."""
+    if type(tensor) in _PLAIN:
+        return False  # a call asks this hundreds of times
     # By what it has, not by its class: importing that takes long, and torch.compile reads this.
     return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 

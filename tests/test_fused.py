@@ -1,0 +1,270 @@
+"""The kernels for CUDA devices against sorting; without a device, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ranked_scores import DISTRIBUTIONS, by_sorting, flat, problems, uniform
+from torch import Tensor, nn
+
+import torch_rsst
+from torch_rsst import selection
+from torch_rsst.order_keys import Column
+from torch_rsst.selection import Ranking, lowest
+from torch_rsst.shards import Layout
+
+pytest.importorskip("triton")
+from torch_rsst import fused
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANKED = [torch.float32, torch.float16, torch.bfloat16]
+
+
+class Small:
+    """Makes small tensors go the way of large ones, and counts how often all entries are searched."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch, self.searches_of_all = patch, 0
+        everything = selection.everything
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.searches_of_all += 1
+            return everything(*args, **kwargs)
+
+        patch.setattr(selection, "everything", counted)
+        patch.setattr(selection, "fused_passes", self.passes)
+
+    def passes(self, columns: Sequence[Column]) -> fused.Fused | None:
+        """As on a device, whatever the device."""
+        ready = all(
+            c.scores.dtype in RANKED and c.scores.is_contiguous() and _ready(c.among)
+            for c in columns
+        )
+        return fused.Fused(columns) if columns and ready else None
+
+    def set(self, *, block: int = 64, sample: int = 50, few: float = 0.2, least: int = 1) -> Small:
+        for name, value in {
+            "_BLOCK": block,
+            "_SAMPLE": sample,
+            "_FEW": few,
+            "_LEAST": least,
+        }.items():
+            self.patch.setattr(fused, name, value)
+        return self
+
+
+def _ready(among: Tensor | None) -> bool:
+    return among is None or (among.dtype in fused._MARKS and among.is_contiguous())
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Small:
+    return Small(monkeypatch).set()
+
+
+def placed(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [None if t is None else t.to(DEVICE).contiguous() for t in tensors]
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(
+    problems(dtypes=RANKED),
+    st.booleans(),
+    st.sampled_from((16, 64)),
+    st.integers(1, 40),
+    st.sampled_from((0.05, 0.5)),
+)
+def test_selection_is_sorting(
+    problem: tuple[list[Tensor], list[Tensor | None], int],
+    absolute: bool,
+    block: int,
+    sample: int,
+    few: float,
+) -> None:
+    scores, among, k = problem
+    with pytest.MonkeyPatch.context() as patch:
+        Small(patch).set(block=block, sample=sample, few=few)
+        ranking = Ranking(placed(scores), among=placed(among), absolute=absolute)
+        assert ranking._fused is not None
+        cut = ranking.cut(k)
+        goes, stays = cut.goes(), cut.stays()
+    assert flat(goes) == by_sorting(scores, k, among, absolute)
+    competes = [torch.ones_like(g) if a is None else a for g, a in zip(goes, among, strict=True)]
+    assert ranking.available == sum(int(mask.sum()) for mask in competes)
+    for stay, mask, go in zip(stays, competes, goes, strict=True):
+        assert torch.equal(stay.cpu(), mask.cpu() & ~go.cpu())
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("dtype", RANKED)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_adversarial_scores_against_a_stable_sort(
+    distribution: str, dtype: torch.dtype, absolute: bool, small: Small
+) -> None:
+    small.set(block=512, sample=256)
+    n = 6000
+    whole = DISTRIBUTIONS[distribution](n).to(dtype)
+    sortable = whole.abs() if absolute else whole
+    order = torch.sort(sortable.float(), stable=True).indices
+    parts = [part.to(DEVICE) for part in whole.split([1, 4000, 1999])]
+    for k in (1, n // 5, n // 2, n - 1, n):
+        expected = torch.zeros(n, dtype=torch.bool)
+        expected[order[:k]] = True
+        marked = torch.cat(lowest(parts, k, absolute=absolute)).cpu()
+        assert torch.equal(marked, expected)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "searches"),
+    [("uniform", 0), ("sorted", 0), ("all equal", 1), ("misleading", 1)],
+)
+def test_all_entries_are_searched_where_the_sample_does_not_help(
+    distribution: str, searches: int, small: Small
+) -> None:
+    small.set(block=512, sample=256, few=0.4)
+    lowest([DISTRIBUTIONS[distribution](20_000).to(DEVICE)], 4000, absolute=True)
+    assert small.searches_of_all == searches
+
+
+def test_too_many_to_collect_are_searched_where_they_lie(small: Small) -> None:
+    small.set(block=512, sample=256, few=0.4)
+    score = uniform(20_000).abs()
+    score[1::2] = 0.1  # the sample's stride is odd, but these lie where its guess does
+    expected = by_sorting([score], 5000, None, True)
+    small.patch.setattr(fused, "_FEW", 0.6)
+    ranking = Ranking([score.to(DEVICE)], absolute=True)
+    assert ranking._fused is not None
+    ranking._fused._own = 10  # as on a rank that has less room than it needs
+    assert flat(ranking.cut(5000).goes()) == expected
+    assert small.searches_of_all == 1
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("nan", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -0x400000, -1])
+@pytest.mark.parametrize("k", [0, 300])
+def test_nan_of_every_kind(nan: int, k: int, absolute: bool, small: Small) -> None:
+    score = uniform(1000)
+    score.view(torch.int32)[777] = nan
+    alive = torch.ones(1000)
+    scores = placed([uniform(500), score])
+    with pytest.raises(ValueError, match=r"scores\[1\]: expected numbers, got 1 NaN"):
+        lowest(scores, k, among=placed([None, alive]), absolute=absolute)
+    alive[777] = 0
+    assert sum(int(m.sum()) for m in lowest(scores, k, among=placed([None, alive]))) == k
+
+
+@pytest.mark.parametrize("dtype", [*RANKED, torch.float64, torch.bool, torch.int32])
+def test_marks_are_written_in_whatever_dtype(dtype: torch.dtype, small: Small) -> None:
+    score, alive = uniform(1000).to(DEVICE), (uniform(1001)[1:] < 0.3).to(DEVICE)
+    cut = Ranking([score, score[:100]], among=[alive, None], absolute=True).cut(300)
+    outs = [torch.empty(1000, dtype=dtype, device=DEVICE), torch.empty(100, device=DEVICE)]
+    cut.write_stays(outs)
+    for out, stays in zip(outs, cut.stays(), strict=True):
+        assert torch.equal(out, stays.to(out.dtype))
+    assert int(outs[0].sum() + outs[1].sum()) == int(alive.sum()) + 100 - 300
+
+
+@pytest.mark.parametrize("shape", [(40, 25), (25, 40)])
+def test_transposed_outputs(shape: tuple[int, int], small: Small) -> None:
+    cut = Ranking([uniform(1000).view(shape).to(DEVICE)], absolute=True).cut(400)
+    out = torch.empty(shape[::-1], device=DEVICE).t()
+    cut.write_stays([out])
+    assert torch.equal(out, cut.stays()[0].float())
+
+
+@pytest.mark.parametrize("dtype", RANKED)
+def test_rounds_of_global_pruning_equal_those_of_the_cpu(dtype: torch.dtype, small: Small) -> None:
+    def layers() -> nn.ModuleList:
+        made = nn.ModuleList(nn.Linear(n, 20, bias=n == 30) for n in (20, 30, 7)).to(dtype)
+        with torch.no_grad():
+            for number, parameter in enumerate(made.parameters()):
+                values = uniform(parameter.numel() + number)[number:]
+                parameter.copy_(values.view_as(parameter).round(decimals=2))
+        return made
+
+    model, twin = layers().to(DEVICE), layers()
+    for amount in (0.2, 0.2, 17, 0.5, 0.0):
+        for net in (model, twin):
+            if net is twin:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(selection, "fused_passes", lambda columns: None)
+                    prune(net, amount)
+            else:
+                prune(net, amount)
+        for layer, other in zip(model, twin, strict=True):
+            assert torch.equal(layer.weight_mask.cpu(), other.weight_mask)
+            assert layer.weight_mask.dtype == dtype
+
+
+def prune(net: nn.ModuleList, amount: float) -> None:
+    parameters = [(layer, "weight") for layer in net]
+    torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=amount)
+
+
+SHARDS: dict[str, Callable[[], list[Layout]]] = {
+    "rows": lambda: [Layout((6, 100), (2, 0), (3, 100), True)],
+    "columns": lambda: [Layout((30, 20), (0, 5), (30, 10), True)],
+    "replica": lambda: [Layout((30, 10), (0, 0), (30, 10), False)],
+}
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_parts_of_sharded_tensors_are_marked_by_where_they_lie_in_the_whole(
+    kind: str, small: Small
+) -> None:
+    (layout,) = SHARDS[kind]()
+    part = uniform(300).round(decimals=1).view(layout.size)
+    other = uniform(200).round(decimals=1)
+
+    def ranking(device: torch.device, passes: Any) -> Ranking:
+        """As on a rank that holds a part of the first tensor."""
+        small.patch.setattr(selection, "fused_passes", lambda columns: None)
+        made = Ranking([part.to(device), other.to(device)], absolute=True)
+        first, second = made._columns
+        whole = layout.shape[0] * layout.shape[1]
+        made._columns = [
+            Column(first.scores, None, 0, first.scratch, layout, layout.counts),
+            Column(second.scores, None, whole, second.scratch),
+        ]
+        made._own_entries = sum(c.scores.numel() for c in made._columns if c.counts)
+        made._entries = made._own_entries
+        made._fused = passes(made._columns)
+        return made
+
+    for k in (1, 70, 150, 199):
+        cuts = [
+            ranking(torch.device("cpu"), lambda _: None).cut(k),
+            ranking(DEVICE, fused.Fused).cut(k),
+        ]
+        assert cuts[0].key == cuts[1].key
+        for marks, expected in zip(cuts[1].goes(), cuts[0].goes(), strict=True):
+            assert torch.equal(marks.cpu(), expected)
+
+
+def test_what_kernels_do_not_hold_goes_block_by_block() -> None:
+    scratch = Ranking([torch.ones(1)])._columns[0].scratch
+    column = Column(torch.ones(4, 5), None, 0, scratch)
+    assert not fused.suits([column])  # on the CPU
+    assert selection.fused_passes([column]) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        (torch.ones(4, 5), True),
+        (torch.ones(4, 5).bfloat16(), True),
+        (torch.ones(4, 5).t(), False),
+        (torch.ones(4, 5).double(), False),
+    ],
+)
+def test_kernels_are_taken_where_they_suit(scores: Tensor, expected: bool) -> None:
+    ranking = Ranking([scores.cuda()], absolute=True)
+    assert (ranking._fused is not None) == expected
+    assert int(ranking.cut(7).goes()[0].sum()) == 7

@@ -1,0 +1,269 @@
+"""Passes over all tensors of a CUDA device at once.
+
+Operation by operation and tensor by tensor, a few million entries take a device less time than Python
+needs to ask for them. Here a pass is one launch of a kernel for all tensors of a dtype, and what a call
+has to wait for comes in two copies. The results are those of :mod:`torch_rsst.candidates`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from torch_rsst import kernels
+from torch_rsst.candidates import Candidates, bracket, stride_of
+from torch_rsst.digit_search import Reduce, alone, kth_lowest
+from torch_rsst.errors import RSSTWarning
+from torch_rsst.order_keys import Column, Kind, Scratch
+
+# None of these has a say in the result.
+_SAMPLE = 1 << 16  # entries that a guess is made from, about
+_FEW = 1 / 32  # share of all entries that may be collected
+_LEAST = 1 << 18  # as few may be in any case
+_BLOCK = 4096  # entries that one program of a kernel looks at
+_WARPS = 8
+
+_RANKED = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+_MARKS = {**_RANKED, torch.float64: tl.float64, torch.bool: tl.int8, torch.uint8: tl.int8}
+
+
+def suits(columns: Sequence[Column]) -> bool:
+    """Whether all scores lie on one CUDA device, one entry after the other, in at most 32 bits."""
+    devices = {column.scores.device for column in columns}
+    return (
+        len(devices) == 1
+        and next(iter(devices)).type == "cuda"
+        and all(
+            column.scores.dtype in _RANKED
+            and column.scores.is_contiguous()
+            and (column.among is None or _holds_marks(column.among))
+            for column in columns
+        )
+        and _kernels_run(next(iter(devices)))
+    )
+
+
+def _holds_marks(tensor: Tensor) -> bool:
+    return tensor.dtype in _MARKS and tensor.is_contiguous()
+
+
+@cache
+def _kernels_run(device: torch.device) -> bool:
+    """Whether Triton can build kernels here, for which it needs a C compiler; tried once."""
+    kind = Kind(torch.float32, torch.int32, absolute=True)
+    one = Column(torch.ones(1, device=device), None, 0, Scratch(1, kind, device))
+    try:
+        return int(Fused([one]).count(1)) == 1
+    except Exception as error:
+        warnings.warn(
+            f"Ranking on {device} goes tensor by tensor, which takes longer: Triton cannot build "
+            f"kernels ({type(error).__name__}: {error}). It needs a C compiler.",
+            RSSTWarning,
+            stacklevel=2,
+        )
+        return False
+
+
+class _Group:
+    """Tensors with scores of one dtype and marks of one dtype: a launch each pass."""
+
+    def __init__(self, columns: Mapping[int, Column]) -> None:
+        self.columns = columns
+        first = next(iter(columns.values()))
+        self._device, self._kind = first.scores.device, first.scratch.kind
+        self._types = {
+            "score": _RANKED[first.scores.dtype],
+            "among": None if first.among is None else _MARKS[first.among.dtype],
+            "absolute": self._kind.absolute,
+        }
+        sizes = [column.scores.numel() for column in columns.values()]
+        tiles = [-(-size // _BLOCK) for size in sizes]
+        self._tiles = sum(tiles)
+        self._rows = {
+            kernels.SCORES: [column.scores.data_ptr() for column in columns.values()],
+            kernels.AMONG: [
+                0 if column.among is None else column.among.data_ptr()
+                for column in columns.values()
+            ],
+            kernels.ENTRIES: sizes,
+            kernels.TILES: list(accumulate(tiles[:-1], initial=0)),
+        }
+        numbers = torch.arange(len(sizes), dtype=torch.int32, device="cpu")
+        owners = numbers.repeat_interleave(torch.tensor(tiles, device="cpu"))
+        self._owners = owners.to(self._device, non_blocking=True)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Which of all columns these are."""
+        numbers = torch.tensor(list(self.columns), dtype=torch.int32, device="cpu")
+        return numbers.to(self._device, non_blocking=True)
+
+    def launch(
+        self, kernel: Any, *arguments: Any, rows: Mapping[int, list[int]], **types: Any
+    ) -> None:
+        """Run a kernel on all tiles, with these rows in the table beside those that all need."""
+        if not self._tiles:
+            return
+        given = {**self._rows, **rows}
+        unused = [0] * len(self.columns)
+        lines = [given.get(row, unused) for row in range(kernels.ROWS)]
+        table = torch.tensor(lines, device="cpu").to(self._device, non_blocking=True)
+        with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+            kernel[(self._tiles,)](
+                table,
+                self._owners,
+                len(self.columns),
+                *arguments,
+                **self._types,
+                **types,
+                block=_BLOCK,
+                num_warps=_WARPS,
+            )
+
+
+def _grouped(columns: Mapping[int, Column]) -> list[_Group]:
+    groups: dict[Any, dict[int, Column]] = {}
+    for position, column in columns.items():
+        key = column.scores.dtype, None if column.among is None else column.among.dtype
+        groups.setdefault(key, {})[position] = column
+    return [_Group(group) for group in groups.values()]
+
+
+class Fused:
+    """All tensors that are ranked together, where :func:`suits` says so."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self._columns = columns
+        self._kind = columns[0].scratch.kind
+        self._device = columns[0].scores.device
+        self._all = _grouped(dict(enumerate(columns)))
+        here = {p: column for p, column in enumerate(columns) if column.counts}
+        self._counted = self._all if len(here) == len(columns) else _grouped(here)
+        self._own = sum(column.scores.numel() for column in here.values())
+        self._sample = torch.empty(0, dtype=self._kind.integer, device=self._device)
+
+    def count(self, entries: int) -> Tensor:
+        """How many entries compete here; a sample is taken in the same pass.
+
+        Args:
+            entries: how many there are on all ranks.
+        """
+        count = torch.zeros(1, dtype=torch.int64, device=self._device)
+        stride = max(1, stride_of(entries, _SAMPLE))
+        slots = 0
+        launches = []
+        for group in self._counted:
+            phases, firsts = [], []
+            for column in group.columns.values():
+                phases.append(-column.offset % stride)
+                firsts.append(slots)
+                slots += len(range(phases[-1], column.scores.numel(), stride))
+            launches.append((group, {kernels.PHASE: phases, kernels.SLOT: firsts}))
+        sample = self._sample.new_empty(slots)
+        for group, rows in launches:
+            group.launch(kernels.count_and_sample, count, sample, stride, rows=rows)
+        self._sample = sample.sort().values
+        return count
+
+    def fetched(self, counts: Tensor) -> list[int]:
+        """Counts as numbers. The sample comes to the CPU in the same copy."""
+        bits = counts.view(self._kind.integer)
+        both = torch.cat([bits, self._sample]).cpu()
+        self._sample = both[bits.numel() :]
+        numbers: list[int] = both[: bits.numel()].view(counts.dtype).tolist()
+        return numbers
+
+    def near(self, rank: int, entries: int, reduce: Reduce) -> Candidates | None:
+        """The entries near the one at ``rank``; None where too many are to collect them.
+
+        Args:
+            rank: which one is looked for, counting what does not compete, which lies lowest.
+            entries: how many there are on all ranks.
+            reduce: adds counts up over ranks.
+        """
+        sample, kind = self._sample, self._kind
+        size = int(reduce(torch.tensor(sample.numel(), device="cpu")))
+
+        def kth(k: int) -> int:
+            if reduce is alone:
+                return int(sample[k - 1])
+            low, high = kind.lowest, kind.highest
+            cpu = sample.device
+            return int(
+                kth_lowest(lambda: [sample], k, low=low, high=high, device=cpu, reduce=reduce).value
+            )
+
+        low, high = bracket(kth, size, rank, entries, kind)
+        likely = int(reduce(((sample >= low) & (sample <= high)).sum()))
+        if likely > _FEW * size:
+            return None
+        counts = torch.zeros(3 + len(self._columns), dtype=torch.int64, device=self._device)
+        room = max(_LEAST, int(_FEW * self._own))
+        found = torch.full(
+            (room,), self._kind.highest, dtype=self._kind.integer, device=self._device
+        )
+        tensor_of = torch.zeros_like(found)
+        index_of = torch.zeros_like(found, dtype=torch.int64)
+        for group in self._counted:
+            where = group.positions, counts, found, tensor_of, index_of
+            group.launch(kernels.survey, *where, low, high, room, rows={})
+        counts[-1] = counts[1] > room
+        counts = reduce(counts)
+
+        def places(key: Tensor) -> list[Tensor]:
+            places = self._offsets[tensor_of] + index_of
+            for position, column in enumerate(self._columns):
+                if column.layout is not None:
+                    places = torch.where(tensor_of == position, column.place(index_of), places)
+            return [places.masked_fill_(found != key, torch.iinfo(places.dtype).max)]
+
+        return Candidates(
+            lambda: [found],
+            places,
+            low,
+            high,
+            below=counts[0],
+            inside=counts[1],
+            overfull=counts[-1],
+            has_nan=counts[2:-1],
+        )
+
+    @cached_property
+    def _offsets(self) -> Tensor:
+        offsets = torch.tensor([column.offset for column in self._columns], device="cpu")
+        return offsets.to(self._device, non_blocking=True)
+
+    def mark(self, outs: Sequence[Tensor], key: int, place: int, *, goes: bool) -> None:
+        """Set ``outs`` to where entries go, or stay; each may be what says which of them compete."""
+        for group in self._all:
+            own = [outs[position] for position in group.columns]
+            dtypes = {out.dtype for out in own}
+            direct = len(dtypes) == 1 and dtypes <= _MARKS.keys()
+            marks = own if direct else [torch.empty_like(out, dtype=torch.bool) for out in own]
+            rows = {
+                kernels.OUT: [mark.data_ptr() for mark in marks],
+                kernels.LAST: [_last_up_to(place, column) for column in group.columns.values()],
+            }
+            group.launch(kernels.mark, key, rows=rows, out=_MARKS[marks[0].dtype], goes=goes)
+            for out, mark in zip(own, marks, strict=True):
+                if mark is not out:
+                    out.copy_(mark)
+
+
+def _last_up_to(place: int, column: Column) -> int:
+    """The last index in a column whose place is no later; −1 or any index beyond the last will do."""
+    if column.layout is None:
+        return max(-1, place - column.offset)
+    return bisect_right(range(column.scores.numel()), place, key=column.place) - 1
