@@ -15,7 +15,7 @@ from torch.nn.utils import prune as stock
 
 import torch_rsst
 from torch_rsst import masked_parameter
-from torch_rsst.masked_parameter import MaskHook, find_hook, from_tensors, install, restore
+from torch_rsst.masked_parameter import MaskHook, NewMasks, find_hook, install, restore
 from torch_rsst.site import Site, check_site, masked_sites
 from torch_rsst.testing import assert_mask_invariants
 
@@ -30,7 +30,7 @@ def layer_of(*weight: float) -> nn.Linear:
 
 
 def mask(site: Site, *alive: int) -> None:
-    install([site], from_tensors([torch.tensor([alive], dtype=torch.bool)]))
+    install([site], NewMasks.of([torch.tensor([alive], dtype=torch.bool)]))
 
 
 def test_parameter_keeps_identity_place_and_gradient_through_prune_and_remove() -> None:
@@ -119,7 +119,7 @@ def test_tied_parameters_share_one_mask() -> None:
     first, second = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     second.weight = first.weight
     alive = torch.tensor([[True, False]])
-    install([Site(first, "weight"), Site(second, "weight")], from_tensors([alive]))
+    install([Site(first, "weight"), Site(second, "weight")], NewMasks.of([alive]))
     assert first.weight_orig is second.weight_orig
     assert first.weight_mask is second.weight_mask
     torch_rsst.remove_all(nn.ModuleList([first, second]), freeze_zeros=False)
@@ -130,7 +130,7 @@ def test_tied_parameters_share_one_mask() -> None:
 def test_two_parameters_of_one_module_have_a_hook_each() -> None:
     layer = layer_of(3.0, 1.0)
     alive = [torch.tensor([[True, False]]), torch.tensor([False])]
-    install([Site(layer, "weight"), Site(layer, "bias")], from_tensors(alive))
+    install([Site(layer, "weight"), Site(layer, "bias")], NewMasks.of(alive))
     assert len(layer._forward_pre_hooks) == 2
     assert layer(torch.ones(1, 2)).item() == 3.0
     restore([Site(layer, "weight")])
@@ -142,7 +142,7 @@ def test_recurrent_layers_see_the_masked_weight() -> None:
     recurrent = nn.LSTM(2, 3)
     before = list(recurrent._parameters)
     weight = recurrent.weight_ih_l0
-    install([Site(recurrent, "weight_ih_l0")], from_tensors([torch.zeros(12, 2, dtype=torch.bool)]))
+    install([Site(recurrent, "weight_ih_l0")], NewMasks.of([torch.zeros(12, 2, dtype=torch.bool)]))
     output, _ = recurrent(torch.ones(1, 1, 2))
     again, _ = recurrent(torch.zeros(1, 1, 2))
     assert torch.equal(output, again)
@@ -257,7 +257,7 @@ def test_ours_joins_stock_methods_once() -> None:
     site = check_site(layer, "weight")
     for k in range(4):
         alive = torch.ones(3, 4, dtype=torch.bool).index_fill(1, torch.tensor(k), False)
-        install([site], from_tensors([alive]))
+        install([site], NewMasks.of([alive]))
     (container,) = layer._forward_pre_hooks.values()
     assert isinstance(container, stock.PruningContainer)
     assert [type(method) for method in container] == [stock.L1Unstructured, MaskHook]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import torch_rsst
-from torch_rsst import candidates, rollback, selection, workers
+from torch_rsst import candidates, saved_masks, selection, workers
 from torch_rsst.digit_search import Found, kth_lowest
 from torch_rsst.order_keys import Column
 from torch_rsst.selection import Cut, Ranking, lowest
@@ -497,7 +497,7 @@ def peak_of(work: Callable[[], object]) -> int:
 def test_memory_of_a_call(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     # What does not grow with the weights would count for more here than it does with many.
     in_small(monkeypatch, block=1 << 19, sample=1 << 14)
-    monkeypatch.setattr(rollback, "_PACKED", 1 << 16)
+    monkeypatch.setattr(saved_masks, "_PACKED", 1 << 16)
     model = layers(*sizes)
     parameters = [(layer, "weight") for layer in model]
     weights = sum(layer.weight.numel() * 4 for layer in model)

@@ -69,9 +69,13 @@ class Candidates:
         if device.type != "cpu" or found.rank < found.equal:
             ties = partial(self.places, found.value)
             place = find(ties, found.rank, low=0, high=entries).value
-        known = torch.stack([found.value, place, self.below, self.inside, self.overfull])
-        key, last, below, inside, overfull, *has_nan = torch.cat([known, self.has_nan]).tolist()
-        return Findings(key, last, below < rank <= below + inside, overfull == 0, has_nan)
+        return self._findings(found.value, place, rank)
+
+    def _findings(self, key: Tensor, place: Tensor, rank: int) -> Findings:
+        """What is known, when it has been waited for."""
+        known = torch.stack([key, place, self.below, self.inside, self.overfull])
+        first, last, below, inside, overfull, *has_nan = torch.cat([known, self.has_nan]).tolist()
+        return Findings(first, last, below < rank <= below + inside, overfull == 0, has_nan)
 
 
 @dataclass(frozen=True)

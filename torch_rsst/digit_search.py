@@ -71,10 +71,10 @@ def kth_lowest(
         up_to = counts.cumsum(0)
         # Where there are fewer than k integers, what is found means nothing, but must be there.
         chosen = torch.searchsorted(up_to, rank).clamp_(max=digits + 1)
-        equal = counts[chosen]
+        equal = counts.take(chosen)  # indexing by a tensor without dimensions would wait for it
         value = first + chosen - 1
         if shift == 0:
-            return Found(value, rank - up_to[chosen] + equal, equal)
+            return Found(value, rank - up_to.take(chosen) + equal, equal)
         step = min(shift, _DIGIT_BITS)
         shift, first, digits = shift - step, value << step, 1 << step
 

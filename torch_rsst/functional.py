@@ -15,7 +15,7 @@ from torch_rsst.budget import Amount, to_count
 from torch_rsst.errors import message
 from torch_rsst.freezing import freeze_latents
 from torch_rsst.importance import Importance
-from torch_rsst.masked_parameter import Write, as_tensors, from_tensors, install
+from torch_rsst.masked_parameter import NewMasks, install
 from torch_rsst.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.optimizer_state import reset_moments as reset_entries
 from torch_rsst.penalty_hooks import Optimizers, as_optimizers, divide
@@ -64,17 +64,17 @@ def global_unstructured(
             the score of an alive entry, or an amount out of range.
         RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
     """
-    sites, write = agreed(
+    sites, masks = agreed(
         process_group,
         lambda: _choose(_distinct_sites(parameters), pruning_method, importance_scores, kwargs),
         lambda chosen: (
             (f"{tied[0]}, number {i}", mask)
             for i, (tied, mask) in enumerate(
-                zip(_by_parameter(chosen[0]), as_tensors(*chosen), strict=True)
+                zip(_by_parameter(chosen[0]), chosen[1].as_tensors(chosen[0]), strict=True)
             )
         ),
     )
-    install(sites, write)
+    install(sites, masks)
 
 
 def _choose(
@@ -82,8 +82,8 @@ def _choose(
     pruning_method: type[prune.BasePruningMethod],
     importance_scores: Mapping[Parameter, Tensor] | None,
     arguments: Mapping[str, Any],
-) -> tuple[list[Site], Write]:
-    """The sites and what writes their new masks; nothing is touched."""
+) -> tuple[list[Site], NewMasks]:
+    """The sites and their new masks; nothing is touched."""
     if not (isinstance(pruning_method, type) and issubclass(pruning_method, BasePruningMethod)):
         remedy = "Pass the class, such as GlobalL1, and its arguments by name: amount=0.2."
         got = getattr(pruning_method, "__name__", repr(pruning_method))
@@ -104,11 +104,11 @@ def _choose(
     by_parameter = _by_parameter(sites)
     unique = [tied[0] for tied in by_parameter]
     scores = [_scores_of(tied, importance_scores) for tied in by_parameter]
-    write = _rank(method, unique, scores)
+    masks = _rank(method, unique, scores)
     if importance_scores is not None:
         # Scores may be masks, or share their memory: take all that is wanted before any changes.
-        write = from_tensors(as_tensors(unique, write))
-    return sites, write
+        masks = NewMasks.of(masks.as_tensors(unique))
+    return sites, masks
 
 
 def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
@@ -156,13 +156,14 @@ def _scores_of(tied: list[Site], importance_scores: Mapping[Parameter, Tensor] |
     return check_scores(tied[0], given[0] if given else None)
 
 
-def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> Write:
-    """What writes the new masks of all sites; L1 ranking without joining them into one vector."""
+def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> NewMasks:
+    """The new masks of all sites; L1 ranking without joining them into one vector."""
     if type(method).compute_mask not in _L1_RULES:
-        return from_tensors(_rank_joined(method, sites, scores))
+        return NewMasks.of(_rank_joined(method, sites, scores))
     names = [str(site) for site in sites]
     ranking = Ranking(scores, among=[site.mask for site in sites], absolute=True, names=names)
-    return ranking.cut(to_count(method.amount, ranking.available, of="alive entries")).write_stays
+    cut = ranking.cut(to_count(method.amount, ranking.available, of="alive entries"))
+    return NewMasks(cut.write_stays, at_once=cut.at_once)
 
 
 def _rank_joined(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_rsst import kernels
-from torch_rsst.candidates import Candidates, bracket, stride_of
+from torch_rsst.candidates import Candidates, Findings, bracket, stride_of
 from torch_rsst.digit_search import Reduce, alone, kth_lowest
 from torch_rsst.errors import RSSTWarning
 from torch_rsst.order_keys import Column, Kind, Scratch
@@ -28,7 +27,8 @@ from torch_rsst.order_keys import Column, Kind, Scratch
 _SAMPLE = 1 << 16  # entries that a guess is made from, about
 _FEW = 1 / 32  # share of all entries that may be collected
 _LEAST = 1 << 18  # as few may be in any case
-_BLOCK = 4096  # entries that one program of a kernel looks at
+_BLOCK = 4096  # entries that a program looks at together
+_PROGRAMS = 1024  # at most for a tensor
 _WARPS = 8
 
 _RANKED = {
@@ -89,8 +89,7 @@ class _Group:
             "absolute": self._kind.absolute,
         }
         sizes = [column.scores.numel() for column in columns.values()]
-        tiles = [-(-size // _BLOCK) for size in sizes]
-        self._tiles = sum(tiles)
+        self._grid = (len(sizes), max(1, min(_PROGRAMS, -(-max(sizes) // _BLOCK))))
         self._rows = {
             kernels.SCORES: [column.scores.data_ptr() for column in columns.values()],
             kernels.AMONG: [
@@ -98,38 +97,20 @@ class _Group:
                 for column in columns.values()
             ],
             kernels.ENTRIES: sizes,
-            kernels.TILES: list(accumulate(tiles[:-1], initial=0)),
+            kernels.POSITION: list(columns),
         }
-        numbers = torch.arange(len(sizes), dtype=torch.int32, device="cpu")
-        owners = numbers.repeat_interleave(torch.tensor(tiles, device="cpu"))
-        self._owners = owners.to(self._device, non_blocking=True)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Which of all columns these are."""
-        numbers = torch.tensor(list(self.columns), dtype=torch.int32, device="cpu")
-        return numbers.to(self._device, non_blocking=True)
 
     def launch(
         self, kernel: Any, *arguments: Any, rows: Mapping[int, list[int]], **types: Any
     ) -> None:
         """Run a kernel on all tiles, with these rows in the table beside those that all need."""
-        if not self._tiles:
-            return
         given = {**self._rows, **rows}
         unused = [0] * len(self.columns)
         lines = [given.get(row, unused) for row in range(kernels.ROWS)]
         table = torch.tensor(lines, device="cpu").to(self._device, non_blocking=True)
         with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
-            kernel[(self._tiles,)](
-                table,
-                self._owners,
-                len(self.columns),
-                *arguments,
-                **self._types,
-                **types,
-                block=_BLOCK,
-                num_warps=_WARPS,
+            kernel[self._grid](
+                table, *arguments, **self._types, **types, block=_BLOCK, num_warps=_WARPS
             )
 
 
@@ -139,6 +120,21 @@ def _grouped(columns: Mapping[int, Column]) -> list[_Group]:
         key = column.scores.dtype, None if column.among is None else column.among.dtype
         groups.setdefault(key, {})[position] = column
     return [_Group(group) for group in groups.values()]
+
+
+class _Collected(Candidates):
+    """Few enough to be sorted, for which a device needs fewer operations than to count digits."""
+
+    def search(self, rank: int, entries: int, *, device: torch.device, reduce: Reduce) -> Findings:
+        if reduce is not alone:
+            return super().search(rank, entries, device=device, reduce=reduce)
+        (keys,) = self.keys()
+        ascending = keys.sort().values
+        at = (rank - 1 - self.below).clamp(0, keys.numel() - 1)  # beyond, the guess was wrong
+        key = ascending.take(at)
+        (places,) = self.places(key)
+        place = places.sort().values.take(at - torch.searchsorted(ascending, key))
+        return self._findings(key, place, rank)
 
 
 class Fused:
@@ -195,42 +191,31 @@ class Fused:
         """
         sample, kind = self._sample, self._kind
         size = int(reduce(torch.tensor(sample.numel(), device="cpu")))
-
-        def kth(k: int) -> int:
-            if reduce is alone:
-                return int(sample[k - 1])
-            low, high = kind.lowest, kind.highest
-            cpu = sample.device
-            return int(
-                kth_lowest(lambda: [sample], k, low=low, high=high, device=cpu, reduce=reduce).value
-            )
-
-        low, high = bracket(kth, size, rank, entries, kind)
-        likely = int(reduce(((sample >= low) & (sample <= high)).sum()))
-        if likely > _FEW * size:
+        low, high = bracket(self._kth(reduce), size, rank, entries, kind)
+        likely = int(reduce(((sample >= low) & (sample <= high)).sum())) / size
+        if likely > _FEW:
             return None
+        room = _LEAST + int(2 * likely * self._own)
         counts = torch.zeros(3 + len(self._columns), dtype=torch.int64, device=self._device)
-        room = max(_LEAST, int(_FEW * self._own))
-        found = torch.full(
-            (room,), self._kind.highest, dtype=self._kind.integer, device=self._device
-        )
-        tensor_of = torch.zeros_like(found)
-        index_of = torch.zeros_like(found, dtype=torch.int64)
+        keys = torch.full((room,), kind.highest, dtype=kind.integer, device=self._device)
+        tensor_of, index_of = torch.zeros_like(keys), torch.zeros_like(keys, dtype=torch.int64)
         for group in self._counted:
-            where = group.positions, counts, found, tensor_of, index_of
-            group.launch(kernels.survey, *where, low, high, room, rows={})
+            collected = counts, keys, tensor_of, index_of
+            offsets = [0 if c.layout is not None else c.offset for c in group.columns.values()]
+            rows = {kernels.OFFSET: offsets}
+            group.launch(kernels.survey, *collected, low, high, room, rows=rows)
         counts[-1] = counts[1] > room
         counts = reduce(counts)
 
         def places(key: Tensor) -> list[Tensor]:
-            places = self._offsets[tensor_of] + index_of
+            places = index_of
             for position, column in enumerate(self._columns):
                 if column.layout is not None:
                     places = torch.where(tensor_of == position, column.place(index_of), places)
-            return [places.masked_fill_(found != key, torch.iinfo(places.dtype).max)]
+            return [places.masked_fill(keys != key, torch.iinfo(places.dtype).max)]
 
-        return Candidates(
-            lambda: [found],
+        return _Collected(
+            lambda: [keys],
             places,
             low,
             high,
@@ -240,10 +225,18 @@ class Fused:
             has_nan=counts[2:-1],
         )
 
-    @cached_property
-    def _offsets(self) -> Tensor:
-        offsets = torch.tensor([column.offset for column in self._columns], device="cpu")
-        return offsets.to(self._device, non_blocking=True)
+    def _kth(self, reduce: Reduce) -> Callable[[int], int]:
+        """The k-th lowest of the sample, which is sorted, or of the samples of all ranks."""
+        sample, kind = self._sample, self._kind
+        if reduce is alone:
+            return lambda k: int(sample[k - 1])
+        search = partial(kth_lowest, lambda: [sample], low=kind.lowest, high=kind.highest)
+        return lambda k: int(search(k, device=sample.device, reduce=reduce).value)
+
+    @property
+    def is_one_launch(self) -> bool:
+        """Whether a pass is a single kernel."""
+        return len(self._all) == 1
 
     def mark(self, outs: Sequence[Tensor], key: int, place: int, *, goes: bool) -> None:
         """Set ``outs`` to where entries go, or stay; each may be what says which of them compete."""

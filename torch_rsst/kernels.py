@@ -1,6 +1,7 @@
 """What the passes of :mod:`torch_rsst.fused` do on the device, in Triton: a launch each.
 
-A table tells where the tensors lie. Each program looks at one tile of one tensor. Keys are made as
+A table tells where the tensors lie. Programs are numbered by tensor and tile; where a tensor has more
+tiles than there are programs for it, each takes every so manieth. Keys are made as
 :class:`torch_rsst.order_keys.Scratch` makes them.
 """
 
@@ -11,48 +12,47 @@ import triton.language as tl
 
 # The rows of a table, which has a column for each tensor.
 SCORES, AMONG, OUT = 0, 1, 2  # addresses
-ENTRIES, TILES = 3, 4  # how many entries; which tile is the first
+ENTRIES = 3  # how many
+POSITION = 4  # among all that are ranked
 PHASE, SLOT = 5, 6  # the first entry that is sampled, and where it goes
-LAST = 7  # of the entries with the key of the cut, the last index that goes
-ROWS = 8
+OFFSET = 7  # what an index is counted from when it is collected
+LAST = 8  # of the entries with the key of the cut, the last index that goes
+ROWS = 9
 
 _SCORES, _AMONG, _OUT = tl.constexpr(SCORES), tl.constexpr(AMONG), tl.constexpr(OUT)
-_ENTRIES, _TILES = tl.constexpr(ENTRIES), tl.constexpr(TILES)
-_PHASE, _SLOT, _LAST = tl.constexpr(PHASE), tl.constexpr(SLOT), tl.constexpr(LAST)
+_ENTRIES, _POSITION = tl.constexpr(ENTRIES), tl.constexpr(POSITION)
+_PHASE, _SLOT = tl.constexpr(PHASE), tl.constexpr(SLOT)
+_OFFSET, _LAST = tl.constexpr(OFFSET), tl.constexpr(LAST)
 
 _LOWEST = tl.constexpr(-(2**31))
 _INFINITY = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def _tile(table, owners, tensors, block: tl.constexpr):
-    """The tensor that this program looks at, flat indices, and which of them exist."""
-    program = tl.program_id(0)
-    tensor = tl.load(owners + program)
-    first = program - tl.load(table + _TILES * tensors + tensor)
-    index = first * block + tl.arange(0, block)
-    return tensor, index, index < tl.load(table + _ENTRIES * tensors + tensor)
+def _number(table, row: tl.constexpr):
+    return tl.load(table + row * tl.num_programs(0) + tl.program_id(0))
 
 
 @triton.jit
-def _competing(table, tensors, tensor, index, exists, among: tl.constexpr):
+def _competing(table, start, lane, exists, among: tl.constexpr):
     """Which entries compete: all, or those that another tensor marks."""
     if among is not None:
-        marks = tl.load(table + _AMONG * tensors + tensor).to(tl.pointer_type(among))
-        exists = exists & (tl.load(marks + index, mask=exists, other=0) != 0)
+        marks = _number(table, _AMONG).to(tl.pointer_type(among)) + start
+        exists = exists & (tl.load(marks + lane, mask=exists, other=0) != 0)
     return exists
 
 
 @triton.jit
-def _keys(table, tensors, tensor, index, competes, score: tl.constexpr, absolute: tl.constexpr):
+def _keys(table, start, lane, competes, score: tl.constexpr, absolute: tl.constexpr):
     """The keys of what competes, and one below all for the rest."""
-    address = tl.load(table + _SCORES * tensors + tensor)
+    address = _number(table, _SCORES)
     if score == tl.bfloat16:  # the upper half of a float32, denormal ones included
-        halves = tl.load(address.to(tl.pointer_type(tl.int16)) + index, mask=competes, other=0)
-        bits = halves.to(tl.int32) << 16
+        halves = address.to(tl.pointer_type(tl.int16)) + start
+        bits = tl.load(halves + lane, mask=competes, other=0).to(tl.int32) << 16
     else:
-        scores = tl.load(address.to(tl.pointer_type(score)) + index, mask=competes, other=0)
-        bits = scores.to(tl.float32).to(tl.int32, bitcast=True)
+        scores = address.to(tl.pointer_type(score)) + start
+        real = tl.load(scores + lane, mask=competes, other=0).to(tl.float32)
+        bits = real.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     if absolute:
         keys = magnitude
@@ -62,11 +62,9 @@ def _keys(table, tensors, tensor, index, competes, score: tl.constexpr, absolute
     return tl.where(competes, keys, _LOWEST)
 
 
-@triton.jit(do_not_specialize=["tensors", "stride"])
+@triton.jit(do_not_specialize=["stride"])
 def count_and_sample(
     table,
-    owners,
-    tensors,
     count,
     sample,
     stride,
@@ -76,22 +74,27 @@ def count_and_sample(
     block: tl.constexpr,
 ):
     """Add up how many entries compete; write the key of every ``stride``-th entry to its slot."""
-    tensor, index, exists = _tile(table, owners, tensors, block)
-    competes = _competing(table, tensors, tensor, index, exists, among)
-    tl.atomic_add(count, tl.sum(competes.to(tl.int64), 0))
-    beyond = index - tl.load(table + _PHASE * tensors + tensor)
-    chosen = exists & (beyond >= 0) & (beyond % stride == 0)
-    keys = _keys(table, tensors, tensor, index, competes & chosen, score, absolute)
-    slot = tl.load(table + _SLOT * tensors + tensor) + beyond // stride
-    tl.store(sample + slot, keys, mask=chosen)
+    entries, phase, slot = _number(table, _ENTRIES), _number(table, _PHASE), _number(table, _SLOT)
+    lane = tl.arange(0, block)
+    competing = tl.zeros([block], tl.int32)
+    for tile in range(tl.program_id(1), tl.cdiv(entries, block), tl.num_programs(1)):
+        start = tile * block
+        exists = lane < entries - start
+        competes = _competing(table, start, lane, exists, among)
+        competing += competes.to(tl.int32)
+        # As one sampled entry before the first there would be: so that nothing here is negative.
+        beyond = start + stride - phase
+        steps = lane + (beyond % stride).to(tl.int32)
+        chosen = exists & (steps % stride == 0)
+        keys = _keys(table, start, lane, competes & chosen, score, absolute)
+        slots = slot + (beyond // stride - 1) + steps // stride
+        tl.store(sample + slots, keys, mask=chosen)
+    tl.atomic_add(count, tl.sum(competing, 0).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["tensors", "low", "high", "room"])
+@triton.jit(do_not_specialize=["low", "high", "room"])
 def survey(
     table,
-    owners,
-    tensors,
-    positions,
     counts,
     found,
     tensor_of,
@@ -105,29 +108,35 @@ def survey(
     block: tl.constexpr,
 ):
     """Count keys below ``low``, those up to ``high`` and NaN by tensor; collect the second kind."""
-    tensor, index, exists = _tile(table, owners, tensors, block)
-    competes = _competing(table, tensors, tensor, index, exists, among)
-    keys = _keys(table, tensors, tensor, index, competes, score, absolute)
-    position = tl.load(positions + tensor)
-    tl.atomic_add(counts, tl.sum((exists & (keys < low)).to(tl.int64), 0))
-    nan = tl.sum((keys > _INFINITY).to(tl.int64), 0)
-    if nan > 0:
-        tl.atomic_add(counts + 2 + position, nan)
-    near = exists & (keys >= low) & (keys <= high)
-    number = tl.sum(near.to(tl.int64), 0)
-    if number > 0:
-        slot = tl.atomic_add(counts + 1, number) + tl.cumsum(near.to(tl.int32), 0) - 1
-        near = near & (slot < room)
-        tl.store(found + slot, keys, mask=near)
-        tl.store(tensor_of + slot, tl.zeros_like(keys) + position, mask=near)
-        tl.store(index_of + slot, index, mask=near)
+    entries, offset = _number(table, _ENTRIES), _number(table, _OFFSET)
+    position = _number(table, _POSITION).to(tl.int32)
+    lane = tl.arange(0, block)
+    below, nan = tl.zeros([block], tl.int32), tl.zeros([block], tl.int32)
+    for tile in range(tl.program_id(1), tl.cdiv(entries, block), tl.num_programs(1)):
+        start = tile * block
+        exists = lane < entries - start
+        competes = _competing(table, start, lane, exists, among)
+        keys = _keys(table, start, lane, competes, score, absolute)
+        below += (exists & (keys < low)).to(tl.int32)
+        nan += (keys > _INFINITY).to(tl.int32)
+        near = exists & (keys >= low) & (keys <= high)
+        order = tl.cumsum(near.to(tl.int32), 0)
+        number = tl.max(order, 0)
+        if number > 0:
+            slot = tl.atomic_add(counts + 1, number.to(tl.int64)) + order - 1
+            near = near & (slot < room)
+            tl.store(found + slot, keys, mask=near)
+            tl.store(tensor_of + slot, tl.zeros_like(keys) + position, mask=near)
+            tl.store(index_of + slot, offset + start + lane, mask=near)
+    tl.atomic_add(counts, tl.sum(below, 0).to(tl.int64))
+    number_of_nan = tl.sum(nan, 0).to(tl.int64)
+    if number_of_nan > 0:
+        tl.atomic_add(counts + 2 + position, number_of_nan)
 
 
-@triton.jit(do_not_specialize=["tensors", "key"])
+@triton.jit(do_not_specialize=["key"])
 def mark(
     table,
-    owners,
-    tensors,
     key,
     out: tl.constexpr,
     goes: tl.constexpr,
@@ -137,11 +146,14 @@ def mark(
     block: tl.constexpr,
 ):
     """Write 1 where an entry competes and goes, or stays, and 0 elsewhere."""
-    tensor, index, exists = _tile(table, owners, tensors, block)
-    competes = _competing(table, tensors, tensor, index, exists, among)
-    keys = _keys(table, tensors, tensor, index, competes, score, absolute)
-    last = tl.load(table + _LAST * tensors + tensor)
-    lower = (keys < key) | ((keys == key) & (index <= last))
-    marks = competes & (lower if goes else lower == 0)
-    target = tl.load(table + _OUT * tensors + tensor).to(tl.pointer_type(out))
-    tl.store(target + index, marks.to(tl.float32).to(out), mask=exists)
+    entries, last = _number(table, _ENTRIES), _number(table, _LAST)
+    target = _number(table, _OUT).to(tl.pointer_type(out))
+    lane = tl.arange(0, block)
+    for tile in range(tl.program_id(1), tl.cdiv(entries, block), tl.num_programs(1)):
+        start = tile * block
+        exists = lane < entries - start
+        competes = _competing(table, start, lane, exists, among)
+        keys = _keys(table, start, lane, competes, score, absolute)
+        lower = (keys < key) | ((keys == key) & (lane <= last - start))
+        marks = competes & (lower if goes else lower == 0)
+        tl.store(target + start + lane, marks.to(tl.float32).to(out), mask=exists)

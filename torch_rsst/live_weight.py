@@ -51,6 +51,11 @@ def dead_entries(mask: Tensor, original: Tensor) -> Tensor:
     return torch.eq(mask, original.new_zeros(()))
 
 
+def is_live(module: nn.Module, name: str) -> bool:
+    """Whether :func:`make_live` has made ``name`` a property."""
+    return name in _base_and_names(_own_class(module))[1] and name not in module.__dict__
+
+
 def make_live(module: nn.Module, name: str) -> None:
     """Turn ``name`` into a property of this module; a stored tensor of that name goes."""
     base, names = _base_and_names(_own_class(module))

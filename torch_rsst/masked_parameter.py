@@ -8,7 +8,8 @@ This is the only room that touches PyTorch's reparametrization: ``weight`` becom
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,41 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from torch_rsst.freezing import end_freeze
 from torch_rsst.fsdp import tell_of_new_name
-from torch_rsst.live_weight import MASK, ORIG, make_live, make_plain, product
+from torch_rsst.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
 from torch_rsst.rollback import place_kept, rolled_back_on_failure
+from torch_rsst.saved_masks import put_back_on_failure
 from torch_rsst.shards import is_sharded, local, placed_like
 from torch_rsst.site import Site, check_scores, check_site, masked_sites
 
-Write: TypeAlias = Callable[[Sequence[Tensor]], object]
-"""Sets masks that are given to it, so that these exist once, where they are used."""
+
+@dataclass(frozen=True)
+class NewMasks:
+    """Masks that exist once, where they are used.
+
+    Attributes:
+        write: sets tensors to them, of whatever dtype.
+        at_once: whether that is one operation, which happens or does not.
+    """
+
+    write: Callable[[Sequence[Tensor]], object]
+    at_once: bool = False
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> NewMasks:
+        """Tensors of zeros and ones."""
+
+        def write(outs: Sequence[Tensor]) -> None:
+            for out, alive in zip(outs, tensors, strict=True):
+                out.copy_(placed_like(alive, out))
+
+        return cls(write)
+
+    def as_tensors(self, sites: Sequence[Site]) -> list[Tensor]:
+        """By themselves, as bool, one for each parameter."""
+        originals = {id(site.original): site.original for site in sites}
+        alive = [torch.empty_like(each, dtype=torch.bool) for each in originals.values()]
+        self.write(alive)
+        return alive
 
 
 class _Masked(BasePruningMethod):
@@ -80,7 +109,7 @@ class MaskHook(_Masked):
         scores = check_scores(site, importance_scores)
         default = torch.ones_like(site.original) if site.mask is None else site.mask.clone()
         mask = self._new_mask(scores, default.detach(), given=importance_scores is not None)
-        install([site], from_tensors([mask != 0]))
+        install([site], NewMasks.of([mask != 0]))
         self._tensor_name = site.name
 
     def _new_mask(self, scores: Tensor, mask: Tensor, *, given: bool) -> Tensor:
@@ -92,53 +121,55 @@ class MaskContainer(_Masked, PruningContainer):
     """Stock methods that came first and ours, as PyTorch composes them."""
 
 
-def install(sites: Sequence[Site], write: Write) -> None:
+def install(sites: Sequence[Site], new: NewMasks) -> None:
     """Set masks exactly, in place, all or none.
 
     Args:
         sites: where to; those that share a parameter share its mask.
-        write: sets the masks, one for each parameter in the order of ``sites``, when nothing else is
-            left to do.
+        new: the masks, one for each parameter in the order of ``sites``.
     """
     # A mask made in inference mode could not be changed outside it.
-    with torch.inference_mode(False), torch.no_grad(), rolled_back_on_failure(sites):
+    with torch.inference_mode(False), torch.no_grad():
+        originals = [id(site.original) for site in sites]
         masks: dict[int, Tensor] = {}
-        for site in sites:
-            original = id(site.original)
+        for original, site in zip(originals, sites, strict=True):
             if original not in masks:
                 masks[original] = _mask_buffer(site)
-            _reparametrize(site, masks[original])
-        hooks = [(site, _set_hook(site)) for site in sites]
-        write(list(masks.values()))
-        for site, hook in hooks:
-            hook(site.module, ())
+        mask_of = list(zip(sites, (masks[original] for original in originals), strict=True))
+        changing = [(site, mask) for site, mask in mask_of if not _holds(site, mask)]
+        changed = [site for site, _ in changing]
+        written = _masks_of(changed if new.at_once else sites)
+        with rolled_back_on_failure(changed), put_back_on_failure(written):
+            for site, mask in changing:
+                _reparametrize(site, mask)
+            hooks = [_set_hook(site) for site in changed]
+            new.write(list(masks.values()))
+            for site, hook in zip(changed, hooks, strict=True):
+                hook(site.module, ())
 
 
-def from_tensors(masks: Sequence[Tensor]) -> Write:
-    """Masks of zeros and ones, to be written one into each parameter's."""
-
-    def write(outs: Sequence[Tensor]) -> None:
-        for out, alive in zip(outs, masks, strict=True):
-            out.copy_(placed_like(alive, out))
-
-    return write
+def _holds(site: Site, mask: Tensor) -> bool:
+    """Whether a site has this mask, and all else that we leave in a module."""
+    if site.mask is not mask or isinstance(site.module, nn.RNNBase):
+        return False
+    found = find_hook(site)
+    return found is not None and isinstance(found[1], _Masked) and is_live(site.module, site.name)
 
 
-def as_tensors(sites: Sequence[Site], write: Write) -> list[Tensor]:
-    """New masks by themselves, one for each parameter."""
-    originals = {id(site.original): site.original for site in sites}
-    alive = [torch.empty_like(each, dtype=torch.bool) for each in originals.values()]
-    write(alive)
-    return alive
+def _masks_of(sites: Sequence[Site]) -> list[Tensor]:
+    """The masks that are there."""
+    present = {id(mask): mask for mask in (site.mask for site in sites) if mask is not None}
+    return list(present.values())
 
 
 def _mask_buffer(site: Site) -> Tensor:
     """The site's mask, new where there is none."""
-    if site.mask is None:
-        return torch.empty_like(site.original, requires_grad=False)
-    if is_sharded(site.original) and not is_sharded(site.mask):
-        return placed_like(site.mask, site.original).clone()  # masked before it was sharded
-    return site.mask
+    mask, original = site.mask, site.original
+    if mask is None:
+        return torch.empty_like(original, requires_grad=False)
+    if is_sharded(original) and not is_sharded(mask):
+        return placed_like(mask, original).clone()  # masked before it was sharded
+    return mask
 
 
 def find_hook(site: Site) -> tuple[int, BasePruningMethod] | None:

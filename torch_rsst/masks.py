@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_rsst.errors import MissingNameError, closest, listing, message
 from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import MASK, ORIG
-from torch_rsst.masked_parameter import find_hook, from_tensors, install
+from torch_rsst.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.shards import is_sharded, local, placed_like, sharded_like, total
 from torch_rsst.site import Site, check_site, dense_name, masked_sites
@@ -255,7 +255,7 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
     of_each: dict[int, Tensor] = {}
     for site, mask in work:
         of_each.setdefault(id(site.original), mask)
-    install([site for site, _ in work], from_tensors(list(of_each.values())))
+    install([site for site, _ in work], NewMasks.of(list(of_each.values())))
 
 
 def _sites_to_mask(

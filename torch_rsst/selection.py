@@ -224,6 +224,11 @@ class Cut:
     key: int
     place: int
 
+    @property
+    def at_once(self) -> bool:
+        """Whether all are marked by one operation."""
+        return self.fused is not None and self.fused.is_one_launch
+
     def goes(self) -> list[Tensor]:
         """A bool tensor for each tensor of scores, True for the entries that go."""
         return self._marked(goes=True)

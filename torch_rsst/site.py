@@ -32,8 +32,7 @@ class Site:
     @property
     def original(self) -> nn.Parameter:
         """The trainable parameter, ``weight_orig`` where masked, else ``weight``."""
-        parameters = self.module._parameters
-        found = parameters.get(self.name + ORIG) if self.is_masked else parameters.get(self.name)
+        found = self.module._parameters.get(self.name + ORIG if self.is_masked else self.name)
         assert found is not None, "check_site() lets no other parameter in"
         return found
 
