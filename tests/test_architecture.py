@@ -20,13 +20,13 @@ import torch_rsst
 
 ROOT = Path(torch_rsst.__file__).parent
 FLOORS = [
-    ["errors", "_version", "fsdp", "optimizer_steps", "tables", "workers"],
+    ["errors", "_version", "fsdp", "kernels", "optimizer_steps", "tables", "workers"],
     ["budget", "digit_search", "replicas", "shards", "files", "builders"],
-    ["live_weight", "order_keys", "schedules", "groups"],
+    ["live_weight", "order_keys", "schedules", "groups", "saved_masks"],
     ["site", "candidates", "data_importance"],
-    ["rollback", "selection", "freezing", "data_source"],
-    ["masked_parameter", "unit_selection"],
-    ["masks", "stock"],
+    ["rollback", "fused", "freezing", "data_source"],
+    ["masked_parameter", "selection"],
+    ["masks", "stock", "unit_selection"],
     [
         "importance",
         "surgery",
@@ -79,6 +79,7 @@ SPECIALISTS = {
     "safetensors": {"compact_folder"},
     "timm": {"discovery.timm_families"},
     "transformers": {"discovery.transformers_families"},
+    "triton": {"fused", "kernels"},  # comes with PyTorch for CUDA
     "torchvision": {"discovery.torchvision_families"},
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +16,7 @@ from ranked_scores import DISTRIBUTIONS, by_sorting, flat, problems, uniform
 from torch import Tensor, nn
 
 import torch_rsst
-from torch_rsst import selection
+from torch_rsst import RSSTWarning, selection
 from torch_rsst.order_keys import Column
 from torch_rsst.selection import Ranking, lowest
 from torch_rsst.shards import Layout
@@ -244,6 +247,66 @@ def test_parts_of_sharded_tensors_are_marked_by_where_they_lie_in_the_whole(
         assert cuts[0].key == cuts[1].key
         for marks, expected in zip(cuts[1].goes(), cuts[0].goes(), strict=True):
             assert torch.equal(marks.cpu(), expected)
+
+
+def test_kernels_are_tried_on_a_device_before_they_are_relied_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fused._kernels_run.cache_clear()
+    assert fused._kernels_run(DEVICE)
+    launch = fused._Group.launch
+
+    def wrong(group: Any, kernel: Any, *arguments: Any, **rest: Any) -> None:
+        rest.update({"goes": not rest["goes"]} if "goes" in rest else {})
+        launch(group, kernel, *arguments, **rest)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    for broken, reason in (
+        (wrong, "kernels give other results than sorting"),
+        (fails, "Triton cannot build kernels: RuntimeError: no C compiler"),
+    ):
+        monkeypatch.setattr(fused._Group, "launch", broken)
+        fused._kernels_run.cache_clear()
+        with pytest.warns(
+            RSSTWarning, match=f"Ranking on {DEVICE} goes tensor by tensor.*{reason}"
+        ):
+            assert not fused._kernels_run(DEVICE)
+        assert not fused._kernels_run(DEVICE)  # said once
+    fused._kernels_run.cache_clear()
+
+
+COMPILE = """
+from triton import compile, language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from torch_rsst import kernels
+
+pointers = {"table": "*i64", "count": "*i64", "counts": "*i64", "sample": "*i32", "found": "*i32",
+            "tensor_of": "*i32", "index_of": "*i64"}
+numbers = dict.fromkeys(("stride", "low", "high", "room", "key"), "i32")
+for score, among, absolute in ((tl.float32, tl.float32, True), (tl.bfloat16, None, False),
+                               (tl.float16, tl.int8, True)):
+    chosen = {"score": score, "among": among, "absolute": absolute, "block": 1024,
+              "out": tl.float32, "goes": absolute}
+    for kernel in (kernels.count_and_sample, kernels.survey, kernels.mark):
+        names = kernel.arg_names
+        types = {n: (pointers | numbers).get(n, "constexpr") for n in names}
+        constants = {(names.index(n),): v for n, v in chosen.items() if n in names}
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+        print(kernel.__name__, len(compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]))
+"""
+
+
+def test_kernels_compile_for_a_device_that_is_not_here() -> None:
+    # The interpreter takes what a compiler would not.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout.splitlines()) == 9
 
 
 def test_what_kernels_do_not_hold_goes_block_by_block() -> None:

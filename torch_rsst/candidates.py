@@ -41,7 +41,7 @@ class Candidates:
         below: how many entries lie below all candidates.
         inside: how many lie between ``low`` and ``high``.
         overfull: on how many ranks these were too many to collect, so that some are missing.
-        has_nan: how many NaN compete in each column; empty if that is known already.
+        has_nan: more than 0 for each column in which NaN competes; empty if that is known already.
     """
 
     keys: Callable[[], Iterable[Tensor]]
@@ -87,7 +87,7 @@ class Findings:
         place: where it stands.
         between: whether it does lie between the two keys that were guessed.
         complete: whether all between these were there to be searched.
-        has_nan: how many NaN compete in each column.
+        has_nan: more than 0 for each column in which NaN competes.
     """
 
     key: int

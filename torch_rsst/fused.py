@@ -27,7 +27,7 @@ from torch_rsst.order_keys import Column, Kind, Scratch
 _SAMPLE = 1 << 16  # entries that a guess is made from, about
 _FEW = 1 / 32  # share of all entries that may be collected
 _LEAST = 1 << 18  # as few may be in any case
-_BLOCK = 4096  # entries that a program looks at together
+_BLOCK = 2048  # entries that a program looks at together
 _PROGRAMS = 1024  # at most for a tensor
 _WARPS = 8
 
@@ -61,19 +61,45 @@ def _holds_marks(tensor: Tensor) -> bool:
 
 @cache
 def _kernels_run(device: torch.device) -> bool:
-    """Whether Triton can build kernels here, for which it needs a C compiler; tried once."""
-    kind = Kind(torch.float32, torch.int32, absolute=True)
-    one = Column(torch.ones(1, device=device), None, 0, Scratch(1, kind, device))
+    """Whether kernels can be built and do here what sorting does; tried once on each device."""
     try:
-        return int(Fused([one]).count(1)) == 1
-    except Exception as error:
+        right = _agrees_with_sorting(device)
+        problem = "" if right else "kernels give other results than sorting"
+    except Exception as error:  # whatever a compiler, a driver or a device says
+        problem = f"Triton cannot build kernels: {type(error).__name__}: {error}"
+    if problem:
         warnings.warn(
-            f"Ranking on {device} goes tensor by tensor, which takes longer: Triton cannot build "
-            f"kernels ({type(error).__name__}: {error}). It needs a C compiler.",
+            f"Ranking on {device} goes tensor by tensor, which takes longer: {problem}. "
+            f"Triton needs a C compiler.",
             RSSTWarning,
             stacklevel=2,
         )
-        return False
+    return not problem
+
+
+def _agrees_with_sorting(device: torch.device) -> bool:
+    values = (torch.arange(5 * _BLOCK, device=device) * 7919 % 10007 - 5000).float()
+    among = (torch.arange(len(values), device=device) % 3 > 0).float()
+    kind = Kind(torch.float32, torch.int32, absolute=True)
+    scratch, part = Scratch(1, kind, device), len(values) // 3
+    fused = Fused(
+        [
+            Column(values[:part], among[:part], 0, scratch),
+            Column(values[part:], among[part:], part, scratch),
+        ]
+    )
+    (available,) = fused.fetched(fused.count(len(values)))
+    k = available // 4
+    rank = len(values) - available + k
+    near = fused.near(rank, len(values), alone)
+    assert near is not None, "the values differ"
+    found = near.search(rank, len(values), device=device, reduce=alone)
+    marks = torch.empty_like(among)
+    fused.mark([marks[:part], marks[part:]], found.key, found.place, goes=True)
+    keys = torch.where(among > 0, values.abs(), torch.inf)
+    expected = torch.zeros_like(marks)
+    expected[torch.sort(keys, stable=True).indices[:k]] = 1.0
+    return available == int(among.sum()) and torch.equal(marks, expected)
 
 
 class _Group:
@@ -193,7 +219,7 @@ class Fused:
         size = int(reduce(torch.tensor(sample.numel(), device="cpu")))
         low, high = bracket(self._kth(reduce), size, rank, entries, kind)
         likely = int(reduce(((sample >= low) & (sample <= high)).sum())) / size
-        if likely > _FEW:
+        if likely * entries > max(_FEW * entries, _LEAST):
             return None
         room = _LEAST + int(2 * likely * self._own)
         counts = torch.zeros(3 + len(self._columns), dtype=torch.int64, device=self._device)

@@ -34,6 +34,12 @@ def _number(table, row: tl.constexpr):
 
 
 @triton.jit
+def _up_to(number, block: tl.constexpr):
+    """A number of entries in 32 bits; of those beyond the block nobody asks."""
+    return tl.maximum(tl.minimum(number, block), -1).to(tl.int32)
+
+
+@triton.jit
 def _competing(table, start, lane, exists, among: tl.constexpr):
     """Which entries compete: all, or those that another tensor marks."""
     if among is not None:
@@ -79,7 +85,7 @@ def count_and_sample(
     competing = tl.zeros([block], tl.int32)
     for tile in range(tl.program_id(1), tl.cdiv(entries, block), tl.num_programs(1)):
         start = tile * block
-        exists = lane < entries - start
+        exists = lane < _up_to(entries - start, block)
         competes = _competing(table, start, lane, exists, among)
         competing += competes.to(tl.int32)
         # As one sampled entry before the first there would be: so that nothing here is negative.
@@ -107,19 +113,19 @@ def survey(
     absolute: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Count keys below ``low``, those up to ``high`` and NaN by tensor; collect the second kind."""
+    """Count keys below ``low`` and up to ``high``, and collect these; say which tensors have NaN."""
     entries, offset = _number(table, _ENTRIES), _number(table, _OFFSET)
     position = _number(table, _POSITION).to(tl.int32)
     lane = tl.arange(0, block)
-    below, nan = tl.zeros([block], tl.int32), tl.zeros([block], tl.int32)
+    below, top = tl.zeros([block], tl.int32), tl.full([block], _LOWEST, tl.int32)
     for tile in range(tl.program_id(1), tl.cdiv(entries, block), tl.num_programs(1)):
         start = tile * block
-        exists = lane < entries - start
+        exists = lane < _up_to(entries - start, block)
         competes = _competing(table, start, lane, exists, among)
         keys = _keys(table, start, lane, competes, score, absolute)
         below += (exists & (keys < low)).to(tl.int32)
-        nan += (keys > _INFINITY).to(tl.int32)
-        near = exists & (keys >= low) & (keys <= high)
+        top = tl.maximum(top, keys)
+        near = (keys >= low) & (keys <= high)  # what does not exist, or compete, lies lower
         order = tl.cumsum(near.to(tl.int32), 0)
         number = tl.max(order, 0)
         if number > 0:
@@ -129,9 +135,8 @@ def survey(
             tl.store(tensor_of + slot, tl.zeros_like(keys) + position, mask=near)
             tl.store(index_of + slot, offset + start + lane, mask=near)
     tl.atomic_add(counts, tl.sum(below, 0).to(tl.int64))
-    number_of_nan = tl.sum(nan, 0).to(tl.int64)
-    if number_of_nan > 0:
-        tl.atomic_add(counts + 2 + position, number_of_nan)
+    if tl.max(top, 0) > _INFINITY:
+        tl.atomic_add(counts + 2 + position, tl.full([], 1, tl.int64))
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -151,9 +156,9 @@ def mark(
     lane = tl.arange(0, block)
     for tile in range(tl.program_id(1), tl.cdiv(entries, block), tl.num_programs(1)):
         start = tile * block
-        exists = lane < entries - start
+        exists = lane < _up_to(entries - start, block)
         competes = _competing(table, start, lane, exists, among)
         keys = _keys(table, start, lane, competes, score, absolute)
-        lower = (keys < key) | ((keys == key) & (lane <= last - start))
+        lower = (keys < key) | ((keys == key) & (lane <= _up_to(last - start, block)))
         marks = competes & (lower if goes else lower == 0)
         tl.store(target + start + lane, marks.to(tl.float32).to(out), mask=exists)
