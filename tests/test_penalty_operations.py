@@ -108,5 +108,6 @@ def test_a_penalty_costs_at_most_three_elementwise_operations_a_parameter(mode):
     with Recorder() as without:
         optimizer.step()
     extra = recorder.names - without.names
-    extra.pop("aten.detach", None)  # a view: no kernel
+    for view in ("aten.detach", "aten.slice", "aten.view"):  # no kernels
+        extra.pop(view, None)
     assert 0 < sum(extra.values()) <= 3 * 4

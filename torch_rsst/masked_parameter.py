@@ -19,7 +19,6 @@ from torch_rsst.freezing import end_freeze
 from torch_rsst.fsdp import tell_of_new_name
 from torch_rsst.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
 from torch_rsst.rollback import place_kept, rolled_back_on_failure
-from torch_rsst.saved_masks import put_back_on_failure
 from torch_rsst.shards import is_sharded, local, placed_like
 from torch_rsst.site import Site, check_scores, check_site, masked_sites
 
@@ -138,8 +137,7 @@ def install(sites: Sequence[Site], new: NewMasks) -> None:
         mask_of = list(zip(sites, (masks[original] for original in originals), strict=True))
         changing = [(site, mask) for site, mask in mask_of if not _holds(site, mask)]
         changed = [site for site, _ in changing]
-        written = _masks_of(changed if new.at_once else sites)
-        with rolled_back_on_failure(changed), put_back_on_failure(written):
+        with rolled_back_on_failure(changed, written=changed if new.at_once else sites):
             for site, mask in changing:
                 _reparametrize(site, mask)
             hooks = [_set_hook(site) for site in changed]
@@ -154,12 +152,6 @@ def _holds(site: Site, mask: Tensor) -> bool:
         return False
     found = find_hook(site)
     return found is not None and isinstance(found[1], _Masked) and is_live(site.module, site.name)
-
-
-def _masks_of(sites: Sequence[Site]) -> list[Tensor]:
-    """The masks that are there."""
-    present = {id(mask): mask for mask in (site.mask for site in sites) if mask is not None}
-    return list(present.values())
 
 
 def _mask_buffer(site: Site) -> Tensor:

@@ -25,6 +25,7 @@ class PenalizedSet:
         sites = named_sites(model)
         self._entries: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._factors: dict[Any, _Factors] = {}
+        self._spare: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         for name, mask in masks.items():
             subject = f"refill mask of {name!r}"
             if name not in sites:
@@ -68,13 +69,16 @@ class PenalizedSet:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 own, gradient = local(parameter), local(parameter.grad)
-                if where.is_floating_point() or where.numel() < own.numel():
-                    there = where if scale is None else where.to(_wide(own.dtype)) * scale
-                    there = there if there.is_floating_point() else there.to(own.dtype)
-                    gradient.addcmul_(own, there, value=strength)
-                else:
+                if where.dtype == torch.bool and where.numel() == own.numel():
                     pull = torch.where(where, own, 0.0)
                     gradient.add_(pull if scale is None else pull * scale, alpha=strength)
+                else:
+                    there = self._as_numbers(
+                        where, own.dtype if scale is None else _wide(own.dtype)
+                    )
+                    gradient.addcmul_(
+                        own, there if scale is None else there * scale, value=strength
+                    )
 
     def block(self, names: Iterable[str]) -> None:
         """Set the gradient on P to 0; where there is none, there is nothing to block."""
@@ -92,8 +96,10 @@ class PenalizedSet:
             for name in names:
                 parameter, where = self._entry(name)
                 own = local(parameter)
-                if where.is_floating_point():
-                    acts = where if skipped is None else where * _took_place(skipped, where)
+                if where.dtype == torch.uint8:
+                    acts = self._as_numbers(where, own.dtype)
+                    if skipped is not None:
+                        acts.mul_(_took_place(skipped, where))
                     own.addcmul_(own, acts, value=-strength)  # right to the last bit but one
                 else:
                     units.setdefault((own.device, own.dtype), []).append((name, own))
@@ -101,6 +107,15 @@ class PenalizedSet:
                 factors = self._factors_for(tuple(name for name, _ in together))
                 factors.set(1.0 - strength, skipped)
                 torch._foreach_mul_([own for _, own in together], factors.views)
+
+    def _as_numbers(self, where: Tensor, dtype: torch.dtype) -> Tensor:
+        """1 in P and 0 elsewhere, in memory that the next call overwrites: to fetch it takes long."""
+        key = where.device, dtype
+        spare = self._spare.get(key)
+        if spare is None or spare.numel() < where.numel():
+            largest = max(entry.numel() for _, entry in self._entries.values())
+            spare = self._spare[key] = where.new_empty(largest, dtype=dtype)
+        return spare[: where.numel()].view(where.shape).copy_(where)
 
     def _factors_for(self, names: tuple[str, ...]) -> _Factors:
         """Made once for the parameters that are shrunk together, and again after ``model.to``."""
@@ -159,8 +174,9 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
     """Where P lies, in the form that takes least.
 
     Where whole units lie in P, a bool vector along one dimension: no memory to speak of, and no time to
-    read it. Else 1 in P and 0 elsewhere, to multiply with. But all of P as bool where something outside it
-    is not finite, as 0 · ∞ is no 0: rare, and not worth another way.
+    read it. Else 1 in P and 0 elsewhere as uint8, which become numbers to multiply with in a fourth of the
+    time that bools take. But all of P as bool where something outside it is not finite, as 0 · ∞ is no 0:
+    rare, and not worth another way.
     """
     if not bool(weight.detach().masked_fill(penalized, 0.0).isfinite().all()):
         return penalized
@@ -169,7 +185,7 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
         units = penalized.all(dim=others, keepdim=True) if others else penalized
         if bool((units == penalized).all()):
             return units
-    return penalized.to(weight.dtype)
+    return penalized.to(torch.uint8)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

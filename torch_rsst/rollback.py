@@ -10,6 +10,7 @@ from torch import nn
 
 from torch_rsst.fsdp import tell_of_new_name
 from torch_rsst.live_weight import ORIG
+from torch_rsst.saved_masks import put_back_on_failure
 from torch_rsst.site import Site
 
 
@@ -33,11 +34,23 @@ def place_kept(site: Site) -> Iterator[None]:
 
 
 @contextmanager
-def rolled_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
+def rolled_back_on_failure(
+    sites: Sequence[Site], *, written: Sequence[Site] | None = None
+) -> Iterator[None]:
     """Put modules back exactly as they were if the block raises, interrupts included.
 
-    What tensors hold is not put back: :func:`torch_rsst.saved_masks.put_back_on_failure` does that.
+    Args:
+        sites: whose modules may change.
+        written: those with masks whose values may change; by default the same.
     """
+    present = [site.mask for site in (sites if written is None else written)]
+    masks = {id(mask): mask for mask in present if mask is not None}
+    with put_back_on_failure(list(masks.values())), _modules_put_back_on_failure(sites):
+        yield
+
+
+@contextmanager
+def _modules_put_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
     modules = {id(site.module): site.module for site in sites}.values()
     saved = [(module, type(module), _shallow(module)) for module in modules]
     try:
