@@ -134,24 +134,23 @@ def passes(options: Options, device: torch.device, *, step: float) -> Table:
         for n, m in whole.items()
     }
     weights = [model.get_parameter(name).detach() for name in refill]
-    lists = [
-        (w.view(-1), (holes[n] & ~refill[n]).view(-1).nonzero()[:, 0])
-        for n, w in zip(refill, weights, strict=True)
-    ]
     rows: dict[str, Callable[[], object]] = {
         "plain update, all weights": lambda: [w.mul_(0.999) for w in weights],
     }
     memory: dict[str, float] = {}
-    for row, current in (("penalty, units alive", whole), ("penalty, units with holes", holes)):
-        made = partial(PenalizedSet, model, penalty_mask(current, refill))
+    for units, current in (("units alive", whole), ("units with holes", holes)):
         before = meter.held()
-        penalized = made()
-        memory[row] = meter.held() - before
-        rows[row] = partial(penalized.shrink, list(penalized), 0.001, None)
-    rows["index lists, units with holes"] = lambda: [
-        w.index_put_((i,), w[i] * 0.999) for w, i in lists
-    ]
-    memory["index lists, units with holes"] = sum(8.0 * i.numel() for _, i in lists)
+        penalized = PenalizedSet(model, penalty_mask(current, refill))
+        shrink = partial(penalized.shrink, list(penalized), 0.001, None)
+        shrink()  # makes what all steps use
+        memory[f"penalty, {units}"] = meter.held() - before
+        rows[f"penalty, {units}"] = shrink
+        lists = [
+            (w.view(-1), (current[n] & ~refill[n]).view(-1).nonzero()[:, 0])
+            for n, w in zip(refill, weights, strict=True)
+        ]
+        rows[f"index lists, {units}"] = partial(_shrink_listed, lists)
+        memory[f"index lists, {units}"] = sum(8.0 * i.numel() for _, i in lists)
     penalized_weights = sum(int((~m).sum()) for m in refill.values())
     seconds: dict[str, list[float]] = {row: [] for row in rows}
     for turn in range(-2, 5 * options.repeats):
@@ -169,6 +168,11 @@ def passes(options: Options, device: torch.device, *, step: float) -> Table:
         held = f"{memory[row] / penalized_weights:.2f}" if row in memory else ""
         table.add_row(row, f"{1e3 * took:.2f}", f"{ratio:.2f} x", f"{took / step:.2%}", held)
     return table
+
+
+def _shrink_listed(lists: list[tuple[Tensor, Tensor]]) -> None:
+    for weight, index in lists:
+        weight.index_put_((index,), weight[index] * 0.999)
 
 
 def training_step(row: str, options: Options, device: torch.device) -> Step:
