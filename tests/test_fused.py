@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import torch_rsst
 from torch_rsst import RSSTWarning, selection
+from torch_rsst.digit_search import alone
 from torch_rsst.order_keys import Column
 from torch_rsst.selection import Ranking, lowest
 from torch_rsst.shards import Layout
@@ -42,7 +43,7 @@ class Small:
         patch.setattr(selection, "everything", counted)
         patch.setattr(selection, "fused_passes", self.passes)
 
-    def passes(self, columns: Sequence[Column]) -> fused.Fused | None:
+    def passes(self, columns: Sequence[Column], reduce: Any) -> fused.Fused | None:
         """As on a device, whatever the device."""
         ready = all(
             c.scores.dtype in RANKED and c.scores.is_contiguous() and _ready(c.among)
@@ -167,6 +168,7 @@ def test_marks_are_written_in_whatever_dtype(dtype: torch.dtype, small: Small) -
     cut = Ranking([score, score[:100]], among=[alive, None], absolute=True).cut(300)
     outs = [torch.empty(1000, dtype=dtype, device=DEVICE), torch.empty(100, device=DEVICE)]
     cut.write_stays(outs)
+    assert all(out._version == 1 for out in outs)
     for out, stays in zip(outs, cut.stays(), strict=True):
         assert torch.equal(out, stays.to(out.dtype))
     assert int(outs[0].sum() + outs[1].sum()) == int(alive.sum()) + 100 - 300
@@ -195,7 +197,7 @@ def test_rounds_of_global_pruning_equal_those_of_the_cpu(dtype: torch.dtype, sma
         for net in (model, twin):
             if net is twin:
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(selection, "fused_passes", lambda columns: None)
+                    patch.setattr(selection, "fused_passes", lambda *_: None)
                     prune(net, amount)
             else:
                 prune(net, amount)
@@ -226,7 +228,7 @@ def test_parts_of_sharded_tensors_are_marked_by_where_they_lie_in_the_whole(
 
     def ranking(device: torch.device, passes: Any) -> Ranking:
         """As on a rank that holds a part of the first tensor."""
-        small.patch.setattr(selection, "fused_passes", lambda columns: None)
+        small.patch.setattr(selection, "fused_passes", lambda *_: None)
         made = Ranking([part.to(device), other.to(device)], absolute=True)
         first, second = made._columns
         whole = layout.shape[0] * layout.shape[1]
@@ -313,7 +315,7 @@ def test_what_kernels_do_not_hold_goes_block_by_block() -> None:
     scratch = Ranking([torch.ones(1)])._columns[0].scratch
     column = Column(torch.ones(4, 5), None, 0, scratch)
     assert not fused.suits([column])  # on the CPU
-    assert selection.fused_passes([column]) is None
+    assert selection.fused_passes([column], alone) is None
 
 
 @pytest.mark.cuda

@@ -276,6 +276,7 @@ class Fused:
                 kernels.LAST: [_last_up_to(place, column) for column in group.columns.values()],
             }
             group.launch(kernels.mark, key, rows=rows, out=_MARKS[marks[0].dtype], goes=goes)
+            torch.autograd.graph.increment_version(marks)  # as PyTorch's own writers do
             for out, mark in zip(own, marks, strict=True):
                 if mark is not out:
                     out.copy_(mark)

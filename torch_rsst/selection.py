@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_rsst.candidates import Candidates, everything, nan_of_each, narrowed
-from torch_rsst.digit_search import alone
+from torch_rsst.digit_search import Reduce, alone
 from torch_rsst.errors import message
 from torch_rsst.order_keys import Column, Kind, Scratch
 from torch_rsst.shards import Layout, Ranks, local, placed_like, sharded_like
@@ -115,7 +115,7 @@ class Ranking:
         self._on_cpu = all(device.type == "cpu" for device in scratch)
         self._device = next(iter(scratch), torch.device("cpu"))
         self._names, self._reduce = names, ranks.add_up if ranks.mesh is not None else alone
-        self._fused = fused_passes(self._columns)
+        self._fused = fused_passes(self._columns, self._reduce)
         self._workers = Workers(own // (2 * _LEAST) if self._on_cpu else 1)
 
     @property
@@ -305,12 +305,16 @@ def _mark_stays(column: Column, keys: Tensor, bound: int | Tensor, out: Tensor) 
         out.copy_(torch.gt(keys, bound, out=column.scratch.spare(keys.numel())[0]))
 
 
-def fused_passes(columns: Sequence[Column]) -> Fused | None:
-    """Kernels that pass over all columns at once, where PyTorch has Triton and they suit it."""
+def fused_passes(columns: Sequence[Column], reduce: Reduce) -> Fused | None:
+    """Kernels that pass over all columns at once, where PyTorch has Triton and they suit every rank."""
     if not columns or any(column.scores.device.type != "cuda" for column in columns):
         return None  # without importing Triton, which takes long
     try:
         from torch_rsst.fused import Fused, suits
     except ImportError:
-        return None
-    return Fused(columns) if suits(columns) else None
+        suitable = False
+    else:
+        suitable = suits(columns)
+    # One way on all ranks: in another they would wait for other sums.
+    unsuited = int(reduce(torch.tensor(int(not suitable), device="cpu")))
+    return None if unsuited else Fused(columns)
