@@ -251,32 +251,51 @@ def test_parts_of_sharded_tensors_are_marked_by_where_they_lie_in_the_whole(
             assert torch.equal(marks.cpu(), expected)
 
 
-def test_kernels_are_tried_on_a_device_before_they_are_relied_on(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_obstacles", {})
+    monkeypatch.setattr(fused, "_told", set())
+
+
+@pytest.mark.usefixtures("untried")
+def test_kernels_that_run_are_relied_on() -> None:
+    assert fused._obstacle(DEVICE) == ""
+    fused.tell_of_obstacles()
+
+
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize("broken", ["result", "compiler"])
+def test_kernels_are_tried_before_they_are_relied_on(
+    broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fused._kernels_run.cache_clear()
-    assert fused._kernels_run(DEVICE)
     launch = fused._Group.launch
 
-    def wrong(group: Any, kernel: Any, *arguments: Any, **rest: Any) -> None:
-        rest.update({"goes": not rest["goes"]} if "goes" in rest else {})
-        launch(group, kernel, *arguments, **rest)
+    def other(group: Any, kernel: Any, *arguments: Any, **rest: Any) -> None:
+        if broken == "compiler":
+            raise RuntimeError("Failed to find C compiler")
+        launch(group, kernel, *arguments, **rest | {"goes": False} if "goes" in rest else rest)
 
-    def fails(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no C compiler")
+    monkeypatch.setattr(fused._Group, "launch", other)
+    assert fused._obstacle(DEVICE)
+    said = {
+        "result": "its kernels give other results than sorting",
+        "compiler": r"Triton cannot build kernels \(RuntimeError: Failed to find C compiler\)",
+    }
+    with pytest.warns(RSSTWarning, match=f"Ranking on {DEVICE} goes tensor by .*: {said[broken]}"):
+        fused.tell_of_obstacles()
+    fused.tell_of_obstacles()  # says it once
 
-    for broken, reason in (
-        (wrong, "kernels give other results than sorting"),
-        (fails, "Triton cannot build kernels: RuntimeError: no C compiler"),
-    ):
-        monkeypatch.setattr(fused._Group, "launch", broken)
-        fused._kernels_run.cache_clear()
-        with pytest.warns(
-            RSSTWarning, match=f"Ranking on {DEVICE} goes tensor by tensor.*{reason}"
-        ):
-            assert not fused._kernels_run(DEVICE)
-        assert not fused._kernels_run(DEVICE)  # said once
-    fused._kernels_run.cache_clear()
+
+@pytest.mark.usefixtures("untried")
+def test_a_lack_of_memory_says_nothing_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused._Group, "launch", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            fused._obstacle(DEVICE)
+    assert fused._obstacle(DEVICE) == ""
 
 
 COMPILE = """

@@ -240,6 +240,79 @@ def test_an_interrupt_is_rolled_back_too(
     assert fingerprint(layer) == before
 
 
+ODD_MASKS = {
+    "an average of masks": torch.tensor([[0.5, 1.0, 0.0]]),
+    "a bool": torch.tensor([[True, False, True]]),
+    "small integers": torch.tensor([[1, 0, 1]], dtype=torch.int8),
+    "no number": torch.tensor([[1.0, math.nan, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_MASKS)
+def test_masks_of_other_hands_are_as_they_were_after_a_failure(odd: str) -> None:
+    layer = layer_of(3.0, 1.0, 2.0)
+    mask(Site(layer, "weight"), 1, 0, 1)
+    layer.weight_mask = ODD_MASKS[odd].clone()
+
+    def fail(outs: Any) -> None:
+        outs[0].fill_(0)
+        raise InjectedError
+
+    with pytest.raises(InjectedError):
+        install([Site(layer, "weight")], NewMasks(fail))
+    assert layer.weight_mask.dtype == ODD_MASKS[odd].dtype
+    torch.testing.assert_close(layer.weight_mask, ODD_MASKS[odd], rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_written_at_once_is_put_back_where_another_module_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recurrent, layer = nn.LSTM(2, 1), nn.Linear(2, 4)
+    sites = [Site(layer, "weight"), Site(recurrent, "weight_ih_l0")]
+    halves = [torch.tensor([[1.0, 0.0]] * 4)] * 2
+    install(sites, NewMasks.of(halves))
+    monkeypatch.setattr(masked_parameter._Masked, "apply_mask", failing)
+    others = NewMasks(NewMasks.of([1 - half for half in halves]).write, lambda outs: True)
+    with pytest.raises(InjectedError):
+        install(sites, others)
+    assert torch.equal(layer.weight_mask, halves[0])
+    assert torch.equal(recurrent.weight_ih_l0_mask, halves[1])
+
+
+def test_zeros_stay_frozen_after_a_failure() -> None:
+    layer = layer_of(3.0, 1.0, 2.0, 4.0)
+    mask(Site(layer, "weight"), 1, 0, 0, 1)
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+
+    def fail(outs: Any) -> None:
+        raise InjectedError
+
+    with pytest.raises(InjectedError):
+        install([Site(layer, "weight")], NewMasks(fail))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert layer.weight[0, 1:3].tolist() == [0.0, 0.0]
+    assert layer.weight[0, 0] != 3.0
+
+
+def test_a_list_in_a_module_is_the_same_list_after_a_failure() -> None:
+    class Listed(list[int]):
+        pass
+
+    layer = layer_of(3.0, 1.0)
+    layer.shared = shared = Listed([1])
+
+    def fail(outs: Any) -> None:
+        shared.append(2)
+        raise InjectedError
+
+    with pytest.raises(InjectedError):
+        install([Site(layer, "weight")], NewMasks(fail))
+    assert layer.shared is shared
+    assert shared == [1]
+
+
 def test_handles_of_other_hooks_work_after_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(3.0, 1.0)
     handle = layer.register_forward_pre_hook(lambda *_: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from tiny_models import mlp, weights_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_rsst import RegularizedPruner, apply_mask
+from torch_rsst.penalized_set import PenalizedSet
 
 WAITS = {"aten._local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal"}
 DATA_DEPENDENT = {"aten.nonzero", "aten.masked_select", "aten.unique", "aten.where.self_only"}
@@ -111,3 +113,20 @@ def test_a_penalty_costs_at_most_three_elementwise_operations_a_parameter(mode):
     for view in ("aten.detach", "aten.slice", "aten.view"):  # no kernels
         extra.pop(view, None)
     assert 0 < sum(extra.values()) <= 3 * 4
+
+
+def test_threads_do_not_share_the_memory_they_work_in():
+    model = torch.nn.Linear(8, 8)
+    holes = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    penalized = PenalizedSet(model, {"weight": holes})
+    addresses = []
+
+    def work():
+        penalized.shrink(["weight"], 0.5, None)
+        addresses.extend(spare.data_ptr() for spare in penalized._spare.by_dtype.values())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    work()
+    assert len(set(addresses)) == 2

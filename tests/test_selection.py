@@ -447,6 +447,27 @@ def test_a_failure_while_masks_are_written_changes_nothing(
     assert fingerprint(model) != before
 
 
+def test_an_interrupt_waits_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished, wait, interrupts = threading.Event(), workers.wait, iter([KeyboardInterrupt])
+
+    def interrupted(futures: Any) -> Any:
+        for interrupt in interrupts:
+            raise interrupt
+        return wait(futures)
+
+    def work(turn: int, turns: int) -> None:
+        if turn:
+            assert not finished.wait(0.2)
+            finished.set()
+
+    threads = SimpleNamespace(get_num_threads=lambda: 2, set_num_threads=lambda _: None)
+    monkeypatch.setattr(workers, "torch", threads)
+    monkeypatch.setattr(workers, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workers.Workers(2).run(work)
+    assert finished.is_set()
+
+
 def test_scores_may_be_masks_that_change() -> None:
     model = layers(4, 4)
     parameters = [(layer, "weight") for layer in model]

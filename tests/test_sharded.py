@@ -291,3 +291,37 @@ def test_an_error_reaches_every_rank_and_changes_nothing() -> None:
     assert "Use global_unstructured with GlobalL1" in first[2]
     assert "Find the groups before sharding" in first[3]
     assert "1 NaN among the entries to rank" in first[4]
+
+
+def _penalized_partial_sums(rank: int) -> list[Tensor]:
+    """What a coupled penalty of 0.25 leaves of a norm's weights, whose gradients are partial sums."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    left = []
+    for by_hooks in (False, True):
+        model = nn.Sequential(nn.LayerNorm(6))
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": SequenceParallel()})
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        pruner = torch_rsst.RegularizedPruner(
+            model,
+            {"0.weight": torch.arange(6) > 1},
+            total_steps=1,
+            schedule=lambda t: 0.25,
+            mode="coupled",
+            block_loss_grad=True,
+            optimizer=None if by_hooks else optimizer,
+        )
+        model(torch.randn(2, 3, 6)).sum().backward()
+        before = model[0].weight.full_tensor().detach().clone()
+        optimizer.step()
+        left.append((model[0].weight.full_tensor().detach() / before)[:2])
+        pruner.remove()
+    return left
+
+
+@needs_fsdp
+def test_a_penalty_on_partial_sums_acts_once() -> None:
+    for left in on_ranks(2, _penalized_partial_sums):
+        for share in left:
+            assert share.tolist() == [0.75, 0.75]

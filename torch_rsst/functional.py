@@ -163,7 +163,7 @@ def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> NewMasks:
     names = [str(site) for site in sites]
     ranking = Ranking(scores, among=[site.mask for site in sites], absolute=True, names=names)
     cut = ranking.cut(to_count(method.amount, ranking.available, of="alive entries"))
-    return NewMasks(cut.write_stays, at_once=cut.at_once)
+    return NewMasks(cut.write_stays, cut.writes_at_once)
 
 
 def _rank_joined(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:

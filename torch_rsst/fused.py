@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,39 +42,53 @@ _MARKS = {**_RANKED, torch.float64: tl.float64, torch.bool: tl.int8, torch.uint8
 def suits(columns: Sequence[Column]) -> bool:
     """Whether all scores lie on one CUDA device, one entry after the other, in at most 32 bits."""
     devices = {column.scores.device for column in columns}
-    return (
-        len(devices) == 1
-        and next(iter(devices)).type == "cuda"
-        and all(
-            column.scores.dtype in _RANKED
-            and column.scores.is_contiguous()
-            and (column.among is None or _holds_marks(column.among))
-            for column in columns
-        )
-        and _kernels_run(next(iter(devices)))
-    )
+    if len(devices) > 1 or not all(map(_holds_scores, columns)):
+        return False
+    (device,) = devices
+    return device.type == "cuda" and not _obstacle(device)
+
+
+def _holds_scores(column: Column) -> bool:
+    marked = column.among is None or _holds_marks(column.among)
+    return column.scores.dtype in _RANKED and column.scores.is_contiguous() and marked
 
 
 def _holds_marks(tensor: Tensor) -> bool:
     return tensor.dtype in _MARKS and tensor.is_contiguous()
 
 
-@cache
-def _kernels_run(device: torch.device) -> bool:
-    """Whether kernels can be built and do here what sorting does; tried once on each device."""
-    try:
-        right = _agrees_with_sorting(device)
-        problem = "" if right else "kernels give other results than sorting"
-    except Exception as error:  # whatever a compiler, a driver or a device says
-        problem = f"Triton cannot build kernels: {type(error).__name__}: {error}"
-    if problem:
-        warnings.warn(
-            f"Ranking on {device} goes tensor by tensor, which takes longer: {problem}. "
-            f"Triton needs a C compiler.",
-            RSSTWarning,
-            stacklevel=2,
-        )
-    return not problem
+_obstacles: dict[torch.device, str] = {}  # why kernels do not run, empty where they do
+_told: set[torch.device] = set()
+
+
+def _obstacle(device: torch.device) -> str:
+    """Why kernels cannot be relied on here; tried once on each device, against sorting.
+
+    Raises:
+        torch.OutOfMemoryError: which says nothing of kernels, so that they are tried again.
+    """
+    if device not in _obstacles:
+        try:
+            right = _agrees_with_sorting(device)
+            _obstacles[device] = "" if right else "its kernels give other results than sorting"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or a driver says
+            _obstacles[device] = f"Triton cannot build kernels ({type(error).__name__}: {error})"
+    return _obstacles[device]
+
+
+def tell_of_obstacles() -> None:
+    """Warn, once for each device on which kernels do not run. Apart, as other ranks may wait."""
+    for device, obstacle in _obstacles.items():
+        if obstacle and device not in _told:
+            _told.add(device)
+            warnings.warn(
+                f"Ranking on {device} goes tensor by tensor, which takes longer: {obstacle}. Triton "
+                f"needs a C compiler.",
+                RSSTWarning,
+                stacklevel=2,
+            )
 
 
 def _agrees_with_sorting(device: torch.device) -> bool:
@@ -259,18 +273,19 @@ class Fused:
         search = partial(kth_lowest, lambda: [sample], low=kind.lowest, high=kind.highest)
         return lambda k: int(search(k, device=sample.device, reduce=reduce).value)
 
-    @property
-    def is_one_launch(self) -> bool:
-        """Whether a pass is a single kernel."""
-        return len(self._all) == 1
+    def marks_at_once(self, outs: Sequence[Tensor]) -> bool:
+        """Whether :meth:`mark` is a single kernel for these."""
+        return len(self._all) == 1 and _takes(outs, self._device)
 
     def mark(self, outs: Sequence[Tensor], key: int, place: int, *, goes: bool) -> None:
         """Set ``outs`` to where entries go, or stay; each may be what says which of them compete."""
         for group in self._all:
             own = [outs[position] for position in group.columns]
-            dtypes = {out.dtype for out in own}
-            direct = len(dtypes) == 1 and dtypes <= _MARKS.keys()
-            marks = own if direct else [torch.empty_like(out, dtype=torch.bool) for out in own]
+            marks = own
+            if not _takes(own, self._device):
+                marks = [
+                    torch.empty(out.shape, dtype=torch.bool, device=self._device) for out in own
+                ]
             rows = {
                 kernels.OUT: [mark.data_ptr() for mark in marks],
                 kernels.LAST: [_last_up_to(place, column) for column in group.columns.values()],
@@ -280,6 +295,12 @@ class Fused:
             for out, mark in zip(own, marks, strict=True):
                 if mark is not out:
                     out.copy_(mark)
+
+
+def _takes(outs: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether a kernel can write to all of these."""
+    dtypes = {out.dtype for out in outs}
+    return len(dtypes) == 1 and all(_holds_marks(o) and o.device == device for o in outs)
 
 
 def _last_up_to(place: int, column: Column) -> int:

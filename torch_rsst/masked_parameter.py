@@ -29,11 +29,11 @@ class NewMasks:
 
     Attributes:
         write: sets tensors to them, of whatever dtype.
-        at_once: whether that is one operation, which happens or does not.
+        at_once: whether that is one operation for given tensors, which happens or does not.
     """
 
     write: Callable[[Sequence[Tensor]], object]
-    at_once: bool = False
+    at_once: Callable[[Sequence[Tensor]], bool] = lambda outs: False
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> NewMasks:
@@ -137,13 +137,19 @@ def install(sites: Sequence[Site], new: NewMasks) -> None:
         mask_of = list(zip(sites, (masks[original] for original in originals), strict=True))
         changing = [(site, mask) for site, mask in mask_of if not _holds(site, mask)]
         changed = [site for site, _ in changing]
-        with rolled_back_on_failure(changed, written=changed if new.at_once else sites):
+        dense = [site for site in changed if not site.is_masked]
+        outs = list(masks.values())
+        # Where a write is one operation and the last one, nothing can be half done.
+        written = [] if not changed and new.at_once(outs) else sites
+        with rolled_back_on_failure(changed, written=written):
             for site, mask in changing:
                 _reparametrize(site, mask)
             hooks = [_set_hook(site) for site in changed]
-            new.write(list(masks.values()))
+            new.write(outs)
             for site, hook in zip(changed, hooks, strict=True):
                 hook(site.module, ())
+            for site in dense:
+                end_freeze(site)
 
 
 def _holds(site: Site, mask: Tensor) -> bool:
@@ -176,7 +182,6 @@ def _reparametrize(site: Site, mask: Tensor) -> None:
     if not site.is_masked:
         _rename(site.module._parameters, site.name, site.name + ORIG)
         tell_of_new_name(site.module, site.name, site.name + ORIG)
-        end_freeze(site)
         site.module.register_buffer(site.name + MASK, mask)
     elif site.mask is not mask:
         site.module._buffers[site.name + MASK] = mask

@@ -7,6 +7,7 @@ waits for the device or moves data between devices.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 
 from torch_rsst.errors import MissingNameError, listing, message
 from torch_rsst.masks import named_sites
-from torch_rsst.shards import local, placed_like, sharded_like, total
+from torch_rsst.shards import (
+    local,
+    placed_like,
+    redistributed_like,
+    sharded_like,
+    total,
+)
 
 
 class PenalizedSet:
@@ -25,7 +32,7 @@ class PenalizedSet:
         sites = named_sites(model)
         self._entries: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._factors: dict[Any, _Factors] = {}
-        self._spare: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._spare = _Spare()
         for name, mask in masks.items():
             subject = f"refill mask of {name!r}"
             if name not in sites:
@@ -66,9 +73,7 @@ class PenalizedSet:
         self._check_gradients(names)
         with torch.no_grad():
             for parameter, where in map(self._entry, names):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                own, gradient = local(parameter), local(parameter.grad)
+                own, gradient = local(parameter), local(self._gradient(parameter))
                 if where.dtype == torch.bool and where.numel() == own.numel():
                     pull = torch.where(where, own, 0.0)
                     gradient.add_(pull if scale is None else pull * scale, alpha=strength)
@@ -86,7 +91,18 @@ class PenalizedSet:
         with torch.no_grad():
             for parameter, where in map(self._entry, names):
                 if parameter.grad is not None:
-                    local(parameter.grad).masked_fill_(where.bool(), 0.0)
+                    local(self._gradient(parameter)).masked_fill_(where.bool(), 0.0)
+
+    @staticmethod
+    def _gradient(parameter: nn.Parameter) -> Tensor:
+        """The gradient, distributed as the parameter is: of a partial sum each rank would change its own."""
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        gradient = redistributed_like(gradient, parameter)
+        if gradient is not parameter.grad:
+            parameter.grad = gradient
+        return gradient
 
     def shrink(self, names: Iterable[str], strength: float, skipped: Tensor | None) -> None:
         """Decoupled: ``weight *= 1 − min(1, strength)`` on P, unless ``skipped`` says so on the device."""
@@ -109,12 +125,13 @@ class PenalizedSet:
                 torch._foreach_mul_([own for _, own in together], factors.views)
 
     def _as_numbers(self, where: Tensor, dtype: torch.dtype) -> Tensor:
-        """1 in P and 0 elsewhere, in memory that the next call overwrites: to fetch it takes long."""
-        key = where.device, dtype
-        spare = self._spare.get(key)
-        if spare is None or spare.numel() < where.numel():
+        """1 in P and 0 elsewhere, to change; the next call of this thread may overwrite it."""
+        if where.device.type != "cpu":
+            return where.to(dtype)  # memory that streams do not share, and that is soon fetched
+        spare = self._spare.by_dtype.get(dtype)
+        if spare is None:
             largest = max(entry.numel() for _, entry in self._entries.values())
-            spare = self._spare[key] = where.new_empty(largest, dtype=dtype)
+            spare = self._spare.by_dtype[dtype] = where.new_empty(largest, dtype=dtype)
         return spare[: where.numel()].view(where.shape).copy_(where)
 
     def _factors_for(self, names: tuple[str, ...]) -> _Factors:
@@ -148,6 +165,13 @@ class PenalizedSet:
             where = where.to(parameter.device)
             self._entries[name] = (parameter, where)
         return parameter, where
+
+
+class _Spare(threading.local):
+    """Memory of a thread, used over and over: to fetch it anew would take longer than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
 
 
 class _Factors:

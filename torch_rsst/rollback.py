@@ -84,5 +84,7 @@ def _put_back(module: nn.Module, state: dict[str, Any]) -> None:
             # In place: hook handles hold weak references to these registries.
             present.clear()
             present.update(value)
+        elif isinstance(present, list) and isinstance(value, list):
+            present[:] = value
         else:
             module.__dict__[key] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 
 import torch
@@ -17,48 +18,45 @@ _PACKED = 1 << 20  # entries of a mask that are packed to bits together
 
 @contextmanager
 def put_back_on_failure(masks: Sequence[Tensor]) -> Iterator[None]:
-    """Give masks of zeros and ones their values again if the block raises, interrupts included."""
-    put_back = _saved([local(mask) for mask in masks])
+    """Give masks their values again if the block raises, interrupts included."""
+    parts = [local(mask) for mask in masks]
+
+    def save(turn: int, turns: int) -> list[Callable[[], object]]:
+        return [_saved(part) for part in parts[turn::turns]]
+
+    on_cpu = sum(part.numel() for part in parts if part.device.type == "cpu")
+    put_back = list(chain(*Workers(on_cpu // _PACKED).run(save)))
     try:
         yield
     except BaseException:
-        put_back()
+        with torch.no_grad():
+            for each in put_back:
+                each()
         raise
 
 
-def _saved(masks: Sequence[Tensor]) -> Callable[[], None]:
-    """What puts the values of masks back: a bit an entry, elsewhere than on the CPU a byte.
-
-    Devices have no time for operations on a part of a mask each, but they copy many masks in one.
-    """
-    here = [mask for mask in masks if mask.device.type == "cpu"]
-    elsewhere = [mask for mask in masks if mask.device.type != "cpu"]
-
-    def pack(turn: int, turns: int) -> list[tuple[Tensor, Tensor]]:
-        return [(mask, _packed(mask)) for mask in here[turn::turns]]
-
-    packed = Workers(sum(mask.numel() for mask in here) // _PACKED).run(pack)
-    flags = [torch.empty_like(mask, dtype=torch.bool) for mask in elsewhere]
-    if elsewhere:
-        torch._foreach_copy_(flags, elsewhere)
-
-    def put_back() -> None:
-        with torch.no_grad():
-            for mask, bits in chain(*packed):
-                mask.copy_(_unpacked(bits, mask.shape))
-            if elsewhere:
-                torch._foreach_copy_(elsewhere, flags)
-
-    return put_back
+def _saved(mask: Tensor) -> Callable[[], object]:
+    """What puts a mask back: from a bit an entry, where zeros and ones on the CPU let us."""
+    bits = _packed(mask) if mask.device.type == "cpu" and mask.is_floating_point() else None
+    if bits is None:  # a device has no time for operations on a part of a mask each
+        return partial(mask.copy_, mask.detach().clone())
+    return lambda: mask.copy_(_unpacked(bits, mask.shape))
 
 
-def _packed(mask: Tensor) -> Tensor:
-    """Which entries are not zero, one bit each."""
+def _packed(mask: Tensor) -> Tensor | None:
+    """Which entries are one, a bit each; None where some are neither zero nor one."""
     flat = mask.reshape(-1)
-    spare = torch.empty(
-        2, -(-min(flat.numel(), _PACKED) // 8), dtype=mask.dtype, device=mask.device
-    )
-    return torch.cat([_bits(part, *spare) for part in torch.split(flat, _PACKED)])
+    size = min(flat.numel(), _PACKED)
+    rest = flat.new_empty(size)
+    spare = flat.new_empty(2, -(-size // 8))
+    packed = []
+    for part in torch.split(flat, _PACKED):
+        # m − m², which is 0 for these two alone
+        torch.addcmul(part, part, part, value=-1, out=rest[: part.numel()])
+        if part.numel() and any(float(most) != 0 for most in rest[: part.numel()].aminmax()):
+            return None
+        packed.append(_bits(part, *spare))
+    return torch.cat(packed)
 
 
 def _bits(part: Tensor, bits: Tensor, alive: Tensor) -> Tensor:

@@ -224,10 +224,9 @@ class Cut:
     key: int
     place: int
 
-    @property
-    def at_once(self) -> bool:
-        """Whether all are marked by one operation."""
-        return self.fused is not None and self.fused.is_one_launch
+    def writes_at_once(self, outs: Sequence[Tensor]) -> bool:
+        """Whether :meth:`write_stays` is one operation."""
+        return self.fused is not None and self.fused.marks_at_once([local(out) for out in outs])
 
     def goes(self) -> list[Tensor]:
         """A bool tensor for each tensor of scores, True for the entries that go."""
@@ -310,11 +309,12 @@ def fused_passes(columns: Sequence[Column], reduce: Reduce) -> Fused | None:
     if not columns or any(column.scores.device.type != "cuda" for column in columns):
         return None  # without importing Triton, which takes long
     try:
-        from torch_rsst.fused import Fused, suits
+        from torch_rsst import fused
     except ImportError:
-        suitable = False
-    else:
-        suitable = suits(columns)
+        fused = None  # type: ignore[assignment]
+    suitable = fused is not None and fused.suits(columns)
     # One way on all ranks: in another they would wait for other sums.
     unsuited = int(reduce(torch.tensor(int(not suitable), device="cpu")))
-    return None if unsuited else Fused(columns)
+    if fused is not None:
+        fused.tell_of_obstacles()
+    return None if unsuited else fused.Fused(columns)

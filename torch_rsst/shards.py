@@ -70,6 +70,15 @@ def placed_like(tensor: Tensor, whole: Tensor) -> Tensor:
     return sharded_like(tensor.to(whole.device).contiguous(), whole)
 
 
+def redistributed_like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """The same values distributed as ``whole`` is, partial sums added up; all ranks must call it."""
+    if not is_sharded(tensor) or _placement(tensor) == _placement(whole):
+        return tensor
+    placed: Any = tensor
+    moved: Tensor = placed.redistribute(whole.device_mesh, whole.placements)  # type: ignore[attr-defined]
+    return moved
+
+
 def _placement(tensor: Tensor) -> tuple[Any, Any] | None:
     placed: Any = tensor
     return (placed.device_mesh, placed.placements) if is_sharded(tensor) else None

@@ -7,10 +7,10 @@ then waits most of the time, and where other processes want the processor, nearl
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -49,11 +49,32 @@ class Workers:
         """What ``work(turn, turns)`` returns for every turn, all at the same time."""
         if self._others is None:
             return [work(0, 1)]
+        turns, stopped = self.count, threading.Event()
+
+        def unless_stopped(turn: int) -> T | None:
+            return None if stopped.is_set() else work(turn, turns)
+
         with one_thread():
-            submit, turns = self._others.submit, self.count
-            others = [submit(work, turn, turns) for turn in range(1, turns)]
+            others: list[Future[Any]] = []
             try:
+                for turn in range(1, turns):
+                    others.append(self._others.submit(unless_stopped, turn))
                 first = work(0, turns)
+            except BaseException:
+                stopped.set()
+                raise
             finally:
-                wait(others)  # after an interrupt, too, nothing is written any more
+                _wait_until_done(others)
             return [first, *(other.result() for other in others)]
+
+
+def _wait_until_done(others: Sequence[Future[Any]]) -> None:
+    """Wait however often that is interrupted: afterwards nothing is written any more."""
+    interrupt: BaseException | None = None
+    while any(not other.done() for other in others):
+        try:
+            wait(others)
+        except BaseException as raised:
+            interrupt = raised
+    if interrupt is not None:
+        raise interrupt
