@@ -123,7 +123,7 @@ def test_threads_do_not_share_the_memory_they_work_in():
 
     def work():
         penalized.shrink(["weight"], 0.5, None)
-        addresses.extend(spare.data_ptr() for spare in penalized._spare.by_dtype.values())
+        addresses.extend(spare.data_ptr() for spare in penalized._memory.by_dtype.values())
 
     thread = threading.Thread(target=work)
     thread.start()

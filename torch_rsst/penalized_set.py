@@ -24,6 +24,8 @@ from torch_rsst.shards import (
     total,
 )
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class PenalizedSet:
     """Parameters with entries in P, by dense name; parameters without any are left out."""
@@ -32,7 +34,7 @@ class PenalizedSet:
         sites = named_sites(model)
         self._entries: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._factors: dict[Any, _Factors] = {}
-        self._spare = _Spare()
+        self._memory = _Memory()
         for name, mask in masks.items():
             subject = f"refill mask of {name!r}"
             if name not in sites:
@@ -74,16 +76,10 @@ class PenalizedSet:
         with torch.no_grad():
             for parameter, where in map(self._entry, names):
                 own, gradient = local(parameter), local(self._gradient(parameter))
-                if where.dtype == torch.bool and where.numel() == own.numel():
-                    pull = torch.where(where, own, 0.0)
-                    gradient.add_(pull if scale is None else pull * scale, alpha=strength)
-                else:
-                    there = self._as_numbers(
-                        where, own.dtype if scale is None else _wide(own.dtype)
-                    )
-                    gradient.addcmul_(
-                        own, there if scale is None else there * scale, value=strength
-                    )
+                pull = self._in_p(own, where)
+                if scale is not None:
+                    pull = pull.to(_wide(own.dtype)) * scale
+                gradient.add_(pull, alpha=strength)
 
     def block(self, names: Iterable[str]) -> None:
         """Set the gradient on P to 0; where there is none, there is nothing to block."""
@@ -113,7 +109,7 @@ class PenalizedSet:
                 parameter, where = self._entry(name)
                 own = local(parameter)
                 if where.dtype == torch.uint8:
-                    acts = self._as_numbers(where, own.dtype)
+                    acts = self._spare(own).copy_(where)
                     if skipped is not None:
                         acts.mul_(_took_place(skipped, where))
                     own.addcmul_(own, acts, value=-strength)  # right to the last bit but one
@@ -124,15 +120,24 @@ class PenalizedSet:
                 factors.set(1.0 - strength, skipped)
                 torch._foreach_mul_([own for _, own in together], factors.views)
 
-    def _as_numbers(self, where: Tensor, dtype: torch.dtype) -> Tensor:
-        """1 in P and 0 elsewhere, to change; the next call of this thread may overwrite it."""
-        if where.device.type != "cpu":
-            return where.to(dtype)  # memory that streams do not share, and that is soon fetched
-        spare = self._spare.by_dtype.get(dtype)
-        if spare is None:
-            largest = max(entry.numel() for _, entry in self._entries.values())
-            spare = self._spare.by_dtype[dtype] = where.new_empty(largest, dtype=dtype)
-        return spare[: where.numel()].view(where.shape).copy_(where)
+    def _in_p(self, own: Tensor, where: Tensor) -> Tensor:
+        """Weights in P and 0 elsewhere: their bits times 1 or 0, as 0 · ∞ is no 0 but that of bits is."""
+        pull, bits = self._spare(own), _INTEGERS[own.element_size()]
+        if where.dtype == torch.bool:
+            torch.mul(own.view(bits), where, out=pull.view(bits))
+        else:
+            pull.view(bits).copy_(where).mul_(own.view(bits))
+        return pull
+
+    def _spare(self, like: Tensor) -> Tensor:
+        """Memory of the same kind, on the CPU one that the next call of this thread overwrites."""
+        if like.device.type != "cpu":
+            return torch.empty_like(like)  # soon fetched, and not shared between streams
+        by_dtype = self._memory.by_dtype
+        if like.dtype not in by_dtype or by_dtype[like.dtype].numel() < like.numel():
+            largest = max(local(p).numel() for p, _ in self._entries.values())
+            by_dtype[like.dtype] = torch.empty(largest, dtype=like.dtype, device=like.device)
+        return by_dtype[like.dtype][: like.numel()].view(like.shape)
 
     def _factors_for(self, names: tuple[str, ...]) -> _Factors:
         """Made once for the parameters that are shrunk together, and again after ``model.to``."""
@@ -167,8 +172,8 @@ class PenalizedSet:
         return parameter, where
 
 
-class _Spare(threading.local):
-    """Memory of a thread, used over and over: to fetch it anew would take longer than the arithmetic."""
+class _Memory(threading.local):
+    """A thread's own, used over and over: to fetch it anew would take longer than the arithmetic."""
 
     def __init__(self) -> None:
         self.by_dtype: dict[torch.dtype, Tensor] = {}
@@ -199,8 +204,8 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
 
     Where whole units lie in P, a bool vector along one dimension: no memory to speak of, and no time to
     read it. Else 1 in P and 0 elsewhere as uint8, which become numbers to multiply with in a fourth of the
-    time that bools take. But all of P as bool where something outside it is not finite, as 0 · ∞ is no 0:
-    rare, and not worth another way.
+    time that bools take. But all of P as bool where something outside it is not finite: rare, and not
+    worth another way.
     """
     if not bool(weight.detach().masked_fill(penalized, 0.0).isfinite().all()):
         return penalized
