@@ -380,3 +380,14 @@ def test_scores_of_any_owner_of_a_tied_weight_count(owner: int) -> None:
     scores |= {(pair[1 - owner], "weight"): torch.ones(1, 3)}
     with pytest.raises(ValueError, match="expected one tensor, got 2"):
         torch_rsst.global_unstructured(sites, torch_rsst.GlobalL1, scores, amount=1)
+
+
+@pytest.mark.parametrize("key", ["weight", ("0", "weight"), (0,)])
+def test_scores_under_a_key_that_is_no_pair_are_refused(key: Any) -> None:
+    layer = nn.Linear(4, 3)
+    scores = {key: torch.rand(3, 4)}
+    with pytest.raises(
+        TypeError, match=r"key of importance_scores: expected a \(module, name\) pair"
+    ):
+        torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, scores, amount=0.5)
+    assert not hasattr(layer, "weight_mask")

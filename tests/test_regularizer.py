@@ -858,9 +858,44 @@ def test_the_warning_says_it_all_and_points_to_the_caller(steps, strength):
     assert [str(w.message) for w in caught] == [
         f"The penalty did not act: the norm of the penalized weights went from {norm} to {norm} in "
         f"{steps} of 4 steps (mode 'coupled', last strength {strength}). Pass the optimizer or call "
-        f"pruner.step(), raise the strength, or use mode='decoupled'."
+        f"pruner.step(), or raise the strength, or use mode='decoupled'."
     ]
     assert caught[0].filename == __file__
+
+
+def test_the_warning_advises_nothing_that_is_done_already():
+    layer = linear()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    pruner = pruner_of(layer, mode="coupled", optimizer=optimizer)
+    gradient_step(layer, optimizer, 0)
+    with pytest.warns(
+        InertPenaltyWarning, match=r"\)\. Raise the strength, or use mode='decoupled'\.$"
+    ):
+        pruner.remove()
+    by_hand = pruner_of(layer, mode="decoupled")
+    by_hand.step()
+    with torch.no_grad():
+        layer.weight.fill_(torch.nan)
+    with pytest.warns(
+        InertPenaltyWarning, match=r"\. Look for the step at which training diverged\.$"
+    ):
+        by_hand.remove()
+
+
+@pytest.mark.parametrize("units", [True, False], ids=["units", "holes"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_latent_that_stops_being_a_number_spoils_no_gradient(units, value):
+    layer = nn.Linear(4, 2)
+    apply_mask(layer, {"weight": torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]])})
+    goes = torch.zeros(2, 4, dtype=torch.bool)
+    (goes[:, 1] if units else goes[1]).fill_(True)  # of the row, one entry is masked
+    pruner = pruner_of(layer, goes, mode="coupled")
+    with torch.no_grad():
+        layer.weight_orig[1, 0] = value
+    layer(torch.ones(3, 4)).square().mean().backward()
+    assert layer.weight_orig.grad.isfinite().all()
+    assert layer.weight_orig.grad[1, 0] == 0
+    pruner.detach()
 
 
 # Smaller things that hold

@@ -295,3 +295,11 @@ def test_groups_and_masks_of_another_model_are_errors():
         sparsity_report(model, groups, refill_mask={"nowhere": torch.ones(1)})
     with pytest.raises(ValueError, match=r"parameter's shape \(8, 4\), got shape \(1,\)"):
         sparsity_report(model, groups, refill_mask={"0.weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize("ask", ["units", "gone", "unit_sparsity"])
+def test_a_kind_that_nobody_knows_is_an_error(ask):
+    report = sparsity_report(mlp(), find_groups(mlp()))
+    assert getattr(report, ask)("heads") == 0
+    with pytest.raises(ValueError, match="Did you mean 'neurons'"):
+        getattr(report, ask)("neuron")

@@ -66,7 +66,7 @@ def save_compact(
 
     Args:
         small: compacted; not changed. Wrappers are left out.
-        folder: new, empty, or saved to before.
+        folder: new, or saved to before; other files in it are left alone.
         masked: what ``small`` was made of, for the receipt.
         groups: of ``masked``: the receipt counts their units.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments on the model's
@@ -87,7 +87,7 @@ def save_compact(
         ValueError: for a model that :func:`torch_rsst.compact` did not return, a ``build`` that makes another
             model, ``export`` without ``example_inputs``, or a folder with links out of it.
         TypeError: for a state dict that holds more than tensors.
-        FileExistsError, NotADirectoryError: for a folder that holds something else.
+        FileExistsError, NotADirectoryError: where one of its files has a name that is written here.
         RuntimeError: where the exported program puts out something else.
     """
     bare, path = unwrap(small), Path(folder)

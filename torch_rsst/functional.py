@@ -52,14 +52,16 @@ def global_unstructured(
     Args:
         parameters: (module, name) pairs, each once. Any iterable.
         pruning_method: :class:`GlobalL1`, or any class with ``PRUNING_TYPE = "unstructured"``.
-        importance_scores: (module, name) → scores of the parameter's shape, used in its place.
+        importance_scores: (module, name) → scores of the parameter's shape, used in its place. Pairs that
+            are not listed in ``parameters`` have no say.
         process_group: for replicas of one model on several ranks: all ranks must choose the same
             entries, or all raise.
         **kwargs: the arguments of ``pruning_method``, such as ``amount``: an int counts entries, a
             float is the fraction of what is still alive.
 
     Raises:
-        TypeError: for parameters that are no pairs, or a method of another ``PRUNING_TYPE``.
+        TypeError: for parameters or keys of scores that are no pairs, or a method of another
+            ``PRUNING_TYPE``.
         ValueError: for an empty list, a parameter listed twice, scores of another shape, NaN in
             the score of an alive entry, or an amount out of range.
         RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
@@ -101,6 +103,7 @@ def _choose(
                 remedy="Use GlobalL1, or prune whole units with regroup() and apply_mask().",
             )
         )
+    _check_keys(importance_scores)
     by_parameter = _by_parameter(sites)
     unique = [tied[0] for tied in by_parameter]
     scores = [_scores_of(tied, importance_scores) for tied in by_parameter]
@@ -137,14 +140,29 @@ def _by_parameter(sites: list[Site]) -> list[list[Site]]:
     return list(tied.values())
 
 
+def _check_keys(importance_scores: object) -> None:
+    """Refuse what would match no parameter, whatever is listed."""
+    remedy = "Map (module, name) pairs to tensors."
+    if importance_scores is not None and not isinstance(importance_scores, Mapping):
+        got = type(importance_scores).__name__
+        raise TypeError(message("importance_scores", expected="a dict", got=got, remedy=remedy))
+    for key in importance_scores or ():
+        is_pair = isinstance(key, tuple) and len(key) == 2
+        if not (is_pair and isinstance(key[0], nn.Module) and isinstance(key[1], str)):
+            raise TypeError(
+                message(
+                    "key of importance_scores",
+                    expected="a (module, name) pair",
+                    got=repr(key),
+                    remedy=remedy,
+                )
+            )
+
+
 def _scores_of(tied: list[Site], importance_scores: Mapping[Parameter, Tensor] | None) -> Tensor:
     """What a parameter is ranked by; scores may be given for any of the modules that share it."""
     if importance_scores is None:
         return check_scores(tied[0], None)
-    if not isinstance(importance_scores, Mapping):
-        remedy = "Map (module, name) pairs to tensors."
-        got = type(importance_scores).__name__
-        raise TypeError(message("importance_scores", expected="a dict", got=got, remedy=remedy))
     keys = [(site.module, site.name) for site in tied]
     given = [importance_scores[key] for key in keys if key in importance_scores]
     if len(given) > 1:

@@ -19,6 +19,7 @@ from torch_rsst.errors import MissingNameError, message
 from torch_rsst.shards import Layout, Ranks, local, sharded_like
 
 NO_UNIT = -1
+KINDS = ("heads", "neurons", "channels")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -395,8 +396,17 @@ class RegularizedPruner:
             warnings.warn(
                 f"The penalty did not act: the norm of the penalized weights went from "
                 f"{self._start_norm:.4g} to {norm:.4g} in {steps} of {self.total_steps} steps "
-                f"(mode {self.mode!r}, last strength {strength:.3g}). Pass the optimizer or "
-                f"call pruner.step(), raise the strength, or use mode='decoupled'.",
+                f"(mode {self.mode!r}, last strength {strength:.3g}). {self._remedy(norm)}",
                 InertPenaltyWarning,
                 stacklevel=3,
             )
+
+    def _remedy(self, norm: float) -> str:
+        if math.isnan(norm):
+            return "Look for the step at which training diverged."
+        ways = [] if self._optimizers else ["pass the optimizer or call pruner.step()"]
+        ways.append("raise the strength")
+        if self.mode != "decoupled":
+            ways.append("use mode='decoupled'")
+        text = ", or ".join(ways)
+        return f"{text[0].upper()}{text[1:]}."

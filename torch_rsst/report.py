@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_rsst.decision_record import DecisionLog
 from torch_rsst.errors import message, unknown_choice
 from torch_rsst.explanation import Explanation, explain_unit, last_decisions
-from torch_rsst.groups import Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.groups import KINDS, Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.masks import Masks, alive_in, check_masks, extract_mask, named_weights, penalty_mask
 from torch_rsst.shards import total
 from torch_rsst.tables import aligned
@@ -101,12 +101,22 @@ class SparsityReport:
         return tuple(dict.fromkeys(layer.kind for layer in self.layers))
 
     def units(self, kind: str) -> int:
-        """How many units of a kind there are."""
-        return sum(layer.units for layer in self.layers if layer.kind == kind)
+        """How many units of a kind there are.
+
+        Raises:
+            ValueError: for a kind that neither this library nor the model knows.
+        """
+        return sum(layer.units for layer in self._of_kind(kind))
 
     def gone(self, kind: str) -> int:
-        """How many units of a kind are gone."""
-        return sum(layer.gone for layer in self.layers if layer.kind == kind)
+        """How many units of a kind are gone; raises as :meth:`units` does."""
+        return sum(layer.gone for layer in self._of_kind(kind))
+
+    def _of_kind(self, kind: str) -> list[LayerReport]:
+        known = dict.fromkeys((*KINDS, *(layer.kind for layer in self.layers)))
+        if kind not in known:
+            raise ValueError(unknown_choice("kind", kind, known))
+        return [layer for layer in self.layers if layer.kind == kind]
 
     def unit_sparsity(self, kind: str) -> float:
         """The share of units of a kind that are gone; 0 where there are none."""

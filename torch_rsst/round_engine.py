@@ -252,11 +252,16 @@ class Rounds(ABC):
         index, pruner, self._round = self._round.index, self._round.pruner, None
         try:
             if pruner.steps < self.steps_per_round:
+                remedy = (
+                    "Train longer, or lower steps_per_round."
+                    if pruner.steps
+                    else "Train in the round with the optimizer passed as optimizer=, or call "
+                    "rnd.pruner.step() after each step."
+                )
                 warnings.warn(
                     f"Round {index} closed after {pruner.steps} of steps_per_round="
-                    f"{self.steps_per_round} optimizer steps, before a penalty has its full strength. "
-                    f"Train longer, or lower steps_per_round. (Without an optimizer, call "
-                    f"rnd.pruner.step() after each step.)",
+                    f"{self.steps_per_round} optimizer steps, before a penalty has its full "
+                    f"strength. {remedy}",
                     RoundWarning,
                     stacklevel=3,
                 )

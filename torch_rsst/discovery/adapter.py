@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.families import load_families
 from torch_rsst.errors import MissingNameError, message, unknown_choice
-from torch_rsst.groups import GroupLayer, Member
+from torch_rsst.groups import KINDS, GroupLayer, Member
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.surgery import Removal
 
-KINDS = ("heads", "neurons", "channels")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a module."""
 
