@@ -62,17 +62,13 @@ _told: set[torch.device] = set()
 
 
 def _obstacle(device: torch.device) -> str:
-    """Why kernels cannot be relied on here; tried once on each device, against sorting.
-
-    Raises:
-        torch.OutOfMemoryError: which says nothing of kernels, so that they are tried again.
-    """
+    """Why kernels cannot be relied on here; tried once on each device, against sorting."""
     if device not in _obstacles:
         try:
             right = _agrees_with_sorting(device)
             _obstacles[device] = "" if right else "its kernels give other results than sorting"
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError:  # says nothing of kernels: they are tried again
+            return "there is no memory to try them"
         except Exception as error:  # whatever a compiler or a driver says
             _obstacles[device] = f"Triton cannot build kernels ({type(error).__name__}: {error})"
     return _obstacles[device]

@@ -163,16 +163,15 @@ class Ranking:
             self._check_numbers(flags.tolist())
             return cut(key=self._kind.floor - 1, place=entries)
         rank = entries - available + k  # what does not compete lies below what does
-        search = partial(
-            Candidates.search, rank=rank, entries=entries, device=self._device, reduce=self._reduce
-        )
         candidates = self._near(rank, entries)
-        found = search(candidates)
+        found = candidates.search(rank, entries, device=self._device, reduce=self._reduce)
         self._check_numbers(found.has_nan)
-        if not found.between:
-            found = search(everything(self._columns, self._kind.lowest, self._kind.highest))
-        elif not found.complete:
-            found = search(everything(self._columns, candidates.low, candidates.high))
+        if not (found.between and found.complete):
+            low, high = self._kind.lowest, self._kind.highest
+            if found.between:
+                low, high = candidates.low, candidates.high
+            candidates = everything(self._columns, low, high)
+            found = candidates.search(rank, entries, device=self._device, reduce=self._reduce)
         return cut(key=found.key, place=found.place)
 
     def _near(self, rank: int, entries: int) -> Candidates:
