@@ -789,3 +789,10 @@ def test_the_optimizer_inside_a_wrapper_carries_the_penalty():
     with pytest.raises(TypeError, match="optimizer: expected a torch optimizer, got str"):
         rounds_of(optimizer="sgd")
     rnd.pruner.detach()
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "couple"}, {"accumulation_steps": 0}])
+def test_what_a_penalty_would_refuse_is_refused_before_the_first_round(wrong):
+    model = mlp()
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+        RSST(model, find_groups(model), steps_per_round=1, rounds=1, **wrong)

@@ -39,7 +39,23 @@ from torch_rsst.schedules import Schedule, resolve_schedule, strength_at
 
 GradScale: TypeAlias = float | Callable[[], float]
 
+MODES = ("auto", "coupled", "decoupled")
+
 _ATTACHED: weakref.WeakSet[RegularizedPruner] = weakref.WeakSet()
+
+
+def check_settings(
+    total_steps: int, *, mode: object = "auto", accumulation_steps: int = 1, **_: object
+) -> None:
+    """Check the arguments of :class:`RegularizedPruner` that can be checked without a model.
+
+    Raises:
+        TypeError, ValueError: for counts below 1, or an unknown mode.
+    """
+    check_count(total_steps, "total_steps", at_least=1)
+    check_count(accumulation_steps, "accumulation_steps", at_least=1)
+    if mode not in MODES:
+        raise ValueError(unknown_choice("mode", mode, MODES))
 
 
 class RegularizedPruner:
@@ -110,10 +126,7 @@ class RegularizedPruner:
         accumulation_steps: int = 1,
         grad_scale: GradScale | None = None,
     ) -> None:
-        check_count(total_steps, "total_steps", at_least=1)
-        check_count(accumulation_steps, "accumulation_steps", at_least=1)
-        if mode not in ("auto", "coupled", "decoupled"):
-            raise ValueError(unknown_choice("mode", mode, ("auto", "coupled", "decoupled")))
+        check_settings(total_steps, mode=mode, accumulation_steps=accumulation_steps)
         self.schedule = resolve_schedule(schedule, strength)
         self.total_steps = int(total_steps)
         strength_at(self.schedule, 1.0)

@@ -33,7 +33,7 @@ from torch_rsst.optimizer_state import reset_returned
 from torch_rsst.penalty_hooks import Optimizers, as_optimizers
 from torch_rsst.ranking import rank, ranked_names
 from torch_rsst.regrouping import RegroupPlan, decide, refill_from
-from torch_rsst.regularizer import RegularizedPruner
+from torch_rsst.regularizer import RegularizedPruner, check_settings
 from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.report import SparsityReport, sparsity_report
 from torch_rsst.rewind import Snapshot
@@ -72,6 +72,7 @@ class Rounds(ABC):
     ) -> None:
         check_count(steps_per_round, "steps_per_round", at_least=1)
         check_count(rounds, "rounds", at_least=1)
+        check_settings(steps_per_round, **penalty)
         if reset_moments and optimizer is None:
             remedy = "Pass the optimizer to Refill, or reset_moments=False."
             raise ValueError(
