@@ -97,11 +97,15 @@ def test_kinds_are_known_names(tiny_transformer: Any) -> None:
 
 
 def test_kinds_that_were_named_must_be_found(tiny_transformer: Any) -> None:
-    with pytest.raises(ValueError, match=r"units of kind channels, got none.*Adapters exist for"):
+    with pytest.raises(
+        ValueError, match=r"of kind channels, got none.*It has units of kind heads, neurons\."
+    ):
         find_groups(tiny_transformer(), kinds=["heads", "channels"])
     with pytest.raises(ValueError, match="units of kind heads, got none"):
         find_groups(mlp(), kinds=["heads"])
-    with pytest.raises(ValueError, match="units of kind heads, neurons, channels"):
+    with pytest.raises(
+        ValueError, match="units of kind heads, neurons, channels.*Adapters exist for"
+    ):
         find_groups(nn.Linear(2, 2))
 
 

@@ -99,7 +99,7 @@ FOLDER = ["--data-dir", "DATA"]
         (["--dataset", "wsd/pets", *FOLDER], "expected one of 'digits', 'folder', 'torchvision/…'"),
         (
             ["--model", "test_resnet", "--image-size", "16", "--kinds", "heads"],
-            "expected units of kind heads, got none in this model. Adapters exist for channels, heads",
+            "expected units of kind heads, got none in this model. It has units of kind channels.",
         ),
         (
             [*FOLDER, *TINY, "--auto-augment", "nonsense"],

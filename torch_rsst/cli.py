@@ -125,8 +125,9 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
 
 def _without_frame(text: str) -> str:
     """What the parser says, in one line: it draws boxes."""
-    words = re.sub(r"[─-╿]+", " ", text).split()
-    return " ".join(words).removeprefix("Parsing error ").removeprefix("Unrecognized options ")
+    words = " ".join(re.sub(r"[─-╿]+", " ", text).split())
+    words = words.replace("Invalid choice invalid choice", "Invalid choice")  # said twice
+    return words.removeprefix("Parsing error ").removeprefix("Unrecognized options ")
 
 
 def _check_only_resumes(config: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -76,7 +76,8 @@ def find_groups(
     groups, refused = survey(bare, kinds, example_inputs=example_inputs)
     if on_unsupported == "raise" and refused:
         raise ValueError(_not_understood(refused))
-    _require(kinds, groups.layers, refused)  # before the warning, whose reasons the error gives
+    # Before the warning, whose reasons the error gives.
+    _require(kinds, groups.layers, refused, lambda: survey(bare, example_inputs=example_inputs)[0])
     if on_unsupported == "warn" and refused:
         warnings.warn(_not_understood(refused), UnsupportedModuleWarning, stacklevel=2)
     return groups
@@ -211,21 +212,30 @@ def _first_of(refused: Sequence[Unsupported]) -> str:
 
 
 def _require(
-    kinds: Sequence[str], layers: Sequence[GroupLayer], refused: Sequence[Unsupported]
+    kinds: Sequence[str],
+    layers: Sequence[GroupLayer],
+    refused: Sequence[Unsupported],
+    look_for_all: Callable[[], Groups],
 ) -> None:
     found = {layer.kind for layer in layers}
     missing = [kind for kind in kinds if kind not in found]
     if not missing or (found and tuple(kinds) == KINDS):
         return
     reasons = [item for item in refused if item.kind in missing]
+    others = dict.fromkeys(layer.kind for layer in look_for_all().layers)
     known = sorted({adapter.kind for adapter in ADAPTERS})
-    remedy = (
-        f"Not understood: {_first_of(reasons)}. The documentation shows, under Extending, how to add "
-        "a family."
-        if reasons
-        else f"Adapters exist for {', '.join(known)}; the documentation shows, under Extending, how to "
-        f"add one. Single weights can be pruned in any model: global_unstructured."
-    )
+    if reasons:
+        remedy = (
+            f"Not understood: {_first_of(reasons)}. The documentation shows, under Extending, how to "
+            "add a family."
+        )
+    elif others:
+        remedy = f"It has units of kind {', '.join(others)}."
+    else:
+        remedy = (
+            f"Adapters exist for {', '.join(known)}; the documentation shows, under Extending, how "
+            "to add one. Single weights can be pruned in any model: global_unstructured."
+        )
     raise ValueError(
         message(
             "find_groups",
