@@ -232,7 +232,7 @@ class Attention(nn.Module):
     ],
 )
 def test_what_is_no_mlp_is_passed_over(module: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"got none in this model\. Adapters exist"):
+    with pytest.raises(ValueError, match=r"got none in this model\."):
         torch_rsst.find_groups(module, "neurons", on_unsupported="raise")
 
 
