@@ -104,7 +104,7 @@ def test_kinds_that_were_named_must_be_found(tiny_transformer: Any) -> None:
     with pytest.raises(ValueError, match="units of kind heads, got none"):
         find_groups(mlp(), kinds=["heads"])
     with pytest.raises(
-        ValueError, match="units of kind heads, neurons, channels.*Adapters exist for"
+        ValueError, match=r"units of kind heads, neurons, channels.*Adapters exist for"
     ):
         find_groups(nn.Linear(2, 2))
 

@@ -130,3 +130,16 @@ def test_threads_do_not_share_the_memory_they_work_in():
     thread.join()
     work()
     assert len(set(addresses)) == 2
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_a_step_in_inference_mode_leaves_nothing_that_later_ones_cannot_use(mode):
+    _, optimizer, pruner = attached(mode, by_hooks=False, block=False)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.step()
+    assert pruner.steps == 2
+    pruner.detach()

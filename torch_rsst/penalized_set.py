@@ -136,7 +136,8 @@ class PenalizedSet:
         by_dtype = self._memory.by_dtype
         if like.dtype not in by_dtype or by_dtype[like.dtype].numel() < like.numel():
             largest = max(local(p).numel() for p, _ in self._entries.values())
-            by_dtype[like.dtype] = torch.empty(largest, dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):  # what is made in it could not be changed outside
+                by_dtype[like.dtype] = torch.empty(largest, dtype=like.dtype, device=like.device)
         return by_dtype[like.dtype][: like.numel()].view(like.shape)
 
     def _factors_for(self, names: tuple[str, ...]) -> _Factors:
@@ -145,7 +146,8 @@ class PenalizedSet:
         key = names, first.dtype, where.device
         if key not in self._factors:
             vectors = [self._entry(name)[1] for name in names]
-            self._factors[key] = _Factors(vectors, _wide(first.dtype))
+            with torch.inference_mode(False):
+                self._factors[key] = _Factors(vectors, _wide(first.dtype))
         return self._factors[key]
 
     def _check_gradients(self, names: Iterable[str]) -> None:
