@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as stock
 
 import torch_rsst
-from torch_rsst import masked_parameter
+from torch_rsst import freezing, masked_parameter
 from torch_rsst.masked_parameter import MaskHook, NewMasks, find_hook, install, restore
 from torch_rsst.site import Site, check_site, masked_sites
 from torch_rsst.testing import assert_mask_invariants
@@ -294,6 +294,45 @@ def test_zeros_stay_frozen_after_a_failure() -> None:
     optimizer.step()
     assert layer.weight[0, 1:3].tolist() == [0.0, 0.0]
     assert layer.weight[0, 0] != 3.0
+
+
+def test_latents_and_freezes_are_as_they_were_where_removal_fails_at_its_end(
+    fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(layer_of(3.0, 1.0), layer_of(1.0, 2.0))
+    torch_rsst.apply_mask(
+        model, {"0.weight": torch.tensor([[1, 0]]), "1.weight": torch.tensor([[0, 1]])}
+    )
+    torch_rsst.freeze_masked(model)
+    before, frozen = fingerprint(model), dict(freezing._FROZEN[model[0]])
+    with monkeypatch.context() as patch:
+        patch.setattr(freezing, "FreezeHandle", failing)  # when all else is done
+        with pytest.raises(InjectedError):
+            torch_rsst.remove_all(model, freeze_zeros=True)
+    assert fingerprint(model) == before
+    assert freezing._FROZEN[model[0]] == frozen
+    assert model[0].weight_orig.tolist() == [[3.0, 1.0]]
+
+
+def test_a_freeze_that_was_lifted_is_back_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(layer_of(3.0, 1.0), layer_of(1.0, 2.0))
+    half = {f"{i}.weight": torch.tensor([[1, 0]]) for i in range(2)}
+    torch_rsst.apply_mask(model, half)
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    frozen = [dict(freezing._FROZEN[layer]) for layer in model]
+    end = masked_parameter.end_freeze
+    calls: list[Site] = []
+
+    def interrupted(site: Site) -> None:
+        end(site)
+        calls.append(site)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(masked_parameter, "end_freeze", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        torch_rsst.apply_mask(model, half)
+    assert [dict(freezing._FROZEN[layer]) for layer in model] == frozen
 
 
 def test_a_list_in_a_module_is_the_same_list_after_a_failure() -> None:

@@ -883,6 +883,28 @@ def test_the_warning_advises_nothing_that_is_done_already():
 
 
 @pytest.mark.parametrize("units", [True, False], ids=["units", "holes"])
+@pytest.mark.parametrize("strength", [0.3, 0.999, 1 - 1e-6, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_decoupled_factor_is_exact_and_leaves_the_rest(units, strength, dtype):
+    layer = nn.Linear(4, 2).to(dtype)
+    apply_mask(layer, {"weight": torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]])})
+    goes = torch.zeros(2, 4, dtype=torch.bool)
+    (goes[:, 1] if units else goes[1]).fill_(True)
+    pruner = pruner_of(layer, goes, mode="decoupled", total_steps=1, schedule=lambda t: strength)
+    with torch.no_grad():
+        layer.weight_orig[1, 0] = torch.inf
+        layer.weight_orig[0, 0] = -0.0
+    before = layer.weight_orig.detach().clone()
+    pruner.step()
+    factor = torch.tensor(1.0 - strength, dtype=torch.promote_types(dtype, torch.float32))
+    in_p = goes & (layer.weight_mask != 0)
+    expected = torch.where(in_p, (before * factor.expand_as(before)).to(dtype), before)
+    assert torch.equal(layer.weight_orig, expected)
+    assert torch.equal(layer.weight_orig.signbit(), expected.signbit())
+    pruner.detach()
+
+
+@pytest.mark.parametrize("units", [True, False], ids=["units", "holes"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_a_latent_that_stops_being_a_number_spoils_no_gradient(units, value):
     layer = nn.Linear(4, 2)

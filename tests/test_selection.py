@@ -447,22 +447,32 @@ def test_a_failure_while_masks_are_written_changes_nothing(
     assert fingerprint(model) != before
 
 
-def test_an_interrupt_waits_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    finished, wait, interrupts = threading.Event(), workers.wait, iter([KeyboardInterrupt])
+@pytest.mark.parametrize("interrupts", [1, 3])
+def test_an_interrupt_waits_for_all_threads(
+    interrupts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, finished, left = threading.Event(), threading.Event(), iter(range(interrupts - 1))
+    wait = threading.Event.wait
 
-    def interrupted(futures: Any) -> Any:
-        for interrupt in interrupts:
-            raise interrupt
-        return wait(futures)
+    def interrupted(event: threading.Event, timeout: float | None = None) -> bool:
+        if threading.current_thread() is main and timeout is None:
+            for _ in left:
+                raise KeyboardInterrupt
+        return wait(event, timeout)
 
     def work(turn: int, turns: int) -> None:
         if turn:
-            assert not finished.wait(0.2)
+            begun.set()
+            wait(threading.Event(), 0.2)
             finished.set()
+        else:
+            wait(begun, 5.0)
+            monkeypatch.setattr(threading.Event, "wait", interrupted)
+            raise KeyboardInterrupt
 
+    main = threading.current_thread()
     threads = SimpleNamespace(get_num_threads=lambda: 2, set_num_threads=lambda _: None)
     monkeypatch.setattr(workers, "torch", threads)
-    monkeypatch.setattr(workers, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         workers.Workers(2).run(work)
     assert finished.is_set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -78,6 +78,20 @@ def end_freeze(site: Site) -> None:
     """Hold nothing of a parameter any more: it is masked anew, or no longer."""
     if frozen := _FROZEN.get(site.module):
         frozen.pop(site.name, None)
+
+
+def frozen_now(sites: Iterable[Site]) -> Callable[[], None]:
+    """What freezes of these parameters again what is frozen of them now, and no more."""
+    before = [(site, _FROZEN.get(site.module, {}).get(site.name)) for site in sites]
+
+    def put_back() -> None:
+        for site, frozen in before:
+            if frozen is None:
+                end_freeze(site)
+            else:
+                _FROZEN.setdefault(site.module, {})[site.name] = frozen
+
+    return put_back
 
 
 class _Latents:

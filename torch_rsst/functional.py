@@ -146,7 +146,7 @@ def _check_keys(importance_scores: object) -> None:
     if importance_scores is not None and not isinstance(importance_scores, Mapping):
         got = type(importance_scores).__name__
         raise TypeError(message("importance_scores", expected="a dict", got=got, remedy=remedy))
-    for key in importance_scores or ():
+    for key, scores in (importance_scores or {}).items():
         is_pair = isinstance(key, tuple) and len(key) == 2
         if not (is_pair and isinstance(key[0], nn.Module) and isinstance(key[1], str)):
             raise TypeError(
@@ -157,6 +157,9 @@ def _check_keys(importance_scores: object) -> None:
                     remedy=remedy,
                 )
             )
+        if scores is None:
+            subject = f"importance_scores for {key[1]!r}"
+            raise TypeError(message(subject, expected="a tensor", got=scores, remedy=remedy))
 
 
 def _scores_of(tied: list[Site], importance_scores: Mapping[Parameter, Tensor] | None) -> Tensor:

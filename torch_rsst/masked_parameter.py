@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
-from torch_rsst.freezing import end_freeze
+from torch_rsst.freezing import end_freeze, frozen_now
 from torch_rsst.fsdp import tell_of_new_name
 from torch_rsst.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
 from torch_rsst.rollback import place_kept, rolled_back_on_failure
@@ -141,7 +142,8 @@ def install(sites: Sequence[Site], new: NewMasks) -> None:
         outs = list(masks.values())
         # Where a write is one operation and the last one, nothing can be half done.
         written = [] if not changed and new.at_once(outs) else sites
-        with rolled_back_on_failure(changed, written=written):
+        with rolled_back_on_failure(changed, written=written) as undo:
+            undo.append(frozen_now(dense))
             for site, mask in changing:
                 _reparametrize(site, mask)
             hooks = [_set_hook(site) for site in changed]
@@ -216,27 +218,28 @@ def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
     ordered.update(items)
 
 
-def restore(sites: Sequence[Site]) -> None:
-    """Make the pruning of masked sites permanent and delete their hooks, ours or stock; all or none."""
+def restore(sites: Sequence[Site], *, hold_zeros: Callable[[], object] | None = None) -> None:
+    """Make the pruning of masked sites permanent and delete their hooks, ours or stock; all or none.
+
+    Args:
+        sites: masked ones.
+        hold_zeros: freezes what was masked, as the last step.
+    """
     masked = [(site.original, site.mask) for site in sites]  # tied ones may differ in their masks
-    latents: list[tuple[Tensor, Tensor, Tensor]] = []
-    with torch.no_grad(), rolled_back_on_failure(sites):
+    with torch.no_grad(), rolled_back_on_failure(sites) as undo:
+        undo.append(frozen_now(sites))
         for site in sites:
             found = find_hook(site)
             _make_plain(site)
             if found is not None:
                 del site.module._forward_pre_hooks[found[0]]
-        try:
-            for original, mask in masked:
-                if _is_full(mask):
-                    continue
+        for original, mask in masked:
+            if not _is_full(mask):
                 own, dead = local(original), local(_dead(original, mask))
-                latents.append((own, dead, own[dead]))
+                undo.append(partial(own.index_put_, (dead,), own[dead]))
                 zero(original, mask)
-        except BaseException:
-            for own, dead, values in reversed(latents):
-                own[dead] = values
-            raise
+        if hold_zeros is not None:
+            hold_zeros()
 
 
 def make_permanent(site: Site) -> None:

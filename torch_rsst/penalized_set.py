@@ -23,6 +23,7 @@ from torch_rsst.shards import (
     sharded_like,
     total,
 )
+from torch_rsst.site import MASKABLE
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -48,6 +49,12 @@ class PenalizedSet:
                 expected = f"the parameter's shape {tuple(parameter.shape)}"
                 got, remedy = f"shape {tuple(mask.shape)}", "Make the masks with regroup(model, …)."
                 raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+            if parameter.dtype not in MASKABLE:
+                expected = f"one of {', '.join(map(str, MASKABLE))}"
+                remedy = "Leave it out, or cast it first."
+                raise ValueError(
+                    message(f"{name!r}", expected=expected, got=parameter.dtype, remedy=remedy)
+                )
             mask = placed_like(mask, parameter)
             if int(total(mask)):
                 self._entries[name] = (parameter, _where(local(mask), local(parameter)))
@@ -94,7 +101,8 @@ class PenalizedSet:
         """The gradient, distributed as the parameter is: of a partial sum each rank would change its own."""
         gradient = parameter.grad
         if gradient is None:
-            gradient = torch.zeros_like(parameter)
+            with torch.inference_mode(False):
+                gradient = torch.zeros_like(parameter)
         gradient = redistributed_like(gradient, parameter)
         if gradient is not parameter.grad:
             parameter.grad = gradient
@@ -109,10 +117,7 @@ class PenalizedSet:
                 parameter, where = self._entry(name)
                 own = local(parameter)
                 if where.dtype == torch.uint8:
-                    acts = self._spare(own).copy_(where)
-                    if skipped is not None:
-                        acts.mul_(_took_place(skipped, where))
-                    own.addcmul_(own, acts, value=-strength)  # right to the last bit but one
+                    own.mul_(self._factor(where, 1.0 - strength, skipped, _wide(own.dtype)))
                 else:
                     units.setdefault((own.device, own.dtype), []).append((name, own))
             for together in units.values():
@@ -122,23 +127,35 @@ class PenalizedSet:
 
     def _in_p(self, own: Tensor, where: Tensor) -> Tensor:
         """Weights in P and 0 elsewhere: their bits times 1 or 0, as 0 · ∞ is no 0 but that of bits is."""
-        pull, bits = self._spare(own), _INTEGERS[own.element_size()]
+        pull, bits = self._spare(own, own.dtype), _INTEGERS[own.element_size()]
         if where.dtype == torch.bool:
             torch.mul(own.view(bits), where, out=pull.view(bits))
         else:
             pull.view(bits).copy_(where).mul_(own.view(bits))
         return pull
 
-    def _spare(self, like: Tensor) -> Tensor:
-        """Memory of the same kind, on the CPU one that the next call of this thread overwrites."""
-        if like.device.type != "cpu":
-            return torch.empty_like(like)  # soon fetched, and not shared between streams
+    def _factor(
+        self, where: Tensor, factor: float, skipped: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """The factor in P and 1 elsewhere, by their bits too: twice as fast as to choose, and as exact."""
+        made, bits = self._spare(where, dtype), _INTEGERS[dtype.itemsize]
+        acts = made.view(bits).copy_(where)
+        if skipped is not None:
+            acts.mul_(_took_place(skipped, where))
+        one, other = torch.tensor([1.0, factor], dtype=dtype, device="cpu").view(bits)
+        torch.add(one, acts, alpha=int(other - one), out=acts)
+        return made
+
+    def _spare(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory of a shape, on the CPU one that the next call of this thread overwrites."""
+        if like.device.type != "cpu":  # soon fetched, and not shared between streams
+            return torch.empty_like(like, dtype=dtype)
         by_dtype = self._memory.by_dtype
-        if like.dtype not in by_dtype or by_dtype[like.dtype].numel() < like.numel():
+        if dtype not in by_dtype or by_dtype[dtype].numel() < like.numel():
             largest = max(local(p).numel() for p, _ in self._entries.values())
             with torch.inference_mode(False):  # what is made in it could not be changed outside
-                by_dtype[like.dtype] = torch.empty(largest, dtype=like.dtype, device=like.device)
-        return by_dtype[like.dtype][: like.numel()].view(like.shape)
+                by_dtype[dtype] = torch.empty(largest, dtype=dtype, device=like.device)
+        return by_dtype[dtype][: like.numel()].view(like.shape)
 
     def _factors_for(self, names: tuple[str, ...]) -> _Factors:
         """Made once for the parameters that are shrunk together, and again after ``model.to``."""

@@ -415,9 +415,10 @@ class RegularizedPruner:
             )
 
     def _remedy(self, norm: float) -> str:
-        if math.isnan(norm):
+        if not math.isfinite(norm):
             return "Look for the step at which training diverged."
-        ways = [] if self._optimizers else ["pass the optimizer or call pruner.step()"]
+        acted = self._optimizers or max(self._steps) == self.total_steps
+        ways = [] if acted else ["pass the optimizer or call pruner.step()"]
         ways.append("raise the strength")
         if self.mode != "decoupled":
             ways.append("use mode='decoupled'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 from torch import nn
 
@@ -41,10 +42,8 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
     """
     sites = masked_sites(unwrap(model).modules())
     zeros = [(site, ~alive) for site in sites if (alive := site.alive) is not None]
-    restore(sites)
-    if freeze_zeros:
-        hold_at_zero(zeros)
-    elif freeze_zeros is None and any(bool(dead.any()) for _, dead in zeros):
+    restore(sites, hold_zeros=partial(hold_at_zero, zeros) if freeze_zeros else None)
+    if freeze_zeros is None and any(bool(dead.any()) for _, dead in zeros):
         warnings.warn(
             "The masks are gone, their zeros are ordinary weights now and come back to life if you "
             "train on. Pass freeze_zeros=True to hold them at 0, or freeze_zeros=False if you do "

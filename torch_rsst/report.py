@@ -113,7 +113,7 @@ class SparsityReport:
         return sum(layer.gone for layer in self._of_kind(kind))
 
     def _of_kind(self, kind: str) -> list[LayerReport]:
-        known = dict.fromkeys((*KINDS, *(layer.kind for layer in self.layers)))
+        known = tuple(dict.fromkeys((*KINDS, *(layer.kind for layer in self.layers))))
         if kind not in known:
             raise ValueError(unknown_choice("kind", kind, known))
         return [layer for layer in self.layers if layer.kind == kind]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from torch_rsst.fsdp import tell_of_new_name
@@ -36,8 +37,10 @@ def place_kept(site: Site) -> Iterator[None]:
 @contextmanager
 def rolled_back_on_failure(
     sites: Sequence[Site], *, written: Sequence[Site] | None = None
-) -> Iterator[None]:
+) -> Iterator[list[Callable[[], object]]]:
     """Put modules back exactly as they were if the block raises, interrupts included.
+
+    Yields a list for what else must be called then, the last one first, once the modules are back.
 
     Args:
         sites: whose modules may change.
@@ -45,16 +48,19 @@ def rolled_back_on_failure(
     """
     present = [site.mask for site in (sites if written is None else written)]
     masks = {id(mask): mask for mask in present if mask is not None}
-    with put_back_on_failure(list(masks.values())), _modules_put_back_on_failure(sites):
-        yield
+    with put_back_on_failure(list(masks.values())), _modules_put_back_on_failure(sites) as undo:
+        yield undo
 
 
 @contextmanager
-def _modules_put_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
+def _modules_put_back_on_failure(
+    sites: Sequence[Site],
+) -> Iterator[list[Callable[[], object]]]:
     modules = {id(site.module): site.module for site in sites}.values()
     saved = [(module, type(module), _shallow(module)) for module in modules]
+    undo: list[Callable[[], object]] = []
     try:
-        yield
+        yield undo
     except BaseException:
         for module, cls, state in saved:
             module.__class__ = cls
@@ -64,6 +70,9 @@ def _modules_put_back_on_failure(sites: Sequence[Site]) -> Iterator[None]:
             if other in site.module._parameters:
                 now, other = other, now
             tell_of_new_name(site.module, other, now)
+        with torch.no_grad():
+            for each in reversed(undo):
+                each()
         raise
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -19,23 +19,15 @@ T = TypeVar("T")
 _MOST = 8  # more threads would wait for the interpreter
 
 
-_lock = threading.Lock()
-_inside: list[int] = []  # what to go back to, once for each block that is open
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep PyTorch from sharing operations out, for a while; in several threads at once, if need be."""
-    with _lock:
-        _inside.append(_inside[0] if _inside else torch.get_num_threads())
-        torch.set_num_threads(1)
+    """Keep PyTorch from sharing operations of this thread out, for a while."""
+    count = torch.get_num_threads()
     try:
+        torch.set_num_threads(1)
         yield
     finally:
-        with _lock:
-            count = _inside.pop()
-            if not _inside:
-                torch.set_num_threads(count)
+        torch.set_num_threads(count)
 
 
 class Workers:
@@ -50,31 +42,34 @@ class Workers:
         if self._others is None:
             return [work(0, 1)]
         turns, stopped = self.count, threading.Event()
+        begun, ended = ([threading.Event() for _ in range(turns)] for _ in range(2))
 
         def unless_stopped(turn: int) -> T | None:
-            return None if stopped.is_set() else work(turn, turns)
+            begun[turn].set()
+            try:
+                return None if stopped.is_set() else work(turn, turns)
+            finally:
+                ended[turn].set()
 
         with one_thread():
-            others: list[Future[Any]] = []
             try:
-                for turn in range(1, turns):
-                    others.append(self._others.submit(unless_stopped, turn))
-                first = work(0, turns)
-            except BaseException:
-                stopped.set()
-                raise
+                submit = self._others.submit
+                others = [submit(unless_stopped, turn) for turn in range(1, turns)]
+                return [work(0, turns), *(other.result() for other in others)]  # type: ignore[list-item]
             finally:
-                _wait_until_done(others)
-            return [first, *(other.result() for other in others)]
+                stopped.set()
+                # What has not begun does nothing any more. Of the rest, each future may have been lost.
+                _wait_for_all([ended[turn] for turn in range(turns) if begun[turn].is_set()])
 
 
-def _wait_until_done(others: Sequence[Future[Any]]) -> None:
+def _wait_for_all(events: Sequence[threading.Event]) -> None:
     """Wait however often that is interrupted: afterwards nothing is written any more."""
     interrupt: BaseException | None = None
-    while any(not other.done() for other in others):
-        try:
-            wait(others)
-        except BaseException as raised:
-            interrupt = raised
+    for event in events:
+        while not event.is_set():
+            try:
+                event.wait()
+            except BaseException as raised:
+                interrupt = raised
     if interrupt is not None:
         raise interrupt
