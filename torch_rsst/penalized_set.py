@@ -117,7 +117,12 @@ class PenalizedSet:
                 parameter, where = self._entry(name)
                 own = local(parameter)
                 if where.dtype == torch.uint8:
-                    own.mul_(self._factor(where, 1.0 - strength, skipped, _wide(own.dtype)))
+                    # In two passes, where exact factors take three: what is wrong is at most the last
+                    # bit of the weight as it was.
+                    acts = self._spare(own).copy_(where)
+                    if skipped is not None:
+                        acts.mul_(_took_place(skipped, where))
+                    own.addcmul_(own, acts, value=-strength)
                 else:
                     units.setdefault((own.device, own.dtype), []).append((name, own))
             for together in units.values():
@@ -127,35 +132,23 @@ class PenalizedSet:
 
     def _in_p(self, own: Tensor, where: Tensor) -> Tensor:
         """Weights in P and 0 elsewhere: their bits times 1 or 0, as 0 · ∞ is no 0 but that of bits is."""
-        pull, bits = self._spare(own, own.dtype), _INTEGERS[own.element_size()]
+        pull, bits = self._spare(own), _INTEGERS[own.element_size()]
         if where.dtype == torch.bool:
             torch.mul(own.view(bits), where, out=pull.view(bits))
         else:
             pull.view(bits).copy_(where).mul_(own.view(bits))
         return pull
 
-    def _factor(
-        self, where: Tensor, factor: float, skipped: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        """The factor in P and 1 elsewhere, by their bits too: twice as fast as to choose, and as exact."""
-        made, bits = self._spare(where, dtype), _INTEGERS[dtype.itemsize]
-        acts = made.view(bits).copy_(where)
-        if skipped is not None:
-            acts.mul_(_took_place(skipped, where))
-        one, other = torch.tensor([1.0, factor], dtype=dtype, device="cpu").view(bits)
-        torch.add(one, acts, alpha=int(other - one), out=acts)
-        return made
-
-    def _spare(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory of a shape, on the CPU one that the next call of this thread overwrites."""
+    def _spare(self, like: Tensor) -> Tensor:
+        """Memory of the same kind, on the CPU one that the next call of this thread overwrites."""
         if like.device.type != "cpu":  # soon fetched, and not shared between streams
-            return torch.empty_like(like, dtype=dtype)
+            return torch.empty_like(like)
         by_dtype = self._memory.by_dtype
-        if dtype not in by_dtype or by_dtype[dtype].numel() < like.numel():
+        if like.dtype not in by_dtype or by_dtype[like.dtype].numel() < like.numel():
             largest = max(local(p).numel() for p, _ in self._entries.values())
             with torch.inference_mode(False):  # what is made in it could not be changed outside
-                by_dtype[dtype] = torch.empty(largest, dtype=dtype, device=like.device)
-        return by_dtype[dtype][: like.numel()].view(like.shape)
+                by_dtype[like.dtype] = torch.empty(largest, dtype=like.dtype, device=like.device)
+        return by_dtype[like.dtype][: like.numel()].view(like.shape)
 
     def _factors_for(self, names: tuple[str, ...]) -> _Factors:
         """Made once for the parameters that are shrunk together, and again after ``model.to``."""
@@ -223,8 +216,9 @@ def _where(penalized: Tensor, weight: Tensor) -> Tensor:
 
     Where whole units lie in P, a bool vector along one dimension: no memory to speak of, and no time to
     read it. Else 1 in P and 0 elsewhere as uint8, which become numbers to multiply with in a fourth of the
-    time that bools take. But all of P as bool where something outside it is not finite: rare, and not
-    worth another way.
+    time that bools take. But all of P as bool where something outside it is not finite, as 0 · ∞ is no 0:
+    rare, and not worth another way. (What stops being finite later, outside P and where units have holes,
+    is not a number after a decoupled step.)
     """
     if not bool(weight.detach().masked_fill(penalized, 0.0).isfinite().all()):
         return penalized
