@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torch_rsst.selection import Ranking
 from torch_rsst.testing import masks, weights
+
+
+Problem: TypeAlias = tuple[list[Tensor], list[Tensor | None], int]
 
 
 def by_sorting(
@@ -33,9 +38,7 @@ def flat(marked: Sequence[Tensor]) -> list[list[bool]]:
 
 
 @st.composite
-def problems(
-    draw: st.DrawFn, dtypes: Sequence[torch.dtype] = (torch.float32,)
-) -> tuple[list[Tensor], list[Tensor | None], int]:
+def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> Problem:
     """Scores, which of them compete, and how many are to be marked."""
     some = weights(dtypes=dtypes, allow_infinity=True)
     scores = draw(st.lists(some, min_size=1, max_size=4))
@@ -45,6 +48,18 @@ def problems(
     )
     k = draw(st.one_of(st.integers(0, competing), st.sampled_from((0, competing))))
     return scores, among, k
+
+
+def assert_sorts(ranking: Ranking, problem: Problem, absolute: bool) -> None:
+    """What goes, stays and competes is what sorting says."""
+    scores, among, k = problem
+    cut = ranking.cut(k)
+    goes, stays = ([mask.cpu() for mask in marks] for marks in (cut.goes(), cut.stays()))
+    assert flat(goes) == by_sorting(scores, k, among, absolute)
+    competes = [torch.ones_like(g) if a is None else a for g, a in zip(goes, among, strict=True)]
+    assert ranking.available == sum(int(mask.sum()) for mask in competes)
+    for stay, mask, go in zip(stays, competes, goes, strict=True):
+        assert torch.equal(stay, mask & ~go)
 
 
 def uniform(n: int) -> Tensor:

@@ -12,7 +12,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranked_scores import DISTRIBUTIONS, by_sorting, flat, problems, uniform
+from ranked_scores import (
+    DISTRIBUTIONS,
+    Problem,
+    assert_sorts,
+    by_sorting,
+    flat,
+    problems,
+    uniform,
+)
 from torch import Tensor, nn
 
 import torch_rsst
@@ -84,24 +92,14 @@ def placed(tensors: Sequence[Tensor | None]) -> list[Any]:
     st.sampled_from((0.05, 0.5)),
 )
 def test_selection_is_sorting(
-    problem: tuple[list[Tensor], list[Tensor | None], int],
-    absolute: bool,
-    block: int,
-    sample: int,
-    few: float,
+    problem: Problem, absolute: bool, block: int, sample: int, few: float
 ) -> None:
-    scores, among, k = problem
+    scores, among, _ = problem
     with pytest.MonkeyPatch.context() as patch:
         Small(patch).set(block=block, sample=sample, few=few)
         ranking = Ranking(placed(scores), among=placed(among), absolute=absolute)
         assert ranking._fused is not None
-        cut = ranking.cut(k)
-        goes, stays = cut.goes(), cut.stays()
-    assert flat(goes) == by_sorting(scores, k, among, absolute)
-    competes = [torch.ones_like(g) if a is None else a for g, a in zip(goes, among, strict=True)]
-    assert ranking.available == sum(int(mask.sum()) for mask in competes)
-    for stay, mask, go in zip(stays, competes, goes, strict=True):
-        assert torch.equal(stay.cpu(), mask.cpu() & ~go.cpu())
+        assert_sorts(ranking, problem, absolute)
 
 
 @pytest.mark.parametrize("absolute", [False, True])

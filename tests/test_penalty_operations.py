@@ -97,12 +97,16 @@ def test_the_recorder_sees_what_it_looks_for():
     assert len(recorder.moved) == 1
 
 
-@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
-def test_a_penalty_costs_at_most_three_elementwise_operations_a_parameter(mode):
-    _, optimizer, pruner = attached(mode, by_hooks=False, block=False)
+def make_gradients(optimizer):
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_a_penalty_costs_at_most_three_elementwise_operations_a_parameter(mode):
+    _, optimizer, pruner = attached(mode, by_hooks=False, block=False)
+    make_gradients(optimizer)
     optimizer.step()  # makes what all others use again
     with Recorder() as recorder:
         optimizer.step()
@@ -135,9 +139,7 @@ def test_threads_do_not_share_the_memory_they_work_in():
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_a_step_in_inference_mode_leaves_nothing_that_later_ones_cannot_use(mode):
     _, optimizer, pruner = attached(mode, by_hooks=False, block=False)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    make_gradients(optimizer)
     with torch.inference_mode():
         optimizer.step()
     optimizer.step()

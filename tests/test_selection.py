@@ -14,7 +14,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranked_scores import DISTRIBUTIONS, by_sorting, flat, problems, uniform
+from ranked_scores import (
+    DISTRIBUTIONS,
+    Problem,
+    assert_sorts,
+    by_sorting,
+    flat,
+    problems,
+    uniform,
+)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,9 +38,7 @@ FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 @given(problems(), st.booleans())
-def test_selection_is_sorting(
-    problem: tuple[list[Tensor], list[Tensor | None], int], absolute: bool
-) -> None:
+def test_selection_is_sorting(problem: Problem, absolute: bool) -> None:
     scores, among, k = problem
     marked = lowest(scores, k, among=among, absolute=absolute)
     assert flat(marked) == by_sorting(scores, k, among, absolute)
@@ -43,7 +49,7 @@ def test_selection_is_sorting(
 
 @given(problems(), st.booleans(), st.integers(1, 5))
 def test_blocks_bound_the_memory_not_the_result(
-    problem: tuple[list[Tensor], list[Tensor | None], int], absolute: bool, block: int
+    problem: Problem, absolute: bool, block: int
 ) -> None:
     scores, among, k = problem
     with pytest.MonkeyPatch.context() as patch:
@@ -247,24 +253,12 @@ def in_small(
 @pytest.mark.usefixtures("three_threads")
 @given(problems(), st.booleans(), st.integers(1, 40), st.integers(1, 40), st.sampled_from((0, 0.2)))
 def test_samples_blocks_and_threads_have_no_say(
-    problem: tuple[list[Tensor], list[Tensor | None], int],
-    absolute: bool,
-    block: int,
-    sample: int,
-    few: float,
+    problem: Problem, absolute: bool, block: int, sample: int, few: float
 ) -> None:
-    scores, among, k = problem
+    scores, among, _ = problem
     with pytest.MonkeyPatch.context() as patch:
         in_small(patch, block=block, sample=sample, few=few)
-        marked = lowest(scores, k, among=among, absolute=absolute)
-        ranking = Ranking(scores, among=among, absolute=absolute)
-        cut = ranking.cut(k)
-        stays = cut.stays()
-    assert flat(marked) == by_sorting(scores, k, among, absolute)
-    competes = [torch.ones_like(m) if a is None else a for m, a in zip(marked, among, strict=True)]
-    assert ranking.available == sum(int(mask.sum()) for mask in competes)
-    for stay, mask, goes in zip(stays, competes, marked, strict=True):
-        assert torch.equal(stay, mask & ~goes)
+        assert_sorts(Ranking(scores, among=among, absolute=absolute), problem, absolute)
 
 
 @pytest.mark.usefixtures("three_threads")
