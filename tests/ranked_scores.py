@@ -13,7 +13,6 @@ from torch import Tensor
 from torch_rsst.selection import Ranking
 from torch_rsst.testing import masks, weights
 
-
 Problem: TypeAlias = tuple[list[Tensor], list[Tensor | None], int]
 
 
