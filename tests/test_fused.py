@@ -245,8 +245,7 @@ def test_parts_of_sharded_tensors_are_marked_by_where_they_lie_in_the_whole(
             Column(first.scores, None, 0, first.scratch, layout, layout.counts),
             Column(second.scores, None, whole, second.scratch),
         ]
-        made._own_entries = sum(c.scores.numel() for c in made._columns if c.counts)
-        made._entries = made._own_entries
+        made._entries = sum(c.scores.numel() for c in made._columns if c.counts)
         made._fused = passes(made._columns)
         return made
 

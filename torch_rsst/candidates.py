@@ -123,7 +123,7 @@ def everything(
 
 
 def nan_of_each(columns: Sequence[Column], *, device: torch.device) -> Tensor:
-    """Whether NaN competes here, for each column; for no other device than theirs is waited."""
+    """Whether NaN competes in each column here; to be added up over ranks."""
     flags = [column.has_nan().to(device, torch.int64) for column in columns]
     return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.int64, device=device)
 
@@ -155,14 +155,10 @@ def narrowed(
     has_nan = [
         max(tops) > kind.infinity for tops in zip(*(s.highest for s in surveys), strict=True)
     ]
-    counts = torch.tensor(
-        [
-            [survey.below, survey.inside, survey.overfull, *(0 for _ in has_nan)]
-            for survey in surveys
-        ],
-        device=_CPU,
-    ).sum(0)
-    counts[3:] = torch.tensor(has_nan, device=_CPU)
+    found = [
+        sum(each) for each in zip(*((s.below, s.inside, s.overfull) for s in surveys), strict=True)
+    ]
+    counts = torch.tensor([*found, *has_nan], dtype=torch.int64, device=_CPU)
     below, inside, overfull, *_ = counts = reduce(counts)
     keys = torch.cat([survey.keys for survey in surveys])
     places = torch.cat([survey.places for survey in surveys])

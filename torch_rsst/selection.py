@@ -110,7 +110,6 @@ class Ranking:
             )
             for whole, part, mask, start in zip(scores, parts, among, starts, strict=False)
         ]
-        self._own_entries = sum(c.scores.numel() for c in self._columns if c.counts)
         self._entries = sum(t.numel() for t in scores)
         self._on_cpu = all(device.type == "cpu" for device in scratch)
         self._device = next(iter(scratch), torch.device("cpu"))
@@ -118,20 +117,12 @@ class Ranking:
         self._fused = fused_passes(self._columns, self._reduce)
         self._workers = Workers(own // (2 * _LEAST) if self._on_cpu else 1)
 
-    @property
+    @cached_property
     def available(self) -> int:
         """How many entries compete."""
-        return self._totals[0]
-
-    @cached_property
-    def _totals(self) -> tuple[int, int]:
-        """How many entries compete, and how many there are."""
-        counts = torch.zeros(2, dtype=torch.int64, device=self._device)
-        counts[1].fill_(self._own_entries)
         if self._fused is not None:
-            counts[:1] = self._fused.count(self._entries)
-            available, entries = self._fused.fetched(self._reduce(counts))
-            return available, entries
+            (available,) = self._fused.fetched(self._reduce(self._fused.count(self._entries)))
+            return available
 
         def competing(turn: int, turns: int) -> list[Tensor]:
             return [
@@ -139,10 +130,10 @@ class Ranking:
                 for position, column in enumerate(self._columns)
             ]
 
-        for count in chain(*self._workers.run(competing)):
-            counts[0] += count.to(self._device)
-        available, entries = self._reduce(counts).tolist()
-        return available, entries
+        count = torch.zeros(1, dtype=torch.int64, device=self._device)
+        for some in chain(*self._workers.run(competing)):
+            count += some.to(self._device)
+        return int(self._reduce(count))
 
     @one_thread()
     def cut(self, k: int) -> Cut:
@@ -151,7 +142,7 @@ class Ranking:
         Raises:
             ValueError: as :func:`lowest` does.
         """
-        available, entries = self._totals
+        available, entries = self.available, self._entries
         if not 0 <= k <= available:
             remedy = "Lower the amount."
             raise ValueError(

@@ -222,14 +222,13 @@ def _require(
     if not missing or (found and tuple(kinds) == KINDS):
         return
     reasons = [item for item in refused if item.kind in missing]
-    others = dict.fromkeys(layer.kind for layer in look_for_all().layers)
     known = sorted({adapter.kind for adapter in ADAPTERS})
     if reasons:
         remedy = (
             f"Not understood: {_first_of(reasons)}. The documentation shows, under Extending, how to "
             "add a family."
         )
-    elif others:
+    elif others := dict.fromkeys(layer.kind for layer in look_for_all().layers):
         remedy = f"It has units of kind {', '.join(others)}."
     else:
         remedy = (
