@@ -20,7 +20,7 @@ import torch_rsst
 
 ROOT = Path(torch_rsst.__file__).parent
 FLOORS = [
-    ["errors", "_version", "fsdp", "kernels", "optimizer_steps", "tables", "workers"],
+    ["errors", "_version", "flags", "fsdp", "kernels", "optimizer_steps", "tables", "workers"],
     ["budget", "digit_search", "replicas", "shards", "files", "builders"],
     ["live_weight", "order_keys", "schedules", "groups", "saved_masks"],
     ["site", "candidates", "data_importance"],
@@ -74,7 +74,7 @@ OUTSIDERS = ("timm", "torchvision", "hypothesis", "matplotlib", "accelerate", "r
 # What the library needs beyond torch, and the only modules that may.
 SPECIALISTS = {
     "matplotlib": {"plot"},
-    "numpy": {"plot"},
+    "numpy": {"flags", "plot"},
     "hypothesis": {"testing"},
     "safetensors": {"compact_folder"},
     "timm": {"discovery.timm_families"},

@@ -1,7 +1,7 @@
 """Scores as integers in the order of the scores, block by block, without a copy of a tensor.
 
 Floats that are read as integers keep their order, once the negative ones are flipped. Entries that
-do not compete get a key below all others: so a pass counts them, but picks nothing out.
+do not compete get a key below all others where a pass is to count them, but pick nothing out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from torch_rsst.flags import count, nonzero
 from torch_rsst.shards import Layout
 
 Index = TypeVar("Index", int, Tensor)
@@ -59,25 +60,9 @@ class Kind:
         return 0 if self.absolute else self.lowest + 1
 
     @property
-    def exponents(self) -> int:
-        """How many exponents the floats tell apart."""
-        return 2**8 if self.real == torch.float32 else 2**11
-
-    @property
     def infinity(self) -> int:
         """The highest key of a number; those of NaN are higher."""
         return int(torch.tensor(torch.inf, dtype=self.real, device="cpu").view(self.integer))
-
-    def magnitude(self, key: int | Tensor) -> float | None:
-        """The float to compare magnitudes with instead of their keys, which takes half the time.
-
-        None where that is not the same: for signed scores, for more keys than one, and below the
-        smallest normal float, as PyTorch can be told to take denormals for 0.
-        """
-        if not self.absolute or isinstance(key, Tensor):
-            return None
-        value = float(torch.tensor(key, dtype=self.integer, device="cpu").view(self.real))
-        return value if value >= torch.finfo(self.real).tiny else None
 
 
 class Scratch(threading.local):
@@ -90,53 +75,50 @@ class Scratch(threading.local):
         self.size, self.kind, self.device = size, kind, device
 
     @cached_property
-    def _memory(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Made when it is first asked for: not all ways of ranking need it."""
+    def _integers(self) -> tuple[Tensor, Tensor]:
+        """Made when they are first asked for: not all ways of ranking need them."""
+        return self._empty(self.kind.integer), self._empty(self.kind.integer)
+
+    @cached_property
+    def _flags(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._empty(torch.bool), self._empty(torch.bool), self._empty(torch.bool)
+
+    def _empty(self, dtype: torch.dtype) -> Tensor:
         # What is made in inference mode could not be changed outside it.
         with torch.inference_mode(False):
-            keys, first, second = (
-                torch.empty(self.size, dtype=self.kind.integer, device=self.device)
-                for _ in range(3)
-            )
-        return keys, first, second
+            return torch.empty(self.size, dtype=dtype, device=self.device)
 
-    def keys_of(self, scores: Tensor, among: Tensor | None) -> Tensor:
+    def keys_of(self, scores: Tensor) -> Tensor:
         """The keys of flat scores, in memory that the next call overwrites."""
-        keys = self._memory[0][: scores.numel()]
+        keys, flip = (memory[: scores.numel()] for memory in self._integers)
         values = keys.view(self.kind.real)
         if self.kind.absolute:
             if scores.dtype == values.dtype:
                 torch.abs(scores, out=values)
             else:
                 values.copy_(scores).abs_()
-            return keys if among is None else self._below_all(keys, among)
+            return keys
         values.copy_(scores).add_(0.0)  # −0 + 0 is 0
         values.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)  # NaN: no sign
-        flip = self.spare(scores.numel())[0]
         torch.bitwise_right_shift(keys, 8 * keys.element_size() - 1, out=flip)
         keys ^= flip.bitwise_and_(self.kind.highest)
-        return keys if among is None else keys.masked_fill_(among == 0, self.kind.lowest)
+        return keys
 
-    def _below_all(self, keys: Tensor, among: Tensor) -> Tensor:
-        """Make keys negative, in place, where an entry does not compete."""
-        if among.dtype == torch.bool:
-            keys |= self._memory[2][: among.numel()].copy_(among).sub_(1)
-            return keys
-        kind, dead = self.kind, self._memory[2][: among.numel()]
-        torch.eq(among, 0, out=dead.view(kind.real))
-        # The bits of 1.0, moved up by as many as its exponent has, are the sign bit alone.
-        return keys.add_(dead, alpha=kind.exponents)
+    def below_all(self, keys: Tensor, among: Tensor) -> Tensor:
+        """Give entries that do not compete the lowest key, in place."""
+        bits = self._integers[1][: keys.numel()]
+        # Arithmetic takes a tenth of the time of masked_fill_.
+        bits.copy_(self.competing(among).view(torch.uint8)).neg_()  # −1 is all bits
+        keys &= bits
+        return keys.bitwise_or_(bits.bitwise_not_().bitwise_and_(self.kind.lowest))
 
     def competing(self, among: Tensor) -> Tensor:
-        """1 or True where an entry competes, else 0; overwritten as the keys are."""
-        if among.dtype == torch.bool:
-            return among
-        # A comparison into bools takes several times as long.
-        return torch.ne(among, 0, out=self._memory[2][: among.numel()].view(self.kind.real))
+        """Where entries compete, in memory that the next call overwrites."""
+        return nonzero(among, out=self._flags[0][: among.numel()])
 
-    def spare(self, count: int) -> tuple[Tensor, Tensor]:
-        """Two integer vectors, free until the next keys are asked for."""
-        return self._memory[1][:count], self._memory[2][:count]
+    def flags(self, count: int) -> tuple[Tensor, Tensor]:
+        """Two bool vectors that nothing else is written to."""
+        return self._flags[1][:count], self._flags[2][:count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,30 +143,35 @@ class Column:
 
     def competing(self, turn: int = 0, turns: int = 1) -> Tensor:
         """How many entries compete."""
-        count = torch.zeros((), dtype=torch.int64, device=self.scores.device)
+        found = torch.zeros((), dtype=torch.int64, device=self.scores.device)
         if not self.counts:
-            return count
+            return found
         if self.among is None:
-            return count + (0 if turn else self.scores.numel())
+            return found + (0 if turn else self.scores.numel())
         for part in islice(_parts(self.among, self.scratch.size), turn, None, turns):
-            count += self.scratch.competing(part).sum().to(torch.int64)  # exact: a block is short
-        return count
+            found += count(self.scratch.competing(part))
+        return found
 
     def blocks(
-        self, turn: int = 0, turns: int = 1, *, stride: int = 1, uncounted: bool = False
+        self, *, stride: int = 1, turn: int = 0, turns: int = 1
     ) -> Iterator[tuple[int, Tensor]]:
-        """Flat index of a block's first entry and the keys of its every ``stride``-th entry.
+        """As :meth:`pairs`, the keys of what does not compete being the lowest; none, unless counted."""
+        if self.counts:
+            for start, keys, among in self.pairs(stride=stride, turn=turn, turns=turns):
+                yield start, keys if among is None else self.scratch.below_all(keys, among)
+
+    def pairs(
+        self, *, stride: int = 1, turn: int = 0, turns: int = 1
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Block by block: the flat index of its first entry, the keys, and which entries compete.
 
         The keys are overwritten when the thread asks for the next block.
 
         Args:
+            stride: only every so manieth entry, in the order of places.
             turn: which share of the blocks is wanted, from 0.
             turns: how many shares there are.
-            stride: of the entries in the order of places.
-            uncounted: also what another rank counts.
         """
-        if not (self.counts or uncounted):
-            return
         start = 0
         size = self.scratch.size
         if all(t.is_contiguous() for t in (self.scores, self.among) if t is not None):
@@ -195,7 +182,7 @@ class Column:
             if number % turns == turn:
                 every = slice(-(self.offset + start) % stride, None, stride)
                 among = None if mask is None else mask[every]
-                yield start, self.scratch.keys_of(scores[every], among)
+                yield start, self.scratch.keys_of(scores[every]), among
             start += scores.numel()
 
     def has_nan(self) -> Tensor:
@@ -226,6 +213,8 @@ def _parts(tensor: Tensor, size: int) -> Iterator[Tensor]:
     if tensor.numel() == 0:
         return
     rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
-    together = max(1, size // (rows.numel() // len(rows)))
+    # As few as there can be, and as equal, so that threads have as much to do as each other.
+    few = -(-rows.numel() // size)
+    together = max(1, min(-(-len(rows) // few), size * len(rows) // rows.numel()))
     for part in torch.split(rows, together):
         yield from torch.split(part.reshape(-1), size)

@@ -8,8 +8,9 @@ from functools import partial
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from torch_rsst.flags import compare, count, nonzero, packed, unpacked
 from torch_rsst.shards import local
 from torch_rsst.workers import Workers
 
@@ -43,37 +44,19 @@ def _saved(mask: Tensor) -> Callable[[], object]:
     return lambda: mask.copy_(_unpacked(bits, mask.shape))
 
 
-def _packed(mask: Tensor) -> Tensor | None:
+def _packed(mask: Tensor) -> list[Tensor] | None:
     """Which entries are one, a bit each; None where some are neither zero nor one."""
-    flat = mask.reshape(-1)
-    size = min(flat.numel(), _PACKED)
-    rest = flat.new_empty(size)
-    spare = flat.new_empty(2, -(-size // 8))
-    packed = []
-    for part in torch.split(flat, _PACKED):
-        # m − m², which is 0 for these two alone
-        torch.addcmul(part, part, part, value=-1, out=rest[: part.numel()])
-        if part.numel() and any(float(most) != 0 for most in rest[: part.numel()].aminmax()):
+    bits = []
+    flags = torch.empty(min(mask.numel(), _PACKED), dtype=torch.bool, device="cpu")
+    for part in torch.split(mask.reshape(-1), _PACKED):
+        own = flags[: part.numel()]
+        alive = count(nonzero(part, out=own))
+        bits.append(packed(own))
+        if count(compare(part, "==", 1, out=own)) != alive:
             return None
-        packed.append(_bits(part, *spare))
-    return torch.cat(packed)
+    return bits
 
 
-def _bits(part: Tensor, bits: Tensor, alive: Tensor) -> Tensor:
-    if part.numel() % 8:
-        part = nn.functional.pad(part, (0, -part.numel() % 8))
-    planes = part.view(8, -1)
-    bits, alive = (spare[: planes.shape[1]] for spare in (bits, alive))
-    bits.zero_()
-    # In the mask's dtype, which holds 0 to 255: into bools and bytes takes several times as long.
-    for place, plane in enumerate(planes):
-        bits.add_(torch.ne(plane, 0, out=alive), alpha=1 << place)
-    return bits.to(torch.uint8)
-
-
-def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
-    parts = [
-        torch.stack([part >> place & 1 for place in range(8)]).view(-1)
-        for part in torch.split(bits, _PACKED // 8)
-    ]
+def _unpacked(bits: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    parts = [unpacked(part, 8 * part.numel()) for part in bits]
     return torch.cat(parts)[: shape.numel()].view(shape)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch_rsst.candidates import Candidates, everything, nan_of_each, narrowed
 from torch_rsst.digit_search import Reduce, alone
 from torch_rsst.errors import message
+from torch_rsst.flags import compare
 from torch_rsst.order_keys import Column, Kind, Scratch
 from torch_rsst.shards import Layout, Ranks, local, placed_like, sharded_like
 from torch_rsst.workers import Workers, one_thread
@@ -250,25 +251,21 @@ class Cut:
         if self.fused is not None:
             self.fused.mark(flat, self.key, self.place, goes=goes)
         else:
-            for column, out in zip(self.columns, flat, strict=True):
-                self._mark_blocks(column, out.view(-1), goes=goes)
+            self.workers.run(partial(self._mark_blocks, [out.view(-1) for out in flat], goes))
         for out, marks in zip(outs, flat, strict=True):
             if marks is not out:
                 out.copy_(marks)
 
-    def _mark_blocks(self, column: Column, out: Tensor, *, goes: bool) -> None:
-        mark = _mark_goes if goes else _mark_stays
-
-        def work(turn: int, turns: int) -> None:
-            for start, keys in column.blocks(turn, turns, uncounted=True):
+    def _mark_blocks(self, outs: Sequence[Tensor], goes: bool, turn: int, turns: int) -> None:
+        for position, (column, out) in enumerate(zip(self.columns, outs, strict=True)):
+            blocks = column.pairs(turn=(turn + position) % turns, turns=turns)
+            for start, keys, among in blocks:
+                marks, _ = column.scratch.flags(keys.numel())
                 bound = self._bound(column, start, keys)
-                mark(column, keys, bound, out[start : start + keys.numel()])
-
-        if column.scores.numel() <= column.scratch.size:
-            with one_thread():  # a single block
-                work(0, 1)
-        else:
-            self.workers.run(work)
+                compare(keys, "<=" if goes else ">", bound, out=marks)
+                if among is not None:
+                    marks &= column.scratch.competing(among)
+                _write(marks, out[start : start + keys.numel()])
 
     def _bound(self, column: Column, start: int, keys: Tensor) -> int | Tensor:
         """The highest key that goes; entry by entry in a block that the cut runs through."""
@@ -280,18 +277,9 @@ class Cut:
         return self.key - above.to(keys.dtype)
 
 
-def _mark_goes(column: Column, keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
-    torch.le(keys, bound, out=out)
-    if column.among is not None:
-        out &= keys >= column.scratch.kind.floor
-
-
-def _mark_stays(column: Column, keys: Tensor, bound: int | Tensor, out: Tensor) -> None:
-    kind = column.scratch.kind
-    if out.dtype == kind.real and (value := kind.magnitude(bound)) is not None:
-        torch.gt(keys.view(kind.real), value, out=out)  # half the time of what follows
-    else:
-        out.copy_(torch.gt(keys, bound, out=column.scratch.spare(keys.numel())[0]))
+def _write(marks: Tensor, out: Tensor) -> None:
+    # From bytes to floats takes a sixth of the time that it takes from bools.
+    out.copy_(marks if out.dtype == torch.bool else marks.view(torch.uint8))
 
 
 def fused_passes(columns: Sequence[Column], reduce: Reduce) -> Fused | None:
