@@ -502,8 +502,17 @@ def test_the_state_of_other_total_steps_is_refused():
         (None, {"total_steps": 1.5}, TypeError, "total_steps: expected an int >= 1, got float"),
         (None, {"accumulation_steps": 0}, ValueError, "accumulation_steps: expected an int >= 1"),
         (None, {"mode": "couple"}, ValueError, "Did you mean 'coupled'"),
+        (None, {"grad_scale": math.inf}, ValueError, "grad_scale: expected a number > 0, got inf"),
+        (None, {"grad_scale": 0.0}, ValueError, "grad_scale: expected a number > 0, got 0.0"),
+        (None, {"grad_scale": "2"}, TypeError, "grad_scale: expected a number > 0, got str"),
+        (
+            None,
+            {"schedule": lambda t: 1e39},
+            ValueError,
+            "schedule: expected a number >= 0, finite",
+        ),
         (None, {"schedule": "liner"}, ValueError, "Did you mean 'linear'"),
-        (None, {"strength": -1.0}, ValueError, "strength: expected a finite number >= 0"),
+        (None, {"strength": -1.0}, ValueError, "strength: expected a number >= 0, finite"),
         (
             None,
             {"current_mask": {"weight": GOES.T}},

@@ -29,8 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 import torch_rsst
 from torch_rsst import candidates, saved_masks, selection, workers
 from torch_rsst.digit_search import Found, kth_lowest
-from torch_rsst.order_keys import Column
-from torch_rsst.selection import Cut, Ranking, lowest
+from torch_rsst.selection import Ranking, lowest
 from torch_rsst.testing import weights
 
 INF, NAN = math.inf, math.nan
@@ -424,15 +423,15 @@ def test_a_failure_while_masks_are_written_changes_nothing(
     parameters = [(layer, "weight") for layer in model]
     torch_rsst.global_unstructured(parameters[1:4], torch_rsst.GlobalL1, amount=0.4)
     before = fingerprint(model)
-    write, columns = Cut._mark_blocks, []
+    write, written = selection._write, []
 
-    def failing(cut: Cut, column: Column, *args: Any, **kwargs: Any) -> None:
-        write(cut, column, *args, **kwargs)
-        columns.append(column)
-        if len(columns) > fails_at:
+    def failing(marks: Tensor, out: Tensor) -> None:
+        write(marks, out)
+        written.append(out)
+        if len(written) > fails_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Cut, "_mark_blocks", failing)
+    monkeypatch.setattr(selection, "_write", failing)
     with pytest.raises(KeyboardInterrupt):
         torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.4)
     assert fingerprint(model) == before

@@ -202,14 +202,15 @@ def history(records: Sequence[Mapping[str, Any]], *, final: SparsityReport | Non
     top.set_title("Accuracy and sparsity by round")
     ends = _round_ends(epochs)
     places = [ends[r["round"]] for r in rounds]
-    for kind in dict.fromkeys(k for r in rounds for k in r["share_gone"]):
-        color = _KIND_COLORS.get(kind)
+    for place, kind in enumerate(dict.fromkeys(k for r in rounds for k in r["share_gone"])):
+        # Hollow and ever smaller, so that kinds at the same share are all seen.
+        look = {"color": _KIND_COLORS.get(kind), "markersize": 10 - 3 * place, "mfc": "none"}
         gone = [r["share_gone"][kind] for r in rounds] + (
             [final.unit_sparsity(kind)] if final else []
         )
         to_go = [r["share_to_go"][kind] for r in rounds]
-        bottom.plot(_with_cut(places, gone), gone, "s-", color=color, label=f"{kind} gone")
-        bottom.plot(places, to_go, "x:", color=color, label=f"{kind} meant to go")
+        bottom.plot(_with_cut(places, gone), gone, "s-", label=f"{kind} gone", **look)
+        bottom.plot(places, to_go, "x:", label=f"{kind} meant to go", **look)
     masked = [r["element_sparsity"] for r in rounds] + ([final.element_sparsity] if final else [])
     bottom.plot(_with_cut(places, masked), masked, "o-", color="black", label="weights masked or 0")
     bottom.set_ylim(-0.03, 1.03)

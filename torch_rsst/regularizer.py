@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torch_rsst.budget import check_count
+from torch_rsst.budget import check_count, check_number
 from torch_rsst.errors import (
     InertPenaltyWarning,
     check_keys,
@@ -45,15 +45,22 @@ _ATTACHED: weakref.WeakSet[RegularizedPruner] = weakref.WeakSet()
 
 
 def check_settings(
-    total_steps: int, *, mode: object = "auto", accumulation_steps: int = 1, **_: object
+    total_steps: int,
+    *,
+    mode: object = "auto",
+    accumulation_steps: int = 1,
+    grad_scale: GradScale | None = None,
+    **_: object,
 ) -> None:
     """Check the arguments of :class:`RegularizedPruner` that can be checked without a model.
 
     Raises:
-        TypeError, ValueError: for counts below 1, or an unknown mode.
+        TypeError, ValueError: for counts below 1, an unknown mode, or a scale that is no number > 0.
     """
     check_count(total_steps, "total_steps", at_least=1)
     check_count(accumulation_steps, "accumulation_steps", at_least=1)
+    if grad_scale is not None and not callable(grad_scale):
+        check_number(grad_scale, "grad_scale", above=0)
     if mode not in MODES:
         raise ValueError(unknown_choice("mode", mode, MODES))
 
@@ -126,7 +133,9 @@ class RegularizedPruner:
         accumulation_steps: int = 1,
         grad_scale: GradScale | None = None,
     ) -> None:
-        check_settings(total_steps, mode=mode, accumulation_steps=accumulation_steps)
+        check_settings(
+            total_steps, mode=mode, accumulation_steps=accumulation_steps, grad_scale=grad_scale
+        )
         self.schedule = resolve_schedule(schedule, strength)
         self.total_steps = int(total_steps)
         strength_at(self.schedule, 1.0)

@@ -16,6 +16,9 @@ from torch_rsst.errors import message, unknown_choice
 
 Schedule: TypeAlias = Callable[[float], float]
 
+_HIGHEST = 3.4028234663852886e38  # of float32: beyond, gradients would become infinite
+_RANGE = "a number >= 0, finite in float32"
+
 
 @dataclass(frozen=True)
 class Polynomial:
@@ -72,8 +75,8 @@ def strength_at(schedule: Schedule, t: float) -> float:
     remedy = "Return a finite number >= 0 for every t in (0, 1]."
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
         raise TypeError(message("schedule", expected="a number", got=got, remedy=remedy))
-    if not (math.isfinite(strength) and strength >= 0.0):
-        raise ValueError(message("schedule", expected="a number >= 0", got=got, remedy=remedy))
+    if not 0.0 <= strength <= _HIGHEST:  # NaN is not
+        raise ValueError(message("schedule", expected=_RANGE, got=got, remedy=remedy))
     return float(strength)
 
 
@@ -111,10 +114,8 @@ def resolve_schedule(schedule: str | Schedule, strength: float = 0.5) -> Schedul
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
         got = f"{type(strength).__name__} {strength!r}"
         raise TypeError(message("strength", expected="a number >= 0", got=got, remedy="Try 0.5."))
-    if not (math.isfinite(strength) and strength >= 0.0):
-        raise ValueError(
-            message("strength", expected="a finite number >= 0", got=strength, remedy="Try 0.5.")
-        )
+    if not 0.0 <= strength <= _HIGHEST:  # NaN is not
+        raise ValueError(message("strength", expected=_RANGE, got=strength, remedy="Try 0.5."))
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise ValueError(unknown_choice("schedule", schedule, SCHEDULES))
