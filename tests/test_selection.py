@@ -244,6 +244,7 @@ def in_small(
     """Make small tensors go the way of large ones, three threads included."""
     patch.setattr(selection, "_BLOCK", block)
     patch.setattr(selection, "_LEAST", 1)
+    patch.setattr(selection, "_A_THREADS", 2)
     patch.setattr(candidates, "_SAMPLE", sample)
     patch.setattr(candidates, "_FEW", few)
     patch.setattr(candidates, "_LEAST", least)

@@ -21,7 +21,7 @@ from torch_rsst.order_keys import Column, Kind
 from torch_rsst.workers import Workers
 
 # None of these has a say in the result.
-_SAMPLE = 1 << 19  # entries that a guess is made from, at most
+_SAMPLE = 1 << 18  # entries that a guess is made from, at most
 _FEW = 1 / 64  # share of all entries that may be sampled, and half of what may be collected
 _LEAST = 1 << 15  # as few may be in any case
 
@@ -265,7 +265,7 @@ def _survey(
     for position, column in enumerate(columns):
         blocks = column.pairs(turn=(turn + position) % turns, turns=turns) if column.counts else ()
         for start, keys, among in blocks:
-            above, near = column.scratch.flags(keys.numel())
+            above, near = column.scratch.room(keys.numel()).flags
             compare(keys, ">=", low, out=above)
             if among is not None:
                 above &= column.scratch.competing(among)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, repeat
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch_rsst.flags import count, nonzero
 from torch_rsst.shards import Layout
 
 Index = TypeVar("Index", int, Tensor)
+Piece: TypeAlias = tuple[int, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,25 @@ class Kind:
         return int(torch.tensor(torch.inf, dtype=self.real, device="cpu").view(self.integer))
 
 
+@dataclass(frozen=True, eq=False)
+class Room:
+    """Memory for the work on a block, as long as that is.
+
+    Attributes:
+        keys: the integers to compare.
+        values: the floats in the same place.
+        spare: more integers.
+        competing: where entries compete.
+        flags: two more bool vectors.
+    """
+
+    keys: Tensor
+    values: Tensor
+    spare: Tensor
+    competing: Tensor
+    flags: tuple[Tensor, Tensor]
+
+
 class Scratch(threading.local):
     """Memory for one block and thread, used over and over.
 
@@ -73,25 +93,28 @@ class Scratch(threading.local):
 
     def __init__(self, size: int, kind: Kind, device: torch.device) -> None:
         self.size, self.kind, self.device = size, kind, device
+        self._rooms: dict[int, Room] = {}  # few: most blocks are of the same size
+
+    def room(self, size: int) -> Room:
+        """The memory, cut to a size."""
+        if size not in self._rooms:
+            # What is made in inference mode, views included, could not be changed outside it.
+            with torch.inference_mode(False):
+                keys, spare, competing, *flags = (memory[:size] for memory in self._memory)
+                values = keys.view(self.kind.real)
+            self._rooms[size] = Room(keys, values, spare, competing, (flags[0], flags[1]))
+        return self._rooms[size]
 
     @cached_property
-    def _integers(self) -> tuple[Tensor, Tensor]:
-        """Made when they are first asked for: not all ways of ranking need them."""
-        return self._empty(self.kind.integer), self._empty(self.kind.integer)
-
-    @cached_property
-    def _flags(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._empty(torch.bool), self._empty(torch.bool), self._empty(torch.bool)
-
-    def _empty(self, dtype: torch.dtype) -> Tensor:
-        # What is made in inference mode could not be changed outside it.
-        with torch.inference_mode(False):
-            return torch.empty(self.size, dtype=dtype, device=self.device)
+    def _memory(self) -> list[Tensor]:
+        """Made when it is first asked for: not all ways of ranking need it."""
+        dtypes = [self.kind.integer] * 2 + [torch.bool] * 3
+        return [torch.empty(self.size, dtype=dtype, device=self.device) for dtype in dtypes]
 
     def keys_of(self, scores: Tensor) -> Tensor:
         """The keys of flat scores, in memory that the next call overwrites."""
-        keys, flip = (memory[: scores.numel()] for memory in self._integers)
-        values = keys.view(self.kind.real)
+        room = self.room(scores.numel())
+        keys, values = room.keys, room.values
         if self.kind.absolute:
             if scores.dtype == values.dtype:
                 torch.abs(scores, out=values)
@@ -100,13 +123,13 @@ class Scratch(threading.local):
             return keys
         values.copy_(scores).add_(0.0)  # −0 + 0 is 0
         values.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)  # NaN: no sign
-        torch.bitwise_right_shift(keys, 8 * keys.element_size() - 1, out=flip)
-        keys ^= flip.bitwise_and_(self.kind.highest)
+        torch.bitwise_right_shift(keys, 8 * keys.element_size() - 1, out=room.spare)
+        keys ^= room.spare.bitwise_and_(self.kind.highest)
         return keys
 
     def below_all(self, keys: Tensor, among: Tensor) -> Tensor:
         """Give entries that do not compete the lowest key, in place."""
-        bits = self._integers[1][: keys.numel()]
+        bits = self.room(keys.numel()).spare
         # Arithmetic takes a tenth of the time of masked_fill_.
         bits.copy_(self.competing(among).view(torch.uint8)).neg_()  # −1 is all bits
         keys &= bits
@@ -114,11 +137,7 @@ class Scratch(threading.local):
 
     def competing(self, among: Tensor) -> Tensor:
         """Where entries compete, in memory that the next call overwrites."""
-        return nonzero(among, out=self._flags[0][: among.numel()])
-
-    def flags(self, count: int) -> tuple[Tensor, Tensor]:
-        """Two bool vectors that nothing else is written to."""
-        return self._flags[1][:count], self._flags[2][:count]
+        return nonzero(among, out=self.room(among.numel()).competing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +167,9 @@ class Column:
             return found
         if self.among is None:
             return found + (0 if turn else self.scores.numel())
-        for part in islice(_parts(self.among, self.scratch.size), turn, None, turns):
-            found += count(self.scratch.competing(part))
+        for _, _, among in islice(self._pieces(), turn, None, turns):
+            assert among is not None
+            found += count(self.scratch.competing(among))
         return found
 
     def blocks(
@@ -172,17 +192,35 @@ class Column:
             turn: which share of the blocks is wanted, from 0.
             turns: how many shares there are.
         """
+        for start, scores, among in islice(self._pieces(stride), turn, None, turns):
+            yield start, self.scratch.keys_of(scores), among
+
+    @cached_property
+    def _in_place(self) -> bool:
+        """Whether entries can be looked at where they are."""
+        return all(t.is_contiguous() for t in (self.scores, self.among) if t is not None)
+
+    @cached_property
+    def _views(self) -> list[Piece]:
+        return list(self._cut(self.scratch.size))
+
+    def _pieces(self, stride: int = 1) -> Iterable[Piece]:
+        """Flat index of the first entry, scores and mask: block by block, every ``stride``-th entry."""
+        if stride == 1:
+            return self._views if self._in_place else self._cut(self.scratch.size)
+        # What lies between needs no room.
+        return self._sampled(stride, self.scratch.size * (stride if self._in_place else 1))
+
+    def _sampled(self, stride: int, size: int) -> Iterator[Piece]:
+        for start, scores, among in self._cut(size):
+            every = slice(-(self.offset + start) % stride, None, stride)
+            yield start, scores[every], None if among is None else among[every]
+
+    def _cut(self, size: int) -> Iterator[Piece]:
         start = 0
-        size = self.scratch.size
-        if all(t.is_contiguous() for t in (self.scores, self.among) if t is not None):
-            size *= stride  # looked at in place: what lies between needs no room
-        parts = _parts(self.scores, size)
         masks = repeat(None) if self.among is None else _parts(self.among, size)
-        for number, (scores, mask) in enumerate(zip(parts, masks, strict=False)):
-            if number % turns == turn:
-                every = slice(-(self.offset + start) % stride, None, stride)
-                among = None if mask is None else mask[every]
-                yield start, self.scratch.keys_of(scores[every]), among
+        for scores, among in zip(_parts(self.scores, size), masks, strict=False):
+            yield start, scores, among
             start += scores.numel()
 
     def has_nan(self) -> Tensor:

@@ -15,6 +15,7 @@ from torch_rsst.shards import local
 from torch_rsst.workers import Workers
 
 _PACKED = 1 << 20  # entries of a mask that are packed to bits together
+_A_THREADS = 1 << 23  # entries for which a thread is worth it
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def put_back_on_failure(masks: Sequence[Tensor]) -> Iterator[None]:
         return [_saved(part) for part in parts[turn::turns]]
 
     on_cpu = sum(part.numel() for part in parts if part.device.type == "cpu")
-    put_back = list(chain(*Workers(on_cpu // _PACKED).run(save)))
+    put_back = list(chain(*Workers(on_cpu // _A_THREADS).run(save)))
     try:
         yield
     except BaseException:

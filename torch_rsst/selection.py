@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 # Entries looked at together: a small part of all, on the CPU few enough for the processor's cache. They
 # have no say in the result.
 _BLOCK = 1 << 19
-_LEAST = 1 << 17
+_LEAST = 1 << 18
 _LEAST_ELSEWHERE = 1 << 22
+_A_THREADS = (
+    1 << 23
+)  # entries for which a thread is worth it: each waits for the interpreter at times
 
 
 def lowest(
@@ -116,7 +119,7 @@ class Ranking:
         self._device = next(iter(scratch), torch.device("cpu"))
         self._names, self._reduce = names, ranks.add_up if ranks.mesh is not None else alone
         self._fused = fused_passes(self._columns, self._reduce)
-        self._workers = Workers(own // (2 * _LEAST) if self._on_cpu else 1)
+        self._workers = Workers(own // _A_THREADS if self._on_cpu else 1)
 
     @cached_property
     def available(self) -> int:
@@ -260,7 +263,7 @@ class Cut:
         for position, (column, out) in enumerate(zip(self.columns, outs, strict=True)):
             blocks = column.pairs(turn=(turn + position) % turns, turns=turns)
             for start, keys, among in blocks:
-                marks, _ = column.scratch.flags(keys.numel())
+                marks, _ = column.scratch.room(keys.numel()).flags
                 bound = self._bound(column, start, keys)
                 compare(keys, "<=" if goes else ">", bound, out=marks)
                 if among is not None:

@@ -40,7 +40,8 @@ class Workers:
     def run(self, work: Callable[[int, int], T]) -> list[T]:
         """What ``work(turn, turns)`` returns for every turn, all at the same time."""
         if self._others is None:
-            return [work(0, 1)]
+            with one_thread():
+                return [work(0, 1)]
         turns, stopped = self.count, threading.Event()
         begun, ended = ([threading.Event() for _ in range(turns)] for _ in range(2))
 
