@@ -38,6 +38,9 @@ class Meter:
         gc.collect()
         if self._on_cuda:
             return torch.cuda.memory_allocated(self.device)
+        for thread in threading.enumerate():
+            if thread.name.startswith("ThreadPoolExecutor"):
+                thread.join(timeout=1.0)  # of a call that has returned: about to end
         _give_back()
         return int(self._process.memory_info().rss)
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -149,8 +150,15 @@ def passes(options: Options, device: torch.device, *, step: float) -> Table:
             (w.view(-1), (current[n] & ~refill[n]).view(-1).nonzero()[:, 0])
             for n, w in zip(refill, weights, strict=True)
         ]
+        listed = sum(8.0 * index.numel() for _, index in lists)
         rows[f"index lists, {units}"] = partial(_shrink_listed, lists)
-        memory[f"index lists, {units}"] = sum(8.0 * i.numel() for _, i in lists)
+        memory[f"index lists, {units}"] = listed
+        parts = [
+            Part(w, torch.zeros_like(w), current[n].to(w), refill[n].to(w), torch.zeros_like(w))
+            for n, w in zip(refill, weights, strict=True)
+        ]
+        rows[f"as published, {units}"] = partial(_add_as_published, parts)
+        memory[f"as published, {units}"] = listed + sum(4.0 * w.numel() for w in weights)
     penalized_weights = sum(int((~m).sum()) for m in refill.values())
     seconds: dict[str, list[float]] = {row: [] for row in rows}
     for turn in range(-2, 5 * options.repeats):
@@ -160,19 +168,43 @@ def passes(options: Options, device: torch.device, *, step: float) -> Table:
                 seconds[row].append(took)
     plain = seconds["plain update, all weights"]
     table = Table(title="the penalty of a step alone, decoupled")
-    for heading in ("what", "ms", "of plain", "of a step", "bytes a weight of units to go"):
+    for heading in ("what", "ms", "of plain", "of ours", "of a step", "bytes a weight to go"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for row, times in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(times, plain, strict=True))
+        ours = seconds.get(f"penalty, {row.partition(', ')[2]}", times)
+        of_plain, of_ours = (
+            statistics.median(a / b for a, b in zip(times, others, strict=True))
+            for others in (plain, ours)
+        )
         took = statistics.median(times)
         held = f"{memory[row] / penalized_weights:.2f}" if row in memory else ""
-        table.add_row(row, f"{1e3 * took:.2f}", f"{ratio:.2f} x", f"{took / step:.2%}", held)
+        ratios = (f"{of_plain:.2f} x", f"{of_ours:.1f} x")
+        table.add_row(row, f"{1e3 * took:.2f}", *ratios, f"{took / step:.2%}", held)
     return table
 
 
 def _shrink_listed(lists: list[tuple[Tensor, Tensor]]) -> None:
     for weight, index in lists:
         weight.index_put_((index,), weight[index] * 0.999)
+
+
+class Part(NamedTuple):
+    """A parameter in the research code's step; all of one shape and dtype."""
+
+    weight: Tensor
+    gradient: Tensor
+    current: Tensor
+    refill: Tensor
+    strengths: Tensor
+
+
+def _add_as_published(parts: list[Part]) -> None:
+    """The arithmetic of the research code: list P, write λ there, add it times all weights to gradients."""
+    for part in parts:
+        in_p = (part.refill == 0) & (part.current == 1)
+        (index,) = torch.where(in_p.flatten())
+        part.strengths.view(-1)[index] = 0.001
+        part.gradient.add_(part.strengths * part.weight)
 
 
 def training_step(row: str, options: Options, device: torch.device) -> Step:

@@ -151,8 +151,8 @@ def narrowed(
     low, high = _guess(columns, rank, entries, kind, workers=workers, reduce=reduce)
     own = sum(column.scores.numel() for column in columns)
     # Twice the few, since threads do not find the same number.
-    room = 2 * max(2 * _LEAST, int(_FEW * own)) // workers.count
-    surveys = workers.run(partial(_survey, columns, kind, low, high, room))
+    most = 2 * max(2 * _LEAST, int(_FEW * own)) // workers.count
+    surveys = workers.run(partial(_survey, columns, kind, low, high, most))
     has_nan = [any(each) for each in zip(*(s.has_nan for s in surveys), strict=True)]
     found = [
         sum(each) for each in zip(*((s.below, s.inside, s.overfull) for s in surveys), strict=True)
@@ -256,12 +256,12 @@ class _Survey:
 
 
 def _survey(
-    columns: Sequence[Column], kind: Kind, low: int, high: int, room: int, turn: int, turns: int
+    columns: Sequence[Column], kind: Kind, low: int, high: int, most: int, turn: int, turns: int
 ) -> _Survey:
     found = [torch.empty(0, dtype=kind.integer, device=_CPU)]
     places = [torch.empty(0, dtype=torch.int64, device=_CPU)]
     has_nan = [False] * len(columns)
-    below = inside = 0
+    below, inside, infinity = 0, 0, kind.infinity
     for position, column in enumerate(columns):
         blocks = column.pairs(turn=(turn + position) % turns, turns=turns) if column.counts else ()
         for start, keys, among in blocks:
@@ -270,12 +270,12 @@ def _survey(
             if among is not None:
                 above &= column.scratch.competing(among)
             below += keys.numel() - int(count(above))
-            if int(keys.amax()) > kind.infinity:  # hardly ever
-                has_nan[position] |= bool(((keys > kind.infinity) & above).any())
+            if int(keys.amax()) > infinity:  # hardly ever
+                has_nan[position] |= bool(((keys > infinity) & above).any())
             compare(keys, "<=", high, out=near)
             indices = positions(near.logical_and_(above))
             inside += len(indices)
-            if inside <= room:
+            if inside <= most:
                 found.append(keys[indices])
                 places.append(column.place(start + indices))
-    return _Survey(below, inside, inside > room, torch.cat(found), torch.cat(places), has_nan)
+    return _Survey(below, inside, inside > most, torch.cat(found), torch.cat(places), has_nan)
