@@ -199,11 +199,11 @@ class Part(NamedTuple):
 
 
 def _add_as_published(parts: list[Part]) -> None:
-    """The arithmetic of the research code: list P, write λ there, add it times all weights to gradients."""
+    """The operations of the research code: list P, write λ there, add it times all weights to gradients."""
     for part in parts:
         in_p = (part.refill == 0) & (part.current == 1)
         (index,) = torch.where(in_p.flatten())
-        part.strengths.view(-1)[index] = 0.001
+        part.strengths.view(-1)[index.cpu().numpy()] = 0.001
         part.gradient.add_(part.strengths * part.weight)
 
 
