@@ -48,10 +48,10 @@ class Options:
     depth: int = 12
     heads: int = 6
     tokens: int = 197
-    batch: int = 8
+    batch: int = 64
     amount: float = 0.5
     device: str = "cpu"
-    repeats: int = 9
+    repeats: int = 3
 
 
 class Attention(nn.Module):
