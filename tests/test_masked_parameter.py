@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn.utils import prune as stock
 import torch_rsst
 from torch_rsst import freezing, masked_parameter
 from torch_rsst.masked_parameter import MaskHook, NewMasks, find_hook, install, restore
+from torch_rsst.rollback import AllOrNothing
 from torch_rsst.site import Site, check_site, masked_sites
 from torch_rsst.testing import assert_mask_invariants
 
@@ -238,6 +241,72 @@ def test_an_interrupt_is_rolled_back_too(
     with pytest.raises(KeyboardInterrupt):
         mask(Site(layer, "weight"), 1, 0)
     assert fingerprint(layer) == before
+
+
+@pytest.mark.parametrize("on", ["entry", "exit"])
+def test_an_interrupt_around_the_rollback_leaves_all_masks_old_or_all_new(on: str) -> None:
+    """Whenever the exception is dropped, which a generator that holds a rollback would wait for."""
+    layers = [layer_of(3.0, 1.0), layer_of(2.0, 4.0)]
+    mask(Site(layers[0], "weight"), 1, 1)
+
+    def interrupt(frame: Any, event: str, _: object) -> None:
+        code = frame.f_code
+        if code.co_name == f"__{on.replace('entry', 'enter')}__" and "rollback" in code.co_filename:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    new = NewMasks.of([torch.tensor([[True, False]]), torch.tensor([[False, True]])])
+    held: BaseException | None = None
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        install([Site(layer, "weight") for layer in layers], new)
+    except KeyboardInterrupt as raised:
+        held = raised
+    finally:
+        sys.settrace(before)
+    assert held is not None
+    expected = [[[1.0, 1.0]], None] if on == "entry" else [[[1.0, 0.0]], [[0.0, 1.0]]]
+
+    def masks() -> list[Any]:
+        found = [layer._buffers.get("weight_mask") for layer in layers]
+        return [None if each is None else each.tolist() for each in found]
+
+    assert masks() == expected
+    held = None
+    gc.collect()
+    assert masks() == expected
+
+
+def test_a_step_back_that_fails_keeps_no_other_from_being_made() -> None:
+    layers = [layer_of(3.0, 1.0), layer_of(2.0, 4.0)]
+    for layer in layers:
+        mask(Site(layer, "weight"), 1, 1)
+
+    def fail() -> None:
+        with AllOrNothing([Site(layer, "weight") for layer in layers]) as undo:
+            undo.append(failing)
+            for layer in layers:
+                layer.weight_mask.zero_()
+            raise ValueError
+
+    with pytest.raises(InjectedError):
+        fail()
+    assert [layer.weight_mask.tolist() for layer in layers] == [[[1.0, 1.0]], [[1.0, 1.0]]]
+
+
+@pytest.mark.parametrize("how", ["expanded", "made in inference mode"])
+def test_a_mask_that_cannot_be_written_to_is_replaced(how: str) -> None:
+    layer = nn.Linear(3, 2)
+    if how == "expanded":
+        mask(Site(layer, "weight"), 1, 1, 1)
+        layer.weight_mask = torch.ones(3).expand(2, 3)
+    else:
+        with torch.inference_mode():
+            stock.l1_unstructured(layer, "weight", 0)
+    torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=2)
+    torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=2)
+    assert int(layer.weight_mask.sum()) == 2
 
 
 ODD_MASKS = {

@@ -7,7 +7,10 @@ import gc
 import math
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -509,10 +512,10 @@ def test_the_state_of_other_total_steps_is_refused():
             None,
             {"schedule": lambda t: 1e39},
             ValueError,
-            "schedule: expected a number >= 0, finite",
+            "schedule at t=1: expected a number >= 0, got 1e\\+39",
         ),
         (None, {"schedule": "liner"}, ValueError, "Did you mean 'linear'"),
-        (None, {"strength": -1.0}, ValueError, "strength: expected a number >= 0, finite"),
+        (None, {"strength": -1.0}, ValueError, "strength: expected a number >= 0, got"),
         (
             None,
             {"current_mask": {"weight": GOES.T}},
@@ -528,6 +531,24 @@ def test_wrong_arguments_are_named(refill, kwargs, error, text):
         RegularizedPruner(model, refill, **{"total_steps": 4, **kwargs})
     assert not model.weight._post_accumulate_grad_hooks
     pruner_of(model).remove()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e39, 0.0, -1.0, True, None])
+def test_a_scale_that_a_callable_returns_is_checked_too(scale: object) -> None:
+    model = linear()
+    pruner = pruner_of(model, mode="coupled", grad_scale=lambda: scale)
+    with pytest.raises((TypeError, ValueError), match="grad_scale: expected a number > 0, got"):
+        model(torch.ones(1, 4)).sum().backward()
+    pruner.detach()
+
+
+@pytest.mark.parametrize("scale", [2, 2.0, Fraction(2), np.float32(2)])
+def test_scales_are_numbers_of_any_kind(scale: Any) -> None:
+    model = linear()
+    pruner = pruner_of(model, mode="coupled", grad_scale=scale)
+    model(torch.ones(1, 4)).sum().backward()
+    assert bool(model.weight.grad.isfinite().all())
+    pruner.detach()
 
 
 def test_an_optimizer_that_lacks_a_penalized_parameter_is_an_error():
@@ -616,7 +637,7 @@ def test_reset_measures_the_norm_anew():
 )
 def test_a_schedule_that_would_destroy_weights_is_refused(schedule, error):
     layer = linear()
-    with pytest.raises(error, match="schedule: expected a number"):
+    with pytest.raises(error, match=r"schedule at t=.*: expected a number"):
         RegularizedPruner(layer, {"weight": ~GOES}, total_steps=1, schedule=schedule)
     assert RegularizedPruner.attached_to(layer) is None
 

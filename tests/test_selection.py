@@ -26,6 +26,7 @@ from ranked_scores import (
 )
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.two_tensor import TwoTensor
 
 import torch_rsst
 from torch_rsst import candidates, saved_masks, selection, workers
@@ -228,7 +229,9 @@ def test_nan_outside_the_competition_is_fine() -> None:
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if "MUTANT_UNDER_TEST" in os.environ:
         # Mutants run in forked processes, where PyTorch would wait for threads that were not copied.
-        threads = SimpleNamespace(get_num_threads=lambda: 3, set_num_threads=lambda _: None)
+        threads = SimpleNamespace(
+            get_num_threads=lambda: 3, set_num_threads=lambda _: None, no_grad=torch.no_grad
+        )
         monkeypatch.setattr(workers, "torch", threads)
         yield
         return
@@ -466,7 +469,9 @@ def test_an_interrupt_waits_for_all_threads(
             raise KeyboardInterrupt
 
     main = threading.current_thread()
-    threads = SimpleNamespace(get_num_threads=lambda: 2, set_num_threads=lambda _: None)
+    threads = SimpleNamespace(
+        get_num_threads=lambda: 2, set_num_threads=lambda _: None, no_grad=torch.no_grad
+    )
     monkeypatch.setattr(workers, "torch", threads)
     with pytest.raises(KeyboardInterrupt):
         workers.Workers(2).run(work)
@@ -507,10 +512,11 @@ def test_inference_mode_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's allocator held at once for ``work``, and the most of NumPy's."""
-    tracemalloc.start()
+    """The most bytes that PyTorch's allocator held at once for ``work``, and NumPy's when called again."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
+    tracemalloc.start()
+    work()
     _, of_numpy = tracemalloc.get_traced_memory()  # with Python's own
     tracemalloc.stop()
     events: Any = profiler.profiler.kineto_results.events()
@@ -525,7 +531,7 @@ def peak_of(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("sizes", [(512,) * 8, (1448,)], ids=["several", "one"])
 def test_memory_of_a_call(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     # What does not grow with the weights would count for more here than it does with many.
-    in_small(monkeypatch, block=1 << 19, sample=1 << 14)
+    in_small(monkeypatch, block=1 << 19, sample=1 << 15)
     monkeypatch.setattr(saved_masks, "_PACKED", 1 << 16)
     model = layers(*sizes)
     parameters = [(layer, "weight") for layer in model]
@@ -551,6 +557,29 @@ def test_rounds_hold_no_more_memory() -> None:
         return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
     assert held_by_rounds() == 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_views_with_the_sign_turned_are_read_as_such(dtype: torch.dtype, absolute: bool) -> None:
+    turned = torch._neg_view(torch.tensor([-3.0, -1.0, 2.0, -5.0], dtype=dtype))
+    marks = lowest([turned], 1, absolute=absolute)[0]
+    assert marks.tolist() == [False, absolute, not absolute, False]
+
+
+@pytest.mark.parametrize("among", [[torch.ones(1)], [torch.ones(6)], [], [torch.ones(4, 1)]])
+def test_masks_have_the_shapes_of_the_scores(among: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"among: expected \[\(4,\)\], got"):
+        lowest([torch.arange(4.0)], 1, among=among)
+
+
+def test_wrappers_around_tensors_are_pruned_again_and_again() -> None:
+    layer = nn.Linear(8, 8)
+    pair = TwoTensor(torch.randn(8, 8), torch.randn(8, 8))
+    layer.weight = nn.Parameter(pair)
+    for masked in (10, 20):
+        torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=10)
+        assert int((layer.weight_mask == 0).sum()) == masked
 
 
 def test_infinity_is_no_nan() -> None:

@@ -11,6 +11,8 @@ from torch_rsst.errors import message
 
 Amount = int | float
 
+_HIGHEST = 3.4028234663852886e38  # of float32, in which optimizers calculate
+
 
 def check_amount(amount: object, subject: str = "amount") -> None:
     """Raise unless ``amount`` is an int >= 0 or a float in [0, 1].
@@ -66,16 +68,27 @@ def check_count(value: object, subject: str, *, at_least: int) -> None:
         raise ValueError(message(subject, expected=expected, got=repr(value), remedy=remedy))
 
 
-def check_number(value: object, subject: str, *, above: float, or_equal: bool = False) -> None:
-    """Raise unless ``value`` is a finite number > ``above``, or >= where ``or_equal``."""
+def check_number(
+    value: object,
+    subject: str,
+    *,
+    above: float,
+    or_equal: bool = False,
+    remedy: str | None = None,
+) -> float:
+    """The number as a float; raise unless it is > ``above``, or >= where ``or_equal``, and finite in float32."""
     expected = f"a number {'>=' if or_equal else '>'} {above:g}"
-    remedy = f"Pass a finite number {'of at least' if or_equal else 'above'} {above:g}."
+    remedy = remedy or f"Pass a finite number {'of at least' if or_equal else 'above'} {above:g}."
     if isinstance(value, bool) or not isinstance(value, Real):
         got = f"{type(value).__name__} {value!r}"
         raise TypeError(message(subject, expected=expected, got=got, remedy=remedy))
-    number = float(value)
-    if not math.isfinite(number) or number < above or (number == above and not or_equal):
+    try:
+        number = float(value)
+    except OverflowError:  # an int
+        number = math.inf
+    if not (above < number <= _HIGHEST or (or_equal and number == above)):
         raise ValueError(message(subject, expected=expected, got=repr(value), remedy=remedy))
+    return number
 
 
 def to_count(amount: Amount, n: int, *, subject: str = "amount", of: str = "entries") -> int:

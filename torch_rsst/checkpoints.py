@@ -12,7 +12,7 @@ from torch_rsst.errors import MissingNameError, listing, message, unknown_choice
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.masks import apply_mask, dense_keys, extract_mask, masked_names, unwrap
 from torch_rsst.removal import remove_all
-from torch_rsst.rollback import rolled_back_on_failure
+from torch_rsst.rollback import AllOrNothing
 from torch_rsst.shards import is_sharded, placed_like
 from torch_rsst.site import masked_sites
 
@@ -90,7 +90,7 @@ def load_dense_state_dict(
     _check_fits(_dense_shapes(inner), loaded)
     tensors = [*inner.parameters(), *inner.buffers()]
     before = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
-    with torch.no_grad(), rolled_back_on_failure(masked_sites(inner.modules())):
+    with torch.no_grad(), AllOrNothing(masked_sites(inner.modules())):
         try:
             _load(inner, loaded, mask)
         except BaseException:

@@ -36,7 +36,7 @@ def compare(values: Tensor, how: Comparison, bound: float | Tensor, *, out: Tens
         bound: of all of them, or a vector.
         out: a bool vector, which is changed in place and returned.
     """
-    if values.device.type != "cpu":
+    if not _is_plain(values):
         return _PYTORCH[how](values, bound, out=out)
     limit = bound.numpy() if isinstance(bound, Tensor) else bound
     _NUMPY[how](_array(values), limit, out=out.numpy())
@@ -45,10 +45,16 @@ def compare(values: Tensor, how: Comparison, bound: float | Tensor, *, out: Tens
 
 def nonzero(values: Tensor, *, out: Tensor) -> Tensor:
     """Set ``out``, a bool vector, to where ``values`` are not 0, and return it."""
-    if values.device.type != "cpu":
+    if not _is_plain(values):
         return torch.ne(values, 0, out=out)
     np.not_equal(_array(values), 0, out=out.numpy())
     return out
+
+
+def _is_plain(values: Tensor) -> bool:
+    """Whether NumPy can read it: on the CPU, and no wrapper around other tensors."""
+    own_dispatch = type(values).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own_dispatch and values.device.type == "cpu"
 
 
 def _array(values: Tensor) -> np.ndarray:

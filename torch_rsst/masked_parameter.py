@@ -19,9 +19,9 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch_rsst.freezing import end_freeze, frozen_now
 from torch_rsst.fsdp import tell_of_new_name
 from torch_rsst.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
-from torch_rsst.rollback import place_kept, rolled_back_on_failure
+from torch_rsst.rollback import AllOrNothing, place_kept
 from torch_rsst.shards import is_sharded, local, placed_like
-from torch_rsst.site import Site, check_scores, check_site, masked_sites
+from torch_rsst.site import Site, check_scores, check_site, has_own_memory, masked_sites
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def install(sites: Sequence[Site], new: NewMasks) -> None:
         outs = list(masks.values())
         # Where a write is one operation and the last one, nothing can be half done.
         written = [] if not changed and new.at_once(outs) else sites
-        with rolled_back_on_failure(changed, written=written) as undo:
+        with AllOrNothing(changed, written=written) as undo:
             undo.append(frozen_now(dense))
             for site, mask in changing:
                 _reparametrize(site, mask)
@@ -169,6 +169,8 @@ def _mask_buffer(site: Site) -> Tensor:
         return torch.empty_like(original, requires_grad=False)
     if is_sharded(original) and not is_sharded(mask):
         return placed_like(mask, original).clone()  # masked before it was sharded
+    if mask.is_inference() or not has_own_memory(mask):
+        return mask.clone(memory_format=torch.contiguous_format)  # as it cannot be written to
     return mask
 
 
@@ -226,7 +228,7 @@ def restore(sites: Sequence[Site], *, hold_zeros: Callable[[], object] | None = 
         hold_zeros: freezes what was masked, as the last step.
     """
     masked = [(site.original, site.mask) for site in sites]  # tied ones may differ in their masks
-    with torch.no_grad(), rolled_back_on_failure(sites) as undo:
+    with torch.no_grad(), AllOrNothing(sites) as undo:
         undo.append(frozen_now(sites))
         for site in sites:
             found = find_hook(site)

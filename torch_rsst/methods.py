@@ -14,7 +14,7 @@ from torch_rsst.groups import head_layer
 from torch_rsst.importance import Importance, remain, resolve_importance, score_units
 from torch_rsst.live_weight import ORIG
 from torch_rsst.masked_parameter import MaskHook
-from torch_rsst.rollback import rolled_back_on_failure
+from torch_rsst.rollback import AllOrNothing
 from torch_rsst.selection import lowest
 from torch_rsst.shards import placed_like, total
 from torch_rsst.site import Site
@@ -195,7 +195,7 @@ class Fillback(MaskHook):
             super()._apply_to(site, importance_scores)
             return
         masked = site.mask == 0
-        with torch.no_grad(), rolled_back_on_failure([site]):
+        with torch.no_grad(), AllOrNothing([site]):
             super()._apply_to(site, importance_scores)
             returned = masked & (site.mask != 0)
             # In one go, at the very end: nothing can fail after it.

@@ -385,6 +385,8 @@ class RegularizedPruner:
         self._hooks_fired = True
         batches = 1 if self.block_loss_grad else self.accumulation_steps
         scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
+        if self.grad_scale is not None:
+            scale = check_number(scale, "grad_scale", above=0)
         share = Share((name,), self._shares[0].coupled)
         self._penalize(share, self.strength / batches, scale)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from torch_rsst.fsdp import tell_of_new_name
 from torch_rsst.live_weight import ORIG
-from torch_rsst.saved_masks import put_back_on_failure
+from torch_rsst.saved_masks import ways_back
 from torch_rsst.site import Site
 
 
@@ -34,46 +36,72 @@ def place_kept(site: Site) -> Iterator[None]:
         registry[other] = registry.pop(other)
 
 
-@contextmanager
-def rolled_back_on_failure(
-    sites: Sequence[Site], *, written: Sequence[Site] | None = None
-) -> Iterator[list[Callable[[], object]]]:
+class AllOrNothing:
     """Put modules back exactly as they were if the block raises, interrupts included.
 
-    Yields a list for what else must be called then, the last one first, once the modules are back.
+    Gives a list for what else must be called then, the last one first, once the modules are back. All
+    of it may be called twice.
 
-    Args:
-        sites: whose modules may change.
-        written: those with masks whose values may change; by default the same.
+    A class, not a generator: one that is interrupted on its way out waits at its ``yield`` until
+    somebody drops the exception, and would put things back then.
     """
-    present = [site.mask for site in (sites if written is None else written)]
-    masks = {id(mask): mask for mask in present if mask is not None}
-    with put_back_on_failure(list(masks.values())), _modules_put_back_on_failure(sites) as undo:
-        yield undo
 
+    def __init__(self, sites: Sequence[Site], *, written: Sequence[Site] | None = None) -> None:
+        """Note what is there.
 
-@contextmanager
-def _modules_put_back_on_failure(
-    sites: Sequence[Site],
-) -> Iterator[list[Callable[[], object]]]:
-    modules = {id(site.module): site.module for site in sites}.values()
-    saved = [(module, type(module), _shallow(module)) for module in modules]
-    undo: list[Callable[[], object]] = []
-    try:
-        yield undo
-    except BaseException:
-        for module, cls, state in saved:
-            module.__class__ = cls
-            _put_back(module, state)
-        for site in sites:
-            now, other = site.name, site.name + ORIG
-            if other in site.module._parameters:
-                now, other = other, now
-            tell_of_new_name(site.module, other, now)
+        Args:
+            sites: whose modules may change.
+            written: those with masks whose values may change; by default the same.
+        """
+        self._sites, self._written = sites, sites if written is None else written
+        self._undo: list[Callable[[], object]] = []
+
+    def __enter__(self) -> list[Callable[[], object]]:
+        modules = {id(site.module): site.module for site in self._sites}.values()
+        masks = {id(site.mask): site.mask for site in self._written if site.mask is not None}
+        self._masks_back = ways_back(list(masks.values()))
+        self._modules_back = [
+            partial(_put_back, module, type(module), _shallow(module)) for module in modules
+        ]
+        return self._undo
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            return
+        names_back = [partial(_tell_of_present_name, site) for site in self._sites]
         with torch.no_grad():
-            for each in reversed(undo):
-                each()
-        raise
+            _to_the_end(
+                [*self._modules_back, *names_back, *reversed(self._undo), *self._masks_back]
+            )
+
+
+def _to_the_end(steps: Sequence[Callable[[], object]]) -> None:
+    """Call all, whatever fails or interrupts, and raise that afterwards."""
+    raised: BaseException | None = None
+    for step in steps:
+        while True:
+            try:
+                step()
+            except KeyboardInterrupt as interrupt:
+                raised = interrupt
+                continue
+            except BaseException as error:
+                raised = error
+            break
+    if raised is not None:
+        raise raised
+
+
+def _tell_of_present_name(site: Site) -> None:
+    now, other = site.name, site.name + ORIG
+    if other in site.module._parameters:
+        now, other = other, now
+    tell_of_new_name(site.module, other, now)
 
 
 def _shallow(module: nn.Module) -> dict[str, Any]:
@@ -84,7 +112,8 @@ def _shallow(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _put_back(module: nn.Module, state: dict[str, Any]) -> None:
+def _put_back(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
+    module.__class__ = cls
     for key in module.__dict__.keys() - state.keys():
         del module.__dict__[key]
     for key, value in state.items():

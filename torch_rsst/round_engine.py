@@ -37,7 +37,7 @@ from torch_rsst.regularizer import RegularizedPruner, check_settings
 from torch_rsst.replicas import agreed, replica_group
 from torch_rsst.report import SparsityReport, sparsity_report
 from torch_rsst.rewind import Snapshot
-from torch_rsst.rollback import rolled_back_on_failure
+from torch_rsst.rollback import AllOrNothing
 from torch_rsst.round_state import RoundsState, RoundState, damage_reported, plain_settings
 from torch_rsst.site import Parameter, masked_sites
 from torch_rsst.training_round import Chosen, Round, record_decision, record_end
@@ -316,7 +316,7 @@ class Rounds(ABC):
                 groups=self._groups,
                 check_pruner=self._check_pruner,
             )
-            with rolled_back_on_failure(sites):
+            with AllOrNothing(sites):
                 self._continue(saved)
 
     def _check_pruner(self, state: Mapping[str, Any]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 
@@ -14,27 +13,19 @@ from torch_rsst.flags import compare, count, nonzero, packed, unpacked
 from torch_rsst.shards import local
 from torch_rsst.workers import Workers
 
-_PACKED = 1 << 20  # entries of a mask that are packed to bits together
+_PACKED = 1 << 20  # entries of a mask that are packed to bits together, a multiple of 8
 _A_THREADS = 1 << 23  # entries for which a thread is worth it
 
 
-@contextmanager
-def put_back_on_failure(masks: Sequence[Tensor]) -> Iterator[None]:
-    """Give masks their values again if the block raises, interrupts included."""
+def ways_back(masks: Sequence[Tensor]) -> list[Callable[[], object]]:
+    """For each mask, what gives it its present values again."""
     parts = [local(mask) for mask in masks]
 
     def save(turn: int, turns: int) -> list[Callable[[], object]]:
         return [_saved(part) for part in parts[turn::turns]]
 
     on_cpu = sum(part.numel() for part in parts if part.device.type == "cpu")
-    put_back = list(chain(*Workers(on_cpu // _A_THREADS).run(save)))
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for each in put_back:
-                each()
-        raise
+    return list(chain(*Workers(on_cpu // _A_THREADS).run(save)))
 
 
 def _saved(mask: Tensor) -> Callable[[], object]:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+from torch_rsst.budget import check_number
 from torch_rsst.errors import message, unknown_choice
 
 Schedule: TypeAlias = Callable[[float], float]
-
-_HIGHEST = 3.4028234663852886e38  # of float32: beyond, gradients would become infinite
-_RANGE = "a number >= 0, finite in float32"
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,9 @@ def strength_at(schedule: Schedule, t: float) -> float:
     Raises:
         TypeError, ValueError: for anything but a finite number >= 0.
     """
-    strength = schedule(t)
-    got = f"{strength!r} at t={t:.3g}"
     remedy = "Return a finite number >= 0 for every t in (0, 1]."
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise TypeError(message("schedule", expected="a number", got=got, remedy=remedy))
-    if not 0.0 <= strength <= _HIGHEST:  # NaN is not
-        raise ValueError(message("schedule", expected=_RANGE, got=got, remedy=remedy))
-    return float(strength)
+    subject = f"schedule at t={t:.3g}"
+    return check_number(schedule(t), subject, above=0, or_equal=True, remedy=remedy)
 
 
 _linear = partial(Polynomial, 1)
@@ -111,11 +104,7 @@ def resolve_schedule(schedule: str | Schedule, strength: float = 0.5) -> Schedul
         ValueError: for an unknown name or a strength that is negative or not finite.
         TypeError: for a schedule that is neither a name nor callable.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        got = f"{type(strength).__name__} {strength!r}"
-        raise TypeError(message("strength", expected="a number >= 0", got=got, remedy="Try 0.5."))
-    if not 0.0 <= strength <= _HIGHEST:  # NaN is not
-        raise ValueError(message("strength", expected=_RANGE, got=strength, remedy="Try 0.5."))
+    strength = check_number(strength, "strength", above=0, or_equal=True, remedy="Try 0.5.")
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise ValueError(unknown_choice("schedule", schedule, SCHEDULES))

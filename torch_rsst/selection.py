@@ -65,7 +65,8 @@ def lowest(
         bool tensors of the shapes of ``scores``, k entries True.
 
     Raises:
-        ValueError: for NaN in a competing entry, or ``k`` larger than the number of these.
+        ValueError: for NaN in a competing entry, ``k`` larger than the number of these, or ``among`` of
+            other shapes.
     """
     return Ranking(scores, among=among, absolute=absolute, names=names).cut(k).goes()
 
@@ -91,8 +92,9 @@ class Ranking:
         names: Sequence[str] | None = None,
     ) -> None:
         among = [None] * len(scores) if among is None else among
+        _check_shapes(scores, among)
         self._kind = Kind.of(scores, absolute=absolute)
-        ranks, parts = Ranks.of(scores), [local(t.detach()) for t in scores]
+        ranks, parts = Ranks.of(scores), [local(t.detach()).resolve_neg() for t in scores]
         own = sum(t.numel() for t in parts)
         longest = max((t.numel() for t in parts), default=0)
         sizes = {"cpu": min(longest, _BLOCK, max(_LEAST, own // 64))}
@@ -278,6 +280,17 @@ class Cut:
             return self.key - 1
         above = column.places(start, keys.numel()) > self.place
         return self.key - above.to(keys.dtype)
+
+
+def _check_shapes(scores: Sequence[Tensor], among: Sequence[Tensor | None]) -> None:
+    expected = [tuple(t.shape) for t in scores]
+    got = [
+        shape if mask is None else tuple(mask.shape)
+        for shape, mask in zip(expected, among, strict=False)
+    ]
+    if len(among) != len(scores) or got != expected:
+        remedy = "Pass a mask of the same shape for each tensor, or None."
+        raise ValueError(message("among", expected=str(expected), got=str(got), remedy=remedy))
 
 
 def _write(marks: Tensor, out: Tensor) -> None:

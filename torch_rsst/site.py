@@ -62,6 +62,13 @@ def dense_name(module: nn.Module, key: str) -> str:
     return name if name != key and Site(module, name).is_masked else key
 
 
+def has_own_memory(tensor: Tensor) -> bool:
+    """Whether no two entries share memory, as those of an expanded tensor do."""
+    return not any(
+        n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
 def check_site(module: object, name: object) -> Site:
     """The site of a parameter that can be masked.
 
@@ -117,9 +124,7 @@ def check_site(module: object, name: object) -> Site:
     if parameter.layout != torch.strided:
         got, remedy = str(parameter.layout), "Call to_dense() first."
         raise ValueError(message(subject, expected="a dense tensor", got=got, remedy=remedy))
-    if any(
-        n > 1 and step == 0 for n, step in zip(parameter.shape, parameter.stride(), strict=True)
-    ):
+    if not has_own_memory(parameter):
         expected, got = "entries with memory of their own", "an expanded tensor"
         remedy = "Clone it first: its entries cannot be masked one by one."
         raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))

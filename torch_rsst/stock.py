@@ -20,7 +20,7 @@ from torch_rsst.freezing import end_freeze
 from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import ORIG, make_live, make_plain
 from torch_rsst.masked_parameter import MaskHook, find_hook, restore, zero
-from torch_rsst.rollback import place_kept, rolled_back_on_failure
+from torch_rsst.rollback import AllOrNothing, place_kept
 from torch_rsst.shards import is_sharded
 from torch_rsst.site import Site
 
@@ -39,7 +39,7 @@ def _safe(function: F) -> F:
             _refuse_shards(module, name)
             reshard([module])
         mask = site.mask
-        with rolled_back_on_failure([site]), place_kept(site):
+        with AllOrNothing([site]), place_kept(site):
             result = function(module, name, *args, **kwargs)
             (make_live if site.is_masked else make_plain)(module, name)
             if mask is None and site.is_masked:

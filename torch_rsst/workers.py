@@ -7,7 +7,7 @@ then waits most of the time, and where other processes want the processor, nearl
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -19,15 +19,45 @@ T = TypeVar("T")
 _MOST = 8  # more threads would wait for the interpreter
 
 
+class _Here(threading.local):
+    """Of each thread: how often it is within :func:`one_thread`."""
+
+    depth = 0
+
+
+_here, _lock = _Here(), threading.Lock()
+_inside = 0  # threads that are
+_usual = 1  # what the first of them had
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep PyTorch from sharing operations of this thread out, for a while."""
-    count = torch.get_num_threads()
+    """Keep PyTorch from sharing operations of this thread out, for a while.
+
+    PyTorch takes a thread's number of threads for that of all threads that begin later. So what is
+    found while others are in here may be theirs.
+    """
+    global _inside, _usual
+    _here.depth += 1
     try:
-        torch.set_num_threads(1)
-        yield
+        if _here.depth > 1:
+            yield
+            return
+        with _lock:
+            own = torch.get_num_threads()
+            if _inside == 0:
+                _usual = own
+            _inside += 1
+            back = own if own > 1 else _usual
+        try:
+            torch.set_num_threads(1)
+            yield
+        finally:
+            with _lock:
+                _inside -= 1
+            torch.set_num_threads(back)
     finally:
-        torch.set_num_threads(count)
+        _here.depth -= 1
 
 
 class Workers:
@@ -48,7 +78,8 @@ class Workers:
         def unless_stopped(turn: int) -> T | None:
             begun[turn].set()
             try:
-                return None if stopped.is_set() else work(turn, turns)
+                with torch.no_grad():  # which a thread does not inherit
+                    return None if stopped.is_set() else work(turn, turns)
             finally:
                 ended[turn].set()
 
@@ -58,19 +89,18 @@ class Workers:
                 others = [submit(unless_stopped, turn) for turn in range(1, turns)]
                 return [work(0, turns), *(other.result() for other in others)]  # type: ignore[list-item]
             finally:
-                stopped.set()
-                # What has not begun does nothing any more. Of the rest, each future may have been lost.
-                _wait_for_all([ended[turn] for turn in range(turns) if begun[turn].is_set()])
-
-
-def _wait_for_all(events: Sequence[threading.Event]) -> None:
-    """Wait however often that is interrupted: afterwards nothing is written any more."""
-    interrupt: BaseException | None = None
-    for event in events:
-        while not event.is_set():
-            try:
-                event.wait()
-            except BaseException as raised:
-                interrupt = raised
-    if interrupt is not None:
-        raise interrupt
+                # Wait however often that is interrupted: afterwards nothing is written any more.
+                interrupt: BaseException | None = None
+                while True:
+                    try:
+                        stopped.set()
+                        # What has not begun does nothing any more. Of the rest, each future may have
+                        # been lost.
+                        for turn in range(turns):
+                            if begun[turn].is_set():
+                                ended[turn].wait()
+                        break
+                    except BaseException as raised:
+                        interrupt = raised
+                if interrupt is not None:
+                    raise interrupt
