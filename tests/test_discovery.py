@@ -262,7 +262,6 @@ def test_mlps_that_cannot_be_cut_exactly(
     [
         nn.Sequential(nn.Linear(4, 6), nn.Linear(5, 4)),  # two layers that do not fit: no MLP
         nn.Sequential(nn.Linear(4, 6), nn.ReLU()),
-        nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 4)),
     ],
 )
 def test_what_is_no_mlp_is_passed_over_in_silence(model: nn.Module) -> None:
@@ -534,10 +533,21 @@ def test_units_that_bypass_the_output_layer_are_refused() -> None:
         torch_rsst.find_groups(nn.Sequential(Bypassed()), on_unsupported="ignore")
 
 
-def test_activations_that_are_not_finite_are_the_reason_given() -> None:
+def test_weights_that_are_not_finite_are_the_reason_given() -> None:
     mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     with torch.no_grad():
         mlp[0].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"its 0\.weight holds NaN or infinity"):
+        torch_rsst.find_groups(mlp, on_unsupported="ignore")
+
+
+class _Overflow(nn.Module):
+    def forward(self, x):
+        return x / 0.0
+
+
+def test_activations_that_are_not_finite_are_the_reason_given() -> None:
+    mlp = nn.Sequential(nn.Linear(4, 8), _Overflow(), nn.Linear(8, 4))
     with pytest.raises(ValueError, match="its activations are not finite"):
         torch_rsst.find_groups(mlp, on_unsupported="ignore")
 

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from torch_rsst.errors import (
     InertPenaltyWarning,
@@ -7,6 +8,7 @@ from torch_rsst.errors import (
     UnsupportedModuleWarning,
     listing,
     message,
+    shown,
     unknown_choice,
 )
 
@@ -47,3 +49,21 @@ def test_listing_names_the_first_few(names: list[str], limit: int, text: str) ->
 def test_one_filter_reaches_every_warning(kind: type[Warning]) -> None:
     assert issubclass(kind, RSSTWarning)
     assert issubclass(kind, UserWarning)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (("weight", 1.5), "('weight', 1.5)"),
+        (["weight"], "['weight']"),
+        (torch.nn.Parameter(torch.ones(2, 3)), "a Parameter of shape (2, 3)"),
+        (("fc.weight", torch.ones(2)), "('fc.weight', a Tensor of shape (2,))"),
+        (torch.nn.Linear(2, 3), "Linear(in_features=2, out_features=3, bias=True)"),
+        (torch.nn.Sequential(torch.nn.Linear(2, 3)), "a Sequential"),
+        ([1, 2, 3, 4], "a list of 4"),
+        ("x" * 100, "a str"),
+        (None, "None"),
+    ],
+)
+def test_what_was_given_is_shown_in_a_line(value: object, text: str) -> None:
+    assert shown(value) == text

@@ -551,6 +551,13 @@ def test_scales_are_numbers_of_any_kind(scale: Any) -> None:
     pruner.detach()
 
 
+def test_a_scheduler_is_no_optimizer() -> None:
+    model = linear()
+    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    with pytest.raises(TypeError, match=r"got the scheduler StepLR. Pass scheduler.optimizer"):
+        pruner_of(model, optimizer=scheduler)
+
+
 def test_an_optimizer_that_lacks_a_penalized_parameter_is_an_error():
     model = linear()
     optimizer = torch.optim.SGD([model.bias], lr=0.1)

@@ -66,6 +66,17 @@ def alive_share(model: nn.Module, groups: Any) -> float:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_is_printed_in_a_session_is_short() -> None:
+    rsst, model, _ = rounds_of()
+    groups = find_groups(model)
+    rnd = next(rsst)
+    assert repr(groups) == f"<Groups: {groups}>"
+    assert repr(groups.layers[0]) == f"<GroupLayer: {groups.layers[0]}>"
+    assert repr(rnd) == "<Round 0: 0 of 3 steps>"
+    assert repr(rsst.report()) == str(rsst.report())
+    rnd.pruner.detach()
+
+
 def test_there_are_as_many_rankings_as_trainings(method, monkeypatch):
     happened = []
     monkeypatch.setattr(round_engine, "rank", lambda *args: happened.append("rank") or rank(*args))

@@ -51,6 +51,23 @@ def message(subject: str, *, expected: str, got: object, remedy: str) -> str:
     return f"{subject}: expected {expected}, got {got}. {remedy}"
 
 
+def shown(value: object) -> str:
+    """A value for a message: what it is, where all that it holds would be long.
+
+    >>> shown(("weight", 3)), shown(torch.ones(4, 5)), shown(list(range(100)))
+    ("('weight', 3)", 'a Tensor of shape (4, 5)', 'a list of 100')
+    """
+    if hasattr(value, "shape"):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        if len(value) > 3:
+            return f"a {type(value).__name__} of {len(value)}"
+        text = ", ".join(map(shown, value))
+        return f"({text})" if isinstance(value, tuple) else f"[{text}]"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
+
+
 def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:
     """The error text for a name that is not one of ``choices``, with the nearest one suggested.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_rsst.budget import check_count
-from torch_rsst.errors import MissingNameError, message
+from torch_rsst.errors import MissingNameError, message, shown
 from torch_rsst.shards import Layout, Ranks, local, sharded_like
 
 NO_UNIT = -1
@@ -160,6 +160,9 @@ class GroupLayer:
     def __str__(self) -> str:
         return f"{self.name or 'the model'} ({self.units} {self.kind})"
 
+    def __repr__(self) -> str:
+        return f"<GroupLayer: {self}>"
+
 
 def _slabs(members: Iterable[Member], unit: int) -> Iterator[Slab]:
     for m in members:
@@ -219,6 +222,9 @@ class Groups(Sequence[Group]):
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         return f"{listed or 'no groups'} in {len(self.layers)} layers"
 
+    def __repr__(self) -> str:
+        return f"<Groups: {self}>"
+
 
 def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLayer]) -> Groups:
     """Whatever holds groups, as :class:`Groups`: also a list or generator of single units.
@@ -239,7 +245,7 @@ def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLaye
     units = [item for item in items if isinstance(item, Group)]
     if len(layers) + len(units) != len(items):
         wrong = next(i for i in items if not isinstance(i, (Group, GroupLayer)))
-        raise TypeError(message("groups", expected="groups", got=repr(wrong), remedy=remedy))
+        raise TypeError(message("groups", expected="groups", got=shown(wrong), remedy=remedy))
     gathered = (*layers, *_regather(units))
     names = [(layer.name, layer.kind) for layer in gathered]
     if twice := next((n for i, n in enumerate(names) if n in names[:i]), None):

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.errors import listing, message
@@ -57,6 +58,10 @@ def innermost(optimizer: Any) -> Optimizer:
     Raises:
         TypeError: for what is no optimizer.
     """
+    if isinstance(optimizer, LRScheduler):
+        remedy = "Pass scheduler.optimizer."
+        got = f"the scheduler {type(optimizer).__name__}"
+        raise TypeError(message("optimizer", expected="a torch optimizer", got=got, remedy=remedy))
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):

@@ -223,6 +223,9 @@ class SparsityReport:
             "budgets": [asdict(budget) for budget in self.budgets],
         }
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         return _table(self)
 

@@ -256,13 +256,13 @@ class Rounds(ABC):
                 remedy = (
                     "Train longer, or lower steps_per_round."
                     if pruner.steps
-                    else "Train in the round with the optimizer passed as optimizer=, or call "
-                    "rnd.pruner.step() after each step."
+                    else "Train in the round with the optimizer passed as optimizer= or to "
+                    "rnd.attach(), or call rnd.pruner.step() after each step, which counts them."
                 )
+                early = ", before the penalty has its full strength" if pruner.start_norm else ""
                 warnings.warn(
                     f"Round {index} closed after {pruner.steps} of steps_per_round="
-                    f"{self.steps_per_round} optimizer steps, before a penalty has its full "
-                    f"strength. {remedy}",
+                    f"{self.steps_per_round} optimizer steps{early}. {remedy}",
                     RoundWarning,
                     stacklevel=3,
                 )

@@ -55,7 +55,9 @@ class RSST(Rounds):
         rounds: how many rankings and trainings.
         amount: what a ranking prunes: a fraction of the entries still alive, or a count.
         regroup_amount: fraction of all units that is meant to go, None for the density budget, or
-            a callable round index → fraction for a ramp.
+            a callable round index → fraction for a ramp. Rounded to whole units in each scope: of 3
+            heads in a layer, 0.5 lets 2 go; ``scope="type"`` comes nearer. An int counts the units
+            that go in each scope.
         importance: how units are scored, see :func:`regroup`.
         scope: what units compete with: ``"layer"``, ``"type"`` or ``"global"``.
         rewind: after each choice of a mask, put surviving weights back to those at construction
@@ -209,8 +211,8 @@ class Refill(Rounds):
         fillback_rate: the share of what would go that is given back, of a ``regroup_amount`` too:
             of 100 units, 0.5 and 0.1 let 45 go. With ``regroup_amount=None``
             the units then settle at f / (1 − (1 − amount)(1 − f)), 36 % at 0.2 and 0.1.
-        regroup_amount: fraction of all units that goes, a callable round index → fraction, or None
-            to keep as many as the density after ranking says.
+        regroup_amount: fraction of all units that goes, an int or a callable as for :class:`RSST`, or
+            None to keep as many as the density after ranking says.
         reset_moments: entries that come back start with momentum and running averages of 0 in the
             ``optimizer``; by default they go on with what it remembers of them.
 

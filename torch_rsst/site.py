@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torch_rsst.errors import listing, message
+from torch_rsst.errors import listing, message, shown
 from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.shards import placed_like
@@ -77,7 +77,7 @@ def check_site(module: object, name: object) -> Site:
         ValueError: where the name is no maskable parameter; says which are.
     """
     if not isinstance(module, nn.Module) or not isinstance(name, str):
-        got = f"({type(module).__name__}, {name!r})"
+        got = f"({type(module).__name__}, {shown(name)})"
         remedy = "Pass for example (model.fc, 'weight')."
         raise TypeError(
             message("parameter", expected="a (module, name) pair", got=got, remedy=remedy)
@@ -158,7 +158,7 @@ def site_of(pair: object) -> Site:
         TypeError, ValueError: for no such pair, or as :func:`check_site` does.
     """
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-        raise TypeError(_not_pairs(repr(pair)))
+        raise TypeError(_not_pairs(shown(pair)))
     return check_site(*pair)
 
 

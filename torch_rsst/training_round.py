@@ -68,6 +68,9 @@ class Round:
     _alive_to_penalize: Masks
     _history: DecisionHistory
 
+    def __repr__(self) -> str:
+        return f"<Round {self.index}: {self.pruner.steps} of {self.pruner.total_steps} steps>"
+
     def attach(self, optimizer: Optimizers) -> None:
         """Let an optimizer that is made inside the loop, or a list, carry penalty and step count.
 

@@ -207,8 +207,7 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
     call = tree_map(lambda v: v.float() if is_half(v) else v, call)
     before = _outputs(whole, call)
     if not all(bool(tensor.isfinite().all()) for tensor in before):
-        refused = "its activations are not finite, so that its units cannot be told apart"
-        return Verdict(refused=refused)
+        return Verdict(refused=_why_not_finite(module))
     heard = False
     for gone in choices(layer.units, adapter.least):
         removal = Removal(layer, gone)
@@ -236,6 +235,13 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
     return Verdict(refused=mixed or "")
 
 
+def _why_not_finite(module: nn.Module) -> str:
+    for name, weight in named_weights(module).items():
+        if not bool(weight.isfinite().all()):
+            return f"its {name} holds NaN or infinity: look for the step at which training diverged"
+    return "its activations are not finite, so that its units cannot be told apart"
+
+
 def _why_mixed(module: nn.Module, layer: GroupLayer, call: Call) -> str | None:
     """On the module itself: the forward of a copy may be bound to the module it was copied from."""
     try:
@@ -257,7 +263,7 @@ def _tokens(module: nn.Module, layer: GroupLayer) -> Iterator[Call]:
     weight = named_weights(module)[first.parameter]
     generator = torch.Generator().manual_seed(0)
     if isinstance(inner, nn.Linear):
-        shapes: tuple[tuple[int, ...], ...] = ((2, 4, inner.in_features),)
+        shapes: tuple[tuple[int, ...], ...] = ((2, 4, inner.in_features), (2, inner.in_features))
     elif isinstance(inner, nn.Conv2d):
         shapes = ((2, inner.in_channels, 4, 4),)
     else:
