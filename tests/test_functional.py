@@ -396,8 +396,6 @@ def test_scores_under_a_key_that_is_no_pair_are_refused(key: Any) -> None:
 @pytest.mark.parametrize("method", ["parameters", "named_parameters", "named_modules"])
 def test_what_lists_no_pairs_is_named_in_a_line(method: str) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64)))
-    with pytest.raises(
-        TypeError, match=r"Pass a list such as \[\(model.fc, 'weight'\)\]"
-    ) as raised:
+    with pytest.raises(TypeError, match=r"Pass .*\(model\.fc, 'weight'\)") as raised:
         torch_rsst.global_unstructured(getattr(model, method)(), torch_rsst.GlobalL1, amount=0.2)
     assert len(str(raised.value)) < 200

@@ -65,7 +65,6 @@ def alive_share(model: nn.Module, groups: Any) -> float:
 # Rankings and trainings
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_what_is_printed_in_a_session_is_short() -> None:
     rsst, model, _ = rounds_of()
     groups = find_groups(model)
@@ -77,6 +76,7 @@ def test_what_is_printed_in_a_session_is_short() -> None:
     rnd.pruner.detach()
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_there_are_as_many_rankings_as_trainings(method, monkeypatch):
     happened = []
     monkeypatch.setattr(round_engine, "rank", lambda *args: happened.append("rank") or rank(*args))
