@@ -342,3 +342,10 @@ def test_a_longer_chain_of_layers_is_told_how_to_be_nested() -> None:
 def test_layers_behind_a_flattening_are_found() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     assert [layer.units for layer in torch_rsst.find_groups(model).layers] == [5]
+
+
+def test_two_layers_that_share_a_weight_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"its 2\.weight is tied to another parameter of it"):
+        torch_rsst.find_groups(model)

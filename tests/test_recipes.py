@@ -275,7 +275,7 @@ def test_failing_write_leaves_the_old_file(tmp_path):
         ({"amount": 1.5}, "amount: expected"),
         ({"regroup_amount": -0.1}, "regroup_amount: expected a fraction"),
         ({"schedule": "liner"}, "Did you mean 'linear'"),
-        ({"strength": float("nan")}, "strength: expected a finite number"),
+        ({"strength": float("nan")}, "strength: expected a number >= 0"),
         ({"batch_size": 0}, "batch_size: expected an int >= 1"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number > 0"),
         ({"seed": -1}, "seed: expected an int >= 0"),

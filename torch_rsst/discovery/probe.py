@@ -203,6 +203,9 @@ def _copied(value: Any) -> Any:
 
 
 def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -> Verdict:
+    weights = named_weights(module)
+    if tied := [m.parameter for m in layer.members if m.parameter not in weights]:
+        return Verdict(refused=f"its {tied[0]} is tied to another parameter of it")
     whole, given = randomized(module), call
     call = tree_map(lambda v: v.float() if is_half(v) else v, call)
     before = _outputs(whole, call)
