@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import linear, mlp, same, tokens
 from torch import nn
+from torch.nn.utils import prune as stock
 
 import torch_rsst
 
@@ -191,3 +192,14 @@ def test_a_load_that_fails_late_changes_nothing(mask: Any, fingerprint: Fingerpr
     with pytest.raises(RuntimeError, match="late"):
         torch_rsst.load_dense_state_dict(model, state, mask=mask)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("choice", ["keep", "zeros", "remove"])
+def test_masks_made_in_inference_mode_are_no_obstacle(choice: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    with torch.inference_mode():
+        stock.l1_unstructured(model[0], "weight", amount=2)
+    dense = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict()
+    torch_rsst.load_dense_state_dict(model, dense, mask=choice)
+    weight = model[0].weight if choice == "remove" else model[0].weight_orig
+    assert torch.equal(weight, dense["0.weight"])

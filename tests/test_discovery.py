@@ -262,6 +262,7 @@ def test_mlps_that_cannot_be_cut_exactly(
     [
         nn.Sequential(nn.Linear(4, 6), nn.Linear(5, 4)),  # two layers that do not fit: no MLP
         nn.Sequential(nn.Linear(4, 6), nn.ReLU()),
+        nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 4)),
     ],
 )
 def test_what_is_no_mlp_is_passed_over_in_silence(model: nn.Module) -> None:

@@ -309,6 +309,21 @@ def test_a_mask_that_cannot_be_written_to_is_replaced(how: str) -> None:
     assert int(layer.weight_mask.sum()) == 2
 
 
+@pytest.mark.parametrize("how", ["expanded", "made in inference mode"])
+def test_a_mask_that_cannot_be_written_to_hides_no_error(
+    how: str, fingerprint: Fingerprint
+) -> None:
+    layer = nn.Linear(3, 2)
+    with torch.inference_mode(how != "expanded"):
+        stock.l1_unstructured(layer, "weight", 0)
+    if how == "expanded":
+        layer.weight_mask = torch.tensor([[1.0], [0.0]]).expand(2, 3)
+    before = fingerprint(layer)
+    with pytest.raises(ValueError, match="amount=100"):
+        torch_rsst.l1_unstructured(layer, "weight", 100)
+    assert fingerprint(layer) == before
+
+
 ODD_MASKS = {
     "an average of masks": torch.tensor([[0.5, 1.0, 0.0]]),
     "a bool": torch.tensor([[True, False, True]]),

@@ -537,9 +537,24 @@ def test_wrong_arguments_are_named(refill, kwargs, error, text):
 def test_a_scale_that_a_callable_returns_is_checked_too(scale: object) -> None:
     model = linear()
     pruner = pruner_of(model, mode="coupled", grad_scale=lambda: scale)
-    with pytest.raises((TypeError, ValueError), match="grad_scale: expected a number > 0, got"):
+    with pytest.raises(
+        (TypeError, ValueError), match="what grad_scale returned: expected a number > 0"
+    ):
         model(torch.ones(1, 4)).sum().backward()
     pruner.detach()
+
+
+def test_a_scale_may_be_a_tensor_and_is_not_asked_for_in_decoupled_mode() -> None:
+    model, other = linear(), linear()
+    coupled = pruner_of(model, mode="coupled", grad_scale=lambda: torch.tensor(2.0))
+    decoupled = pruner_of(other, mode="decoupled", grad_scale=lambda: None)
+    for each in (model, other):
+        each(torch.ones(1, 4)).sum().backward()
+    added = model.weight.grad - other.weight.grad
+    torch.testing.assert_close(added[GOES], 2.0 * 0.125 * model.weight.detach()[GOES])
+    assert not added[~GOES].any()
+    coupled.detach()
+    decoupled.detach()
 
 
 @pytest.mark.parametrize("scale", [2, 2.0, Fraction(2), np.float32(2)])
@@ -554,7 +569,7 @@ def test_scales_are_numbers_of_any_kind(scale: Any) -> None:
 def test_a_scheduler_is_no_optimizer() -> None:
     model = linear()
     scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
-    with pytest.raises(TypeError, match=r"got the scheduler StepLR. Pass scheduler.optimizer"):
+    with pytest.raises(TypeError, match=r"got StepLR\. Pass its \.optimizer"):
         pruner_of(model, optimizer=scheduler)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch_rsst.live_weight import MASK, ORIG
 from torch_rsst.masks import apply_mask, dense_keys, extract_mask, masked_names, unwrap
 from torch_rsst.removal import remove_all
 from torch_rsst.rollback import AllOrNothing
+from torch_rsst.saved_masks import is_writable
 from torch_rsst.shards import is_sharded, placed_like
 from torch_rsst.site import masked_sites
 
@@ -89,14 +91,10 @@ def load_dense_state_dict(
     loaded = {name: state_dict[key] for key, name in dense_keys(state_dict).items()}
     _check_fits(_dense_shapes(inner), loaded)
     tensors = [*inner.parameters(), *inner.buffers()]
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
-    with torch.no_grad(), AllOrNothing(masked_sites(inner.modules())):
-        try:
-            _load(inner, loaded, mask)
-        except BaseException:
-            for tensor, value in before:
-                tensor.copy_(value)
-            raise
+    before = [(t, t.detach().clone()) for t in tensors if not t.is_meta and is_writable(t)]
+    with torch.no_grad(), AllOrNothing(masked_sites(inner.modules())) as undo:
+        undo += [partial(tensor.copy_, value) for tensor, value in before]
+        _load(inner, loaded, mask)
     return model
 
 
@@ -105,14 +103,13 @@ def _load(model: nn.Module, loaded: Mapping[str, Tensor], mask: MaskChoice) -> N
         apply_mask(model, {name: loaded[name] != 0 for name in extract_mask(model)})
     elif mask == "remove":
         remove_all(model, freeze_zeros=False)
-    # Whatever is not loaded is a mask, and stays.
     own = model.state_dict()
     given = {
         key: placed_like(loaded[name], own[key]) if is_sharded(own[key]) else loaded[name]
         for key, name in _dense_names(own).items()
         if name in loaded
     }
-    model.load_state_dict({**own, **given})
+    model.load_state_dict(given, strict=False)  # what is not there is a mask, and stays
 
 
 def _dense_names(state: Mapping[str, Any]) -> dict[str, str]:

@@ -57,15 +57,17 @@ def shown(value: object) -> str:
     >>> shown(("weight", 3)), shown(torch.ones(4, 5)), shown(list(range(100)))
     ("('weight', 3)", 'a Tensor of shape (4, 5)', 'a list of 100')
     """
-    if hasattr(value, "shape"):
-        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+    kind = f"a {type(value).__name__}"
     if isinstance(value, (tuple, list)):
-        if len(value) > 3:
-            return f"a {type(value).__name__} of {len(value)}"
+        if len(value) > 3 or any(isinstance(each, (tuple, list)) for each in value):
+            return f"{kind} of {len(value)}"
         text = ", ".join(map(shown, value))
         return f"({text})" if isinstance(value, tuple) else f"[{text}]"
-    text = repr(value)
-    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
+    try:
+        return f"{kind} of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
+    except Exception:  # most things have none, some do not say
+        text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else kind
 
 
 def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:

@@ -20,8 +20,9 @@ from torch_rsst.freezing import end_freeze, frozen_now
 from torch_rsst.fsdp import tell_of_new_name
 from torch_rsst.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
 from torch_rsst.rollback import AllOrNothing, place_kept
+from torch_rsst.saved_masks import is_writable
 from torch_rsst.shards import is_sharded, local, placed_like
-from torch_rsst.site import Site, check_scores, check_site, has_own_memory, masked_sites
+from torch_rsst.site import Site, check_scores, check_site, masked_sites
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,7 @@ def _mask_buffer(site: Site) -> Tensor:
         return torch.empty_like(original, requires_grad=False)
     if is_sharded(original) and not is_sharded(mask):
         return placed_like(mask, original).clone()  # masked before it was sharded
-    if mask.is_inference() or not has_own_memory(mask):
-        return mask.clone(memory_format=torch.contiguous_format)  # as it cannot be written to
-    return mask
+    return mask if is_writable(mask) else mask.clone(memory_format=torch.contiguous_format)
 
 
 def find_hook(site: Site) -> tuple[int, BasePruningMethod] | None:

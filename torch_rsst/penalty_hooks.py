@@ -59,8 +59,8 @@ def innermost(optimizer: Any) -> Optimizer:
         TypeError: for what is no optimizer.
     """
     if isinstance(optimizer, LRScheduler):
-        remedy = "Pass scheduler.optimizer."
-        got = f"the scheduler {type(optimizer).__name__}"
+        remedy = "Pass its .optimizer."
+        got = type(optimizer).__name__
         raise TypeError(message("optimizer", expected="a torch optimizer", got=got, remedy=remedy))
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

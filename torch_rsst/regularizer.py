@@ -384,11 +384,20 @@ class RegularizedPruner:
     def _after_backward(self, name: str) -> None:
         self._hooks_fired = True
         batches = 1 if self.block_loss_grad else self.accumulation_steps
-        scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
-        if self.grad_scale is not None:
-            scale = check_number(scale, "grad_scale", above=0)
         share = Share((name,), self._shares[0].coupled)
+        scale = self._scale() if share.coupled else None
         self._penalize(share, self.strength / batches, scale)
+
+    def _scale(self) -> Tensor | float | None:
+        """What the loss was multiplied with."""
+        if not callable(self.grad_scale):
+            return None if self.grad_scale is None else float(self.grad_scale)
+        scale: Any = self.grad_scale()
+        if isinstance(scale, Tensor):  # to look at it would be to wait for the device
+            return scale
+        return check_number(
+            scale, "what grad_scale returned", above=0, remedy="Pass scaler.get_scale, for example."
+        )
 
     def _before_step(self, index: int, scale: Tensor | None) -> None:
         self._penalize(self._shares[index], self._strength_of(self._steps[index] + 1), scale)

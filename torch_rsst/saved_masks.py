@@ -17,9 +17,21 @@ _PACKED = 1 << 20  # entries of a mask that are packed to bits together, a multi
 _A_THREADS = 1 << 23  # entries for which a thread is worth it
 
 
+def has_own_memory(tensor: Tensor) -> bool:
+    """Whether no two entries share memory, as those of an expanded tensor do."""
+    return not any(
+        n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether entries can be changed in place: not those of a tensor made in inference mode, either."""
+    return has_own_memory(tensor) and not tensor.is_inference()
+
+
 def ways_back(masks: Sequence[Tensor]) -> list[Callable[[], object]]:
-    """For each mask, what gives it its present values again."""
-    parts = [local(mask) for mask in masks]
+    """What gives masks their present values again; those that are not writable keep them."""
+    parts = [local(mask) for mask in masks if is_writable(mask)]
 
     def save(turn: int, turns: int) -> list[Callable[[], object]]:
         return [_saved(part) for part in parts[turn::turns]]

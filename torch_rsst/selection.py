@@ -91,7 +91,7 @@ class Ranking:
         absolute: bool = False,
         names: Sequence[str] | None = None,
     ) -> None:
-        among = [None] * len(scores) if among is None else among
+        among = [None] * len(scores) if among is None else list(among)
         _check_shapes(scores, among)
         self._kind = Kind.of(scores, absolute=absolute)
         ranks, parts = Ranks.of(scores), [local(t.detach()).resolve_neg() for t in scores]

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch_rsst.errors import listing, message, shown
 from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import MASK, ORIG
+from torch_rsst.saved_masks import has_own_memory
 from torch_rsst.shards import placed_like
 
 MASKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -60,13 +61,6 @@ def dense_name(module: nn.Module, key: str) -> str:
     """The name that parameter ``key`` of ``module`` has when nothing is pruned."""
     name = key.removesuffix(ORIG)
     return name if name != key and Site(module, name).is_masked else key
-
-
-def has_own_memory(tensor: Tensor) -> bool:
-    """Whether no two entries share memory, as those of an expanded tensor do."""
-    return not any(
-        n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)
-    )
 
 
 def check_site(module: object, name: object) -> Site:

@@ -233,7 +233,9 @@ def _require(
     else:
         remedy = (
             f"Adapters exist for {', '.join(known)}; the documentation shows, under Extending, how "
-            "to add one. Single weights can be pruned in any model: global_unstructured."
+            "to add one. Neurons are found between the two linear layers of a module: nest a longer "
+            "chain, as Sequential(Sequential(Linear, ReLU, Linear), ReLU, Linear). Single weights can "
+            "be pruned in any model: global_unstructured."
         )
     raise ValueError(
         message(

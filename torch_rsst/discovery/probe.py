@@ -115,10 +115,13 @@ class Probe:
             yield from adapter.examples(module)
         if given:
             return
-        if adapter is not None and not adapter.whole_model:
+        tokens = adapter is not None and not adapter.whole_model
+        if tokens:
             yield from _tokens(module, layer)
         if module in self._recorded:
             yield self._recorded[module]
+        if tokens:
+            yield from _tokens(module, layer, sequence=False)
 
     def _call_of(
         self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
@@ -259,20 +262,22 @@ def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
         return tensors_of(run_call(module, call))
 
 
-def _tokens(module: nn.Module, layer: GroupLayer) -> Iterator[Call]:
-    """Random tokens, or a random feature map, as the layer that puts the units out takes them."""
+def _tokens(module: nn.Module, layer: GroupLayer, *, sequence: bool = True) -> Iterator[Call]:
+    """Random tokens, or a random feature map, as the layer that puts the units out takes them.
+
+    Without ``sequence``, one token per sample.
+    """
     first = layer.members[0]
     inner = module_at(module, first.parameter.rpartition(".")[0])
     weight = named_weights(module)[first.parameter]
     generator = torch.Generator().manual_seed(0)
     if isinstance(inner, nn.Linear):
-        shapes: tuple[tuple[int, ...], ...] = ((2, 4, inner.in_features), (2, inner.in_features))
-    elif isinstance(inner, nn.Conv2d):
-        shapes = ((2, inner.in_channels, 4, 4),)
+        shape: tuple[int, ...] = (2, *[4] * sequence, inner.in_features)
+    elif isinstance(inner, nn.Conv2d) and sequence:
+        shape = (2, inner.in_channels, 4, 4)
     else:
         return
-    for shape in shapes:
-        yield (torch.randn(shape, generator=generator).to(weight),), {}
+    yield (torch.randn(shape, generator=generator).to(weight),), {}
 
 
 Fact = tuple[Any, ...]

@@ -34,11 +34,6 @@ class TwoLayerMLP(Adapter):
 
     def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        if type(module) is nn.Sequential and (count := _in_a_row(module)) > 2:
-            return Unsupported(
-                f"it runs {count} linear layers in a row, and neurons are found between two: nest it, "
-                "as Sequential(Sequential(Linear, ReLU, Linear), ReLU, Linear)"
-            )
         pair = _pair(module)
         if not pair or pair[0].given == 0 or maps_between(module, pair):
             return None
@@ -64,13 +59,6 @@ class TwoLayerMLP(Adapter):
         """See :class:`torch_rsst.discovery.Adapter`."""
         pair = _pair(module)
         return module if pair[0].given else empty(module, pair)
-
-
-def _in_a_row(module: nn.Sequential) -> int:
-    """How many linear layers a module runs one after the other; 0 where others map features, too."""
-    others = [child for child in module if not isinstance(child, nn.Linear)]
-    plain = all(parameter.ndim < 2 for child in others for parameter in child.parameters())
-    return len(module) - len(others) if plain else 0
 
 
 def _pair(module: nn.Module) -> list[Projection]:
