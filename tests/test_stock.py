@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import prune as stock
 
 import torch_rsst as prune
+from torch_rsst import stock as stock_calls
 
 Fingerprint = Callable[[nn.Module], list[Any]]
 MASK = torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0]])
@@ -178,3 +179,24 @@ def test_a_hook_with_a_removal_of_its_own_is_asked() -> None:
     prune.remove(layer, "weight")
     assert Telling.removed == 1
     assert not prune.is_pruned(layer)
+
+
+def test_zeros_stay_frozen_where_a_stock_call_fails_at_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = nn.Linear(3, 2)
+    prune.apply_mask(layer, {"weight": torch.eye(2, 3)})
+    prune.remove_all(layer, freeze_zeros=True)
+    end_freeze = stock_calls.end_freeze
+
+    def fail(site: Any) -> None:
+        end_freeze(site)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stock_calls, "end_freeze", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prune.l1_unstructured(layer, "weight", amount=1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert layer.weight[torch.eye(2, 3) == 0].tolist() == [0.0] * 4

@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.prune import BasePruningMethod
 
 from torch_rsst.errors import message
-from torch_rsst.freezing import end_freeze
+from torch_rsst.freezing import end_freeze, frozen_now
 from torch_rsst.fsdp import reshard
 from torch_rsst.live_weight import ORIG, make_live, make_plain
 from torch_rsst.masked_parameter import MaskHook, find_hook, restore, zero
@@ -39,7 +39,8 @@ def _safe(function: F) -> F:
             _refuse_shards(module, name)
             reshard([module])
         mask = site.mask
-        with AllOrNothing([site]), place_kept(site):
+        with AllOrNothing([site]) as undo, place_kept(site):
+            undo.append(frozen_now([site]))
             result = function(module, name, *args, **kwargs)
             (make_live if site.is_masked else make_plain)(module, name)
             if mask is None and site.is_masked:

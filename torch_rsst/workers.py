@@ -19,45 +19,36 @@ T = TypeVar("T")
 _MOST = 8  # more threads would wait for the interpreter
 
 
-class _Here(threading.local):
-    """Of each thread: how often it is within :func:`one_thread`."""
-
-    depth = 0
-
-
-_here, _lock = _Here(), threading.Lock()
-_inside = 0  # threads that are
-_usual = 1  # what the first of them had
+_inside: set[int] = (
+    set()
+)  # threads within one_thread(); no lock that an interrupt could leave closed
+_usual = 1  # what the latest of them had that may use more than one
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keep PyTorch from sharing operations of this thread out, for a while.
 
-    PyTorch takes a thread's number of threads for that of all threads that begin later. So what is
+    PyTorch takes a thread's number of threads for that of all threads that begin later. So one that is
     found while others are in here may be theirs.
     """
-    global _inside, _usual
-    _here.depth += 1
+    global _usual
+    here = threading.get_ident()
+    if here in _inside:
+        yield
+        return
+    others = bool(_inside)
+    own = torch.get_num_threads()
+    if own > 1:
+        _usual = own
+    back = _usual if own == 1 and (others or _inside) else own
     try:
-        if _here.depth > 1:
-            yield
-            return
-        with _lock:
-            own = torch.get_num_threads()
-            if _inside == 0:
-                _usual = own
-            _inside += 1
-            back = own if own > 1 else _usual
-        try:
-            torch.set_num_threads(1)
-            yield
-        finally:
-            with _lock:
-                _inside -= 1
-            torch.set_num_threads(back)
+        _inside.add(here)
+        torch.set_num_threads(1)
+        yield
     finally:
-        _here.depth -= 1
+        torch.set_num_threads(back)
+        _inside.discard(here)
 
 
 class Workers:
