@@ -18,10 +18,8 @@ T = TypeVar("T")
 
 _MOST = 8  # more threads would wait for the interpreter
 
-
-_inside: set[int] = (
-    set()
-)  # threads within one_thread(); no lock that an interrupt could leave closed
+# Threads within one_thread(). A lock around it could be left closed by an interrupt.
+_inside: set[int] = set()
 _usual = 1  # what the latest of them had that may use more than one
 
 
