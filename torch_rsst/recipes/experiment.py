@@ -141,18 +141,23 @@ class Experiment:
             BadImages: for images that cannot be read, or have no class.
             OSError: where the folder cannot be written.
         """
-        vain = False
+        vain, together = False, True
         try:
             return self._run()
         except BadImages:
             # Found only as they were read. Nothing stays that a corrected command would stumble over.
-            vain = not self.records and not self.config.resume
+            vain, together = not self.records and not self.config.resume, False
+            raise
+        except BaseException as error:
+            together = isinstance(error, Interrupted)  # which all processes are
             raise
         finally:
-            self._close(withdraw=vain)
+            self._close(withdraw=vain, together=together)
 
-    def _close(self, *, withdraw: bool = False) -> None:
-        if self.config.log:
+    def _close(self, *, withdraw: bool = False, together: bool = False) -> None:
+        if together:  # a process that leaves while another is at work now and then aborts in gloo
+            self.trainer.accelerator.wait_for_everyone()
+        if together or self.config.log:
             self.trainer.accelerator.end_training()
         if self.writes:
             if withdraw:
