@@ -141,15 +141,17 @@ class Experiment:
             BadImages: for images that cannot be read, or have no class.
             OSError: where the folder cannot be written.
         """
-        vain, together = False, True
+        vain = together = False
         try:
-            return self._run()
+            results = self._run()
+            together = True
+            return results
+        except Interrupted:
+            together = True  # all processes are
+            raise
         except BadImages:
             # Found only as they were read. Nothing stays that a corrected command would stumble over.
-            vain, together = not self.records and not self.config.resume, False
-            raise
-        except BaseException as error:
-            together = isinstance(error, Interrupted)  # which all processes are
+            vain = not self.records and not self.config.resume
             raise
         finally:
             self._close(withdraw=vain, together=together)
