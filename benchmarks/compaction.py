@@ -26,7 +26,7 @@ from benchmarks.variants import (
     ours,
     runs,
 )
-from torch_rsst.cost import measure_cost, time_in_turns
+from torch_rsst.compaction.cost import measure_cost, time_in_turns
 
 LEAST_TURNS = 3
 

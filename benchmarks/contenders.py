@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import torch_rsst
-from torch_rsst.selection import lowest
+from torch_rsst.selection.topk import lowest
 
 AMOUNT = 0.2
 # Width and blocks of DeiT-Ti, ViT-S, ViT-B and ViT-L: how many weights their blocks have.

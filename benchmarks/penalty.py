@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import torch_rsst
 from benchmarks.meter import Meter
-from torch_rsst.masks import penalty_mask
-from torch_rsst.penalized_set import PenalizedSet
+from torch_rsst.masking.mask_sets import penalty_mask
+from torch_rsst.penalty.penalized_set import PenalizedSet
 
 Step = Callable[[], None]
 PENALTIES: dict[str, dict[str, object]] = {

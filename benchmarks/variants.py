@@ -13,7 +13,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 import torch_rsst
-from torch_rsst.groups import Groups
+from torch_rsst.groups.groups import Groups
 
 SLACK = (
     1e-6  # torch-pruning rounds up what a ratio means: just below, it is the count that was meant

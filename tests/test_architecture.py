@@ -1,14 +1,15 @@
-"""The import rule, read from the source: a module imports only from lower floors.
+"""The import rule, read from the source: a package imports only from the packages below it.
 
-Data flows one way, model → groups → scores → masks → (penalize | refill) → report, and so do
-imports. ``torch_rsst`` itself, the public face, has a floor of its own below recipes and command
-line, which use the library as any user does. Submodules of one package may import each other, as
-long as no circle comes of it.
+Data flows one way, model → groups → scores → masks → (penalize | refill) → compact → save and report,
+and so do imports. ``torch_rsst`` itself, the public face, stands below recipes and command line, which
+use the library as any user does. Modules of one package may import each other, as long as no circle
+comes of it.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,67 +20,43 @@ import pytest
 import torch_rsst
 
 ROOT = Path(torch_rsst.__file__).parent
-FLOORS = [
-    ["errors", "_version", "flags", "fsdp", "kernels", "optimizer_steps", "tables", "workers"],
-    ["budget", "digit_search", "replicas", "shards", "files", "builders"],
-    ["live_weight", "order_keys", "schedules", "groups", "saved_masks"],
-    ["site", "candidates", "data_importance"],
-    ["rollback", "fused", "freezing", "data_source"],
-    ["masked_parameter", "selection"],
-    ["masks", "stock", "unit_selection"],
-    [
-        "importance",
-        "surgery",
-        "dead_units",
-        "penalized_set",
-        "penalty_hooks",
-        "decision_record",
-        "rewind",
-        "optimizer_state",
-        "likeness",
-        "listening",
-    ],
-    [
-        "methods",
-        "regularizer",
-        "explanation",
-        "ranking",
-        "removal",
-        "discovery",
-        "moved_optimizer",
-        "activations",
-    ],
-    [
-        "functional",
-        "regrouping",
-        "report",
-        "round_state",
-        "checkpoints",
-        "folding",
-        "cost",
-        "cut_record",
-    ],
-    ["training_round", "testing", "compaction", "receipt", "plot"],
-    ["round_engine", "planning", "description", "exported"],
-    ["rounds", "compact_folder"],
-    ["api"],
-    ["torch_rsst"],
-    ["recipes"],
-    ["terminal"],
-    ["cli"],
-    ["__main__"],
+# From the top: each imports only from what stands below it.
+PACKAGES = [
+    "__main__",
+    "cli",
+    "recipes",
+    "torch_rsst",
+    "api",
+    "plot",
+    "testing",
+    "saving",
+    "compaction",
+    "rounds",
+    "report",
+    "stock",
+    "penalty",
+    "schedules",
+    "regrouping",
+    "importance",
+    "discovery",
+    "groups",
+    "masking",
+    "selection",
+    "distributed",
+    "utils",
+    "_version",
 ]
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+HEIGHT = {package: len(PACKAGES) - place for place, package in enumerate(PACKAGES)}
 OUTSIDERS = ("timm", "torchvision", "hypothesis", "matplotlib", "accelerate", "rich")
 # What the library needs beyond torch, and the only modules that may.
 SPECIALISTS = {
     "matplotlib": {"plot"},
-    "numpy": {"flags", "plot"},
+    "numpy": {"utils.bool_ops", "plot"},
     "hypothesis": {"testing"},
-    "safetensors": {"compact_folder"},
+    "safetensors": {"saving.compact_folder"},
     "timm": {"discovery.timm_families"},
     "transformers": {"discovery.transformers_families"},
-    "triton": {"fused", "kernels"},  # comes with PyTorch for CUDA
+    "triton": {"selection.fused", "selection.kernels"},  # comes with PyTorch for CUDA
     "torchvision": {"discovery.torchvision_families"},
 }
 
@@ -92,8 +69,8 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def room_of(module: str) -> str:
-    """The name under which a module stands in the table: its first part below the package."""
+def package_of(module: str) -> str:
+    """The name under which a module stands in the list: its first part below ``torch_rsst``."""
     return module.split(".")[1] if "." in module else module
 
 
@@ -115,17 +92,23 @@ def own_imports(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_a_floor(module: str) -> None:
-    assert room_of(module) in FLOOR_OF
+def test_every_module_has_a_place(module: str) -> None:
+    assert package_of(module) in HEIGHT
+
+
+def test_the_contributors_table_lists_the_packages_in_order() -> None:
+    table = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)/` \|", table, re.M)
+    assert listed == [package for package in PACKAGES if (ROOT / package).is_dir()]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_import_from_lower_floors_only(module: str) -> None:
-    room = room_of(module)
+def test_modules_import_from_lower_packages_only(module: str) -> None:
+    package = package_of(module)
     for imported in own_imports(module):
-        other = room_of(imported)
-        if other != room:
-            assert FLOOR_OF[other] < FLOOR_OF[room], f"{module} imports {imported}"
+        other = package_of(imported)
+        if other != package:
+            assert HEIGHT[other] < HEIGHT[package], f"{module} imports {imported}"
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
@@ -144,7 +127,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in MODULES if FLOOR_OF.get(room_of(m), 99) <= FLOOR_OF["torch_rsst"]]
+    "module", [m for m in MODULES if HEIGHT.get(package_of(m), 99) <= HEIGHT["torch_rsst"]]
 )
 def test_the_library_needs_torch_alone(module: str) -> None:
     outside = {name.split(".")[0] for name in imports_of(module)} - {"torch", "torch_rsst"}
@@ -172,7 +155,7 @@ def test_the_package_is_imported_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) not in ("cli", "terminal")])
+@pytest.mark.parametrize("module", [m for m in MODULES if package_of(m) not in ("cli", "__main__")])
 def test_only_the_command_line_prints(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -197,10 +180,14 @@ def test_testing_is_imported_on_demand() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in MODULES if FLOOR_OF.get(room_of(m), 99) <= FLOOR_OF["torch_rsst"]]
+    "module", [m for m in MODULES if HEIGHT.get(package_of(m), 99) <= HEIGHT["torch_rsst"]]
 )
 def test_all_names_exist(module: str) -> None:
-    optional = room_of(module) in ("plot", "fused", "kernels") or "_families" in module
+    optional = (
+        package_of(module) == "plot"
+        or module.endswith((".fused", ".kernels"))
+        or "_families" in module
+    )
     imported = None if optional else __import__(module, fromlist=["__all__"])
     names = getattr(imported, "__all__", ())
     assert [name for name in names if not hasattr(imported, name)] == []

@@ -50,7 +50,7 @@ def twins(tiny_transformer: Any) -> tuple[nn.Module, nn.Module]:
 )
 @pytest.mark.parametrize("amount", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("scope", ["layer", "type", "global"])
-@pytest.mark.filterwarnings("ignore::torch_rsst.errors.RoundWarning")  # 0.9 empties layers
+@pytest.mark.filterwarnings("ignore::torch_rsst.utils.errors.RoundWarning")  # 0.9 empties layers
 def test_masks_equal_those_of_the_cpu(twins, method, kwargs, amount, scope):
     chosen = []
     for model in twins:

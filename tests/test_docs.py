@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMED = sorted(set(re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "docs/trust.md").read_text())))
+NAMED = sorted(
+    set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/trust.md").read_text()))
+)
 
 
 def test_the_page_names_tests() -> None:

@@ -2,6 +2,6 @@
 
 import sys
 
-from torch_rsst.cli import main
+from torch_rsst.cli.main import main
 
 sys.exit(main())

@@ -24,38 +24,30 @@ import torch_rsst.discovery as discovery
 import torch_rsst.importance as importance
 import torch_rsst.schedules as schedules
 from torch_rsst._version import __version__
-from torch_rsst.activations import measure_importance
-from torch_rsst.checkpoints import load_dense_state_dict, prepare_from_state_dict
-from torch_rsst.compact_folder import load_compact, save_compact
-from torch_rsst.compaction import compact
+from torch_rsst.compaction.compaction import compact
+from torch_rsst.compaction.planning import Plan, plan
 from torch_rsst.discovery import find_groups
-from torch_rsst.errors import (
-    CompactionWarning,
-    InertPenaltyWarning,
-    RoundWarning,
-    RSSTWarning,
-    UnfrozenZerosWarning,
-    UnsupportedModuleWarning,
-)
-from torch_rsst.explanation import Explanation, UnitDecision
-from torch_rsst.freezing import freeze_masked
-from torch_rsst.functional import fillback, global_unstructured, head_structured
-from torch_rsst.groups import Group, GroupLayer, Groups, Member, head_layer
-from torch_rsst.masks import (
+from torch_rsst.groups.groups import Group, GroupLayer, Groups, Member, head_layer
+from torch_rsst.importance.measuring import measure_importance
+from torch_rsst.masking.checkpoints import load_dense_state_dict, prepare_from_state_dict
+from torch_rsst.masking.freezing import freeze_masked
+from torch_rsst.masking.mask_sets import (
     apply_mask,
     extract_mask,
     penalty_mask,
     refresh,
 )
-from torch_rsst.methods import Fillback, GlobalL1, HeadRegroup
-from torch_rsst.optimizer_state import convert_optimizer_state
-from torch_rsst.planning import Plan, plan
-from torch_rsst.regrouping import regroup
-from torch_rsst.regularizer import RegularizedPruner
-from torch_rsst.removal import remove_all
-from torch_rsst.report import LayerReport, SparsityReport, sparsity_report
-from torch_rsst.rounds import RSST, Refill, Round
-from torch_rsst.stock import (
+from torch_rsst.masking.optimizer_state import convert_optimizer_state
+from torch_rsst.masking.removal import remove_all
+from torch_rsst.penalty.regularizer import RegularizedPruner
+from torch_rsst.regrouping.regrouping import regroup
+from torch_rsst.report.explanation import Explanation, UnitDecision
+from torch_rsst.report.sparsity import LayerReport, SparsityReport, sparsity_report
+from torch_rsst.rounds.rsst import RSST, Refill, Round
+from torch_rsst.saving.compact_folder import load_compact, save_compact
+from torch_rsst.stock.functional import fillback, global_unstructured, head_structured
+from torch_rsst.stock.methods import Fillback, GlobalL1, HeadRegroup
+from torch_rsst.stock.stock import (
     custom_from_mask,
     identity,
     l1_unstructured,
@@ -63,6 +55,14 @@ from torch_rsst.stock import (
     random_structured,
     random_unstructured,
     remove,
+)
+from torch_rsst.utils.errors import (
+    CompactionWarning,
+    InertPenaltyWarning,
+    RoundWarning,
+    RSSTWarning,
+    UnfrozenZerosWarning,
+    UnsupportedModuleWarning,
 )
 
 __all__ = [

@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from torch_rsst.groups import GroupLayer
-from torch_rsst.report import SparsityReport
+from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.report.sparsity import SparsityReport
 from torch_rsst.schedules import Schedule, resolve_schedule
 
 _ALIVE = "viridis"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from torch_rsst.budget import check_number
-from torch_rsst.errors import message, unknown_choice
+from torch_rsst.utils.amounts import check_number
+from torch_rsst.utils.errors import message, unknown_choice
 
 Schedule: TypeAlias = Callable[[float], float]
 

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from torch_rsst.discovery import find_groups
-from torch_rsst.groups import Groups, head_layer
-from torch_rsst.live_weight import MASK, ORIG
-from torch_rsst.masked_parameter import MaskContainer, MaskHook
-from torch_rsst.masks import (
+from torch_rsst.groups.groups import Groups, head_layer
+from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.mask_sets import (
     Masks,
     apply_mask,
     as_masks,
@@ -35,7 +34,8 @@ from torch_rsst.masks import (
     named_weights,
     unwrap,
 )
-from torch_rsst.site import Site, masked_sites
+from torch_rsst.masking.masked_parameter import MaskContainer, MaskHook
+from torch_rsst.masking.parameter_ref import Site, masked_sites
 
 __all__ = [
     "assert_mask_invariants",

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.families import load_families
-from torch_rsst.errors import MissingNameError, message, unknown_choice
-from torch_rsst.groups import KINDS, GroupLayer, Member
-from torch_rsst.live_weight import MASK, ORIG
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import KINDS, GroupLayer, Member
+from torch_rsst.groups.surgery import Removal
+from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.utils.errors import MissingNameError, message, unknown_choice
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a module."""
@@ -62,7 +62,7 @@ class Adapter:
         Layers of PyTorch have noted their new sizes already.
 
         Args:
-            module: with the tensors as :func:`torch_rsst.surgery.cut` left them.
+            module: with the tensors as :func:`torch_rsst.groups.surgery.cut` left them.
             removal: what was cut.
 
         Returns:

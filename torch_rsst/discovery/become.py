@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_rsst.live_weight import ORIG, make_live, make_plain
-from torch_rsst.site import Site
+from torch_rsst.masking.live_weight import ORIG, make_live, make_plain
+from torch_rsst.masking.parameter_ref import Site
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -13,11 +13,11 @@ from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported
 from torch_rsst.discovery.channels.base import WholeModelAdapter
 from torch_rsst.discovery.families import load_families
 from torch_rsst.discovery.probe import Probe
-from torch_rsst.errors import UnsupportedModuleWarning, message, unknown_choice
-from torch_rsst.groups import GroupLayer, Groups
-from torch_rsst.masks import named_sites, unwrap, without_wrappers
-from torch_rsst.shards import is_sharded
-from torch_rsst.site import Site
+from torch_rsst.distributed.dtensor import is_sharded
+from torch_rsst.groups.groups import GroupLayer, Groups
+from torch_rsst.masking.mask_sets import named_sites, unwrap, without_wrappers
+from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.utils.errors import UnsupportedModuleWarning, message, unknown_choice
 
 
 def find_groups(

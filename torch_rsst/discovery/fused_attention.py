@@ -15,8 +15,8 @@ from torch_rsst.discovery.adapter import (
     rows,
 )
 from torch_rsst.discovery.emptied import BiasOnly
-from torch_rsst.groups import GroupLayer, head_rows
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer, head_rows
+from torch_rsst.groups.surgery import Removal
 
 
 class FusedAttention(Adapter):

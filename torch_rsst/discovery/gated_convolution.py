@@ -7,8 +7,8 @@ from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, rows
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
-from torch_rsst.groups import GroupLayer
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.groups.surgery import Removal
 
 
 class GatedConvolution(Adapter):

@@ -7,8 +7,8 @@ from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported
 from torch_rsst.discovery.projections import Projection, between, empty, members_of, projections
-from torch_rsst.groups import GroupLayer
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.groups.surgery import Removal
 
 
 class GatedMLP(Adapter):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import Adapter, Unsupported
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.emptied import BiasOnly
-from torch_rsst.groups import GroupLayer, Member, head_rows
-from torch_rsst.masks import named_weights
-from torch_rsst.surgery import Removal, module_at, named_buffers
+from torch_rsst.groups.groups import GroupLayer, Member, head_rows
+from torch_rsst.groups.surgery import Removal, module_at, named_buffers
+from torch_rsst.masking.mask_sets import named_weights
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Part:
         name: its dense name within the attention; a tensor that is not there takes no part.
         dim: the dimension that is dealt out to heads.
         stacked: how many projections, each split into heads, lie one after the other along ``dim``.
-        ranked: see :class:`torch_rsst.groups.Member`.
-        consumes: see :class:`torch_rsst.groups.Member`.
+        ranked: see :class:`torch_rsst.groups.groups.Member`.
+        consumes: see :class:`torch_rsst.groups.groups.Member`.
         interleaved: whether neighbors belong to different heads: the head counts fastest.
     """
 

@@ -26,10 +26,10 @@ from torch_rsst.discovery.trial import (
     silence,
     tensors_of,
 )
-from torch_rsst.groups import GroupLayer
-from torch_rsst.live_weight import MASK
-from torch_rsst.masks import named_weights
-from torch_rsst.surgery import Removal, cut, module_at
+from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.groups.surgery import Removal, cut, module_at
+from torch_rsst.masking.live_weight import MASK
+from torch_rsst.masking.mask_sets import named_weights
 
 
 @dataclass(frozen=True)

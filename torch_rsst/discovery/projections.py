@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import columns, own_parameters, rows
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
-from torch_rsst.groups import Member
-from torch_rsst.live_weight import ORIG
-from torch_rsst.surgery import replace_module
+from torch_rsst.groups.groups import Member
+from torch_rsst.groups.surgery import replace_module
+from torch_rsst.masking.live_weight import ORIG
 
 _ACTIVATIONS = (
     "torch.nn.modules.activation",

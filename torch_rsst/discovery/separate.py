@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torch_rsst.groups import NO_UNIT, GroupLayer
-from torch_rsst.surgery import module_at
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer
+from torch_rsst.groups.surgery import module_at
 
 
 class _Seen(Exception):  # noqa: N818 - control flow: the input we wanted is there

@@ -6,8 +6,8 @@ from torch import nn
 
 from torch_rsst.discovery.adapter import Unsupported, foreign
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
-from torch_rsst.groups import GroupLayer
-from torch_rsst.masks import named_weights
+from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.masking.mask_sets import named_weights
 
 QUERIES = ("q", "q_proj", "query", "query_proj", "to_q", "wq")
 KEYS = ("k", "k_proj", "key", "key_proj", "to_k", "wk")

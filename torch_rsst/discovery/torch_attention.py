@@ -10,8 +10,8 @@ from torch import nn
 from torch_rsst.discovery.adapter import Adapter, Call, Unsupported, columns, holds
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.reduced_attention import ReducedMultiheadAttention
-from torch_rsst.groups import GroupLayer, Member, head_rows
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer, Member, head_rows
+from torch_rsst.groups.surgery import Removal
 
 
 class TorchAttention(Adapter):

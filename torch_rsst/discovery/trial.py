@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torch_rsst.masked_parameter import restore, stored_products
-from torch_rsst.masks import named_weights
-from torch_rsst.site import masked_sites
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.surgery import Removal
+from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.masked_parameter import restore, stored_products
+from torch_rsst.masking.parameter_ref import masked_sites
 
 
 def randomized(module: nn.Module) -> nn.Module:

@@ -16,8 +16,8 @@ from torch_rsst.discovery.projections import (
     members_of,
     projections,
 )
-from torch_rsst.groups import GroupLayer
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.groups.surgery import Removal
 
 
 class TwoLayerMLP(Adapter):

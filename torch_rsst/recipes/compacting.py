@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import torch_rsst
-from torch_rsst.budget import check_count
-from torch_rsst.errors import listing, message
 from torch_rsst.recipes.config import CompactConfig, RunConfig
 from torch_rsst.recipes.images import open_images
 from torch_rsst.recipes.loading import held_out_loader
 from torch_rsst.recipes.page import write_page
 from torch_rsst.recipes.run_folder import RunFolder
+from torch_rsst.utils.amounts import check_count
+from torch_rsst.utils.errors import listing, message
 
 
 def compact_run(config: CompactConfig) -> dict[str, Any]:

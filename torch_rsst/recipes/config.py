@@ -12,10 +12,10 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from torch_rsst.errors import listing, message, unknown_choice
 from torch_rsst.recipes.data_options import DataOptions
 from torch_rsst.recipes.pruning_options import PruningOptions
 from torch_rsst.recipes.training_options import TrainingOptions
+from torch_rsst.utils.errors import listing, message, unknown_choice
 
 # What a resumed run may change: where it runs, not what it computes.
 _FREE_ON_RESUME = ("output", "device", "workers", "data_dir")

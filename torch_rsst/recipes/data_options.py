@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch_rsst.budget import check_count, check_fraction, check_number
-from torch_rsst.errors import message
+from torch_rsst.utils.amounts import check_count, check_fraction, check_number
+from torch_rsst.utils.errors import message
 
 
 @dataclass(frozen=True)

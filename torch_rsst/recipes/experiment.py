@@ -12,16 +12,16 @@ from safetensors.torch import save
 from torch import nn
 
 import torch_rsst
-from torch_rsst.cost import measure_cost
-from torch_rsst.errors import listing, message
-from torch_rsst.files import write_atomically
+from torch_rsst.compaction.cost import measure_cost
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import BadImages
 from torch_rsst.recipes.pruning import find_units, make_rounds
 from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.recipes.training import Epoch, Interrupted, Stage, StoppedElsewhere, Trainer
-from torch_rsst.report import SparsityReport
-from torch_rsst.round_engine import Round, Rounds
+from torch_rsst.report.sparsity import SparsityReport
+from torch_rsst.rounds.engine import Round, Rounds
+from torch_rsst.utils.errors import listing, message
+from torch_rsst.utils.files import write_atomically
 
 # "First zero": the penalized norm fell below this share of its value at the start of the round.
 _ZERO = 0.01

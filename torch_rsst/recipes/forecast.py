@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import torch_rsst
-from torch_rsst.cost import Cost, measure_cost
-from torch_rsst.errors import RSSTWarning
-from torch_rsst.groups import Groups
+from torch_rsst.compaction.cost import Cost, measure_cost
+from torch_rsst.groups.groups import Groups
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.pruning import data_source, find_units, make_rounds
 from torch_rsst.recipes.training import Trainer
+from torch_rsst.utils.errors import RSSTWarning
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from timm.data import ImageDataset, create_dataset, create_transform
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose
 
-from torch_rsst.errors import closest, listing, message, unknown_choice
 from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
+from torch_rsst.utils.errors import closest, listing, message, unknown_choice
 
 _HELD_OUT = ("validation", "val", "valid", "test")
 _TORCHVISION = "torchvision/"

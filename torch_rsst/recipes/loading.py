@@ -16,9 +16,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from torch_rsst.errors import message
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import BadImages, Images
+from torch_rsst.utils.errors import message
 
 Batch = tuple[Tensor, Tensor]
 

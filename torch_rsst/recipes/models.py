@@ -10,10 +10,10 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from torch_rsst.errors import closest, message
 from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import Images
+from torch_rsst.utils.errors import closest, message
 
 DIGITS = "vit_digits"
 

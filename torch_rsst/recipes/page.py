@@ -6,9 +6,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from torch_rsst.files import write_text
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.run_folder import RunFolder
+from torch_rsst.utils.files import write_text
 
 _CAPTIONS = {
     "accuracy_and_sparsity": "Accuracy over epochs; what is masked and gone after each round.",

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from torch_rsst import plot
-from torch_rsst.files import write_atomically
-from torch_rsst.groups import Groups
-from torch_rsst.masks import extract_mask
+from torch_rsst.groups.groups import Groups
+from torch_rsst.masking.mask_sets import extract_mask
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.run_folder import RunFolder
-from torch_rsst.report import SparsityReport
+from torch_rsst.report.sparsity import SparsityReport
+from torch_rsst.utils.files import write_atomically
 
 
 def draw_all(

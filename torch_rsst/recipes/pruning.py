@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 import torch_rsst
-from torch_rsst.groups import Groups
+from torch_rsst.groups.groups import Groups
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.training import Trainer
-from torch_rsst.round_engine import Rounds
+from torch_rsst.rounds.engine import Rounds
 
 
 def find_units(config: RunConfig, trainer: Trainer) -> Groups:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch_rsst.budget import check_count, check_fraction
-from torch_rsst.errors import message
 from torch_rsst.schedules import resolve_schedule
+from torch_rsst.utils.amounts import check_count, check_fraction
+from torch_rsst.utils.errors import message
 
 Kind = Literal["heads", "neurons", "channels"]
 

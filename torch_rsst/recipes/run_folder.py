@@ -17,12 +17,12 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import nn
 
-from torch_rsst.builders import build_model
-from torch_rsst.checkpoints import prepare_from_state_dict
-from torch_rsst.compact_folder import read_description
-from torch_rsst.errors import listing, message
-from torch_rsst.files import check_links, write_atomically, write_text
+from torch_rsst.masking.checkpoints import prepare_from_state_dict
 from torch_rsst.recipes.config import RunConfig
+from torch_rsst.saving.builders import build_model
+from torch_rsst.saving.compact_folder import read_description
+from torch_rsst.utils.errors import listing, message
+from torch_rsst.utils.files import check_links, write_atomically, write_text
 
 RESULTS = (
     "method",

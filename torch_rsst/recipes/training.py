@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torch_rsst
-from torch_rsst.errors import closest, message
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import open_images
 from torch_rsst.recipes.loading import Batch, Loaders, check_batch_size, seed_everything
 from torch_rsst.recipes.models import choose_model
+from torch_rsst.utils.errors import closest, message
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not a fault

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported
-from torch_rsst.groups import GroupLayer
+from torch_rsst.groups.groups import GroupLayer
 
 Place = tuple[str, int]
 """The dense name of a parameter and one of its dimensions."""

@@ -13,7 +13,7 @@ from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.base import Place
 from torch_rsst.discovery.channels.ledger import Axis, Ledger
 from torch_rsst.discovery.channels.walk import INPUT, OUTPUT, SILENT_REASONS, TOGETHER
-from torch_rsst.groups import NO_UNIT, GroupLayer, Member
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 
 Signature = tuple[tuple[int, int], ...]
 """Which axes a unit has entries on, by their place in the ledger, and how many."""

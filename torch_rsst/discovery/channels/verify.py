@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.tracer import running_modules
 from torch_rsst.discovery.trial import agree, choices, one_line, silence, tensors_of
-from torch_rsst.groups import GroupLayer
-from torch_rsst.surgery import Removal, cut
+from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.groups.surgery import Removal, cut
 
 DIFFERS = "its output without some of its channels differs"
 MOST_TRIALS = 64

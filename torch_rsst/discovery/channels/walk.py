@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_rsst.discovery.channels.labels import Labels, compressed, varying, vector
 from torch_rsst.discovery.channels.ledger import Ledger
-from torch_rsst.surgery import OWNERS, sizes_of
+from torch_rsst.groups.surgery import OWNERS, sizes_of
 
 UNLABELED = Labels()
 OUTPUT = "they are outputs of the model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from torch_rsst.discovery.head_parts import HeadAdapter, Part
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.surgery import Removal
 
 POSITION_PARTS = (
     Part("rel_pos.mlp.fc2.weight"),

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import Unsupported, holds, register
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.head_parts import HeadAdapter, giving, normed, taking
-from torch_rsst.groups import NO_UNIT, GroupLayer, Member, head_rows
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member, head_rows
+from torch_rsst.groups.surgery import Removal
 
 
 class SlimLambdaLayer(LambdaLayer):

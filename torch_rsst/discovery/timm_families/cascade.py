@@ -15,9 +15,9 @@ from torch_rsst.discovery.become import become
 from torch_rsst.discovery.head_math import unflatten
 from torch_rsst.discovery.head_parts import recall
 from torch_rsst.discovery.timm_families.levit import forget_biases
-from torch_rsst.groups import GroupLayer, Member
-from torch_rsst.masks import named_weights
-from torch_rsst.surgery import Removal, named_buffers
+from torch_rsst.groups.groups import GroupLayer, Member
+from torch_rsst.groups.surgery import Removal, named_buffers
+from torch_rsst.masking.mask_sets import named_weights
 
 
 class SlimCascadedGroupAttention(CascadedGroupAttention):

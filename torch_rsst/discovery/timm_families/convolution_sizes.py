@@ -16,7 +16,7 @@ from timm.models.res2net import Bottle2neck
 from timm.models.rexnet import LinearBottleneck
 from torch import nn
 
-from torch_rsst.surgery import OWNERS, SIZES
+from torch_rsst.groups.surgery import OWNERS, SIZES
 
 Noted = Mapping[str, object]
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, normed, taking
 from torch_rsst.discovery.timm_families.levit import forget_biases
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.surgery import Removal
 
 
 class _WithPositions(HeadAdapter):

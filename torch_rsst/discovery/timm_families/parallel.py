@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import Adapter, holds, register
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
-from torch_rsst.groups import NO_UNIT, GroupLayer, Member, head_rows
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member, head_rows
+from torch_rsst.groups.surgery import Removal
 
 
 class SlimParallelScalingBlock(ParallelScalingBlock):

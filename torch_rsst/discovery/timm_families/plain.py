@@ -11,7 +11,7 @@ from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
-from torch_rsst.surgery import module_at
+from torch_rsst.groups.surgery import module_at
 
 
 class SlimNestAttention(nest.Attention):

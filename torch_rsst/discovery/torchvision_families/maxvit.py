@@ -10,8 +10,8 @@ from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, removed_heads, rows
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.emptied import BiasOnly
-from torch_rsst.groups import GroupLayer, Member, head_rows
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer, Member, head_rows
+from torch_rsst.groups.surgery import Removal
 
 
 class ReducedRelativeAttention(RelativePositionalMultiHeadAttention):  # type: ignore[misc] # untyped

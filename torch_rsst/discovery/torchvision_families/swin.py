@@ -13,8 +13,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, removed_heads, rows
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.emptied import BiasOnly
-from torch_rsst.groups import GroupLayer, Member, head_rows
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer, Member, head_rows
+from torch_rsst.groups.surgery import Removal
 
 _FAR = -100.0
 """What torchvision adds to the score of two tokens that the shift has brought into one window."""

@@ -24,7 +24,7 @@ from torch_rsst.discovery.transformers_families.separate_heads import (
     SomeHeads,
     attention_of,
 )
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.surgery import Removal
 
 if TYPE_CHECKING:
     _Base = nn.Module

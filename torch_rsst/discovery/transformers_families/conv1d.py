@@ -15,8 +15,8 @@ from torch_rsst.discovery.transformers_families.parts import (
     note_heads,
     returns_weights,
 )
-from torch_rsst.groups import GroupLayer, Member, head_rows
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer, Member, head_rows
+from torch_rsst.groups.surgery import Removal
 
 
 class Conv1DAttention(Adapter):

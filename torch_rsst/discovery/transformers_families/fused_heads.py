@@ -17,8 +17,8 @@ from torch_rsst.discovery.transformers_families.parts import (
     returns_weights,
     shared_rows,
 )
-from torch_rsst.groups import GroupLayer
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.groups.surgery import Removal
 
 
 class FusedHeads(Adapter):

@@ -8,8 +8,8 @@ from torch import nn
 from torch_rsst.discovery.adapter import Adapter, columns, rows
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.transformers_families.parts import Answer, is_of_transformers
-from torch_rsst.groups import GroupLayer
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.groups.surgery import Removal
 
 _FIRST, _SECOND = "intermediate.dense", "output.dense"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.emptied import BiasOnly
-from torch_rsst.groups import GroupLayer
+from torch_rsst.groups.groups import GroupLayer
 
 _PACKAGES = (
     "transformers",

@@ -20,8 +20,8 @@ from torch_rsst.discovery.transformers_families.parts import (
     returns_weights,
     shared_rows,
 )
-from torch_rsst.groups import GroupLayer, Member
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.groups import GroupLayer, Member
+from torch_rsst.groups.surgery import Removal
 
 _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),

@@ -20,7 +20,7 @@ from torch_rsst.discovery.head_math import kept
 from torch_rsst.discovery.head_parts import recall
 from torch_rsst.discovery.transformers_families.parts import Answer
 from torch_rsst.discovery.transformers_families.separate_heads import SomeHeads
-from torch_rsst.surgery import Removal
+from torch_rsst.groups.surgery import Removal
 
 if TYPE_CHECKING:
     _Base = T5Attention

@@ -1,0 +1,206 @@
+"""Groups: tables of units, and units made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from torch_rsst import Group, GroupLayer, Groups, Member, find_groups, head_layer
+from torch_rsst.groups.groups import NO_UNIT, Slab, as_groups, check_groups, head_rows
+from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.testing import models_with_groups
+
+
+def mlp(width: int = 2, hidden: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "projections", "head_of"),
+    [
+        (6, 3, 1, [0, 0, 1, 1, 2, 2]),
+        (12, 2, 3, [0, 0, 1, 1] * 3),
+        (4, 4, 1, [0, 1, 2, 3]),
+        (3, 1, 3, [0, 0, 0]),
+        (0, 2, 1, []),
+    ],
+)
+def test_the_head_of_each_row(rows: int, heads: int, projections: int, head_of: list[int]) -> None:
+    assert head_rows(rows, heads, projections).tolist() == head_of
+
+
+def test_heads_must_divide_the_rows() -> None:
+    with pytest.raises(ValueError, match=r"divides the 10 rows of 3 projection\(s\), got 2"):
+        head_rows(10, 2, 3)
+
+
+def test_units_of_a_layer_literally() -> None:
+    layer = find_groups(mlp()).layers[0]
+    unit = layer.group(1)
+    assert unit == Group(
+        "",
+        "neurons",
+        1,
+        (
+            Slab("0.weight", 0, 3, (1,), ranked=True),
+            Slab("0.bias", 0, 3, (1,), ranked=False),
+            Slab("2.weight", 1, 3, (1,), ranked=True, consumes=True),
+        ),
+        family="TwoLayerMLP",
+    )
+    assert str(unit) == "the model neurons[1]"
+    assert str(layer) == "the model (3 neurons)"
+
+
+def test_groups_are_a_sequence() -> None:
+    groups = Groups((head_layer("a", rows=6, num_heads=2), head_layer("b", rows=9, num_heads=3)))
+    assert len(groups) == 5
+    assert [(g.layer, g.unit) for g in groups] == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2)]
+    assert groups[-1] == groups[4] == list(groups)[4]
+    assert groups[1:3] == [groups[1], groups[2]]
+    assert groups[::-1][0] == groups[4]
+    assert groups[3] in groups
+    assert groups.index(groups[3]) == 3
+    assert str(groups) == "5 heads in 2 layers"
+    for index in (5, -6):
+        with pytest.raises(IndexError, match=f"index {index} is out of range for 5 groups"):
+            groups[index]
+
+
+def test_no_groups() -> None:
+    assert len(Groups()) == 0
+    assert list(Groups()) == []
+    assert str(Groups()) == "no groups in 0 layers"
+
+
+def test_kinds_are_selected() -> None:
+    neurons = find_groups(mlp()).layers
+    groups = Groups((head_layer("a", rows=6, num_heads=2), *neurons))
+    assert [layer.kind for layer in groups.of_kind("heads").layers] == ["heads"]
+    assert len(groups.of_kind("heads", "neurons")) == len(groups)
+    assert len(groups.of_kind("channels")) == 0
+    assert str(groups) == "2 heads, 3 neurons in 2 layers"
+
+
+@given(models_with_groups())
+def test_single_units_gather_into_the_same_layers(drawn: tuple[nn.Module, Groups]) -> None:
+    _, groups = drawn
+    gathered = as_groups(unit for unit in groups)
+    assert len(gathered) == len(groups)
+    for mine, original in zip(gathered.layers, groups.layers, strict=True):
+        assert (mine.name, mine.kind, mine.units) == (original.name, original.kind, original.units)
+        for a, b in zip(mine.members, original.members, strict=True):
+            assert (a.parameter, a.dim, a.ranked) == (b.parameter, b.dim, b.ranked)
+            assert torch.equal(a.unit_of, b.unit_of)
+
+
+@given(models_with_groups(), st.data())
+def test_chosen_units_leave_the_rest_to_no_group(
+    drawn: tuple[nn.Module, Groups], data: st.DataObject
+) -> None:
+    _, groups = drawn
+    chosen = data.draw(st.lists(st.sampled_from(list(groups)), unique=True))
+    slabs = {
+        (u.layer, u.kind, s.parameter, s.dim, i) for u in chosen for s in u.members for i in s.index
+    }
+    found = {
+        (layer.name, layer.kind, member.parameter, member.dim, i)
+        for layer in as_groups(chosen).layers
+        for member in layer.members
+        for i in (member.unit_of != NO_UNIT).nonzero().flatten().tolist()
+    }
+    assert found == slabs
+
+
+def test_whatever_holds_groups_will_do() -> None:
+    groups = find_groups(mlp())
+    layer = groups.layers[0]
+    assert as_groups(groups) is groups
+    assert as_groups(layer).layers == (layer,)
+    assert as_groups([layer]).layers == (layer,)
+    assert as_groups(()).layers == ()
+    assert len(as_groups(groups[0])) == 1
+    with pytest.raises(ValueError, match=r"neurons of .*: expected them once, got them twice"):
+        as_groups([layer, groups[0]])
+
+
+def test_a_unit_listed_twice_is_an_error() -> None:
+    groups = find_groups(mlp())
+    with pytest.raises(ValueError, match=r"neurons\[1\]: expected it once, got it twice"):
+        as_groups([groups[0], groups[1], groups[1]])
+
+
+@pytest.mark.parametrize("groups", [["heads"], "heads", [None], [nn.Linear(1, 1)], {"a": 1}])
+def test_what_holds_no_groups(groups: Any) -> None:
+    with pytest.raises(TypeError, match=r"groups: expected groups, got .*find_groups\(model\)"):
+        as_groups(groups)
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+def test_what_holds_nothing(groups: Any) -> None:
+    with pytest.raises(TypeError, match="expected groups, got"):
+        as_groups(groups)
+
+
+@given(models_with_groups())
+def test_sums_per_unit_against_loops(drawn: tuple[nn.Module, Groups]) -> None:
+    model, groups = drawn
+    weights = named_weights(model)
+    for layer in groups.layers:
+        for member in layer.members:
+            weight = weights[member.parameter]
+            totals = [0.0] * layer.units
+            for index in range(weight.shape[member.dim]):
+                unit = int(member.unit_of[index])
+                totals[unit] += float(weight.double().select(member.dim, index).sum())
+            found = member.sum_per_unit(weight, layer.units)
+            assert found.dtype == torch.float64
+            assert found.tolist() == pytest.approx(totals, abs=1e-9)
+
+
+def test_sums_accumulate_in_float64() -> None:
+    member = Member("w", 0, torch.zeros(1, dtype=torch.int64), ranked=True)
+    weight = torch.full((1, 70000), 1.0, dtype=torch.float16)
+    assert member.sum_per_unit(weight, 1).tolist() == [70000.0]
+
+
+def test_spread_leaves_free_slices_at_the_filling() -> None:
+    member = Member("w", 1, torch.tensor([1, NO_UNIT, 0]), ranked=True)
+    values = torch.tensor([True, False])
+    over = torch.empty(2, 3)
+    assert member.spread(values, over).tolist() == [[False, True, True]] * 2
+    assert member.spread(values, over, fill=False).tolist() == [[False, False, True]] * 2
+    assert member.spread(values, torch.empty(2, 3, 4)).shape == (2, 3, 4)
+    assert member.owned(over).tolist() == [[True, False, True]] * 2
+
+
+def test_groups_must_fit_the_model() -> None:
+    weights = named_weights(mlp())
+    check_groups(weights, find_groups(mlp()))
+    with pytest.raises(KeyError, match=r"'a': expected a parameter of the model.*this very model"):
+        check_groups(weights, Groups((head_layer("a", rows=6, num_heads=2),)))
+    with pytest.raises(
+        ValueError, match=r"'0.weight': expected size 6 along dim 0, got shape \(3, 2"
+    ):
+        check_groups(weights, Groups((head_layer("0.weight", rows=6, num_heads=2),)))
+    layer = head_layer("0.weight", rows=3, num_heads=3, projections=1, dim=2)
+    with pytest.raises(ValueError, match="size 3 along dim 2"):
+        check_groups(weights, Groups((layer,)))
+
+
+def test_every_layer_has_something_to_rank() -> None:
+    bias = Member("0.bias", 0, torch.arange(3), ranked=False)
+    with pytest.raises(ValueError, match="a ranked member, got none"):
+        check_groups(named_weights(mlp()), Groups((GroupLayer("0", "neurons", 3, (bias,)),)))
+
+
+def test_groups_are_frozen() -> None:
+    groups = find_groups(mlp())
+    for item in (groups, groups.layers[0], groups.layers[0].members[0], groups[0]):
+        with pytest.raises(AttributeError):
+            item.name = "another"

@@ -1,0 +1,119 @@
+"""Importance from data, recomputed one unit at a time; what several test files need for it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_rsst
+from torch_rsst import find_groups, measure_importance
+from torch_rsst.groups.groups import GroupLayer, Groups
+from torch_rsst.groups.surgery import module_at
+from torch_rsst.masking.mask_sets import named_weights
+
+NAMES = ["activation_l1", "activation_l2", "taylor"]
+
+
+def loss_fn(output: Any, batch: Any) -> Tensor:
+    return output.sin().mul(3.0).square().sum()
+
+
+def measured(model: nn.Module, groups: Any, name: Any, batches: Any, **kwargs: Any) -> Any:
+    """Scores of each layer, by its text."""
+    found = measure_importance(model, groups, name, batches=batches, loss_fn=loss_fn, **kwargs)
+    weights = named_weights(model)
+    return {
+        str(layer): found(layer, weights, {})
+        for layer in torch_rsst.groups.groups.as_groups(groups).layers
+    }
+
+
+# The slow oracle: hooks on a dense copy, and the gradient of one unit's slice at a time
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model).eval()
+    torch_rsst.remove_all(copied, freeze_zeros=False)
+    return copied
+
+
+def one_unit(model: nn.Module, layer: GroupLayer, unit: int, batches: Any, call: Any) -> list[Any]:
+    """(values, gradients) of a unit at each layer that takes it in, for each batch and call."""
+    seen = []
+    for member in layer.members:
+        if not member.consumes:
+            continue
+        module = module_at(model, member.parameter.rpartition(".")[0])
+        axis = 1 if isinstance(module, nn.Conv2d) else -1
+        index = (member.unit_of == unit).nonzero().flatten()
+        for batch in batches:
+            values: list[Tensor] = []
+            shifts: list[
+                Tensor
+            ] = []  # zeros, whose gradient is that of the slice they are added to
+
+            def shift(
+                _: Any, args: Any, axis: int = axis, index: Any = index, to: Any = (values, shifts)
+            ) -> Any:
+                values, shifts = to
+                values.append(args[0].index_select(axis, index).detach())
+                shifts.append(torch.zeros_like(values[-1], requires_grad=True))
+                return (args[0].index_add(axis % args[0].ndim, index, shifts[-1]), *args[1:])
+
+            handle = module.register_forward_pre_hook(shift)
+            loss = loss_fn(call(model, batch), batch)
+            handle.remove()
+            seen += zip(values, torch.autograd.grad(loss, shifts), strict=True)
+    return seen
+
+
+def by_oracle(
+    name: str, model: nn.Module, layer: GroupLayer, batches: Any, call: Any
+) -> list[float]:
+    dense, scores = dense_copy(model), []
+    for unit in range(layer.units):
+        seen = one_unit(dense, layer, unit, batches, call)
+        values = [v for activation, _ in seen for v in activation.double().flatten().tolist()]
+        slopes = [g for _, gradient in seen for g in gradient.double().flatten().tolist()]
+        if name == "activation_l1":
+            scores.append(math.fsum(map(abs, values)) / len(values))
+        elif name == "activation_l2":
+            scores.append(math.sqrt(math.fsum(v * v for v in values) / len(values)))
+        else:
+            scores.append(math.fsum(abs(v * g) for v, g in zip(values, slopes, strict=True)))
+    return scores
+
+
+def check_against_oracle(
+    model: nn.Module,
+    groups: Groups,
+    batches: Any,
+    *,
+    oracle_model: nn.Module | None = None,
+    call: Any = None,
+    tolerance: float = 1e-9,
+) -> None:
+    for name in NAMES:
+        got = measured(model, groups, name, batches, **({} if call is None else {"forward": call}))
+        for layer in groups.layers:
+            reference = oracle_model or model
+            run = call or (lambda m, b: m(b))
+            expected = by_oracle(name, reference, layer, batches, run)
+            assert got[str(layer)].dtype == torch.float64
+            assert got[str(layer)].tolist() == pytest.approx(expected, rel=tolerance, abs=1e-12), (
+                name
+            )
+
+
+def literal() -> tuple[nn.Sequential, Groups]:
+    """Three neurons: x, 2x and −x, of which the last is never heard; loss = sum of outputs."""
+    model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [2.0], [-1.0]]))
+        model[2].weight.copy_(torch.tensor([[10.0, -1.0, 5.0]]))
+    return model, find_groups(model)

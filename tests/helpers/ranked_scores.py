@@ -1,0 +1,93 @@
+"""Scores to rank, awkward ones among them, and the slow way to rank them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torch_rsst.selection.topk import Ranking
+from torch_rsst.testing import masks, weights
+
+Problem: TypeAlias = tuple[list[Tensor], list[Tensor | None], int]
+
+
+def by_sorting(
+    scores: Sequence[Tensor], k: int, among: Sequence[Tensor | None] | None, absolute: bool
+) -> list[list[bool]]:
+    """The slow oracle: sort all competitors on (score, position) and take the first k."""
+    among = among or [None] * len(scores)
+    entries = []
+    for which, (score, mask) in enumerate(zip(scores, among, strict=True)):
+        competes = [True] * score.numel() if mask is None else mask.reshape(-1).tolist()
+        values = score.double().reshape(-1).tolist()
+        for position, (value, competing) in enumerate(zip(values, competes, strict=True)):
+            if competing:
+                entries.append((abs(value) if absolute else value, which, position))
+    goes = {(which, position) for _, which, position in sorted(entries)[:k]}
+    return [[(which, i) in goes for i in range(s.numel())] for which, s in enumerate(scores)]
+
+
+def flat(marked: Sequence[Tensor]) -> list[list[bool]]:
+    return [m.reshape(-1).tolist() for m in marked]
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> Problem:
+    """Scores, which of them compete, and how many are to be marked."""
+    some = weights(dtypes=dtypes, allow_infinity=True)
+    scores = draw(st.lists(some, min_size=1, max_size=4))
+    among = [draw(st.one_of(st.none(), masks(tuple(s.shape)))) for s in scores]
+    competing = sum(
+        s.numel() if m is None else int(m.sum()) for s, m in zip(scores, among, strict=True)
+    )
+    k = draw(st.one_of(st.integers(0, competing), st.sampled_from((0, competing))))
+    return scores, among, k
+
+
+def assert_sorts(ranking: Ranking, problem: Problem, absolute: bool) -> None:
+    """What goes, stays and competes is what sorting says."""
+    scores, among, k = problem
+    cut = ranking.cut(k)
+    goes, stays = ([mask.cpu() for mask in marks] for marks in (cut.goes(), cut.stays()))
+    assert flat(goes) == by_sorting(scores, k, among, absolute)
+    competes = [torch.ones_like(g) if a is None else a for g, a in zip(goes, among, strict=True)]
+    assert ranking.available == sum(int(mask.sum()) for mask in competes)
+    for stay, mask, go in zip(stays, competes, goes, strict=True):
+        assert torch.equal(stay, mask & ~go)
+
+
+def uniform(n: int) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(n)) - 0.5
+
+
+def misleading(n: int) -> Tensor:
+    """High at every place that a sample of 256 looks at, low elsewhere."""
+    stride = n // 256
+    while math.gcd(stride, 30) > 1:
+        stride += 1
+    score = uniform(n).abs()
+    score[::stride] += 100
+    return score
+
+
+DISTRIBUTIONS: dict[str, Callable[[int], Tensor]] = {
+    "uniform": uniform,
+    "all equal": lambda n: torch.full((n,), -3.0),
+    "all zero": lambda n: torch.zeros(n),
+    "zeros of both signs": lambda n: torch.zeros(n) * uniform(n),
+    "two values": lambda n: torch.where(uniform(n) < 0.1, 1.0, 2.0),
+    "three in ten tie": lambda n: torch.where(uniform(n) < -0.2, 0.25, uniform(n)),
+    "denormal": lambda n: (uniform(n) * 2**20).round() * 2.0**-149,
+    "sorted": lambda n: torch.arange(n) / n,
+    "sorted down": lambda n: -torch.arange(n) / n,
+    "constant blocks": lambda n: (torch.arange(n) // 1000).float(),
+    "mostly infinite": lambda n: uniform(n).masked_fill(uniform(n) < 0.4, torch.inf),
+    "infinite of both signs": lambda n: (uniform(n) * 1e40).float(),
+    "misleading": misleading,
+    "periodic": lambda n: (torch.arange(n) % 79).float(),
+}

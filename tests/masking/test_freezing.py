@@ -1,0 +1,340 @@
+"""What no optimizer may move stays exactly where it is: masked latents, zeros of removed masks."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import gradient_step, linear, mlp, same
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import torch_rsst
+from torch_rsst.masking import freezing
+
+MASK = torch.tensor(
+    [[True, False, True, True], [False, False, True, True], [True, True, True, False]]
+)
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, weight_decay=0.1),
+}
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def masked_layer() -> nn.Linear:
+    layer = linear()
+    torch_rsst.apply_mask(layer, {"weight": MASK})
+    return layer
+
+
+def train(layer: nn.Module, optimizer: Optimizer, steps: int = 5) -> None:
+    for number in range(steps):
+        gradient_step(layer, optimizer, number)
+
+
+def latents(layer: nn.Linear) -> Tensor:
+    return layer.weight_orig.detach()[~MASK].clone()
+
+
+@every_optimizer
+def test_masked_latents_drift_unless_frozen(make: Callable[[Any], Optimizer]) -> None:
+    layer = linear()
+    optimizer = make(layer.parameters())
+    train(layer, optimizer)  # warm: momentum and averages are not zero
+    torch_rsst.apply_mask(layer, {"weight": MASK})
+    drifting = copy.deepcopy(layer)
+    other = make(drifting.parameters())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    handle = torch_rsst.freeze_masked(layer)
+    before, alive = latents(layer), layer.weight.detach().clone()
+    train(layer, optimizer)
+    train(drifting, other)
+    assert same(latents(layer), before)
+    assert not same(latents(drifting), before)
+    # What is alive trains as it would have.
+    assert not same(layer.weight, alive)
+    assert same(layer.weight, drifting.weight)
+    assert same(layer.bias, drifting.bias)
+    handle.remove()
+
+
+def test_the_handle_lifts_the_freeze() -> None:
+    layer = masked_layer()
+    optimizer = OPTIMIZERS["adamw"](layer.parameters())
+    before = latents(layer)
+    handle = torch_rsst.freeze_masked(layer)
+    train(layer, optimizer, 1)
+    assert same(latents(layer), before)
+    handle.remove()
+    train(layer, optimizer, 1)
+    assert not same(latents(layer), before)
+
+
+def test_the_freeze_follows_the_mask() -> None:
+    layer = masked_layer()
+    optimizer = OPTIMIZERS["adamw"](layer.parameters())
+    handle = torch_rsst.freeze_masked(layer)
+    before = layer.weight_orig.detach().clone()
+    torch_rsst.apply_mask(layer, {"weight": ~MASK})
+    train(layer, optimizer)
+    assert same(layer.weight_orig[MASK], before[MASK])
+    assert bool((layer.weight_orig[~MASK] != before[~MASK]).all())
+    handle.remove()
+
+
+def test_a_step_of_something_else_in_a_closure_lifts_nothing() -> None:
+    layer, stranger = masked_layer(), linear()
+    torch_rsst.freeze_masked(layer)
+    before = latents(layer)
+    inner = OPTIMIZERS["adamw"](stranger.parameters())
+    optimizer = OPTIMIZERS["adamw"](layer.parameters())
+
+    def closure() -> Tensor:
+        gradient_step(stranger, inner, 1)
+        optimizer.zero_grad()
+        loss = layer(torch.ones(2, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert same(latents(layer), before)
+
+
+def test_a_step_around_another_step_lifts_nothing() -> None:
+    class Shrinking(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.mul_(0.5)
+            return super().step(closure)
+
+    layer = masked_layer()
+    torch_rsst.freeze_masked(layer)
+    before = latents(layer)
+    train(layer, Shrinking(layer.parameters(), lr=0.1, momentum=0.9))
+    assert same(latents(layer), before)
+
+
+def test_a_step_that_raised_leaves_no_old_values_behind() -> None:
+    layer = masked_layer()
+    torch_rsst.freeze_masked(layer)
+    optimizer = OPTIMIZERS["sgd"](layer.parameters())
+
+    def failing() -> float:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        optimizer.step(failing)
+    with torch.no_grad():
+        layer.weight_orig.fill_(3.0)
+    train(layer, optimizer, 1)
+    assert bool((latents(layer) == 3.0).all())
+
+
+def test_threads_freeze_their_own_models() -> None:
+    def work(_: int) -> bool:
+        layer = masked_layer()
+        torch_rsst.freeze_masked(layer)
+        before = latents(layer)
+        train(layer, OPTIMIZERS["sgd"](layer.parameters()), 30)
+        return same(latents(layer), before)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+def test_a_freeze_does_not_keep_a_model_alive() -> None:
+    reference = weakref.ref(masked := masked_layer())
+    torch_rsst.freeze_masked(masked)
+    del masked
+    gc.collect()
+    assert reference() is None
+
+
+def test_freezing_again_replaces_and_the_old_handle_lifts_nothing() -> None:
+    layer = masked_layer()
+    first, second = torch_rsst.freeze_masked(layer), torch_rsst.freeze_masked(layer)
+    assert len(freezing._FROZEN[layer]) == 1
+    first.remove()
+    before = latents(layer)
+    train(layer, OPTIMIZERS["adamw"](layer.parameters()))
+    assert same(latents(layer), before)
+    second.remove()
+    second.remove()
+    train(layer, OPTIMIZERS["adamw"](layer.parameters()))
+    assert not same(latents(layer), before)
+
+
+def test_nothing_is_held_between_steps() -> None:
+    layer = masked_layer()
+    torch_rsst.freeze_masked(layer)
+    train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
+    assert [vars(entry) for entry in freezing._FROZEN[layer].values()] == [{"_before": None}]
+
+
+def test_there_must_be_something_to_freeze() -> None:
+    with pytest.raises(
+        ValueError, match=r"model: expected masked parameters, got none\. Mask it first"
+    ):
+        torch_rsst.freeze_masked(linear())
+
+
+def test_only_models_are_frozen() -> None:
+    with pytest.raises(TypeError, match="model: expected a module, got dict"):
+        torch_rsst.freeze_masked({})  # type: ignore[arg-type]
+
+
+@every_optimizer
+def test_zeros_of_removed_masks_stay_zero(make: Callable[[Any], Optimizer]) -> None:
+    layer = linear()
+    optimizer = make(layer.parameters())
+    train(layer, optimizer)
+    torch_rsst.apply_mask(layer, {"weight": MASK})
+    assert torch_rsst.remove_all(layer, freeze_zeros=True) is layer
+    before = layer.weight.detach().clone()
+    train(layer, optimizer)
+    assert (layer.weight == 0).tolist() == (~MASK).tolist()
+    assert bool((layer.weight != before)[MASK].all())
+
+
+def test_zeros_come_back_to_life_with_a_warning() -> None:
+    layer = linear()
+    optimizer = OPTIMIZERS["sgd"](layer.parameters())
+    train(layer, optimizer)
+    torch_rsst.apply_mask(layer, {"weight": MASK})
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match="Pass freeze_zeros=True to hold them"):
+        torch_rsst.remove_all(layer)
+    train(layer, optimizer, 2)
+    assert int((layer.weight == 0).sum()) == 0
+
+
+def test_the_warning_points_at_the_caller() -> None:
+    layer = masked_layer()
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning) as caught:
+        torch_rsst.remove_all(layer)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("choice", [True, False])
+def test_a_choice_needs_no_warning(choice: bool) -> None:
+    layer = torch_rsst.remove_all(masked_layer(), freeze_zeros=choice)  # warnings are errors here
+    assert not torch_rsst.is_pruned(layer)
+
+
+def test_no_zeros_no_warning() -> None:
+    layer = linear()
+    torch_rsst.remove_all(layer)
+    torch_rsst.apply_mask(layer, {"weight": torch.ones_like(MASK)})
+    torch_rsst.remove_all(layer)
+    assert not torch_rsst.is_pruned(layer)
+
+
+def test_removing_twice_does_nothing_the_second_time() -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    weight = layer.weight.detach().clone()
+    torch_rsst.remove_all(layer)
+    train(layer, OPTIMIZERS["adamw"](layer.parameters()))
+    assert (layer.weight == 0).tolist() == (weight == 0).tolist() == (~MASK).tolist()
+
+
+def test_a_freeze_of_zeros_ends_for_good_once_masked_again() -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    torch_rsst.apply_mask(layer, {"weight": ~MASK})
+    with torch.no_grad():
+        layer.weight_orig.fill_(5.0)
+    torch_rsst.remove_all(layer, freeze_zeros=False)
+    train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
+    assert bool((layer.weight[~MASK] != 0).all())
+
+
+def test_a_layer_of_another_shape_is_no_longer_held() -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    layer.weight, layer.bias = nn.Parameter(layer.weight[:2]), nn.Parameter(layer.bias[:2])
+    train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
+    assert bool((layer.weight != 0).any())
+
+
+def test_a_new_mask_decides_again_about_frozen_zeros() -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    torch_rsst.apply_mask(layer, {"weight": torch.ones_like(MASK)})
+    train(layer, OPTIMIZERS["adamw"](layer.parameters()))
+    assert int((layer.weight == 0).sum()) == 0
+
+
+def test_frozen_zeros_follow_a_change_of_device_and_dtype() -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    layer.double()
+    optimizer = OPTIMIZERS["adamw"](layer.parameters())
+    layer(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert (layer.weight == 0).tolist() == (~MASK).tolist()
+
+
+def test_a_failing_removal_removes_nothing(
+    fingerprint: Callable[[nn.Module], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_rsst.masking import masked_parameter
+
+    model = mlp()
+    torch_rsst.apply_mask(model, {"0.weight": torch.eye(8, 4), "2.weight": torch.eye(2, 8)})
+    before = fingerprint(model)
+    original, seen = masked_parameter.make_plain, []
+
+    def failing_late(module: nn.Module, name: str) -> None:
+        seen.append(module)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        original(module, name)
+
+    monkeypatch.setattr(masked_parameter, "make_plain", failing_late)
+    with pytest.raises(KeyboardInterrupt):
+        torch_rsst.remove_all(model)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("kind", ["RSST", "Refill"])
+def test_rounds_freeze_masked_latents(kind: str, freeze: bool) -> None:
+    model = mlp()
+    groups = torch_rsst.find_groups(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    rounds = getattr(torch_rsst, kind)(
+        model, groups, optimizer=optimizer, steps_per_round=4, rounds=2, regroup_amount=0.5,
+        freeze_masked=freeze,
+    )  # fmt: skip
+    for rnd in rounds:
+        dead = {n: ~m for n, m in torch_rsst.extract_mask(model).items()}
+        before = {n: model.get_parameter(f"{n}_orig").detach().clone() for n in dead}
+        for number in range(rnd.start_step, 4):
+            gradient_step(model, optimizer, number)
+        moved = [bool((model.get_parameter(f"{n}_orig") != before[n])[dead[n]].any()) for n in dead]
+        assert any(moved) is not freeze
+    rounds.finalize()
+
+
+def test_fillback_freezes_what_stays_masked() -> None:
+    layer = masked_layer()
+    torch_rsst.fillback(layer, "weight", 1, freeze_masked=True)
+    dead = layer.weight_mask == 0
+    before = layer.weight_orig[dead].clone()
+    train(layer, OPTIMIZERS["adamw"](layer.parameters()))
+    assert int(dead.sum()) == 3
+    assert same(layer.weight_orig[dead], before)

@@ -1,0 +1,1 @@
+"""A masked model → a smaller model with equal outputs; what models cost; budgets."""

@@ -1,0 +1,362 @@
+"""Compact: a masked model → a smaller one with the same outputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_rsst.compaction.cut_record import (
+    Stage,
+    bare_biases,
+    new_biases_of,
+    recorded_module,
+    remember,
+    removals_of,
+    stage_of,
+    stages_of,
+)
+from torch_rsst.compaction.folding import Constants, measure_constants
+from torch_rsst.compaction.moved_optimizer import move_optimizer
+from torch_rsst.discovery import Probe, family
+from torch_rsst.discovery.adapter import least_left
+from torch_rsst.discovery.probe import output_error
+from torch_rsst.distributed.dtensor import is_sharded
+from torch_rsst.groups.dead_units import dead_units
+from torch_rsst.groups.groups import NO_UNIT, Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.groups.surgery import (
+    Removal,
+    Shortened,
+    cut,
+    kept_indices,
+    module_at,
+    named_buffers,
+    replace_module,
+)
+from torch_rsst.masking.live_weight import product
+from torch_rsst.masking.mask_sets import (
+    extract_mask,
+    named_sites,
+    named_weights,
+    unwrap,
+    without_wrappers,
+)
+from torch_rsst.masking.masked_parameter import restore, stored_products
+from torch_rsst.masking.parameter_ref import Site, masked_sites
+from torch_rsst.utils.amounts import check_count
+from torch_rsst.utils.errors import CompactionWarning, MissingNameError, message
+
+
+def compact(
+    model: nn.Module,
+    groups: Groups | Iterable[Group] | Iterable[GroupLayer],
+    *,
+    example_inputs: Any = None,
+    optimizer: Optimizer | None = None,
+    round_to: int = 1,
+) -> nn.Module:
+    """Cut the dead units out of a masked model: a smaller model with the same outputs.
+
+    Example:
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        >>> groups = torch_rsst.find_groups(mlp)
+        >>> torch_rsst.apply_mask(mlp, torch_rsst.regroup(mlp, groups, amount=0.5))
+        >>> small = torch_rsst.compact(mlp, groups)
+        >>> small[0], small[2]
+        (Linear(in_features=4, out_features=4, bias=True), Linear(in_features=4, out_features=4, bias=True))
+
+    A unit is dead where all its entries are masked or exactly 0, or all those that put it out. What a
+    unit without inputs still emits (the activation of its bias, the shift of a batch norm) is moved into the bias of the next layer; where that is not exact the unit stays, and
+    a :class:`torch_rsst.CompactionWarning` names it. Masks with zeros left in them stay masks; others are made
+    permanent. Find the groups of the result anew: :func:`find_groups`.
+
+    Args:
+        model: masked; not changed. Wrappers (data parallel, compiled) are left out of the result.
+        groups: from :func:`find_groups` for this very model.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model.
+            Given, the outputs of the result are compared with the model's before it is returned.
+        optimizer: of the model's parameters; changed in place: it goes on with those of the result,
+            and the surviving part of its state (momentum, second moments …).
+        round_to: leave the units of each layer a multiple of this, padded with dead ones.
+
+    Returns:
+        a model of the same class, in the mode (training or eval) of ``model``. Modules whose forward
+        fixes their width become a subclass of themselves; those without units a
+        :class:`torch_rsst.discovery.BiasOnly`.
+
+    Raises:
+        TypeError: unless given a module and groups.
+        KeyError, ValueError: for groups of another model, tied or sharded parameters.
+        RuntimeError: where the outputs on ``example_inputs`` differ.
+    """
+    bare = unwrap(model)
+    groups = as_groups(groups)
+    check_count(round_to, "round_to", at_least=1)
+    check_compactable(bare, groups)
+    probe = Probe(bare, example_inputs)
+    removals, constants, kept_whole, dead = _choose(bare, groups, round_to, probe)
+    memo = _shared(bare, removals) | stored_products(bare)
+    small = copy.deepcopy(bare, memo)
+    without = bare_biases(small)
+    for emitted, units in constants:
+        emitted.add_to(small, units)
+    new_biases = without - bare_biases(small)
+    removals = [_with_biases(removal, new_biases) for removal in removals]
+    stage = stage_of(removals, new_biases)
+    small, shortened = remove(small, removals)
+    remember(small, [*(stages_of(bare) or ()), stage])
+    restore([site for site in masked_sites(small.modules()) if _is_full(site)])
+    if example_inputs is not None:
+        _compare(bare, small, example_inputs)
+    if optimizer is not None:
+        move_optimizer(optimizer, _successors(bare, small, memo, shortened))
+        _give_biases(optimizer, small, new_biases)
+    if kept_whole:
+        warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
+    elif not dead:
+        warnings.warn(_NOTHING, CompactionWarning, stacklevel=2)
+    return small
+
+
+def remove(
+    model: nn.Module, removals: Sequence[Removal]
+) -> tuple[nn.Module, dict[nn.Parameter, Shortened]]:
+    """Cut units out of a model in place, and make its modules run without them.
+
+    Returns:
+        the model, or what takes its place, and what replaced each shortened parameter.
+    """
+    removals = [removal for removal in removals if removal.count]
+    shortened = cut(model, removals)
+    for removal in reversed(removals):  # what is inside first: an emptied module loses it
+        layer = removal.layer
+        if layer.family:
+            new = family(layer.family).shrink(module_at(model, layer.name), removal)
+            model = replace_module(model, layer.name, new)
+    return model, shortened
+
+
+def replay(model: nn.Module, stages: Iterable[Stage]) -> nn.Module:
+    """Cut a dense model to the shapes that these stages led to, in place, whatever its values.
+
+    Args:
+        model: built as the one was that the stages come from.
+        stages: what :func:`torch_rsst.compaction.cut_record.stages_of` a compacted model says.
+
+    Returns:
+        the model, or what takes its place.
+
+    Raises:
+        KeyError, ValueError: for stages of another model.
+    """
+    for stage in stages:
+        for name in new_biases_of(stage):
+            layer = recorded_module(model, name)
+            if layer._parameters.get("bias", layer) is not None:
+                got, remedy = "one that has it already, or none", "Pass the model of this folder."
+                expected = "a layer without bias"
+                raise ValueError(message(name, expected=expected, got=got, remedy=remedy))
+            weight = product(layer, "weight")
+            layer._parameters["bias"] = nn.Parameter(weight.new_zeros(weight.shape[0]))
+        removals = removals_of(stage, model)
+        check_compactable(model, Groups(tuple(removal.layer for removal in removals)))
+        model, _ = remove(model, removals)
+    return model
+
+
+def _with_biases(removal: Removal, new: Collection[str]) -> Removal:
+    """With the biases that were not there when the units were found: their rows go, too."""
+    added = []
+    for member in removal.layer.members:
+        path, _, leaf = member.parameter.rpartition(".")
+        if leaf == "weight" and path in new and member.dim == 0 and not member.consumes:
+            bias = f"{path}.bias" if path else "bias"
+            added.append(replace(member, parameter=bias, ranked=False))
+    if not added:
+        return removal
+    members = (*removal.layer.members, *added)
+    return Removal(replace(removal.layer, members=members), removal.gone)
+
+
+def _is_full(site: Site) -> bool:
+    mask = site.mask
+    return mask is not None and (not mask.numel() or bool(mask.amin() > 0))
+
+
+def check_compactable(model: nn.Module, groups: Groups) -> None:
+    """Raise unless the groups are those of this model, and it can be copied and cut."""
+    weights, sites, buffers = named_weights(model), named_sites(model), named_buffers(model)
+    remedy = "Find the groups of this very model: find_groups(model)."
+    check_groups(weights, groups)
+    if sharded := next((name for name, w in weights.items() if is_sharded(w)), None):
+        gather = "Gather the full parameters on one process first."
+        subject = f"compact: {sharded!r}"
+        raise ValueError(
+            message(subject, expected="a whole parameter", got="a sharded one", remedy=gather)
+        )
+    modules = {without_wrappers(name) for name, _ in model.named_modules()}
+    for layer in groups.layers:
+        subject = f"groups of {layer}"
+        if layer.family:
+            family(layer.family)
+            if layer.name not in modules:
+                got = "no such module"
+                raise MissingNameError(
+                    message(subject, expected="a module of the model", got=got, remedy=remedy)
+                )
+        elif not any(member.consumes for member in layer.members):
+            expected, got = "a member that takes the units in (consumes=True)", "none"
+            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+        for member in layer.members:
+            if len(sites[member.parameter]) > 1:
+                got = f"{member.parameter!r} in several modules"
+                untie = "Untie it, or leave these groups out."
+                raise ValueError(
+                    message(subject, expected="parameters of one module", got=got, remedy=untie)
+                )
+        for member in layer.buffers:
+            module, key = buffers.get(member.parameter, (None, ""))
+            buffer = None if module is None else module._buffers[key]
+            size = member.unit_of.numel()
+            if buffer is None or buffer.ndim <= member.dim or buffer.shape[member.dim] != size:
+                got = "none" if buffer is None else f"shape {tuple(buffer.shape)}"
+                expected = f"a buffer {member.parameter!r} of size {size} along dim {member.dim}"
+                raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Dead units that stay in the model, and why."""
+
+    layer: str
+    units: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.units} of {self.layer}: {self.reason}"
+
+
+def _choose(
+    model: nn.Module, groups: Groups, round_to: int, probe: Probe
+) -> tuple[list[Removal], list[tuple[Constants, Tensor]], list[_Whole], int]:
+    """Which units go, what some of them still emit, which stay though they are dead; how many are dead."""
+    weights, masks = named_weights(model), extract_mask(model)
+    removals, emitted, stay, count = [], [], [], 0
+    for layer in groups.layers:
+        dead = dead_units(layer, weights, masks)
+        goes = dead.silent
+        count += int((dead.silent | dead.constant).sum())
+        if layer.fixed and bool((dead.silent | dead.constant).any()):
+            stay.append(_Whole(str(layer), int((goes | dead.constant).sum()), layer.fixed))
+            continue
+        constants = None
+        if bool(dead.constant.any()):
+            owner = module_at(model, layer.name) if _is_alone(layer) else model
+            local = _within(layer, layer.name) if _is_alone(layer) else layer
+            calls = probe.two_calls(owner, local)
+            constants = measure_constants(model, layer, dead.constant, owner, calls)
+            goes = goes | constants.exact
+            if left := int((dead.constant & ~constants.exact).sum()):
+                reason = "they emit what cannot be moved into the next layer's bias exactly"
+                stay.append(_Whole(str(layer), left, reason))
+        goes = _without_padding(goes, dead.silent, layer, round_to)
+        if constants is not None:
+            emitted.append((constants, goes & ~dead.silent))
+        removals.append(Removal(layer, goes))
+    return removals, emitted, stay, count
+
+
+def _shared(model: nn.Module, removals: Sequence[Removal]) -> dict[int, Any]:
+    """A memo that lets a copy share the weights and masks which are to be cut, and so replaced."""
+    sites = named_sites(model)
+    members = [member for removal in removals for member in removal.layer.members]
+    shared: list[Tensor | None] = []
+    for name, _ in kept_indices(members, removals):
+        # Not biases, which take up what constant units emit.
+        shared += [t for s in sites[name] if s.original.ndim > 1 for t in (s.original, s.mask)]
+    return {id(tensor): tensor for tensor in shared if tensor is not None}
+
+
+def _is_alone(layer: GroupLayer) -> bool:
+    """Whether the units lie within one module, which can be run by itself."""
+    return bool(layer.family) and not family(layer.family).whole_model
+
+
+def _within(layer: GroupLayer, path: str) -> GroupLayer:
+    """A layer by names within its module."""
+    members = (replace(m, parameter=m.parameter.removeprefix(f"{path}.")) for m in layer.members)
+    return replace(layer, name="", members=tuple(members))
+
+
+def _without_padding(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: int) -> Tensor:
+    """Fewer units, so that those left can run and make a multiple of ``round_to`` features."""
+    taking = next(m for m in layer.members if m.consumes)
+    features = int(torch.bincount(taking.unit_of[taking.unit_of != NO_UNIT]).max())
+    step = round_to // math.gcd(round_to, features)
+    left = layer.units - int(goes.sum())
+    wanted = min(layer.units, max(-(-left // step) * step, least_left(layer)))
+    back = wanted - left
+    if back <= 0:
+        return goes
+    # Silent ones come back first: they put nothing out.
+    order = torch.cat([(goes & silent).nonzero(), (goes & ~silent).nonzero()]).flatten()
+    goes = goes.clone()
+    goes[order[:back]] = False
+    return goes
+
+
+def _successors(
+    model: nn.Module,
+    small: nn.Module,
+    copies: Mapping[int, Any],
+    shortened: Mapping[nn.Parameter, Shortened],
+) -> dict[nn.Parameter, Shortened | None]:
+    """What each parameter of the model has become; None for those that are gone."""
+    left = set(small.parameters())
+    successors: dict[nn.Parameter, Shortened | None] = {}
+    for parameter in model.parameters():
+        copied = copies[id(parameter)]
+        new = shortened.get(copied, Shortened(copied, {}))
+        successors[parameter] = new if new.parameter in left else None
+    return successors
+
+
+def _give_biases(optimizer: Optimizer, small: nn.Module, layers: Collection[str]) -> None:
+    """Let an optimizer train biases that are new in these layers, beside their weights."""
+    for name in layers:
+        site = Site(module_at(small, name), "weight")
+        bias = site.module._parameters.get("bias")
+        for group in optimizer.param_groups:
+            if bias is not None and any(p is site.original for p in group["params"]):
+                group["params"].append(bias)
+
+
+def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
+    error, scale = output_error(model, small, example_inputs)
+    precision = max((torch.finfo(p.dtype).eps for p in model.parameters()), default=1e-7)
+    if not error <= 1e3 * precision * max(scale, 1.0):
+        remedy = "Please report the model: the groups found are not exact."
+        got = f"a difference of {error:.3g} at values up to {scale:.3g}"
+        raise RuntimeError(message("compact", expected="the same outputs", got=got, remedy=remedy))
+
+
+def _not_cut(stay: Sequence[_Whole]) -> str:
+    listed = "; ".join(map(str, stay[:3])) + (f"; and {len(stay) - 3} more" if stay[3:] else "")
+    remedy = (
+        "A module that fixes its width can be made to follow its layers, see Extending in the docs."
+    )
+    fixed = f" {remedy}" if any("fixes" in whole.reason for whole in stay) else ""
+    return f"Dead units stay in the model: {listed}.{fixed}"
+
+
+_NOTHING = (
+    "Nothing was cut: no unit of these groups is wholly masked or 0. Apply a refill mask first, or "
+    "finalize() the rounds."
+)

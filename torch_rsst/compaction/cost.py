@@ -1,0 +1,237 @@
+"""What a model costs: parameters, multiply-adds and measured latency of one run."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from torch_rsst.discovery.examples import guesses
+from torch_rsst.discovery.probe import run_on, undisturbed
+from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.utils.amounts import check_count
+from torch_rsst.utils.errors import message
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run of a model takes.
+
+    Attributes:
+        parameters: entries of all parameters, tied ones once; masked entries are stored, so they count.
+        multiply_adds: of convolutions, linear layers and matrix products, attention included; half of
+            the floating point operations. What works entry by entry (activations, norms) is left out.
+    """
+
+    parameters: int
+    multiply_adds: int
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The entries of all parameters of a model, each parameter once.
+
+    Example:
+        >>> count_parameters(torch.nn.Linear(3, 4))
+        16
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def measure_cost(model: nn.Module, example_inputs: Any) -> Cost:
+    """Parameters and multiply-adds of one run of a model, in eval mode.
+
+    Example:
+        >>> measure_cost(torch.nn.Linear(3, 4), torch.randn(2, 3))
+        Cost(parameters=16, multiply_adds=24)
+
+    Shapes alone are computed, on a copy without values; a model whose shapes depend on values is run.
+
+    Args:
+        model: not changed.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; all of the
+            batch counts.
+
+    Raises:
+        TypeError: unless given a module.
+        Exception: what the model raises when it does not run on these inputs.
+    """
+    bare = unwrap(model)
+    try:
+        multiply_adds = _multiply_adds(shapes_of(bare).eval(), shapes_only(example_inputs))
+    except (
+        Exception
+    ):  # some models read values, which shapes do not have; it raises again if at fault
+        with undisturbed(bare):
+            multiply_adds = _multiply_adds(bare, example_inputs)
+    return Cost(count_parameters(bare), multiply_adds)
+
+
+def shapes_of(model: nn.Module) -> nn.Module:
+    """A copy of a model with shapes and no values: on PyTorch's meta device, taking no memory."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        # What a module keeps beside its parameters and buffers: products of masks, tables.
+        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for tensor in held:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _shape_of(tensor)
+    return copy.deepcopy(model, memo)
+
+
+def shapes_only(inputs: Any) -> Any:
+    """Inputs with every tensor replaced by one without values."""
+    return tree_map(lambda v: _shape_of(v) if isinstance(v, Tensor) else v, inputs)
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    empty = tensor.detach().to("meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _multiply_adds(model: nn.Module, inputs: Any) -> int:
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_attention_in_steps())
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(inputs)):
+            stack.enter_context(torch.device("meta"))  # for what the model makes on the way
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        run_on(model, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _attention_in_steps() -> Iterator[None]:
+    """Compute attention by single products: the counter does not know the fused ones of the CPU."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def guess_inputs(model: nn.Module) -> Any:
+    """One sample that the model runs on, guessed from what the model says of itself; None if none fits."""
+    bare = unwrap(model)
+    for guess in guesses(bare):
+        sample = tree_map(lambda v: v[:1] if isinstance(v, Tensor) else v, guess)
+        try:
+            measure_cost(bare, sample)
+        except Exception:
+            continue
+        return sample
+    return None
+
+
+def measure_latency(
+    model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup: int = 3
+) -> float:
+    """The median time of one run of a model, in seconds, in eval mode and without gradients.
+
+    Args:
+        model: left as it was: mode, buffers and random state are put back.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the device
+            of the model.
+        repeats: timed runs.
+        warmup: runs before them.
+
+    Raises:
+        TypeError, ValueError: unless ``repeats`` is at least 1 and ``warmup`` at least 0.
+    """
+    return measure_latencies([model], example_inputs, repeats=repeats, warmup=warmup)[0]
+
+
+def measure_latencies(
+    models: Sequence[nn.Module], example_inputs: Any, *, repeats: int = 20, warmup: int = 3
+) -> list[float]:
+    """The median times of several models, measured in turns: fair to compare with each other.
+
+    What else the machine does slows all of them alike. See :func:`measure_latency`.
+    """
+    runs = time_in_turns(models, example_inputs, repeats=repeats, warmup=warmup)
+    return [statistics.median(seconds) for seconds in runs]
+
+
+def time_in_turns(
+    models: Sequence[nn.Module],
+    example_inputs: Any,
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """The seconds of every timed run of each model; run number i of all of them came in a row.
+
+    Args:
+        models: see :func:`measure_latency`.
+        example_inputs: for all of them.
+        repeats: timed runs of each.
+        warmup: runs of each before them.
+        clock: read before and after a run. ``time.process_time`` counts what this process alone
+            works, on all its threads, and is steadier where others want the cores.
+    """
+    check_count(repeats, "repeats", at_least=1)
+    check_count(warmup, "warmup", at_least=0)
+    for model in models:
+        if not isinstance(model, nn.Module):
+            got, remedy = type(model).__name__, "Pass the torch.nn.Module to time."
+            raise TypeError(message("model", expected="a module", got=got, remedy=remedy))
+    devices = {
+        tensor.device
+        for tensor in [
+            *(parameter for model in models for parameter in model.parameters()),
+            *(leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)),
+        ]
+        if tensor.device.type == "cuda"
+    }
+    seconds: list[list[float]] = [[] for _ in models]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(undisturbed(model))
+        for turn in range(-warmup, repeats):
+            for model, timed in zip(models, seconds, strict=True):
+                took = _time(model, example_inputs, devices, clock)
+                if turn >= 0:
+                    timed.append(took)
+    return seconds
+
+
+def _time(
+    model: nn.Module, inputs: Any, devices: set[torch.device], clock: Callable[[], float]
+) -> float:
+    _wait(devices)
+    start = clock()
+    run_on(model, inputs)
+    _wait(devices)
+    return clock() - start
+
+
+def _wait(devices: set[torch.device]) -> None:
+    for device in devices:
+        torch.cuda.synchronize(device)
+
+
+__all__ = [
+    "Cost",
+    "count_parameters",
+    "guess_inputs",
+    "measure_cost",
+    "measure_latencies",
+    "measure_latency",
+    "shapes_of",
+    "shapes_only",
+    "time_in_turns",
+]

@@ -1,0 +1,150 @@
+"""Units that put out a constant: move it into the bias of the layers that take it in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from torch_rsst.discovery.adapter import Call
+from torch_rsst.discovery.probe import run_call, undisturbed
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
+from torch_rsst.groups.surgery import module_at
+from torch_rsst.masking.live_weight import product
+from torch_rsst.masking.mask_sets import named_sites
+from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.parameter_ref import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """What constant units put out, measured.
+
+    Attributes:
+        layer: the units, by names within the model.
+        exact: bool tensor over the units: which can be moved into biases without changing any output.
+        values: per member that takes units in, what each of its inputs is.
+    """
+
+    layer: GroupLayer
+    exact: Tensor
+    values: tuple[Tensor, ...]
+
+    def add_to(self, model: nn.Module, units: Tensor) -> None:
+        """Add what ``units`` contribute to the biases of the layers that take them in, in place."""
+        for member, value in zip(_taking(self.layer), self.values, strict=True):
+            if bool((units & self.exact).any()):
+                _add_to_bias(_home(model, member), member, units & self.exact, value)
+
+
+def measure_constants(
+    model: nn.Module, layer: GroupLayer, units: Tensor, owner: nn.Module, calls: Sequence[Call]
+) -> Constants:
+    """Measure what units put out whose output does not depend on the input.
+
+    A unit can be moved into the biases of all layers that take it in, or stays: where its output is not
+    constant after all, where it is another one in training (batch norms), where a convolution pads with
+    zeros what is not 0, or where the bias is that of another module, too.
+
+    Args:
+        model: that holds everything; run in eval mode, not changed.
+        layer: the units, by names within the model.
+        units: bool tensor, True for those to measure.
+        owner: the module to run.
+        calls: different inputs of it.
+    """
+    homes = [_home(model, member) for member in _taking(layer)]
+    if not all(isinstance(home, (nn.Linear, nn.Conv1d, nn.Conv2d)) for home in homes):
+        return Constants(layer, torch.zeros_like(units), tuple(torch.zeros(0) for _ in homes))
+    exact = units.clone()
+    values = []
+    sites = named_sites(model).values()
+    tied = {s.module for places in sites for s in places if len(places) > 1 and s.name == "bias"}
+    for member, home in zip(_taking(layer), homes, strict=True):
+        size = member.unit_of.numel()
+        value, constant = _constants(_inputs_of(home, owner, calls), home, size)
+        if layer.buffers or _norms(owner):
+            trained, same = _constants(_inputs_of(home, owner, calls, train=True), home, size)
+            constant &= same & ((trained - value).abs() <= 1e-5 * (1.0 + value.abs()))
+        movable = constant & ((_does_not_pad(home) and home not in tied) | (value == 0))
+        owned = member.unit_of != NO_UNIT
+        exact[member.unit_of[owned & ~movable]] = False
+        values.append(value)
+    return Constants(layer, exact, tuple(values))
+
+
+def _taking(layer: GroupLayer) -> list[Member]:
+    return [member for member in layer.ranked if member.consumes]
+
+
+def _home(model: nn.Module, member: Member) -> nn.Module:
+    return module_at(model, member.parameter.rpartition(".")[0])
+
+
+def _norms(owner: nn.Module) -> list[_NormBase]:
+    return [module for module in owner.modules() if isinstance(module, _NormBase)]
+
+
+def _inputs_of(
+    layer: nn.Module, owner: nn.Module, calls: Sequence[Call], *, train: bool = False
+) -> list[Tensor]:
+    """What a layer gets; with ``train``, where batch norms take the statistics of the batch."""
+    seen: list[Tensor] = []
+
+    def capture(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0].detach().clone())
+
+    handle = layer.register_forward_pre_hook(capture)
+    try:
+        with undisturbed(owner):
+            for norm in _norms(owner) if train else ():
+                norm.train()
+            for call in calls:
+                run_call(owner, call)
+    finally:
+        handle.remove()
+    return seen
+
+
+def _constants(inputs: Sequence[Tensor], layer: nn.Module, features: int) -> tuple[Tensor, Tensor]:
+    """Per feature of a layer's input: its value, and whether it is the same everywhere."""
+    if len(inputs) < 2:
+        return torch.zeros(features), torch.zeros(features, dtype=torch.bool)
+    dim = -1 if isinstance(layer, nn.Linear) else 1
+    flat = torch.cat([tensor.movedim(dim, -1).flatten(0, -2) for tensor in inputs]).double()
+    low, high = flat.amin(0), flat.amax(0)
+    # Sums that are equal but for their rounding, as those of a softmax are.
+    near = 1e-6 * torch.maximum(low.abs(), high.abs())
+    return flat.mean(0).cpu(), (high - low <= near).cpu()
+
+
+def _does_not_pad(layer: nn.Module) -> bool:
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)) or layer.padding == "valid":
+        return True
+    return layer.padding != "same" and not any(layer.padding)
+
+
+def _add_to_bias(layer: nn.Module, member: Member, units: Tensor, value: Tensor) -> None:
+    owned = member.unit_of != NO_UNIT
+    goes = torch.zeros_like(owned)
+    goes[owned] = units[member.unit_of[owned]]
+    if not bool(value[goes].any()):
+        return
+    with torch.no_grad():
+        weight = product(layer, "weight").detach()
+        columns = weight.double().flatten(2).sum(2) if weight.ndim > 2 else weight.double()
+        shift = columns[:, goes.to(weight.device)] @ value[goes].to(weight.device)
+        site = Site(layer, "bias")
+        if site.is_masked:
+            restore([site])  # entries that were masked take part from now on
+        bias = layer._parameters["bias"]
+        if bias is None:
+            layer._parameters["bias"] = nn.Parameter(
+                shift.to(weight.dtype), requires_grad=product(layer, "weight").requires_grad
+            )
+        else:
+            bias.copy_(bias.double() + shift)

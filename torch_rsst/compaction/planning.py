@@ -1,0 +1,387 @@
+"""Plan: a budget in parameters, multiply-adds or time → the amount that regroup needs. A dry run."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from numbers import Real
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.compaction.compaction import check_compactable, remove
+from torch_rsst.compaction.cost import (
+    count_parameters,
+    guess_inputs,
+    measure_cost,
+    measure_latencies,
+    shapes_of,
+)
+from torch_rsst.discovery.adapter import least_left
+from torch_rsst.groups.dead_units import dead_units
+from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
+from torch_rsst.groups.surgery import Removal
+from torch_rsst.importance.registry import Importance, name_of
+from torch_rsst.masking.mask_sets import extract_mask, named_weights, unwrap
+from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.parameter_ref import masked_sites
+from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, choose, score_layers
+from torch_rsst.utils.amounts import check_count
+from torch_rsst.utils.errors import message, unknown_choice
+
+BUDGETS = {"macs": "multiply-adds", "params": "parameters", "latency": "latency"}
+"""Name of a budget → what it limits."""
+_ALSO_CALLED = {"macs": ("flops", "gflops", "mult_adds"), "latency": ("time", "speed", "seconds")}
+_STEPS = {"macs": 10_000, "params": 10_000, "latency": 100}  # how finely amounts are searched
+_MIN_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer of units, as it is and as it will be.
+
+    Attributes:
+        name: of the module that owns the units, "" for the model itself.
+        kind: of its units.
+        before: how many there are.
+        after: how many stay.
+        fixed: why none can be cut; "" where they can.
+    """
+
+    name: str
+    kind: str
+    before: int
+    after: int
+    fixed: str = ""
+
+    def __str__(self) -> str:
+        counts = f"{self.name or 'the model'}: {self.before} {self.kind}"
+        return f"{counts}, all stay: {self.fixed}" if self.fixed else f"{counts}, {self.after} stay"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a model under a budget; see :func:`torch_rsst.plan`.
+
+    Attributes:
+        budget: the name of what was limited, and to which fraction of the dense model.
+        amount: what :func:`torch_rsst.regroup` needs: the smallest that meets the budget.
+        importance: how units are scored, as :func:`torch_rsst.plan` got it, like the next three.
+        scope: what units compete with.
+        min_keep: units per layer that stay in any case.
+        round_to: what the units of each layer are raised to a multiple of.
+        layers: what becomes of each layer of units.
+        parameters: before and after.
+        multiply_adds: of one run on the example, before and after; None where none was at hand.
+        latency: seconds of one run on the example, before and after; None unless it was the budget.
+    """
+
+    budget: tuple[str, float]
+    amount: float
+    importance: str | Importance
+    scope: Scope
+    min_keep: int
+    round_to: int | None
+    layers: tuple[PlannedLayer, ...]
+    parameters: tuple[int, int]
+    multiply_adds: tuple[int, int] | None = None
+    latency: tuple[float, float] | None = None
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """Kind of units → amount, the same for all."""
+        return {layer.kind: self.amount for layer in self.layers}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments with which :func:`torch_rsst.regroup` carries the plan out."""
+        return {
+            "amount": self.amount,
+            "importance": self.importance,
+            "scope": self.scope,
+            "min_keep": self.min_keep,
+            "round_to": self.round_to,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, fit for JSON; a callable importance by its name."""
+        costs = {
+            what: None if pair is None else {"before": pair[0], "after": pair[1]}
+            for what, pair in self._costs().items()
+        }
+        return {
+            "budget": dict([self.budget]),
+            **self.arguments,
+            "importance": getattr(self.importance, "__qualname__", None)
+            or name_of(self.importance),
+            "layers": [asdict(layer) for layer in self.layers],
+            **costs,
+        }
+
+    def __str__(self) -> str:
+        what, limit = self.budget
+        rows = [(str(n.name or "the model"), n.kind, n.before, n.after) for n in self.layers]
+        width = max((len(name) for name, *_ in rows), default=0)
+        fixed = [layer.fixed for layer in self.layers]
+        lines = [
+            f"{name:<{width}}  {kind:<8}  {before:>6} → {after:>6}"
+            + (f"  stays whole: {reason}" if reason else "")
+            for (name, kind, before, after), reason in zip(rows, fixed, strict=True)
+        ]
+        for label, pair in self._costs().items():
+            if pair is not None:
+                shown = [f"{1e3 * v:,.2f} ms" if label == "latency" else f"{v:,}" for v in pair]
+                share = pair[1] / pair[0] if pair[0] else 1.0
+                lines.append(f"{label.replace('_', '-')}: {shown[0]} → {shown[1]} ({share:.1%})")
+        head = f"{BUDGETS[what]} ≤ {limit:.1%} of the dense model: amount={self.amount:g}"
+        return "\n".join([head, *lines])
+
+    def _costs(self) -> dict[str, tuple[float, float] | None]:
+        return {
+            "parameters": self.parameters,
+            "multiply_adds": self.multiply_adds,
+            "latency": self.latency,
+        }
+
+
+def plan(
+    model: nn.Module,
+    groups: Groups | Iterable[Group] | Iterable[GroupLayer],
+    *,
+    budget: Mapping[str, float],
+    importance: str | Importance = "magnitude",
+    example_inputs: Any = None,
+    scope: Scope = "layer",
+    min_keep: int = 1,
+    round_to: int | None = None,
+    repeats: int = 10,
+) -> Plan:
+    """Find the amount that meets a budget, and what the model becomes; nothing is changed.
+
+    Example:
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        >>> groups = torch_rsst.find_groups(mlp)
+        >>> planned = torch_rsst.plan(mlp, groups, budget={"params": 0.5})
+        >>> print(planned)
+        parameters ≤ 50.0% of the dense model: amount=0.5626
+        the model  neurons        8 →      3
+        parameters: 76 → 31 (40.8%)
+        >>> torch_rsst.apply_mask(mlp, torch_rsst.regroup(mlp, groups, **planned.arguments))
+        >>> sum(p.numel() for p in torch_rsst.compact(mlp, groups).parameters())
+        31
+
+    One amount for all layers is searched by halving: a multiple of 0.0001, or of 0.01 where time is
+    measured. Copies without values are cut and counted; only time needs copies that run.
+
+    Args:
+        model: gives the weights, masked or not; not changed.
+        groups: from :func:`find_groups` for this very model.
+        budget: one of ``{"macs": 0.5}`` (multiply-adds), ``{"params": 0.5}`` and
+            ``{"latency": 0.5}`` (measured here and now): a fraction of the dense model.
+        importance: as for :func:`regroup`; one that needs data as :func:`measure_importance` returns it.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model;
+            None: one sample, guessed from what the model says of itself.
+        scope: as for :func:`regroup`.
+        min_keep: units per layer that stay whatever the budget.
+        round_to: leave the units of each layer a multiple of this.
+        repeats: timed runs of each model, where time is measured.
+
+    Returns:
+        the plan. ``regroup(model, groups, **plan.arguments)``, ``apply_mask`` and ``compact`` carry
+        it out.
+
+    Raises:
+        KeyError, TypeError, ValueError: for an unknown budget, a fraction out of range, groups of
+            another model; where no example is at hand, or the budget cannot be met.
+    """
+    what, limit = _check_budget(budget)
+    check_count(repeats, "repeats", at_least=_MIN_REPEATS)
+    rules = RegroupPlan(importance, scope, min_keep=min_keep, round_to=round_to)
+    bare, groups = unwrap(model), as_groups(groups)
+    check_compactable(bare, groups)
+    inputs = guess_inputs(bare) if example_inputs is None else example_inputs
+    if inputs is None and what != "params":
+        remedy = "Pass example_inputs: a tensor, a tuple or a dict of arguments for the model."
+        got = "none, and no guess that the model runs on"
+        raise ValueError(message("plan", expected="an example to run on", got=got, remedy=remedy))
+    chooser, meter = _Chooser(bare, groups, rules), _Meter(bare, inputs)
+    pair = _pairs(bare, chooser, meter, what, inputs, repeats)
+
+    def share(step: int) -> float:
+        before, after = pair(step / steps)
+        return after / before if before else 0.0
+
+    steps = _STEPS[what]
+    if share(steps) > limit:
+        raise ValueError(_out_of_reach(what, limit, share(steps), min_keep))
+    amount = bisect_left(range(steps), True, key=lambda step: share(step) <= limit) / steps
+    removals = chooser.removals(amount)
+    (parameters, adds), (parameters_left, adds_left) = meter.counts([]), meter.counts(removals)
+    return Plan(
+        budget=(what, limit),
+        amount=amount,
+        importance=importance,
+        scope=scope,
+        min_keep=min_keep,
+        round_to=round_to,
+        layers=tuple(
+            PlannedLayer(
+                r.layer.name, r.layer.kind, r.layer.units, r.layer.units - r.count, r.layer.fixed
+            )
+            for r in removals
+        ),
+        parameters=(parameters, parameters_left),
+        multiply_adds=None if adds is None or adds_left is None else (adds, adds_left),
+        latency=pair(amount) if what == "latency" else None,
+    )
+
+
+def _check_budget(budget: object) -> tuple[str, float]:
+    listed = " or ".join(f"{{{name!r}: 0.5}}" for name in BUDGETS)
+    remedy = "The number is a fraction of the dense model."
+    if not isinstance(budget, Mapping):
+        expected, got = f"a dict, {listed}", f"{budget!r}"
+        raise TypeError(message("budget", expected=expected, got=got, remedy=remedy))
+    if len(budget) != 1:
+        if budget:
+            remedy = "Plan for each of them; the largest amount of the plans meets them all."
+        expected = f"one limit, {listed}"
+        raise TypeError(message("budget", expected=expected, got=repr(budget), remedy=remedy))
+    ((what, limit),) = budget.items()
+    if what not in BUDGETS:
+        raise ValueError(_unknown_budget(what))
+    subject = f"budget[{what!r}]"
+    if isinstance(limit, bool) or not isinstance(limit, Real):
+        expected = "a number above 0, up to 1"
+        raise TypeError(message(subject, expected=expected, got=repr(limit), remedy=remedy))
+    if not 0.0 < float(limit) <= 1.0:
+        expected = "a fraction above 0, up to 1"
+        raise ValueError(message(subject, expected=expected, got=repr(limit), remedy=remedy))
+    return str(what), float(limit)
+
+
+def _unknown_budget(name: object) -> str:
+    meant = next((known for known, words in _ALSO_CALLED.items() if name in words), None)
+    if meant is None:
+        return unknown_choice("budget", name, BUDGETS)
+    listed = ", ".join(map(repr, BUDGETS))
+    remedy = f"Did you mean {meant!r}?"
+    return message("budget", expected=f"one of {listed}", got=repr(name), remedy=remedy)
+
+
+def _out_of_reach(what: str, limit: float, least: float, min_keep: int) -> str:
+    left = f"with {min_keep} unit(s) left in each layer" if min_keep else "without any unit"
+    expected = f"at least {least:.4f}, the share of the {BUDGETS[what]} {left}"
+    remedy = "Raise it, or find more groups."
+    if min_keep:
+        remedy = "Raise it, lower min_keep, or find more groups."
+    return message(f"budget[{what!r}]", expected=expected, got=limit, remedy=remedy)
+
+
+class _Chooser:
+    """The units that go, for any amount: scored once, as an amount only says how many."""
+
+    def __init__(self, model: nn.Module, groups: Groups, rules: RegroupPlan) -> None:
+        weights, masks = named_weights(model), extract_mask(model)
+        self.groups, self.rules = groups, rules
+        self._scored = score_layers(weights, groups, masks, rules)
+        # Compaction takes units whose weights are all 0, whatever the mask.
+        self._silent = [dead_units(layer, weights, {}).silent for layer in groups.layers]
+
+    def removals(self, amount: float) -> list[Removal]:
+        """What :func:`torch_rsst.compact` cuts once :func:`torch_rsst.regroup` masked by an amount."""
+        kept = choose(self.groups, self._scored, amount, self.rules).kept
+        return [
+            Removal(layer, _without_indispensable(layer, ~stays | silent))
+            for layer, stays, silent in zip(self.groups.layers, kept, self._silent, strict=True)
+        ]
+
+
+def _without_indispensable(layer: GroupLayer, goes: Tensor) -> Tensor:
+    """Fewer units where a module cannot run without some."""
+    if layer.fixed:
+        return torch.zeros_like(goes)
+    back = goes.nonzero().flatten()[: max(0, least_left(layer) - int((~goes).sum()))]
+    goes = goes.clone()
+    goes[back] = False
+    return goes
+
+
+T = TypeVar("T")
+Counts = tuple[int, int | None]
+"""Parameters, and multiply-adds where there is an example to run on."""
+
+
+class _Meter:
+    """What a model costs, and what copies of it cost that lack some units."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self._model, self._inputs = model, inputs
+        self._shapes: nn.Module | None = shapes_of(model)
+
+    def parameters(self, removals: Sequence[Removal]) -> int:
+        """Of the model without these units."""
+        return self._on_copy(removals, count_parameters)
+
+    def counts(self, removals: Sequence[Removal]) -> Counts:
+        """Of the model without these units."""
+        return self._on_copy(removals, self._count)
+
+    def _count(self, model: nn.Module) -> Counts:
+        if self._inputs is None:
+            return count_parameters(model), None
+        cost = measure_cost(model, self._inputs)
+        return cost.parameters, cost.multiply_adds
+
+    def _on_copy(self, removals: Sequence[Removal], count: Callable[[nn.Module], T]) -> T:
+        if self._shapes is not None:
+            try:
+                return count(_cut(self._shapes, removals))
+            except Exception:  # some families read values, which shapes do not have
+                self._shapes = None
+        return count(_cut(self._model, removals))
+
+
+class _Clock:
+    """The time that a dense model takes, and copies of it that lack some units."""
+
+    def __init__(self, model: nn.Module, inputs: Any, repeats: int) -> None:
+        self._dense, self._inputs, self._repeats = copy.deepcopy(model), inputs, repeats
+        restore(masked_sites(self._dense.modules()))  # a dense model does not multiply by masks
+
+    def before_and_after(self, removals: Sequence[Removal]) -> tuple[float, float]:
+        """Measured side by side, as other work may share the machine."""
+        models = [self._dense, _cut(self._dense, removals)]
+        before, after = measure_latencies(models, self._inputs, repeats=self._repeats)
+        return before, after
+
+
+def _cut(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
+    small, _ = remove(copy.deepcopy(model), removals)
+    return small
+
+
+def _pairs(
+    model: nn.Module, chooser: _Chooser, meter: _Meter, what: str, inputs: Any, repeats: int
+) -> Callable[[float], tuple[float, float]]:
+    """Amount → what the budget limits, before and after; each amount is measured once."""
+    whole = meter.counts([])
+    clock = _Clock(model, inputs, repeats) if what == "latency" else None
+
+    @cache
+    def pair(amount: float) -> tuple[float, float]:
+        removals = chooser.removals(amount)
+        if clock is not None:
+            return clock.before_and_after(removals)
+        if what == "params":
+            return whole[0], meter.parameters(removals)
+        return whole[1] or 0, meter.counts(removals)[1] or 0
+
+    return pair
+
+
+__all__ = ["BUDGETS", "Plan", "PlannedLayer", "plan"]

@@ -1,0 +1,1 @@
+"""Shards, replicas and FSDP: the only place that knows ``DTensor``."""

@@ -1,0 +1,1 @@
+"""Units and their members as frozen data; which units are dead; cutting them out of tensors."""

@@ -1,0 +1,361 @@
+"""Groups: what stands or falls together. Frozen data; no model is looked at here.
+
+A :class:`GroupLayer` holds the units of one kind in one layer, as index tables; that is what all
+computations use. A :class:`Group` is one of its units, made on demand when you iterate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from torch_rsst.distributed.dtensor import Layout, Ranks, local, sharded_like
+from torch_rsst.utils.amounts import check_count
+from torch_rsst.utils.errors import MissingNameError, message, shown
+
+NO_UNIT = -1
+KINDS = ("heads", "neurons", "channels")
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One parameter's share in one unit: the slices ``index`` along ``dim``, which has ``size``."""
+
+    parameter: str
+    dim: int
+    size: int
+    index: tuple[int, ...]
+    ranked: bool
+    consumes: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """A unit with all coupled slices of all parameters: one head, one neuron, one channel."""
+
+    layer: str
+    kind: str
+    unit: int
+    members: tuple[Slab, ...]
+    buffers: tuple[Slab, ...] = ()
+    family: str = ""
+    fixed: str = ""
+    least: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.layer or 'the model'} {self.kind}[{self.unit}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One parameter's part in a layer of units.
+
+    Attributes:
+        parameter: the dense name.
+        dim: the dimension that is dealt out to units.
+        unit_of: int64 tensor, the unit of each index along ``dim``; −1 for none.
+        ranked: whether its entries are ranked and count in densities; biases and norm affines
+            are followers instead.
+        consumes: whether its entries take in what the unit puts out: the columns of a following
+            layer. The unit cannot be heard once these are 0.
+    """
+
+    parameter: str
+    dim: int
+    unit_of: Tensor
+    ranked: bool
+    consumes: bool = False
+
+    def spread(self, values: Tensor, over: Tensor, fill: bool = True) -> Tensor:
+        """Per-unit values laid along ``dim``, of the shape and on the device of the parameter ``over``."""
+        layout = Layout.of(over)
+        unit_of = self._here(layout)
+        owned = unit_of != NO_UNIT
+        along = torch.full(unit_of.shape, fill, dtype=values.dtype)
+        along[owned] = values.cpu()[unit_of[owned]]
+        part = local(over)
+        along = along.to(part.device).reshape(
+            [-1 if d == self.dim else 1 for d in range(part.ndim)]
+        )
+        return sharded_like(along.expand(part.shape), over)
+
+    def owned(self, over: Tensor) -> Tensor:
+        """Where some unit owns an entry, of the shape and on the device of the parameter ``over``."""
+        units = int(self.unit_of.max()) + 1
+        return self.spread(torch.ones(units, dtype=torch.bool), over, fill=False)
+
+    def sum_per_unit(self, entries: Tensor, units: int) -> Tensor:
+        """Sum entries of the parameter's shape over each unit, in float64, on the CPU.
+
+        Of a sharded parameter, over the parts of all ranks.
+        """
+        ranks, part = Ranks.of([entries]), local(entries)
+        unit_of = self._here(Layout.of(entries))
+        others = [d for d in range(part.ndim) if d != self.dim]
+        # Counts are added up as integers, which takes a fifth of the time.
+        exact = torch.int32 if part.dtype == torch.bool else torch.float64
+        along = part.sum(dim=others, dtype=exact).double() if others else part.double()
+        owned = unit_of != NO_UNIT
+        totals = torch.zeros(units, dtype=torch.float64)
+        if ranks.counts(entries):
+            totals.index_add_(0, unit_of[owned], along.cpu()[owned])
+        return ranks.add_up(totals)
+
+    def size_per_unit(self, over: Tensor, units: int) -> Tensor:
+        """How many entries of the parameter ``over`` each unit has; float64, on the CPU."""
+        owned = self.unit_of[self.unit_of != NO_UNIT]
+        along = over.numel() // max(1, self.unit_of.numel())
+        return torch.bincount(owned, minlength=units).double() * along
+
+    def _here(self, layout: Layout | None) -> Tensor:
+        """The unit of each index of the part that this rank holds."""
+        if layout is None:
+            return self.unit_of
+        return self.unit_of.narrow(0, layout.start[self.dim], layout.size[self.dim])
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayer:
+    """All units of one kind in one layer: the heads of an attention, the neurons of an MLP.
+
+    Attributes:
+        name: the dotted name of the module that owns the units, "" for the model itself.
+        kind: ``"heads"``, ``"neurons"`` or ``"channels"``.
+        units: how many there are.
+        members: the parameters that take part.
+        buffers: buffers that are cut along with the units, and have no say in anything else: the
+            running statistics of a batch norm.
+        family: the adapter that found it and knows how to shrink its module; "" where the layer
+            was made by hand.
+        fixed: why its units can be masked but not cut out of the module; "" where they can.
+        least: how many units the module needs to run.
+    """
+
+    name: str
+    kind: str
+    units: int
+    members: tuple[Member, ...]
+    buffers: tuple[Member, ...] = ()
+    family: str = ""
+    fixed: str = ""
+    least: int = 0
+
+    @property
+    def ranked(self) -> tuple[Member, ...]:
+        """Members whose entries are ranked."""
+        return tuple(member for member in self.members if member.ranked)
+
+    def group(self, unit: int) -> Group:
+        """One unit."""
+        members, buffers = (tuple(_slabs(m, unit)) for m in (self.members, self.buffers))
+        return Group(
+            self.name, self.kind, unit, members, buffers, self.family, self.fixed, self.least
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'} ({self.units} {self.kind})"
+
+    def __repr__(self) -> str:
+        return f"<GroupLayer: {self}>"
+
+
+def _slabs(members: Iterable[Member], unit: int) -> Iterator[Slab]:
+    for m in members:
+        if index := (m.unit_of == unit).nonzero().flatten().tolist():
+            yield Slab(m.parameter, m.dim, m.unit_of.numel(), tuple(index), m.ranked, m.consumes)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(Sequence[Group]):
+    """The groups of a model: a sequence of units, kept layer by layer.
+
+    Example:
+        >>> layer = head_layer("attn.qkv.weight", rows=12, num_heads=2)
+        >>> groups = Groups((layer,))
+        >>> len(groups), groups[1].members[0].index
+        (2, (2, 3, 6, 7, 10, 11))
+    """
+
+    layers: tuple[GroupLayer, ...] = ()
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts = [0]
+        for layer in self.layers:
+            starts.append(starts[-1] + layer.units)
+        return starts
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __iter__(self) -> Iterator[Group]:
+        for layer in self.layers:
+            for unit in range(layer.units):
+                yield layer.group(unit)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} groups")
+        which = next(i for i, start in enumerate(self._starts[1:]) if position < start)
+        return self.layers[which].group(position - self._starts[which])
+
+    def of_kind(self, *kinds: str) -> Groups:
+        """The layers of these kinds."""
+        return Groups(tuple(layer for layer in self.layers if layer.kind in kinds))
+
+    def __str__(self) -> str:
+        kinds = {layer.kind: 0 for layer in self.layers}
+        for layer in self.layers:
+            kinds[layer.kind] += layer.units
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"{listed or 'no groups'} in {len(self.layers)} layers"
+
+    def __repr__(self) -> str:
+        return f"<Groups: {self}>"
+
+
+def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLayer]) -> Groups:
+    """Whatever holds groups, as :class:`Groups`: also a list or generator of single units.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(groups, Groups):
+        return groups
+    remedy = "Pass what find_groups(model) returns, or a selection of its items."
+    if isinstance(groups, (Group, GroupLayer)):
+        groups = [groups]
+    if not isinstance(groups, Iterable):
+        got = type(groups).__name__
+        raise TypeError(message("groups", expected="groups", got=got, remedy=remedy))
+    items = list(groups)
+    layers = [item for item in items if isinstance(item, GroupLayer)]
+    units = [item for item in items if isinstance(item, Group)]
+    if len(layers) + len(units) != len(items):
+        wrong = next(i for i in items if not isinstance(i, (Group, GroupLayer)))
+        raise TypeError(message("groups", expected="groups", got=shown(wrong), remedy=remedy))
+    gathered = (*layers, *_regather(units))
+    names = [(layer.name, layer.kind) for layer in gathered]
+    if twice := next((n for i, n in enumerate(names) if n in names[:i]), None):
+        subject = f"groups: {twice[1]} of {twice[0] or 'the model'}"
+        remedy = "List every layer once: twice, its units would compete with themselves."
+        raise ValueError(message(subject, expected="them once", got="them twice", remedy=remedy))
+    return Groups(gathered)
+
+
+def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
+    """Layers made of the given units only; their other units belong to no group."""
+    by_layer: dict[tuple[str, str, str, str, int], list[Group]] = {}
+    if len(set(units)) < len(units):
+        twice = next(unit for i, unit in enumerate(units) if unit in units[:i])
+        remedy = "List every unit once: twice, it would count twice in the budget."
+        raise ValueError(
+            message(f"groups: {twice}", expected="it once", got="it twice", remedy=remedy)
+        )
+    for unit in units:
+        by_layer.setdefault(
+            (unit.layer, unit.kind, unit.family, unit.fixed, unit.least), []
+        ).append(unit)
+    for (name, kind, family, fixed, least), chosen in by_layer.items():
+        members = _tables([unit.members for unit in chosen])
+        buffers = _tables([unit.buffers for unit in chosen])
+        yield GroupLayer(name, kind, len(chosen), members, buffers, family, fixed, least)
+
+
+def _tables(slabs: Sequence[tuple[Slab, ...]]) -> tuple[Member, ...]:
+    """Members made of the slabs of each unit."""
+    tables: dict[tuple[str, int, bool, bool], Tensor] = {}
+    for position, of_unit in enumerate(slabs):
+        for slab in of_unit:
+            key = (slab.parameter, slab.dim, slab.ranked, slab.consumes)
+            table = tables.setdefault(key, torch.full((slab.size,), NO_UNIT, dtype=torch.int64))
+            table[list(slab.index)] = position
+    return tuple(
+        Member(parameter, dim, table, ranked, consumes)
+        for (parameter, dim, ranked, consumes), table in tables.items()
+    )
+
+
+def check_groups(weights: Mapping[str, Tensor], groups: Groups) -> None:
+    """Raise unless every member of the groups is a parameter of fitting size that has values."""
+    for layer in groups.layers:
+        if not layer.ranked:
+            remedy = "Mark at least one member as ranked."
+            raise ValueError(
+                message(f"groups of {layer}", expected="a ranked member", got="none", remedy=remedy)
+            )
+        for member in layer.members:
+            subject = f"groups of {layer}: {member.parameter!r}"
+            weight = weights.get(member.parameter)
+            remedy = "Find the groups of this very model: find_groups(model)."
+            if weight is None:
+                raise MissingNameError(
+                    message(
+                        subject,
+                        expected="a parameter of the model",
+                        got="no such name",
+                        remedy=remedy,
+                    )
+                )
+            if weight.is_meta:
+                got, remedy = "a parameter on the meta device", "Materialize the model first."
+                raise ValueError(message(subject, expected="values", got=got, remedy=remedy))
+            size = member.unit_of.numel()
+            if member.dim >= weight.ndim or weight.shape[member.dim] != size:
+                expected = f"size {size} along dim {member.dim}"
+                raise ValueError(
+                    message(
+                        subject,
+                        expected=expected,
+                        got=f"shape {tuple(weight.shape)}",
+                        remedy=remedy,
+                    )
+                )
+
+
+def head_rows(rows: int, num_heads: int, projections: int = 1) -> Tensor:
+    """The head of each row of ``projections`` stacked projections (q, k, v), each split into heads.
+
+    >>> head_rows(8, num_heads=2, projections=2).tolist()
+    [0, 0, 1, 1, 0, 0, 1, 1]
+
+    Raises:
+        ValueError: where heads and projections do not divide the rows.
+    """
+    check_count(num_heads, "num_heads", at_least=1)
+    check_count(projections, "projections", at_least=1)
+    if rows % (projections * num_heads):
+        raise ValueError(
+            message(
+                "num_heads",
+                expected=f"a count that divides the {rows} rows of {projections} projection(s)",
+                got=num_heads,
+                remedy="Check num_heads and projections (3 for a fused qkv, 1 for a single one).",
+            )
+        )
+    head_dim = rows // (projections * num_heads)
+    return torch.arange(num_heads).repeat_interleave(head_dim).repeat(projections)
+
+
+def head_layer(
+    parameter: str, *, rows: int, num_heads: int, projections: int = 3, dim: int = 0
+) -> GroupLayer:
+    """The heads of one parameter alone.
+
+    >>> str(head_layer("qkv.weight", rows=576, num_heads=3))
+    'qkv.weight (3 heads)'
+    """
+    member = Member(parameter, dim, head_rows(rows, num_heads, projections), ranked=True)
+    return GroupLayer(parameter, "heads", num_heads, (member,))

@@ -1,0 +1,209 @@
+"""Cut units out of a model in place: parameters, masks, buffers, and the sizes that layers note.
+
+Knows tensors and PyTorch's own layers. What the owner of several layers notes, its number of heads
+say, is for its adapter to set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
+from torch_rsst.masking.live_weight import MASK, ORIG, product
+from torch_rsst.masking.mask_sets import named_sites, without_wrappers
+from torch_rsst.masking.parameter_ref import Site
+
+Kept = dict[int, Tensor]
+"""Dimension → the indices along it that stay."""
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """Units to be cut: ``gone`` is a bool tensor, True for these units of ``layer``."""
+
+    layer: GroupLayer
+    gone: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many units go."""
+        return int(self.gone.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Shortened:
+    """A parameter that was replaced by a smaller one."""
+
+    parameter: nn.Parameter
+    kept: Kept
+
+
+def cut(model: nn.Module, removals: Sequence[Removal]) -> dict[nn.Parameter, Shortened]:
+    """Cut units out of every parameter, mask and buffer that they take part in; in place.
+
+    Layers of PyTorch note their new sizes (``out_features``, ``num_features`` …). Gradients are cut
+    along.
+
+    Returns:
+        what replaced each parameter that is smaller now.
+    """
+    shortened: dict[nn.Parameter, Shortened] = {}
+    touched: dict[nn.Module, None] = {}
+    sites = named_sites(model)
+    for name, kept in kept_indices((m for r in removals for m in r.layer.members), removals):
+        for site in sites[name]:
+            _shorten(site, kept, shortened)
+            touched[site.module] = None
+    homes = named_buffers(model)
+    for name, kept in kept_indices((m for r in removals for m in r.layer.buffers), removals):
+        module, key = homes[name]
+        buffer = module._buffers[key]
+        assert buffer is not None, "named_buffers() lists those that exist"
+        module._buffers[key] = select(buffer, kept)
+        touched[module] = None
+    for module in touched:
+        note_sizes(module)
+    if touched and OWNERS:
+        for module in model.modules():
+            note_sizes(module, OWNERS)
+    return shortened
+
+
+def kept_indices(
+    members: Iterable[Member], removals: Sequence[Removal]
+) -> Iterable[tuple[str, Kept]]:
+    """Each tensor's name and what stays of it along each dimension that loses something."""
+    gone_of = {id(m): r.gone for r in removals for m in (*r.layer.members, *r.layer.buffers)}
+    stays: dict[str, dict[int, Tensor]] = {}
+    for member in members:
+        owned = member.unit_of != NO_UNIT
+        here = torch.ones_like(owned)
+        here[owned] = ~gone_of[id(member)][member.unit_of[owned]]
+        dims = stays.setdefault(member.parameter, {})
+        dims[member.dim] = dims[member.dim] & here if member.dim in dims else here
+    for name, dims in stays.items():
+        if kept := {d: s.nonzero().flatten() for d, s in dims.items() if not bool(s.all())}:
+            yield name, kept
+
+
+def select(tensor: Tensor, kept: Kept) -> Tensor:
+    """A copy of what stays of a tensor, in its memory format."""
+    part = tensor.detach()
+    for dim, index in kept.items():
+        part = part.index_select(dim, index.to(part.device))
+    if part.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return part.contiguous(memory_format=torch.channels_last)
+    return part.contiguous()
+
+
+def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Dense name → the module and the key of every buffer that is no mask."""
+    return {
+        without_wrappers(f"{path}.{key}" if path else key): (module, key)
+        for path, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+        and not (key.endswith(MASK) and Site(module, key[: -len(MASK)]).is_masked)
+    }
+
+
+def _shorten(site: Site, kept: Kept, shortened: dict[nn.Parameter, Shortened]) -> None:
+    old = site.original
+    if old not in shortened:  # a tied one is replaced by one, wherever it stands
+        new = nn.Parameter(select(old, kept), requires_grad=old.requires_grad)
+        if old.grad is not None:
+            new.grad = select(old.grad, kept)
+        shortened[old] = Shortened(new, kept)
+    masked = site.is_masked
+    if masked:
+        mask = site.mask
+        assert mask is not None
+        site.module._buffers[site.name + MASK] = select(mask, kept)
+    # At its key: the order of parameters stays.
+    site.module._parameters[site.name + ORIG if masked else site.name] = shortened[old].parameter
+
+
+def _linear(layer: nn.Module) -> dict[str, object]:
+    rows, columns = product(layer, "weight").shape
+    return {"out_features": rows, "in_features": columns}
+
+
+def _convolution(layer: nn.Module) -> dict[str, object]:
+    assert isinstance(layer, _ConvNd)
+    first, second = product(layer, "weight").shape[:2]
+    if layer.transposed:
+        groups = layer.groups * first // layer.in_channels if layer.groups > 1 else 1
+        return {"in_channels": first, "out_channels": second * groups, "groups": groups}
+    # Of a grouped convolution whole groups go, so that those that stay are as wide as before.
+    groups = layer.groups * first // layer.out_channels if layer.groups > 1 else 1
+    return {"in_channels": second * groups, "out_channels": first, "groups": groups}
+
+
+def _batch_norm(layer: nn.Module) -> dict[str, object]:
+    known = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    return {"num_features": next(t.numel() for t in known if t.ndim)}
+
+
+def _layer_norm(layer: nn.Module) -> dict[str, object]:
+    return {"normalized_shape": tuple(product(layer, "weight").shape)}
+
+
+Sizes = Callable[[nn.Module], Mapping[str, object]]
+SIZES: dict[type[nn.Module], Sizes] = {
+    nn.Linear: _linear,
+    _ConvNd: _convolution,
+    _NormBase: _batch_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.PReLU: lambda layer: {"num_parameters": product(layer, "weight").numel()},
+    nn.Embedding: lambda layer: {"embedding_dim": product(layer, "weight").shape[1]},
+}
+"""Type of layer → what it notes about the shapes of its parameters. Add one with one line."""
+
+OWNERS: dict[type[nn.Module], Sizes] = {}
+"""Type of module → what it notes of the sizes of its layers (where it splits its channels, say).
+
+One that notes nothing says so with an empty mapping.
+"""
+
+
+def note_sizes(layer: nn.Module, table: Mapping[type[nn.Module], Sizes] = SIZES) -> None:
+    """Set what a layer notes about the shapes of its parameters to what they are."""
+    for name, size in sizes_of(layer, table).items():
+        setattr(layer, name, size)
+
+
+def sizes_of(layer: nn.Module, table: Mapping[type[nn.Module], Sizes]) -> Mapping[str, object]:
+    """What a layer should note, by a table; nothing where it is not listed."""
+    return next((sizes(layer) for kind, sizes in table.items() if isinstance(layer, kind)), {})
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """Put ``new`` at every place where the module at ``path`` stands; returns the model.
+
+    The path may leave wrappers out. The model itself is replaced where ``path`` is "".
+    """
+    old = module_at(model, path)
+    if old is model or new is old:
+        return new if old is model else model
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+    return model
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path that may leave wrappers out.
+
+    Raises:
+        KeyError: where there is none.
+    """
+    found = {without_wrappers(name): module for name, module in model.named_modules()}
+    module: nn.Module = found[path]
+    return module

@@ -1,0 +1,120 @@
+"""What a model is run on for importances that need data: batches, how to run them, their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from torch_rsst.importance.data_importance import DataImportance
+from torch_rsst.utils.errors import message
+
+Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
+"""Batches, or a callable without arguments that returns them."""
+Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+"""``(model, batch) → output``."""
+LossFn: TypeAlias = Callable[[Any, Any], Tensor]
+"""``(output, batch) → loss``."""
+
+
+@dataclass(frozen=True, eq=False)
+class DataSource:
+    """What a model is run on, and how."""
+
+    batches: Batches | None = None
+    forward: Forward | None = None
+    loss_fn: LossFn | None = None
+
+    def check(self, name: str, statistics: Collection[DataImportance], rounds: int = 1) -> None:
+        """Raise unless this is what an importance needs; no batch is drawn.
+
+        Args:
+            name: of the importance.
+            statistics: what is to be measured for it.
+            rounds: how often.
+        """
+        if not statistics:
+            given = {"batches": self.batches, "forward": self.forward, "loss_fn": self.loss_fn}
+            for argument, value in given.items():
+                if value is not None:
+                    remedy = "Leave it out, or pass an importance such as 'activation_l1'."
+                    expected = f"none: importance {name!r} looks at no data"
+                    raise ValueError(
+                        message(argument, expected=expected, got="some", remedy=remedy)
+                    )
+            return
+        self._check_batches(name, rounds)
+        if self.loss_fn is None and any(s.needs_gradient for s in statistics):
+            remedy = "Pass loss_fn=lambda output, batch: …, which returns the loss of a batch."
+            expected = f"a function, for importance {name!r}"
+            raise ValueError(message("loss_fn", expected=expected, got="none", remedy=remedy))
+        for argument, call in (("forward", self.forward), ("loss_fn", self.loss_fn)):
+            if call is not None and not callable(call):
+                remedy = "It takes (model, batch), a loss_fn (output, batch)."
+                got = type(call).__name__
+                raise TypeError(message(argument, expected="a function", got=got, remedy=remedy))
+
+    def _check_batches(self, name: str, rounds: int) -> None:
+        expected, got = "an iterable of batches", type(self.batches).__name__
+        remedy = "Pass a DataLoader, a list of batches, or a function that returns one."
+        if self.batches is None:
+            expected = f"batches to run on, for importance {name!r}"
+            raise ValueError(message("batches", expected=expected, got="none", remedy=remedy))
+        if isinstance(self.batches, (Tensor, Mapping, str)):
+            remedy = "For a single batch, pass [batch]."
+            raise TypeError(message("batches", expected=expected, got=f"one {got}", remedy=remedy))
+        if isinstance(self.batches, Iterator) and rounds > 1:
+            expected = f"batches that can be drawn in each of {rounds} rounds"
+            raise TypeError(message("batches", expected=expected, got=f"a {got}", remedy=remedy))
+        if not _iterable(self.batches) and not callable(self.batches):
+            raise TypeError(message("batches", expected=expected, got=f"a {got}", remedy=remedy))
+
+    def draw(self) -> Iterator[Any]:
+        """The batches, once through."""
+        source: Any = self.batches
+        drawn = source if _iterable(source) else source()
+        if not _iterable(drawn) or isinstance(drawn, (Tensor, Mapping, str)):
+            remedy = "For a single batch, return [batch]."
+            expected, got = "a function that returns batches", f"one {type(drawn).__name__}"
+            raise TypeError(message("batches", expected=expected, got=got, remedy=remedy))
+        return iter(drawn)
+
+    def output(self, model: nn.Module, batch: Any) -> Any:
+        """What the model makes of a batch."""
+        if self.forward is not None:
+            return self.forward(model, batch)
+        if isinstance(batch, Tensor):
+            return model(batch)
+        try:
+            return model(batch)
+        except Exception as error:
+            got = f"a {type(batch).__name__} ({type(error).__name__}: {error})"
+            remedy = "Pass forward=lambda model, batch: model(batch[0]), or what fits your batches."
+            expected = "what model(batch) takes"
+            raise TypeError(
+                message("batches", expected=expected, got=got, remedy=remedy)
+            ) from error
+
+    def loss(self, output: Any, batch: Any, number: int) -> Tensor:
+        """The loss of a batch, fit for gradients."""
+        assert self.loss_fn is not None, "it has been checked"
+        loss = self.loss_fn(output, batch)
+        subject, expected = f"loss_fn, batch {number}", "a loss: a tensor with one number"
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shaped = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+            got, remedy = shaped or type(loss).__name__, "Return loss.sum() or loss.mean()."
+            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+        if not bool(loss.isfinite().all()):
+            expected, remedy = "a finite loss", "Look at this batch, or where training diverged."
+            raise ValueError(message(subject, expected=expected, got=loss.item(), remedy=remedy))
+        if not loss.requires_grad:
+            expected, got = "a loss that depends on the model", "one without a gradient"
+            remedy = "Do not detach the output, nor run the model under torch.no_grad()."
+            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+        return loss
+
+
+def _iterable(value: Any) -> bool:
+    return hasattr(value, "__iter__") or hasattr(value, "__getitem__")

@@ -1,0 +1,262 @@
+"""Listening to the inputs of the layers that take units in, while a model runs undisturbed."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from torch_rsst.distributed.dtensor import local, placed_like
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member
+from torch_rsst.masking.mask_sets import named_sites
+from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.utils.errors import message
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The part that the units of a layer have in the input of a layer that takes them in.
+
+    Attributes:
+        layer: the position of the units' layer among the groups.
+        index: features of the input that belong to a unit.
+        unit: the unit of each of these.
+    """
+
+    layer: int
+    index: Tensor
+    unit: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """A layer that takes units in.
+
+    Attributes:
+        name: of its weight.
+        site: its module and weight.
+        axis: the dimension of its input along which the features lie, from the end.
+        size: how many features there are.
+        shares: which of them belong to which units.
+    """
+
+    name: str
+    site: Site
+    axis: int
+    size: int
+    shares: tuple[Share, ...]
+
+
+Hear: TypeAlias = Callable[[Tap, Tensor], Tensor]
+"""``(tap, input) → what the layer gets in its place``."""
+
+
+def taps_of(model: nn.Module, groups: Groups) -> list[Tap]:
+    """Where to listen to all units; tied weights are listened to at all their places.
+
+    Raises:
+        ValueError: for a layer of units none of whose members takes them in.
+    """
+    sites = named_sites(model)
+    shares: dict[str, list[tuple[Member, Share]]] = {}
+    for position, layer in enumerate(groups.layers):
+        for member in _taking(layer, sites):
+            owned = member.unit_of != NO_UNIT
+            share = Share(position, owned.nonzero().flatten(), member.unit_of[owned])
+            shares.setdefault(member.parameter, []).append((member, share))
+    return [
+        Tap(name, site, _axis(site.module), found[0][0].unit_of.numel(), tuple(s for _, s in found))
+        for name, found in shares.items()
+        for site in sites[name]
+    ]
+
+
+def _taking(layer: GroupLayer, sites: Mapping[str, list[Site]]) -> list[Member]:
+    """The members whose entries meet the input of their module."""
+    taking = [
+        member
+        for member in layer.members
+        if member.consumes
+        and member.dim == _input_dim(sites[member.parameter][0].module, member.dim)
+    ]
+    if not taking:
+        remedy = (
+            "Mark the weight of the layer that takes the units in with consumes=True, as find_groups "
+            "does; magnitude and remain need none."
+        )
+        expected = "a member that takes the units in"
+        raise ValueError(
+            message(f"activations of {layer}", expected=expected, got="none", remedy=remedy)
+        )
+    return taking
+
+
+def _input_dim(module: nn.Module, dim: int) -> int:
+    """The dimension of a module's weight that meets its input; ``dim`` where its class is not known."""
+    if isinstance(module, _ConvTransposeNd):
+        return 0
+    return 1 if isinstance(module, (nn.Linear, _ConvNd)) else dim
+
+
+def _axis(module: nn.Module) -> int:
+    return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
+
+
+@contextmanager
+def heard(taps: Sequence[Tap], hear: Hear) -> Iterator[None]:
+    """Let ``hear`` take in, and replace, the input of each tap whenever it is used.
+
+    A layer that is called is listened to by a hook. The weight of one that is not (attention that hands it
+    to a function) is listened to where ``F.linear`` or ``F.multi_head_attention_forward`` gets it.
+    """
+    within: set[int] = set()
+    with ExitStack() as stack:
+        for tap in taps:
+            module = tap.site.module
+
+            def before(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap = tap
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                within.add(id(tap.site.original))
+                if args:
+                    return (hear(tap, args[0]), *args[1:]), kwargs
+                name = next(iter(kwargs))
+                return args, {**kwargs, name: hear(tap, kwargs[name])}
+
+            def after(*_: Any, tap: Tap = tap) -> None:
+                within.discard(id(tap.site.original))
+
+            hook = module.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(module.register_forward_hook(after, always_call=True).remove)
+        stack.enter_context(_Functions(taps, hear, within))
+        yield
+
+
+class _Functions(TorchFunctionMode):
+    """Listens to weights that are handed to functions."""
+
+    def __init__(self, taps: Sequence[Tap], hear: Hear, within: set[int]) -> None:
+        super().__init__()
+        self._taps = {id(tap.site.original): tap for tap in taps}
+        self._hear, self._within = hear, within
+        self._products: Any = WeakTensorKeyDictionary()  # of weights and masks
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """See :class:`torch.overrides.TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        if func is F.linear:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if (tap := self._tap(weight)) is not None:
+                if args:
+                    args = (self._hear(tap, args[0]), *args[1:])
+                else:
+                    kwargs = {**kwargs, "input": self._hear(tap, kwargs["input"])}
+        elif func is F.multi_head_attention_forward:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            if (tap := self._tap(given["out_proj_weight"])) is not None:
+                return self._attend(tap, given)
+        made = func(*args, **kwargs)
+        if func is torch.where and len(args) == 3 and id(args[2]) in self._taps:
+            self._products[made] = self._taps[id(args[2])]
+        return made
+
+    def _tap(self, weight: Any) -> Tap | None:
+        """Whose weight it is; None within a call of its module, which has been listened to."""
+        tap: Tap | None = self._taps.get(id(weight))
+        if tap is None and isinstance(weight, Tensor):
+            tap = self._products.get(weight)
+        return None if tap is None or id(tap.site.original) in self._within else tap
+
+    def _attend(self, tap: Tap, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The function has no seam before its output layer: that is left out, and applied here."""
+        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+        nothing = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        changed = {**given, "out_proj_weight": nothing, "out_proj_bias": None}
+        attended, weights = F.multi_head_attention_forward(**changed)
+        return F.linear(self._hear(tap, attended), weight, bias), weights
+
+
+@contextmanager
+def undisturbed(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a model run in eval mode under masks; everything is as before afterwards.
+
+    Args:
+        model: without wrappers.
+        masks: bool, by dense name; parameters without one run wholly alive.
+    """
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    stored = [(module, dict(vars(module))) for module in modules if _stores_products(module)]
+    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    with ExitStack() as stack:
+        stack.callback(_put_back, modules, modes, stored)
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        if "torch._dynamo" in sys.modules:  # compiled code would not call our hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Weights that autocast has converted are those under other masks, or outside of a graph.
+        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(_masked_by(model, masks))
+        torch.clear_autocast_cache()
+        model.eval()
+        yield
+
+
+def _stores_products(module: nn.Module) -> bool:
+    """Whether a stock pruning hook keeps the product of a weight and its mask in a module."""
+    return any(isinstance(value, Tensor) for value in vars(module).values())
+
+
+def _put_back(
+    modules: list[nn.Module], modes: list[bool], stored: list[tuple[nn.Module, dict[str, Any]]]
+) -> None:
+    for module, before in stored:
+        vars(module).update({k: v for k, v in before.items() if isinstance(v, Tensor)})
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
+
+
+@contextmanager
+def _masked_by(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other masks in force for a while, by values alone: no module is changed."""
+    changed: list[tuple[Tensor, Tensor]] = []
+
+    def set_to(tensor: Tensor, value: Tensor) -> None:
+        changed.append((tensor, tensor.clone()))
+        tensor.copy_(value)
+
+    try:
+        for name, places in named_sites(model).items():
+            for site in places:
+                # By .data: graphs that are waiting for backward are not told, nor need they be.
+                if (mask := site.mask) is not None:
+                    own = local(mask.data)
+                    alive = placed_like(masks[name], mask) if name in masks else None
+                    wanted = torch.ones_like(own) if alive is None else local(alive).to(own.dtype)
+                    if not torch.equal(own, wanted):
+                        set_to(own, wanted)
+                elif name in masks:
+                    own = local(site.original.data)
+                    dead = ~local(placed_like(masks[name], site.original))
+                    if bool(dead.any()):
+                        set_to(own, own.masked_fill(dead, 0.0))
+        yield
+    finally:
+        for tensor, before in reversed(changed):
+            tensor.copy_(before)

@@ -1,0 +1,1 @@
+"""Masks of parameters: install, read, restore, freeze, load from checkpoints."""

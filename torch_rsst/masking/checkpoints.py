@@ -1,0 +1,153 @@
+"""State dicts between dense and masked models: the masks are made to fit, or chosen, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.distributed.dtensor import is_sharded, placed_like
+from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.mask_sets import apply_mask, dense_keys, extract_mask, masked_names, unwrap
+from torch_rsst.masking.parameter_ref import masked_sites
+from torch_rsst.masking.removal import remove_all
+from torch_rsst.masking.rollback import AllOrNothing
+from torch_rsst.masking.saved_masks import is_writable
+from torch_rsst.utils.errors import MissingNameError, listing, message, unknown_choice
+
+MaskChoice: TypeAlias = Literal["keep", "zeros", "remove"]
+MASK_CHOICES = ("keep", "zeros", "remove")
+
+
+def prepare_from_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Give a model the masks of a state dict, so that ``load_state_dict(strict=True)`` works.
+
+    Example:
+        >>> pruned, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        >>> torch_rsst.apply_mask(pruned, {"weight": torch.tensor([[True, False]])})
+        >>> _ = torch_rsst.prepare_from_state_dict(fresh, pruned.state_dict())
+        >>> fresh.load_state_dict(pruned.state_dict())
+        <All keys matched successfully>
+
+    Changes the model as :func:`apply_mask` does, and raises as it does.
+
+    Returns:
+        the model that was given.
+
+    Raises:
+        ValueError: where a parameter is masked in the model and dense in the state dict: what
+            becomes of its mask is yours to say, see :func:`load_dense_state_dict`.
+    """
+    masks = extract_mask(state_dict)
+    if left := masked_names(model) - masks.keys():
+        remedy = "Call load_dense_state_dict(model, state_dict, mask='keep'), 'zeros' or 'remove'."
+        raise ValueError(
+            message(
+                "state_dict",
+                expected="a mask for every parameter that the model masks",
+                got=f"dense weights for {listing(sorted(left))}",
+                remedy=remedy,
+            )
+        )
+    apply_mask(model, masks)
+    return model
+
+
+def load_dense_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, mask: MaskChoice
+) -> nn.Module:
+    """Load a dense state dict into a masked model, in place, all of it or nothing.
+
+    Example:
+        >>> trained, pruned = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        >>> torch_rsst.apply_mask(pruned, {"weight": torch.tensor([[True, False]])})
+        >>> _ = torch_rsst.load_dense_state_dict(pruned, trained.state_dict(), mask="keep")
+        >>> torch.equal(pruned.weight_orig, trained.weight), pruned.weight_mask
+        (True, tensor([[1., 0.]]))
+
+    Args:
+        model: the model; wrapped or not.
+        state_dict: of the dense model; its keys must be the model's dense names.
+        mask: what becomes of the masks: ``"keep"`` them, masking the loaded weights;
+            ``"zeros"`` masks what is exactly 0 in the loaded weights of the parameters that are
+            masked now (the state dict of a model after :func:`remove_all`); ``"remove"`` them.
+
+    Returns:
+        the model that was given.
+
+    Raises:
+        KeyError: for keys that are missing or unknown.
+        ValueError: for other shapes, another choice, or a state dict that holds masks itself.
+    """
+    if mask not in MASK_CHOICES:
+        raise ValueError(unknown_choice("mask", mask, MASK_CHOICES))
+    if not isinstance(state_dict, Mapping):
+        got, remedy = type(state_dict).__name__, "Pass dense_model.state_dict()."
+        raise TypeError(message("state_dict", expected="a dict", got=got, remedy=remedy))
+    inner = unwrap(model)
+    loaded = {name: state_dict[key] for key, name in dense_keys(state_dict).items()}
+    _check_fits(_dense_shapes(inner), loaded)
+    tensors = [*inner.parameters(), *inner.buffers()]
+    before = [(t, t.detach().clone()) for t in tensors if not t.is_meta and is_writable(t)]
+    with torch.no_grad(), AllOrNothing(masked_sites(inner.modules())) as undo:
+        undo += [partial(tensor.copy_, value) for tensor, value in before]
+        _load(inner, loaded, mask)
+    return model
+
+
+def _load(model: nn.Module, loaded: Mapping[str, Tensor], mask: MaskChoice) -> None:
+    if mask == "zeros":
+        apply_mask(model, {name: loaded[name] != 0 for name in extract_mask(model)})
+    elif mask == "remove":
+        remove_all(model, freeze_zeros=False)
+    own = model.state_dict()
+    given = {
+        key: placed_like(loaded[name], own[key]) if is_sharded(own[key]) else loaded[name]
+        for key, name in _dense_names(own).items()
+        if name in loaded
+    }
+    model.load_state_dict(given, strict=False)  # what is not there is a mask, and stays
+
+
+def _dense_names(state: Mapping[str, Any]) -> dict[str, str]:
+    """Each key of a state dict → the name it has in the dense model; masks are left out."""
+    names = dense_keys(state)
+    masked = {key.removesuffix(ORIG) for key in state if key.endswith(ORIG)}
+    masked = {key for key in masked if key + MASK in state}
+    return {
+        key: name.removesuffix(ORIG) if key.removesuffix(ORIG) in masked else name
+        for key, name in names.items()
+        if key.removesuffix(MASK) not in masked
+    }
+
+
+def _dense_shapes(model: nn.Module) -> dict[str, torch.Size | None]:
+    state = model.state_dict()
+    return {name: getattr(state[key], "shape", None) for key, name in _dense_names(state).items()}
+
+
+def _check_fits(expected: Mapping[str, torch.Size | None], loaded: Mapping[str, Any]) -> None:
+    subject = "state_dict"
+    if extract_mask(loaded):
+        remedy = "Call prepare_from_state_dict(model, state_dict), then model.load_state_dict."
+        got = "one with masks of its own"
+        raise ValueError(message(subject, expected="a dense one", got=got, remedy=remedy))
+    remedy = "Pass the full state dict of the same architecture."
+    if wrong := expected.keys() ^ loaded.keys():
+        missing, unknown = sorted(wrong - loaded.keys()), sorted(wrong - expected.keys())
+        got = " and ".join(
+            [f"none of {listing(missing)}"] * bool(missing)
+            + [f"unknown {listing(unknown)}"] * bool(unknown)
+        )
+        raise MissingNameError(
+            message(subject, expected="the model's keys", got=got, remedy=remedy)
+        )
+    for name, shape in expected.items():
+        if getattr(loaded[name], "shape", None) != shape:
+            got = f"{getattr(loaded[name], 'shape', type(loaded[name]).__name__)}"
+            raise ValueError(
+                message(f"{subject}: {name!r}", expected=f"{shape}", got=got, remedy=remedy)
+            )

@@ -1,0 +1,141 @@
+"""Make ``module.weight`` the present product of ``weight_orig`` and ``weight_mask``, whoever reads it.
+
+A stored product goes stale wherever code reads it without a forward pass of its module
+(``nn.MultiheadAttention`` reads ``out_proj.weight``), and it is no leaf, so that modules cannot be
+copied. So a masked module's class becomes a subclass of itself, of the same name, in which the masked
+names are properties. :mod:`torch.nn.utils.parametrize` works in the same way.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from torch_rsst.distributed.dtensor import is_sharded, placed_like
+
+ORIG, MASK = "_orig", "_mask"
+
+
+def product(module: nn.Module, name: str) -> Tensor:
+    """``weight_orig`` with masked entries replaced by 0, so that no inf or NaN leaks out.
+
+    The plain parameter where nothing is masked.
+
+    Raises:
+        AttributeError: where there is neither.
+    """
+    # Attributes, and operations that begin with them: so tracers record both, not their values.
+    original = getattr(module, name + ORIG, None)
+    mask = getattr(module, name + MASK, None)
+    if original is not None and mask is not None:
+        # Not masked_fill: its result is contiguous, whatever memory format the weight has.
+        return torch.where(dead_entries(mask, original), 0.0, original)
+    plain = module._parameters.get(name)
+    if plain is None:
+        raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
+    return plain
+
+
+def dead_entries(mask: Tensor, original: Tensor) -> Tensor:
+    """Where ``mask`` is 0, distributed as ``original`` is at the moment.
+
+    Within a forward pass FSDP2 puts the whole parameter in place of a rank's part; the mask, which
+    stays in parts, is gathered then.
+    """
+    if is_sharded(mask) or is_sharded(original):
+        return placed_like(mask == 0, original)
+    return torch.eq(mask, original.new_zeros(()))
+
+
+def is_live(module: nn.Module, name: str) -> bool:
+    """Whether :func:`make_live` has made ``name`` a property."""
+    return name in _base_and_names(_own_class(module))[1] and name not in module.__dict__
+
+
+def make_live(module: nn.Module, name: str) -> None:
+    """Turn ``name`` into a property of this module; a stored tensor of that name goes."""
+    base, names = _base_and_names(_own_class(module))
+    _set_own_class(module, _live_class(base, names | {name}))
+    module.__dict__.pop(name, None)
+
+
+def make_plain(module: nn.Module, name: str) -> None:
+    """Undo :func:`make_live`; the last name brings the original class back."""
+    base, names = _base_and_names(_own_class(module))
+    if name in names:
+        rest = names - {name}
+        _set_own_class(module, _live_class(base, rest) if rest else base)
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class below the one that parametrize has put on top, which must stay on top."""
+    cls = type(module)
+    return cls.__bases__[0] if _has_parametrized_class(module) else cls
+
+
+def _set_own_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    if not _has_parametrized_class(module):
+        module.__class__ = cls
+        return
+    # Made anew: copies of a parametrized module share their class.
+    top = type(module)
+    body = {k: v for k, v in vars(top).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(top.__name__, (cls,), body)
+
+
+def _has_parametrized_class(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) and "_live" not in vars(type(module))
+
+
+def _base_and_names(cls: type[nn.Module]) -> tuple[type[nn.Module], frozenset[str]]:
+    # Looked up in the class itself: what subclasses a live class (a sharding wrapper) is no live one.
+    found: tuple[type[nn.Module], frozenset[str]] = vars(cls).get("_live", (cls, frozenset()))
+    return found
+
+
+_CLASSES: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
+
+
+def _live_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
+    """The subclass of ``base`` in which ``names`` are live, made once."""
+    if (base, names) not in _CLASSES:
+        body = {
+            # Its own module: torch.compile takes what stands in torch.nn as known and looks no further.
+            "__module__": __name__,
+            "__doc__": base.__doc__,
+            "__reduce_ex__": _reduce,
+            "_live": (base, names),
+            **{name: _property(name) for name in names},
+        }
+        _CLASSES[base, names] = type(base.__name__, (base,), body)
+    return _CLASSES[base, names]
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """Copy and pickle by the base class and the names: the class itself is made at run time."""
+    base, names = _base_and_names(type(module))
+    reduced: Any = base.__reduce_ex__(module, max(int(protocol), 2))
+    make, args, *rest = reduced
+    if make is copyreg.__newobj__:  # type: ignore[attr-defined] # typeshed leaves it out
+        make, args = _new, (base, names, *args[1:])
+    if rest and isinstance(module, nn.RNNBase):
+        # Its list of weights holds products, which are no leaves; the next forward renews them.
+        listed: list[Any] = module._flat_weights
+        rest[0] = {**rest[0], "_flat_weights": [w if w.is_leaf else w.detach() for w in listed]}
+    return (make, args, *rest)
+
+
+def _new(base: type[nn.Module], names: frozenset[str], *args: Any) -> nn.Module:
+    cls = _live_class(base, names)
+    return cls.__new__(cls, *args)
+
+
+def _property(name: str) -> property:
+    def ignore(module: nn.Module, *value: Tensor) -> None:
+        """Stock hooks store and delete their product here; ours is always the present one."""
+
+    return property(lambda module: product(module, name), ignore, ignore)

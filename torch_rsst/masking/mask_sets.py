@@ -1,0 +1,415 @@
+"""Mask sets: dicts from dense parameter names to bool tensors. Extract, apply, combine, check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.distributed.dtensor import is_sharded, local, placed_like, sharded_like, total
+from torch_rsst.distributed.fsdp import reshard
+from torch_rsst.distributed.replicas import agreed, replica_group
+from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
+from torch_rsst.masking.parameter_ref import Site, check_site, dense_name, masked_sites
+from torch_rsst.utils.errors import MissingNameError, closest, listing, message
+
+Masks: TypeAlias = dict[str, Tensor]
+
+# What DataParallel and DistributedDataParallel, torch.compile and FSDP put around a module.
+_OUTER_PREFIX = "module."
+_INNER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers.
+
+    Raises:
+        TypeError: unless given a module.
+    """
+    if not isinstance(model, nn.Module):
+        got, remedy = type(model).__name__, "Pass the torch.nn.Module to prune."
+        raise TypeError(message("model", expected="a module", got=got, remedy=remedy))
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def without_wrappers(name: str) -> str:
+    """A dotted name without the prefixes of wrappers inside the model.
+
+    >>> without_wrappers("blocks.0._orig_mod.mlp"), without_wrappers("mlp._orig_mod")
+    ('blocks.0.mlp', 'mlp')
+    """
+    for prefix in _INNER_PREFIXES:
+        name = name.replace(prefix, "").removesuffix(f".{prefix[:-1]}")
+    return name
+
+
+def named_sites(model: nn.Module) -> dict[str, list[Site]]:
+    """Dense name → every place that holds the parameter, in ``named_parameters`` order.
+
+    Tied parameters appear once, under their first name, with all their sites.
+    """
+    reshard(unwrap(model).modules())
+    first_names: dict[int, str] = {}
+    sites: dict[str, list[Site]] = {}
+    for path, module in unwrap(model).named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                own = dense_name(module, key)
+                full = without_wrappers(f"{path}.{own}" if path else own)
+                name = first_names.setdefault(id(parameter), full)
+                sites.setdefault(name, []).append(Site(module, own))
+    return sites
+
+
+def masked_names(model: nn.Module) -> set[str]:
+    """The dense names of all masked parameters; reads no values."""
+    sites = named_sites(model)
+    return {name for name, places in sites.items() if any(site.is_masked for site in places)}
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Dense name → trainable tensor, ``weight_orig`` where masked; detached, sharing memory."""
+    return {name: places[0].original.detach() for name, places in named_sites(model).items()}
+
+
+def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks:
+    """Read the masks of a model or of its state dict.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> _ = torch_rsst.custom_from_mask(layer, "weight", torch.tensor([[1, 0]]))
+        >>> torch_rsst.extract_mask(layer)
+        {'weight': tensor([[ True, False]])}
+
+    A key ``K`` exists only where both ``K_orig`` and ``K_mask`` do. Prefixes of wrappers
+    (``module.``, ``_orig_mod.``) are stripped; a tied tensor appears once, under its first name.
+
+    Returns:
+        bool tensors, new memory, on the devices of the masks.
+
+    Raises:
+        TypeError: for anything but a module or a mapping.
+        ValueError: where a mask holds values other than 0 and 1.
+    """
+    if isinstance(model_or_state_dict, nn.Module):
+        found = {
+            name: placed_like(mask, places[0].original)
+            for name, places in named_sites(model_or_state_dict).items()
+            for mask in [next((site.mask for site in places if site.mask is not None), None)]
+            if mask is not None
+        }
+    elif isinstance(model_or_state_dict, Mapping) and all(
+        isinstance(key, str) for key in model_or_state_dict
+    ):
+        found = _masks_of_state_dict(model_or_state_dict)
+    else:
+        got = type(model_or_state_dict).__name__
+        remedy = "Pass the model or model.state_dict()."
+        raise TypeError(
+            message("extract_mask", expected="a model or state dict", got=got, remedy=remedy)
+        )
+    return {name: as_bool(mask, name) for name, mask in found.items()}
+
+
+def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
+    if state and not any(isinstance(value, Tensor) for value in state.values()):
+        inner = [key for key, value in state.items() if isinstance(value, Mapping)]
+        remedy = (
+            f"Pass the model's own, such as checkpoint[{inner[0]!r}]."
+            if inner
+            else "Pass model.state_dict()."
+        )
+        raise ValueError(
+            message(
+                "state dict", expected="tensors", got=f"none in {listing(state)}", remedy=remedy
+            )
+        )
+    dense_key = dense_keys(state)
+    first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    found: Masks = {}
+    for key, original in state.items():
+        own = key.removesuffix(ORIG)
+        masked = own != key and own + MASK in state
+        name = own if masked else key
+        # Sharded and meta tensors have no address of their own; extra state is no tensor.
+        if (
+            isinstance(original, Tensor)
+            and original.layout == torch.strided
+            and original.data_ptr()
+        ):
+            place = (original.data_ptr(), original.shape, original.stride())
+            name = first_names.setdefault(place, name)
+        if masked:
+            key_of = name + ORIG if name + ORIG in state else name
+            found.setdefault(dense_key[key_of].removesuffix(ORIG), state[own + MASK])
+    return found
+
+
+def dense_keys(state: Mapping[str, Any]) -> dict[str, str]:
+    """Each key of a state dict without the prefixes of wrappers, where all keys have them.
+
+    >>> dense_keys({"module.fc.weight": 0, "module.fc.bias": 0})["module.fc.bias"]
+    'fc.bias'
+    """
+    inner = {key: without_wrappers(key) for key in state}
+    if all(name.startswith(_OUTER_PREFIX) for name in inner.values()):
+        return {key: name.removeprefix(_OUTER_PREFIX) for key, name in inner.items()}
+    return inner
+
+
+def as_bool(mask: Tensor, name: str) -> Tensor:
+    """A 0/1 tensor of any dtype as a new bool tensor.
+
+    Raises:
+        TypeError: unless given a tensor.
+        ValueError: for other values than 0 and 1.
+    """
+    subject = f"mask of {name!r}"
+    if not isinstance(mask, Tensor):
+        remedy = "A mask set maps parameter names to tensors."
+        raise TypeError(
+            message(subject, expected="a tensor", got=type(mask).__name__, remedy=remedy)
+        )
+    if mask.is_meta:
+        got, remedy = "a mask on the meta device", "Materialize the model first."
+        raise ValueError(message(subject, expected="values", got=got, remedy=remedy))
+    if mask.dtype == torch.bool:
+        return mask.clone()
+    alive = mask != 0
+    if not _is_binary(mask):
+        remedy = "Compare with a threshold first: mask > 0.5."
+        raise ValueError(
+            message(subject, expected="zeros and ones", got="other values", remedy=remedy)
+        )
+    return alive
+
+
+def _is_binary(mask: Tensor) -> bool:
+    """Whether a mask holds nothing but 0 and 1, on all ranks."""
+    part = local(mask)
+    rest = torch.addcmul(
+        part, part, part, value=-1
+    )  # m − m²; comparing takes several times as long
+    if not is_sharded(mask):
+        return not rest.numel() or not bool(rest.abs().amax() != 0)
+    return not int(total(sharded_like(rest != 0, mask)))
+
+
+def as_masks(masks: Mapping[str, Tensor]) -> Masks:
+    """A mask set as new bool tensors.
+
+    Raises:
+        TypeError: unless given a mapping from strings to tensors.
+        ValueError: for other values than 0 and 1.
+    """
+    wrong = (
+        [f"the name {name!r}" for name in masks if not isinstance(name, str)]
+        if isinstance(masks, Mapping)
+        else [type(masks).__name__]
+    )
+    if wrong:
+        remedy = "A mask set maps parameter names to tensors."
+        raise TypeError(message("masks", expected="a mask set", got=wrong[0], remedy=remedy))
+    return {name: as_bool(mask, name) for name, mask in masks.items()}
+
+
+def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = False) -> None:
+    """Set the masks of a model exactly, in place; entries can also come back to 1.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> torch_rsst.apply_mask(layer, {"weight": torch.tensor([[True, False]])})
+        >>> layer.weight_mask
+        tensor([[1., 0.]])
+
+    For each name: ``name`` is replaced by the parameter ``name_orig`` (the same object, at the
+    same place), the buffer ``name_mask`` (the parameter's dtype) and a forward pre-hook; where
+    they exist, the buffer is overwritten. Parameters that ``masks`` does not name are left alone.
+    Either all masks are set or, after an error, none.
+
+    Args:
+        model: the model, wrapped or not. In a ``DistributedDataParallel`` it is a collective call:
+            all ranks must pass the same masks, or all raise.
+        masks: dense parameter name → tensor of zeros and ones, of the parameter's shape.
+        strict: also require that every parameter that is masked now is named.
+
+    Raises:
+        KeyError: for a name that the model does not have, or, if strict, lacks in ``masks``.
+        ValueError: for a mask of another shape or with values other than 0 and 1.
+        RuntimeError: where the ranks of a ``DistributedDataParallel`` pass different masks.
+    """
+    work = agreed(
+        replica_group(model),
+        lambda: _sites_to_mask(model, masks, strict=strict),
+        lambda work: ((str(i), mask) for i, (_, mask) in enumerate(work)),
+    )
+    of_each: dict[int, Tensor] = {}
+    for site, mask in work:
+        of_each.setdefault(id(site.original), mask)
+    install([site for site, _ in work], NewMasks.of(list(of_each.values())))
+
+
+def _sites_to_mask(
+    model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool
+) -> list[tuple[Site, Tensor]]:
+    sites = named_sites(model)
+    chosen = list(as_masks(masks).items())
+    resolved = {name: _resolve(name, sites) for name, _ in chosen}
+    if strict and (left := masked_names(model) - set(resolved.values())):
+        remedy = "Add them, or pass strict=False to leave them as they are."
+        raise MissingNameError(
+            message(
+                "masks",
+                expected="every masked parameter",
+                got=f"none for {listing(sorted(left))}",
+                remedy=remedy,
+            )
+        )
+    work: list[tuple[Site, Tensor]] = []
+    for name, mask in chosen:
+        for site in sites[resolved[name]]:
+            check_site(site.module, site.name)
+            _check_shape(name, mask, site)
+            work.append((site, mask))
+    return work
+
+
+def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
+    inner = without_wrappers(name)
+    for candidate in (
+        name,
+        inner,
+        inner.removeprefix(_OUTER_PREFIX),
+        _OUTER_PREFIX + inner,  # the model itself has one child, called "module"
+    ):
+        if candidate in sites:
+            return candidate
+    near = (
+        name.removesuffix(ORIG) if name.removesuffix(ORIG) in sites else closest(name, sites, 0.85)
+    )
+    remedy = f"{f'Did you mean {near!r}? ' if near else ''}It has {listing(sites)}."
+    raise MissingNameError(
+        message(
+            f"mask {name!r}", expected="a parameter of the model", got="no such name", remedy=remedy
+        )
+    )
+
+
+def _check_shape(name: str, mask: Tensor, site: Site) -> None:
+    if mask.shape != site.original.shape:
+        raise ValueError(
+            message(
+                f"mask of {name!r}",
+                expected=f"the parameter's shape {tuple(site.original.shape)}",
+                got=f"shape {tuple(mask.shape)}",
+                remedy="Masks are made for one architecture; extract them from the same one.",
+            )
+        )
+
+
+def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, Tensor]) -> Masks:
+    """The penalized set P: alive now, meant to go.
+
+    Example:
+        >>> current, refill = torch.tensor([True, True, False]), torch.tensor([True, False, False])
+        >>> torch_rsst.penalty_mask({"weight": current}, {"weight": refill})
+        {'weight': tensor([False,  True, False])}
+
+    P = (refill_mask == 0) & (current_mask == 1). A key only in ``refill_mask`` counts as wholly
+    alive; a key only in ``current_mask`` is not penalized and does not appear.
+
+    Raises:
+        ValueError: where the shapes of the two masks of a name differ.
+    """
+    penalized: Masks = {}
+    alive = as_masks(current_mask)
+    for name, refill in as_masks(refill_mask).items():
+        go = ~refill
+        if name in alive:
+            current = alive[name]
+            if current.shape != go.shape:
+                remedy = "Both masks must come from the same model."
+                raise ValueError(
+                    message(
+                        f"refill mask of {name!r}",
+                        expected=f"the current mask's shape {tuple(current.shape)}",
+                        got=f"shape {tuple(go.shape)}",
+                        remedy=remedy,
+                    )
+                )
+            go &= placed_like(current, go)
+        penalized[name] = go
+    return penalized
+
+
+def alive_in(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], name: str) -> Tensor:
+    """The mask of ``name``, all ones where there is none, on the weight's device and ranks."""
+    weight = weights[name]
+    if name not in masks:
+        return torch.ones_like(weight, dtype=torch.bool)
+    return placed_like(masks[name], weight)
+
+
+def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
+    """Masks as bool, on their weights' devices.
+
+    Raises:
+        KeyError: for a name without a weight.
+        ValueError: for another shape or other values than 0 and 1.
+    """
+    checked: Masks = {}
+    for name, alive in as_masks(masks).items():
+        if name not in weights:
+            remedy = f"It has {listing(weights)}."
+            raise MissingNameError(
+                message(
+                    f"mask {name!r}",
+                    expected="a parameter of the model",
+                    got="no such name",
+                    remedy=remedy,
+                )
+            )
+        if alive.shape != weights[name].shape:
+            expected = f"the parameter's shape {tuple(weights[name].shape)}"
+            remedy = "Take the masks from the same model."
+            raise ValueError(
+                message(
+                    f"mask of {name!r}",
+                    expected=expected,
+                    got=f"shape {tuple(alive.shape)}",
+                    remedy=remedy,
+                )
+            )
+        checked[name] = placed_like(alive, weights[name])
+    return checked
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Renew every stored product of weight and mask, in place, without a forward pass.
+
+    Example:
+        >>> recurrent = torch.nn.LSTM(2, 3)
+        >>> torch_rsst.apply_mask(recurrent, {"weight_hh_l0": torch.zeros(12, 3)})
+        >>> _ = recurrent.load_state_dict({k: v + 1 for k, v in recurrent.state_dict().items()})
+        >>> _ = torch_rsst.refresh(recurrent)
+
+    A mask of this library needs it nowhere: ``weight`` is computed when it is read. It serves code
+    that reads, before the next forward pass, the list of weights that a recurrent layer keeps, or
+    the ``weight`` that ``torch.nn.utils.prune`` has stored.
+
+    Returns:
+        the model that was given.
+    """
+    for site in masked_sites(unwrap(model).modules()):
+        if found := find_hook(site):
+            found[1](site.module, ())
+    return model

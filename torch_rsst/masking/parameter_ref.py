@@ -1,0 +1,209 @@
+"""A place that holds a parameter: find it, check that it can be masked, read its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from torch_rsst.distributed.dtensor import placed_like
+from torch_rsst.distributed.fsdp import reshard
+from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.saved_masks import has_own_memory
+from torch_rsst.utils.errors import listing, message, shown
+
+MASKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+Parameter: TypeAlias = tuple[nn.Module, str]
+"""How PyTorch's pruning calls name a parameter."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that holds a parameter: ``module`` and the parameter's dense name in it."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def original(self) -> nn.Parameter:
+        """The trainable parameter, ``weight_orig`` where masked, else ``weight``."""
+        found = self.module._parameters.get(self.name + ORIG if self.is_masked else self.name)
+        assert found is not None, "check_site() lets no other parameter in"
+        return found
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether ``weight_orig`` and ``weight_mask`` both exist."""
+        has_orig = self.module._parameters.get(self.name + ORIG) is not None
+        return has_orig and self.module._buffers.get(self.name + MASK) is not None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask buffer, in the parameter's dtype; None where dense."""
+        return self.module._buffers[self.name + MASK] if self.is_masked else None
+
+    @property
+    def alive(self) -> Tensor | None:
+        """The current mask as bool, distributed as the parameter is; None where dense (all alive)."""
+        return None if self.mask is None else placed_like(self.mask != 0, self.original)
+
+    def __str__(self) -> str:
+        return f"'{self.name}' of {type(self.module).__name__}"
+
+
+def dense_name(module: nn.Module, key: str) -> str:
+    """The name that parameter ``key`` of ``module`` has when nothing is pruned."""
+    name = key.removesuffix(ORIG)
+    return name if name != key and Site(module, name).is_masked else key
+
+
+def check_site(module: object, name: object) -> Site:
+    """The site of a parameter that can be masked.
+
+    Raises:
+        TypeError: unless given a module and a string.
+        ValueError: where the name is no maskable parameter; says which are.
+    """
+    if not isinstance(module, nn.Module) or not isinstance(name, str):
+        got = f"({type(module).__name__}, {shown(name)})"
+        remedy = "Pass for example (model.fc, 'weight')."
+        raise TypeError(
+            message("parameter", expected="a (module, name) pair", got=got, remedy=remedy)
+        )
+    site = Site(module, name)
+    reshard([module])
+    if site.is_masked:
+        return site
+    subject = f"parameter {site}"
+    own = [dense_name(module, key) for key, p in module._parameters.items() if p is not None]
+    if parametrize.is_parametrized(module, name):
+        remedy = "Call torch.nn.utils.parametrize.remove_parametrizations first."
+        raise ValueError(
+            message(subject, expected="a plain parameter", got="a parametrized one", remedy=remedy)
+        )
+    if name.endswith(ORIG) and name.removesuffix(ORIG) in own:
+        remedy = f"Pass {name.removesuffix(ORIG)!r}: masks of one parameter combine."
+        got = "the original of a parameter that is masked already"
+        raise ValueError(
+            message(subject, expected="a dense parameter name", got=got, remedy=remedy)
+        )
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        remedy = f"It has {listing(own)}." if own else "It has no parameters of its own."
+        raise ValueError(
+            message(subject, expected="one of the module's parameters", got="none", remedy=remedy)
+        )
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        remedy = "Run one forward pass first, so that its shape is known."
+        raise ValueError(
+            message(subject, expected="an initialized parameter", got="a lazy one", remedy=remedy)
+        )
+    if taken := [key for key in (name + ORIG, name + MASK) if _is_taken(module, key)]:
+        remedy = "Rename it: this is where PyTorch's pruning keeps the weights and the mask."
+        got = f"one in use: {taken[0]!r}"
+        raise ValueError(
+            message(
+                subject,
+                expected=f"{name + ORIG!r} and {name + MASK!r} to be free names",
+                got=got,
+                remedy=remedy,
+            )
+        )
+    if parameter.layout != torch.strided:
+        got, remedy = str(parameter.layout), "Call to_dense() first."
+        raise ValueError(message(subject, expected="a dense tensor", got=got, remedy=remedy))
+    if not has_own_memory(parameter):
+        expected, got = "entries with memory of their own", "an expanded tensor"
+        remedy = "Clone it first: its entries cannot be masked one by one."
+        raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+    if parameter.dtype not in MASKABLE:
+        expected = f"one of {', '.join(map(str, MASKABLE))}"
+        remedy = "Cast it first, or leave it out: only such weights can be pruned."
+        raise ValueError(message(subject, expected=expected, got=parameter.dtype, remedy=remedy))
+    return site
+
+
+def _is_taken(module: nn.Module, key: str) -> bool:
+    registries = (module._parameters, module._buffers, module._modules, module.__dict__)
+    return any(key in registry for registry in registries) or hasattr(type(module), key)
+
+
+def parameter_list(parameters: object) -> list[Any]:
+    """What a user lists to be ranked, as a list; any iterable but a string will do.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(parameters, str) or not isinstance(parameters, Iterable):
+        raise TypeError(_not_pairs(type(parameters).__name__))
+    return list(parameters)
+
+
+def site_of(pair: object) -> Site:
+    """The site of a (module, name) pair.
+
+    Raises:
+        TypeError, ValueError: for no such pair, or as :func:`check_site` does.
+    """
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+        raise TypeError(_not_pairs(shown(pair)))
+    return check_site(*pair)
+
+
+def _not_pairs(got: str) -> str:
+    remedy = "Pass a list such as [(model.fc, 'weight')]."
+    return message("parameters", expected="(module, name) pairs", got=got, remedy=remedy)
+
+
+def check_has_values(site: Site) -> None:
+    """Raise a ValueError for a parameter on the meta device: it can be masked, but not ranked."""
+    if site.original.is_meta:
+        remedy = "Materialize the model first: load_state_dict(…, assign=True), or to_empty."
+        got = "a parameter on the meta device"
+        raise ValueError(message(f"parameter {site}", expected="values", got=got, remedy=remedy))
+
+
+def check_scores(site: Site, scores: Tensor | None) -> Tensor:
+    """What a site is ranked by: ``weight_orig``, or the scores that were given.
+
+    Raises:
+        TypeError: unless given a tensor of numbers.
+        ValueError: for another shape than the parameter's.
+    """
+    if scores is None or site.is_masked:
+        check_has_values(site)
+    if scores is None:
+        return site.original.detach()
+    subject = f"importance_scores for {site}"
+    remedy = "Give every entry of the parameter one score."
+    if not isinstance(scores, Tensor) or scores.is_complex() or scores.dtype == torch.bool:
+        got = str(scores.dtype) if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(message(subject, expected="a tensor of numbers", got=got, remedy=remedy))
+    if scores.shape != site.original.shape:
+        expected = f"shape {tuple(site.original.shape)}"
+        got = f"shape {tuple(scores.shape)}"
+        raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+    if not scores.is_floating_point() and scores.numel() and _exceeds(scores, 1 << 53):
+        expected, got = "integers within ±2**53, which float64 tells apart", "larger ones"
+        raise ValueError(message(subject, expected=expected, got=got, remedy="Scale them down."))
+    return placed_like(scores.detach(), site.original)
+
+
+def _exceeds(scores: Tensor, bound: int) -> bool:
+    return int(scores.max()) > bound or int(scores.min()) < -bound
+
+
+def masked_sites(modules: Iterable[nn.Module]) -> list[Site]:
+    """Every site of the modules that is masked, by whatever pruning method."""
+    return [
+        Site(module, key.removesuffix(ORIG))
+        for module in modules
+        for key in module._parameters
+        if key.endswith(ORIG) and Site(module, key.removesuffix(ORIG)).is_masked
+    ]

@@ -1,0 +1,54 @@
+"""Make pruning permanent: plain parameters with zeros in them, which stay zero only if held."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+from torch import nn
+
+from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
+from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.parameter_ref import masked_sites
+from torch_rsst.utils.errors import UnfrozenZerosWarning
+
+
+def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Module:
+    """Make all pruning permanent, in place: plain parameters, zero where they were masked.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> torch_rsst.apply_mask(layer, {"weight": torch.tensor([[True, False]])})
+        >>> _ = torch_rsst.remove_all(layer, freeze_zeros=True)
+        >>> [name for name, _ in layer.named_parameters()]
+        ['weight', 'bias']
+
+    Whatever pruned a parameter, ours or stock, ``name_orig`` becomes ``name`` again (the same
+    object, its gradient and place kept) and ``name_mask`` and the hook go. Calling it again does
+    nothing. Either all parameters become plain or, after an error, none.
+
+    Args:
+        model: the model, wrapped or not.
+        freeze_zeros: a plain parameter has no mask, so its zeros come back to life if you train on.
+            True holds them at 0, whatever optimizer trains this model object, until their
+            parameter is masked again; False lets them go; None does that too, with a warning.
+
+    Returns:
+        the model that was given.
+
+    Warns:
+        UnfrozenZerosWarning: for ``freeze_zeros=None``, where masked entries became zeros.
+    """
+    sites = masked_sites(unwrap(model).modules())
+    zeros = [(site, ~alive) for site in sites if (alive := site.alive) is not None]
+    restore(sites, hold_zeros=partial(hold_at_zero, zeros) if freeze_zeros else None)
+    if freeze_zeros is None and any(bool(dead.any()) for _, dead in zeros):
+        warnings.warn(
+            "The masks are gone, their zeros are ordinary weights now and come back to life if you "
+            "train on. Pass freeze_zeros=True to hold them at 0, or freeze_zeros=False if you do "
+            "not train on.",
+            UnfrozenZerosWarning,
+            stacklevel=2,
+        )
+    return model

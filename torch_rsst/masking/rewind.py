@@ -1,0 +1,115 @@
+"""Rewinding: a copy of weights and buffers, put back where entries survive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.distributed.dtensor import placed_like
+from torch_rsst.masking.live_weight import ORIG
+from torch_rsst.masking.mask_sets import (
+    dense_keys,
+    named_sites,
+    named_weights,
+    unwrap,
+    without_wrappers,
+)
+from torch_rsst.utils.errors import listing, message, unknown_choice
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Weights by dense name and buffers by name; empty where nothing is rewound."""
+
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, rewind: object) -> Snapshot:
+        """What ``rewind`` asks for: None, ``"init"`` (the model as it is now) or a state dict.
+
+        Raises:
+            TypeError, ValueError: for anything else, or a state dict of another model.
+        """
+        if rewind is None:
+            return cls({}, {})
+        weights = named_weights(model)
+        buffers = _buffers(model)
+        if rewind == "init":
+            return cls(_copied(weights), _copied(buffers))
+        if isinstance(rewind, str):
+            raise ValueError(unknown_choice("rewind", rewind, ["init"]))
+        if not isinstance(rewind, Mapping):
+            got = type(rewind).__name__
+            remedy = "Pass model.state_dict() of an earlier moment."
+            raise TypeError(
+                message("rewind", expected="None, 'init' or a state dict", got=got, remedy=remedy)
+            )
+        saved = {name: rewind[key] for key, name in dense_keys(rewind).items()}
+        chosen = {name: saved.get(name + ORIG, saved.get(name)) for name in weights}
+        kept = {name: saved[name] for name in buffers if name in saved}
+        present = {**weights, **buffers}
+        unfit = [
+            name
+            for name, value in {**chosen, **kept}.items()
+            if not isinstance(value, Tensor)
+            or value.shape != present[name].shape
+            or value.is_meta
+            or value.is_complex()
+            or value.layout != torch.strided
+        ]
+        if unfit:
+            remedy = "Pass the full state dict of this very model."
+            raise ValueError(
+                message(
+                    "rewind",
+                    expected="every parameter and buffer in its shape",
+                    got=f"none for {listing(unfit)}",
+                    remedy=remedy,
+                )
+            )
+        return cls(
+            {
+                n: placed_like(v.detach(), weights[n]).clone()
+                for n, v in chosen.items()
+                if v is not None
+            },
+            _copied(kept),
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        """Put alive entries of every parameter and all buffers back, in place; masked latents stay."""
+        present = _buffers(model)
+        with torch.no_grad():
+            for name, places in named_sites(model).items():
+                if name in self.weights:
+                    original, alive = places[0].original, places[0].alive
+                    value = self.weights[name].to(original)
+                    original.copy_(value if alive is None else torch.where(alive, value, original))
+            for name, buffer in self.buffers.items():
+                present[name].copy_(buffer)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Copies, for a checkpoint."""
+        return {"weights": _copied(self.weights), "buffers": _copied(self.buffers)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Mapping[str, Tensor]]) -> Snapshot:
+        """The snapshot of a checkpoint."""
+        return cls(_copied(state["weights"]), _copied(state["buffers"]))
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    masks = {id(site.mask) for places in named_sites(model).values() for site in places}
+    return {
+        without_wrappers(name): buffer
+        for name, buffer in unwrap(model).named_buffers()
+        if id(buffer) not in masks
+    }
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

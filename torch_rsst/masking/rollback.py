@@ -1,0 +1,128 @@
+"""Put modules back exactly as they were where a call fails: all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_rsst.distributed.fsdp import tell_of_new_name
+from torch_rsst.masking.live_weight import ORIG
+from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.masking.saved_masks import ways_back
+
+
+@contextmanager
+def place_kept(site: Site) -> Iterator[None]:
+    """Put the parameter back to its place in the module, whatever name the block gives it."""
+    registry = site.module._parameters
+
+    def key() -> str | None:
+        return next((k for k in (site.name + ORIG, site.name) if k in registry), None)
+
+    old = key()
+    order = list(registry)
+    yield
+    new = key()
+    if old is None or new is None or list(registry)[order.index(old)] == new:
+        return
+    # In place: hooks, optimizers and parametrizations may hold the registry itself.
+    for other in [new, *order[order.index(old) + 1 :]]:
+        registry[other] = registry.pop(other)
+
+
+class AllOrNothing:
+    """Put modules back exactly as they were if the block raises, interrupts included.
+
+    Gives a list for what else must be called then, the last one first, once the modules are back. All
+    of it may be called twice.
+
+    A class, not a generator: one that is interrupted on its way out waits at its ``yield`` until
+    somebody drops the exception, and would put things back then.
+    """
+
+    def __init__(self, sites: Sequence[Site], *, written: Sequence[Site] | None = None) -> None:
+        """Note what is there.
+
+        Args:
+            sites: whose modules may change.
+            written: those with masks whose values may change; by default the same.
+        """
+        self._sites, self._written = sites, sites if written is None else written
+        self._undo: list[Callable[[], object]] = []
+
+    def __enter__(self) -> list[Callable[[], object]]:
+        modules = {id(site.module): site.module for site in self._sites}.values()
+        masks = {id(site.mask): site.mask for site in self._written if site.mask is not None}
+        self._masks_back = ways_back(list(masks.values()))
+        self._modules_back = [
+            partial(_put_back, module, type(module), _shallow(module)) for module in modules
+        ]
+        return self._undo
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            return
+        names_back = [partial(_tell_of_present_name, site) for site in self._sites]
+        with torch.no_grad():
+            _to_the_end(
+                [*self._modules_back, *names_back, *reversed(self._undo), *self._masks_back]
+            )
+
+
+def _to_the_end(steps: Sequence[Callable[[], object]]) -> None:
+    """Call all, whatever fails or interrupts, and raise that afterwards."""
+    raised: BaseException | None = None
+    for step in steps:
+        while True:
+            try:
+                step()
+            except KeyboardInterrupt as interrupt:
+                raised = interrupt
+                continue
+            except BaseException as error:
+                raised = error
+            break
+    if raised is not None:
+        raise raised
+
+
+def _tell_of_present_name(site: Site) -> None:
+    now, other = site.name, site.name + ORIG
+    if other in site.module._parameters:
+        now, other = other, now
+    tell_of_new_name(site.module, other, now)
+
+
+def _shallow(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes, registries (and a recurrent layer's list of weights) copied."""
+    return {
+        key: value.copy() if isinstance(value, (dict, list)) else value
+        for key, value in module.__dict__.items()
+    }
+
+
+def _put_back(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
+    module.__class__ = cls
+    for key in module.__dict__.keys() - state.keys():
+        del module.__dict__[key]
+    for key, value in state.items():
+        present = module.__dict__.get(key)
+        if isinstance(present, dict) and isinstance(value, dict):
+            # In place: hook handles hold weak references to these registries.
+            present.clear()
+            present.update(value)
+        elif isinstance(present, list) and isinstance(value, list):
+            present[:] = value
+        else:
+            module.__dict__[key] = value

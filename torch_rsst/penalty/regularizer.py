@@ -1,0 +1,446 @@
+"""RegularizedPruner: shrink what is meant to go, step by step. Touches only the penalized set P."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from torch_rsst.masking.mask_sets import extract_mask, penalty_mask, unwrap
+from torch_rsst.penalty.hooks import (
+    Mode,
+    Optimizers,
+    Share,
+    as_optimizers,
+    divide,
+    hook_gradients,
+    hook_steps,
+    is_coupled,
+    steps_of_each,
+)
+from torch_rsst.penalty.penalized_set import PenalizedSet
+from torch_rsst.schedules import Schedule, resolve_schedule, strength_at
+from torch_rsst.utils.amounts import check_count, check_number
+from torch_rsst.utils.errors import (
+    InertPenaltyWarning,
+    check_keys,
+    listing,
+    message,
+    unknown_choice,
+)
+
+GradScale: TypeAlias = float | Callable[[], float]
+
+MODES = ("auto", "coupled", "decoupled")
+
+_ATTACHED: weakref.WeakSet[RegularizedPruner] = weakref.WeakSet()
+
+
+def check_settings(
+    total_steps: int,
+    *,
+    mode: object = "auto",
+    accumulation_steps: int = 1,
+    grad_scale: GradScale | None = None,
+    **_: object,
+) -> None:
+    """Check the arguments of :class:`RegularizedPruner` that can be checked without a model.
+
+    Raises:
+        TypeError, ValueError: for counts below 1, an unknown mode, or a scale that is no number > 0.
+    """
+    check_count(total_steps, "total_steps", at_least=1)
+    check_count(accumulation_steps, "accumulation_steps", at_least=1)
+    if grad_scale is not None and not callable(grad_scale):
+        check_number(grad_scale, "grad_scale", above=0)
+    if mode not in MODES:
+        raise ValueError(unknown_choice("mode", mode, MODES))
+
+
+class RegularizedPruner:
+    """Steer a growing L2 penalty with a refill mask.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> refill_mask = {"weight": torch.tensor([[True, False]])}
+        >>> with torch_rsst.RegularizedPruner(
+        ...     layer, refill_mask, total_steps=10, optimizer=optimizer
+        ... ) as pruner:
+        ...     for _ in range(10):
+        ...         optimizer.zero_grad()
+        ...         layer(torch.randn(4, 2)).square().mean().backward()
+        ...         optimizer.step()
+        >>> pruner.steps
+        10
+
+    P = ``(refill_mask == 0) & (current_mask == 1)`` is fixed at the start; entries outside P are
+    never touched, masked latents included. At step k the strength is λ = schedule(k / total_steps).
+
+    *Coupled*: ``grad += λ · weight`` on P, so that the learning rate multiplies it.
+    *Decoupled*: after the step, ``weight_orig *= 1 − min(1, λ)`` on P, whatever the learning rate.
+    ``mode="auto"`` takes coupled for SGD and without an optimizer, decoupled for all others: Adam's
+    denominator cancels a coupled penalty.
+
+    With an ``optimizer``, penalty and step count run inside ``optimizer.step()``, closures,
+    gradient scaling and accumulation included. Several optimizers each penalize what they update,
+    at the λ of their own step count and in the mode of their own. Without one, hooks add the penalty
+    in every backward pass and you call :meth:`step` after each ``optimizer.step()``.
+
+    Args:
+        model: the model; only its gradients (coupled) or weights (decoupled) on P change.
+        refill_mask: dense parameter name → what should be alive.
+        current_mask: what is alive now; the model's own masks by default. A parameter without a
+            mask counts as wholly alive.
+        schedule: a name from :data:`torch_rsst.schedules.SCHEDULES`, or a callable t → λ.
+        strength: the λ that a named schedule ends with; a callable returns λ itself.
+        total_steps: optimizer steps until t = 1; afterwards t stays 1.
+        optimizer: what updates the penalized parameters: one optimizer, or a sequence of several.
+        mode: ``"auto"``, ``"coupled"`` or ``"decoupled"``.
+        block_loss_grad: also zero the gradient of the loss on P.
+        accumulation_steps: backward passes per optimizer step; used without an optimizer only.
+        grad_scale: what the loss is multiplied with, a number or a callable such as
+            ``scaler.get_scale``; used without an optimizer only.
+
+    Raises:
+        KeyError: for a mask of a parameter that the model does not have.
+        ValueError: for a mask of the wrong shape; where no optimizer updates a penalized parameter,
+            or two do.
+        RuntimeError: where another regularizer is attached to the model, or penalizes one of these
+            parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        refill_mask: Mapping[str, Tensor],
+        *,
+        current_mask: Mapping[str, Tensor] | None = None,
+        schedule: str | Schedule = "exp_custom_exponents",
+        strength: float = 0.5,
+        total_steps: int,
+        optimizer: Optimizers | None = None,
+        mode: Mode = "auto",
+        block_loss_grad: bool = False,
+        accumulation_steps: int = 1,
+        grad_scale: GradScale | None = None,
+    ) -> None:
+        check_settings(
+            total_steps, mode=mode, accumulation_steps=accumulation_steps, grad_scale=grad_scale
+        )
+        self.schedule = resolve_schedule(schedule, strength)
+        self.total_steps = int(total_steps)
+        strength_at(self.schedule, 1.0)
+        self.block_loss_grad = block_loss_grad
+        self.accumulation_steps, self.grad_scale = accumulation_steps, grad_scale
+        self._requested_mode: Mode = mode
+        self._model = unwrap(model)
+        current = extract_mask(model) if current_mask is None else current_mask
+        self._penalized = PenalizedSet(self._model, penalty_mask(current, refill_mask))
+        self._optimizers: list[Optimizer] = []
+        self._steps = [0]  # of each optimizer
+        self._shares = [Share(tuple(self._penalized), is_coupled(mode, None))]
+        self._handles: list[RemovableHandle] = []
+        self._hooks_fired = False
+        self._start_norm = self.penalized_norm()
+        self._claim()
+        try:
+            self._hook_gradients() if optimizer is None else self.attach(optimizer)
+        except BaseException:
+            self._release()
+            raise
+
+    @property
+    def mode(self) -> Mode:
+        """``"coupled"`` or ``"decoupled"``, decided; ``"auto"`` where optimizers differ in it."""
+        coupled = {share.coupled for share in self._shares}
+        if len(coupled) > 1:
+            return "auto"
+        return "coupled" if True in coupled else "decoupled"
+
+    @property
+    def steps(self) -> int:
+        """Steps done; with several optimizers, by the one that is furthest behind."""
+        return min(self._steps)
+
+    @property
+    def strength(self) -> float:
+        """λ of the step in progress, number ``steps + 1``."""
+        return self._strength_of(self.steps + 1)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the penalty acts."""
+        return bool(self._handles)
+
+    def penalized_norm(self) -> float:
+        """The L2 norm of the weights in P, in float64. Synchronizes the device."""
+        return self._penalized.norm()
+
+    @property
+    def start_norm(self) -> float:
+        """The norm of the weights in P when the regularizer was attached."""
+        return self._start_norm
+
+    @staticmethod
+    def attached_to(model: nn.Module) -> RegularizedPruner | None:
+        """The regularizer that is attached to a model, also where nobody holds it any more."""
+        model = unwrap(model)
+        return next((pruner for pruner in _ATTACHED if pruner._model is model), None)
+
+    def attach(self, optimizer: Optimizers) -> None:
+        """Let ``optimizer.step()`` run the penalty and count the steps, instead of gradient hooks.
+
+        Args:
+            optimizer: one, or a sequence of all that update penalized parameters.
+
+        Raises:
+            RuntimeError: where an optimizer is attached already, or the regularizer was removed.
+            ValueError: where a penalized parameter is in no optimizer, or in two.
+        """
+        optimizers = as_optimizers(optimizer)
+        if self._optimizers or self not in _ATTACHED:
+            again = bool(self._optimizers)
+            got = "a second one" if again else "a removed regularizer"
+            remedy = (
+                "It acts already: drop this call (several go into one list)."
+                if again
+                else "Make a new RegularizedPruner."
+            )
+            raise RuntimeError(
+                message("attach", expected="one optimizer, once", got=got, remedy=remedy)
+            )
+        shares = divide(self._penalized.parameters(), optimizers, self._requested_mode)
+        steps = steps_of_each(self._steps, len(optimizers))
+        self._detach_hooks()
+        self._optimizers, self._shares, self._steps = optimizers, shares, steps
+        for index, each in enumerate(optimizers):
+            self._handles += hook_steps(
+                each, partial(self._before_step, index), partial(self._after_step, index)
+            )
+
+    def add_penalty(self) -> None:
+        """Add λ · weight to the gradients on P, once, now.
+
+        For gradients that no backward pass has put there, such as those of
+        :func:`torch.autograd.grad`. Regular training never needs it. With ``block_loss_grad`` the
+        gradient on P is replaced.
+
+        Raises:
+            RuntimeError: where an optimizer is attached, whose step adds it; in decoupled mode, which
+                leaves gradients alone; after :meth:`remove`.
+        """
+        self._require_by_hand("add_penalty", "optimizer.step() adds the penalty; drop this call.")
+        if self.mode == "decoupled" and not self.block_loss_grad:
+            remedy = "Call pruner.step() after the update instead, or pass mode='coupled'."
+            got = "'decoupled', which shrinks weights and leaves gradients alone"
+            raise RuntimeError(
+                message("add_penalty: mode", expected="'coupled'", got=got, remedy=remedy)
+            )
+        self._penalize(self._shares[0], self.strength, None)
+
+    def step(self) -> None:
+        """Count one optimizer step and, decoupled, shrink P. Call it after ``optimizer.step()``.
+
+        Raises:
+            RuntimeError: where an optimizer is attached, which does both by itself.
+        """
+        self._require_by_hand("step", "optimizer.step() counts by itself; drop this call.")
+        self._shrink(self._shares[0], self.strength, None)
+        self._steps = [steps + 1 for steps in self._steps]
+
+    def remove(self) -> None:
+        """Detach from model and optimizer; a second call does nothing.
+
+        Warns:
+            InertPenaltyWarning: if P is not empty and its norm has not gone down.
+        """
+        if self._release():
+            self._warn_if_inert()
+
+    def detach(self) -> None:
+        """Detach like :meth:`remove`, without judging whether the penalty acted."""
+        self._release()
+
+    def reset(self) -> None:
+        """Start over after the weights were replaced: step 0, the norm of P measured anew."""
+        self._steps, self._start_norm = [0] * len(self._steps), self.penalized_norm()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers: steps done, also of each optimizer; steps in total; the norm of P at the start."""
+        return {
+            "steps": self.steps,
+            "optimizer_steps": list(self._steps),
+            "total_steps": self.total_steps,
+            "start_norm": self._start_norm,
+        }
+
+    @staticmethod
+    def check_state(
+        state: Mapping[str, Any], total_steps: int, *, optimizers: int | None = None
+    ) -> None:
+        """Raise a ValueError unless a regularizer of ``total_steps`` can load the state.
+
+        ``optimizers`` is how many are attached, None for a regularizer that has none yet.
+        """
+        keys = ("steps", "optimizer_steps", "total_steps", "start_norm")
+        check_keys(state, keys, "state of RegularizedPruner")
+        if state["total_steps"] != total_steps:
+            expected, got = f"total_steps={total_steps}", state["total_steps"]
+            remedy = "Build the regularizer with the same arguments as the saved one."
+            raise ValueError(
+                message("state of RegularizedPruner", expected=expected, got=got, remedy=remedy)
+            )
+        if optimizers is not None:
+            steps_of_each(state["optimizer_steps"], optimizers)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken, before or after :meth:`attach`.
+
+        Raises:
+            ValueError: for no such state, or that of a regularizer with other ``total_steps`` or
+                another number of optimizers.
+        """
+        attached = len(self._optimizers) or None
+        self.check_state(state, self.total_steps, optimizers=attached)
+        steps = [int(each) for each in state["optimizer_steps"]]
+        self._steps = steps if attached is None else steps_of_each(steps, attached)
+        self._start_norm = float(state["start_norm"])
+
+    def __enter__(self) -> RegularizedPruner:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.remove()
+        else:  # a warning about the penalty would only hide the error
+            self.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegularizedPruner:
+        remedy = "Copy the model, then build a new RegularizedPruner for the copy."
+        expected = "to stay with its model"
+        raise TypeError(
+            message("RegularizedPruner", expected=expected, got="deepcopy", remedy=remedy)
+        )
+
+    # How it is attached
+
+    def _claim(self) -> None:
+        """Refuse what another regularizer has: two would both shrink it."""
+        if self.attached_to(self._model) is not None:
+            expected, got = "one RegularizedPruner", "a second one"
+            remedy = "Remove the first: RegularizedPruner.attached_to(model).remove()."
+            raise RuntimeError(message("model", expected=expected, got=got, remedy=remedy))
+        taken = {id(p) for other in _ATTACHED for p in other._penalized.parameters().values()}
+        shared = [name for name, p in self._penalized.parameters().items() if id(p) in taken]
+        if shared:
+            expected = "parameters that no other RegularizedPruner penalizes"
+            got = f"{listing(shared)}, penalized through another module"
+            remedy = "Remove that one, or penalize everything with one."
+            raise RuntimeError(message("model", expected=expected, got=got, remedy=remedy))
+        _ATTACHED.add(self)
+
+    def _release(self) -> bool:
+        if self not in _ATTACHED:
+            return False
+        _ATTACHED.remove(self)
+        self._detach_hooks()
+        return True
+
+    def _require_by_hand(self, call: str, remedy: str) -> None:
+        if self not in _ATTACHED:
+            expected, got = "an attached regularizer", "a removed one"
+            remedy = "Make a new RegularizedPruner."
+        elif self._optimizers:
+            expected, got = "no optimizer", "an attached optimizer"
+        else:
+            return
+        raise RuntimeError(message(call, expected=expected, got=got, remedy=remedy))
+
+    def _hook_gradients(self) -> None:
+        parameters, coupled = self._penalized.parameters(), self.mode == "coupled"
+        self._handles = hook_gradients(parameters, self._after_backward, need_all=coupled)
+
+    def _detach_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # What a step does
+
+    def _after_backward(self, name: str) -> None:
+        self._hooks_fired = True
+        batches = 1 if self.block_loss_grad else self.accumulation_steps
+        share = Share((name,), self._shares[0].coupled)
+        scale = self._scale() if share.coupled else None
+        self._penalize(share, self.strength / batches, scale)
+
+    def _scale(self) -> Tensor | float | None:
+        """What the loss was multiplied with."""
+        if not callable(self.grad_scale):
+            return None if self.grad_scale is None else float(self.grad_scale)
+        scale: Any = self.grad_scale()
+        if isinstance(scale, Tensor):  # to look at it would be to wait for the device
+            return scale
+        return check_number(
+            scale, "what grad_scale returned", above=0, remedy="Pass scaler.get_scale, for example."
+        )
+
+    def _before_step(self, index: int, scale: Tensor | None) -> None:
+        self._penalize(self._shares[index], self._strength_of(self._steps[index] + 1), scale)
+
+    def _after_step(self, index: int, found_inf: Tensor | None) -> None:
+        self._shrink(self._shares[index], self._strength_of(self._steps[index] + 1), found_inf)
+        self._steps[index] += 1
+
+    def _strength_of(self, step: int) -> float:
+        return strength_at(self.schedule, min(1.0, step / self.total_steps))
+
+    def _penalize(self, share: Share, strength: float, scale: Tensor | float | None) -> None:
+        if self.block_loss_grad:
+            self._penalized.block(share.names)
+        if share.coupled:
+            self._penalized.pull(share.names, strength, scale)
+
+    def _shrink(self, share: Share, strength: float, found_inf: Tensor | None) -> None:
+        if not share.coupled:
+            self._penalized.shrink(share.names, strength, found_inf)
+
+    def _warn_if_inert(self) -> None:
+        steps = max(self._steps)
+        if not len(self._penalized) or not (steps or self._hooks_fired):
+            return
+        norm = self.penalized_norm()
+        if self._start_norm > 0.0 and not norm < self._start_norm:  # NaN is not down either
+            strength = self._strength_of(max(1, steps))
+            warnings.warn(
+                f"The penalty did not act: the norm of the penalized weights went from "
+                f"{self._start_norm:.4g} to {norm:.4g} in {steps} of {self.total_steps} steps "
+                f"(mode {self.mode!r}, last strength {strength:.3g}). {self._remedy(norm)}",
+                InertPenaltyWarning,
+                stacklevel=3,
+            )
+
+    def _remedy(self, norm: float) -> str:
+        if not math.isfinite(norm):
+            return "Look for the step at which training diverged."
+        acted = self._optimizers or max(self._steps) == self.total_steps
+        ways = [] if acted else ["pass the optimizer or call pruner.step()"]
+        ways.append("raise the strength")
+        if self.mode != "decoupled":
+            ways.append("use mode='decoupled'")
+        text = ", or ".join(ways)
+        return f"{text[0].upper()}{text[1:]}."

@@ -1,0 +1,1 @@
+"""Groups, scores and a budget → refill mask, and the history of such decisions."""

@@ -1,0 +1,159 @@
+"""Scores and a budget → which units are kept. Pure, on small CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_rsst.selection.topk import lowest
+from torch_rsst.utils.amounts import Amount, units_to_keep
+
+REASONS = ("score", "fillback_rate", "min_keep", "round_to", "dead")
+"""What can decide that a unit stays or goes, in the order of their numbers."""
+_SCORE, _FILLBACK, _MIN_KEEP, _ROUND_TO, _DEAD = range(len(REASONS))
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredLayer:
+    """What selection needs to know of one layer's units, a value each.
+
+    Attributes:
+        scores: float64; dead units score 0.
+        alive: alive ranked entries.
+        sizes: ranked entries.
+    """
+
+    scores: Tensor
+    alive: Tensor
+    sizes: Tensor
+
+    @property
+    def sort_keys(self) -> Tensor:
+        """Scores with the dead ones below whatever a callable gives the living."""
+        return self.scores.masked_fill(self.alive == 0, -torch.inf)
+
+
+@dataclass(frozen=True)
+class ScopeBudget:
+    """The units that one scope was asked to keep and those it keeps.
+
+    They differ where ``min_keep`` or ``round_to`` had a say.
+    """
+
+    scope: str
+    kind: str
+    units: int
+    requested: int
+    realized: int
+
+    def __str__(self) -> str:
+        asked = f"{self.requested} of {self.units} {self.kind} were to stay, {self.realized} do"
+        return f"{self.scope or 'the model'}: {asked}"
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which units of one scope stay, and what that came from; a tensor per layer.
+
+    Attributes:
+        kept: True for units that stay.
+        requested: how many the budget alone would keep.
+        keys: scores as they were compared; -inf for dead units.
+        budgeted: what stayed before ``round_to`` had its say.
+        without_fillback: how many the budget would keep if nothing were given back.
+    """
+
+    kept: tuple[Tensor, ...]
+    requested: int
+    keys: tuple[Tensor, ...]
+    budgeted: tuple[Tensor, ...]
+    without_fillback: int
+
+    def reasons(self) -> tuple[Tensor, ...]:
+        """What decided about each unit: uint8, positions in :data:`REASONS`.
+
+        A unit stays by its score where it ranks within the budget and above all that go. What stays
+        otherwise is held by ``min_keep`` or ``round_to``; what goes although it ranks within the
+        budget makes room for a unit that ``min_keep`` holds in another layer.
+        """
+        rank, kept, budgeted = (
+            torch.cat(ranks(self.keys)),
+            *map(_joined, (self.kept, self.budgeted)),
+        )
+        best_to_go = int(rank[~budgeted].min()) if not bool(budgeted.all()) else rank.numel() + 1
+        held = budgeted & ((rank > self.requested) | (rank > best_to_go))
+        reason = torch.full_like(rank, _SCORE, dtype=torch.uint8)
+        reason[budgeted & (rank > self.without_fillback)] = _FILLBACK
+        reason[held | (~kept & (rank <= self.requested))] = _MIN_KEEP
+        reason[kept & ~budgeted] = _ROUND_TO
+        reason[~kept & (_joined(self.keys) == -torch.inf)] = _DEAD
+        return torch.split(reason, [key.numel() for key in self.keys])
+
+
+def ranks(keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The rank of each unit among those of all layers: 1 goes last. Of equals the earliest goes first.
+
+    >>> ranks([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])])
+    (tensor([1, 4]), tensor([3, 2]))
+    """
+    order = torch.sort(_joined(keys), stable=True).indices
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), 0, -1)
+    return torch.split(rank, [key.numel() for key in keys])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts))
+
+
+def keep_units(
+    layers: Sequence[ScoredLayer],
+    *,
+    amount: Amount | None,
+    fillback_rate: float = 0.0,
+    min_keep: int = 1,
+    round_to: int | None = None,
+    per_entry: bool = False,
+) -> Selection:
+    """Choose the units of one scope that stay.
+
+    Args:
+        layers: the layers whose units compete.
+        amount: fraction or number of all their units to drop; None for the density budget.
+        fillback_rate: the share of the dropped that is given back.
+        min_keep: units per layer that stay whatever the budget.
+        round_to: raise each layer's kept units to a multiple of this, where it has that many.
+        per_entry: compare scores per ranked entry, for units of different sizes.
+    """
+    units, alive_of_size = sum(layer.scores.numel() for layer in layers), _alive_of_size(layers)
+    requested = units_to_keep(amount, units, alive_of_size, fillback_rate)
+    keys = [layer.sort_keys / layer.sizes if per_entry else layer.sort_keys for layer in layers]
+    protected = [_best(key, min_keep) for key in keys]
+    droppable = [~mask for mask in protected]
+    drop = min(units - requested, sum(int(mask.sum()) for mask in droppable))
+    kept = budgeted = [~mask for mask in lowest(keys, drop, among=droppable)]
+    if round_to is not None:
+        counts = [-(-int(keep.sum()) // round_to) * round_to for keep in kept]
+        kept = [keep | _best(key, n) for keep, key, n in zip(kept, keys, counts, strict=True)]
+    without = units_to_keep(amount, units, alive_of_size, 0.0) if fillback_rate else requested
+    return Selection(tuple(kept), requested, tuple(keys), tuple(budgeted), without)
+
+
+def _alive_of_size(layers: Sequence[ScoredLayer]) -> dict[int, int]:
+    totals: dict[int, int] = {}
+    for layer in layers:
+        # A unit without ranked entries is dead: it adds nothing to the density.
+        for size in set(layer.sizes.tolist()) - {0}:
+            totals[int(size)] = totals.get(int(size), 0) + int(
+                layer.alive[layer.sizes == size].sum()
+            )
+    return totals
+
+
+def _best(keys: Tensor, count: int) -> Tensor:
+    """The ``count`` highest, where :func:`lowest` would drop them last."""
+    goes = lowest([keys], max(keys.numel() - count, 0))[0]
+    return ~goes

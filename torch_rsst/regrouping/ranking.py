@@ -1,0 +1,95 @@
+"""Global L1 over a model's groups: what is alive after one more ranking. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from torch_rsst.groups.groups import Groups
+from torch_rsst.importance.registry import remain
+from torch_rsst.masking.mask_sets import Masks, alive_in, named_sites
+from torch_rsst.masking.parameter_ref import (
+    Parameter,
+    check_has_values,
+    check_site,
+    parameter_list,
+    site_of,
+)
+from torch_rsst.selection.topk import Ranking
+from torch_rsst.utils.amounts import Amount, to_count
+from torch_rsst.utils.errors import MissingNameError, listing, message
+
+
+def ranked_names(
+    model: nn.Module, groups: Groups, parameters: Iterable[Parameter | str] | None
+) -> list[str]:
+    """The dense names of what is ranked, in ``named_parameters`` order where it is the groups'.
+
+    Raises:
+        KeyError: for a parameter that the model does not have.
+        ValueError: for one listed twice, or none at all.
+    """
+    sites = named_sites(model)
+    if parameters is None:
+        members = {m.parameter for layer in groups.layers for m in layer.ranked}
+        names = [name for name in sites if name in members]
+    else:
+        by_identity = {id(places[0].original): name for name, places in sites.items()}
+        names = []
+        for parameter in parameter_list(parameters):
+            if isinstance(parameter, str):
+                name = parameter
+            else:
+                site = site_of(parameter)
+                name = by_identity.get(id(site.original), f"{site.name} of another model")
+            if name not in sites:
+                remedy = f"It has {listing(sites)}."
+                raise MissingNameError(
+                    message(
+                        f"parameters: {name!r}",
+                        expected="a parameter of the model",
+                        got="no such name",
+                        remedy=remedy,
+                    )
+                )
+            if name in names:
+                remedy = "List every parameter once."
+                raise ValueError(
+                    message(f"parameters: {name!r}", expected="once", got="it twice", remedy=remedy)
+                )
+            names.append(name)
+    if not names:
+        remedy = "Pass the result of find_groups(model), or parameters."
+        raise ValueError(message("groups", expected="at least one", got="none", remedy=remedy))
+    for name in names:
+        check_has_values(check_site(sites[name][0].module, sites[name][0].name))
+    return names
+
+
+def rank(
+    weights: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor],
+    groups: Groups,
+    ranked: Sequence[str],
+    amount: Amount,
+) -> Masks:
+    """The current mask after one global L1 ranking, for all ranked, following and masked parameters.
+
+    Of the alive entries of all ``ranked`` parameters together the lowest go; a follower's entry
+    goes when its unit's last ranked entry has.
+    """
+    before = [alive_in(weights, alive, name) for name in ranked]
+    scores = [weights[name] for name in ranked]
+    ranking = Ranking(scores, among=before, absolute=True, names=[repr(n) for n in ranked])
+    cut = ranking.cut(to_count(amount, ranking.available, of="alive entries"))
+    current = dict(zip(ranked, cut.stays(), strict=True))
+    current |= {name: mask for name, mask in alive.items() if name not in current}
+    for layer in groups.layers:
+        lives = remain(layer, weights, current) > 0
+        for member in layer.members:
+            if not member.ranked:
+                weight = weights[member.parameter]
+                follows = member.spread(lives, weight)
+                current[member.parameter] = alive_in(weights, current, member.parameter) & follows
+    return current

@@ -1,0 +1,293 @@
+"""Regroup: groups + scores + budget → refill mask. Pure: the model is read, never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.distributed.dtensor import total
+from torch_rsst.distributed.replicas import replica_group
+from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.importance.batches import Batches, DataSource, Forward, LossFn
+from torch_rsst.importance.measuring import measured
+from torch_rsst.importance.registry import (
+    Importance,
+    name_of,
+    remain,
+    resolve_importance,
+    score_units,
+)
+from torch_rsst.masking.mask_sets import (
+    Masks,
+    alive_in,
+    check_masks,
+    extract_mask,
+    named_weights,
+    unwrap,
+)
+from torch_rsst.regrouping.history import Rules, Verdicts
+from torch_rsst.regrouping.keep_units import ScopeBudget, ScoredLayer, Selection, keep_units
+from torch_rsst.selection.topk import lowest
+from torch_rsst.utils.amounts import Amount, check_amount, check_count, check_fraction, to_count
+from torch_rsst.utils.errors import message, unknown_choice
+
+Scope: TypeAlias = Literal["layer", "type", "global"]
+Ungrouped: TypeAlias = Literal["keep", "element"]
+SCOPES = ("layer", "type", "global")
+UNGROUPED = ("keep", "element")
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """Which units stay.
+
+    Attributes:
+        kept: per layer of the groups, a bool tensor, True for units kept.
+        budgets: per scope.
+        selections: per scope, with the positions of its layers: what it came from.
+    """
+
+    kept: tuple[Tensor, ...]
+    budgets: tuple[ScopeBudget, ...]
+    selections: tuple[tuple[tuple[int, ...], Selection], ...]
+
+    def verdicts(self) -> tuple[Verdicts, ...]:
+        """Per layer of the groups: scores as they were compared, and what decided."""
+        found = {
+            position: Verdicts(keys, kept, reasons)
+            for positions, chosen in self.selections
+            for position, keys, kept, reasons in zip(
+                positions, chosen.keys, chosen.kept, chosen.reasons(), strict=True
+            )
+        }
+        return tuple(found[position] for position in range(len(self.kept)))
+
+
+@dataclass(frozen=True)
+class RegroupPlan:
+    """The checked arguments of :func:`torch_rsst.regroup`, for use over many rounds."""
+
+    importance: str | Importance = "magnitude"
+    scope: Scope = "layer"
+    fillback_rate: float = 0.0
+    min_keep: int = 1
+    round_to: int | None = None
+    ungrouped: Ungrouped = "keep"
+
+    def __post_init__(self) -> None:
+        resolve_importance(self.importance)
+        if self.scope not in SCOPES:
+            raise ValueError(unknown_choice("scope", self.scope, SCOPES))
+        if self.ungrouped not in UNGROUPED:
+            raise ValueError(unknown_choice("ungrouped", self.ungrouped, UNGROUPED))
+        check_fraction(self.fillback_rate, "fillback_rate")
+        check_count(self.min_keep, "min_keep", at_least=0)
+        if self.round_to is not None:
+            check_count(self.round_to, "round_to", at_least=1)
+
+    def rules(self, groups: Groups) -> Rules:
+        """The plan as a record of decisions about these groups names it."""
+        competitors = {
+            each: tuple(positions)
+            for positions in _scopes(groups, self.scope).values()
+            for each in positions
+        }
+        every = tuple(competitors[position] for position in range(len(groups.layers)))
+        return Rules(name_of(self.importance), self.scope, every)
+
+
+def regroup(
+    model: nn.Module,
+    groups: Groups | Iterable[Group] | Iterable[GroupLayer],
+    *,
+    amount: Amount | None = 0.5,
+    importance: str | Importance = "magnitude",
+    scope: Scope = "layer",
+    current_mask: Mapping[str, Tensor] | None = None,
+    fillback_rate: float = 0.0,
+    min_keep: int = 1,
+    round_to: int | None = None,
+    ungrouped: Ungrouped = "keep",
+    batches: Batches | None = None,
+    forward: Forward | None = None,
+    loss_fn: LossFn | None = None,
+) -> Masks:
+    """Regroup a mask to whole units: what *should* be alive.
+
+    Example:
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        >>> refill_mask = torch_rsst.regroup(mlp, torch_rsst.find_groups(mlp), amount=0.25)
+        >>> refill_mask["0.weight"].all(dim=1).sum()
+        tensor(6)
+
+    Every unit is scored on the entries that are alive in ``current_mask`` (a dead unit scores 0
+    and goes first) and the best are kept. The refill mask is 1 on entries all of whose units are
+    kept, also where they are masked now, and 0 on entries of a unit that goes.
+
+    Args:
+        model: gives the weights (``weight_orig`` where masked); not changed.
+        groups: from :func:`find_groups`, or a selection of its items.
+        amount: the fraction of *all* units of a scope, dead ones included, that are absent from the
+            refill mask; an int counts units per scope. None takes the budget from the density:
+            ``round(d + fillback_rate · (n − d))`` units stay, d = Σ alive ranked entries / size.
+        importance: ``"magnitude"``, ``"remain"``; with ``batches``, ``"activation_l1"``,
+            ``"activation_l2"`` or ``"taylor"``; or a callable, see :mod:`torch_rsst.importance.registry`.
+        scope: what units compete with: those of their ``"layer"``, of their ``"type"``, or all
+            (``"global"``; scores are then compared per ranked entry).
+        current_mask: what is alive now; the model's own masks by default.
+        fillback_rate: the share of what would go that is given back.
+        min_keep: units per layer that stay whatever the budget.
+        round_to: raise the kept units of each layer to a multiple of this.
+        ungrouped: entries in no group ``"keep"`` their current mask, or ``"element"``: each
+            such parameter of ``current_mask`` loses ``amount`` of its alive entries, the smallest.
+        batches: for an importance that needs data: what ``model(batch)`` takes, an iterable or a
+            function that returns one. See :func:`measure_importance`, also for how the model is run.
+        forward: ``(model, batch) → output``, for batches that ``model(batch)`` does not take.
+        loss_fn: ``(output, batch) → loss``, for ``"taylor"``.
+
+    Returns:
+        bool masks on the parameters' devices, for every group member and every key of
+        ``current_mask``.
+
+    Raises:
+        KeyError: for groups or masks of parameters that the model does not have.
+        ValueError: for an unknown name, an amount out of range, shapes that do not fit, NaN scores;
+            for data that the importance lacks or has no use for.
+        TypeError: for batches that the model does not take.
+    """
+    plan = RegroupPlan(importance, scope, fillback_rate, min_keep, round_to, ungrouped)
+    groups = as_groups(groups)
+    weights = named_weights(model)
+    given = extract_mask(model) if current_mask is None else current_mask
+    current = check_masks(weights, given)
+    if amount is not None:
+        check_amount(amount)
+    check_groups(weights, groups)
+    data = DataSource(batches, forward, loss_fn)
+    known = measured(unwrap(model), groups, importance, data, current, replica_group(model))
+    plan = replace(plan, importance=known)
+    decision = decide(weights, groups, current, amount, plan)
+    return refill_from(decision, weights, groups, current, amount, plan)
+
+
+def decide(
+    weights: Mapping[str, Tensor],
+    groups: Groups,
+    current: Mapping[str, Tensor],
+    amount: Amount | None,
+    plan: RegroupPlan,
+) -> Decision:
+    """Choose the units that stay, scope by scope."""
+    if amount is not None:
+        check_amount(amount)
+    check_groups(weights, groups)
+    return choose(groups, score_layers(weights, groups, current, plan), amount, plan)
+
+
+def score_layers(
+    weights: Mapping[str, Tensor],
+    groups: Groups,
+    current: Mapping[str, Tensor],
+    plan: RegroupPlan,
+) -> list[ScoredLayer]:
+    """Score the units of every layer."""
+    importance = resolve_importance(plan.importance)
+    return [_score(importance, layer, weights, current) for layer in groups.layers]
+
+
+def choose(
+    groups: Groups, scored: Sequence[ScoredLayer], amount: Amount | None, plan: RegroupPlan
+) -> Decision:
+    """The units that stay, scope by scope, of layers that have been scored."""
+    kept: dict[int, Tensor] = {}
+    budgets, selections = [], []
+    for (label, kind), positions in _scopes(groups, plan.scope).items():
+        chosen = keep_units(
+            [scored[i] for i in positions],
+            amount=amount,
+            fillback_rate=plan.fillback_rate,
+            min_keep=plan.min_keep,
+            round_to=plan.round_to,
+            per_entry=plan.scope == "global",
+        )
+        kept.update(zip(positions, chosen.kept, strict=True))
+        units = sum(groups.layers[i].units for i in positions)
+        realized = sum(int(k.sum()) for k in chosen.kept)
+        budgets.append(ScopeBudget(label, kind, units, chosen.requested, realized))
+        selections.append((tuple(positions), chosen))
+    every = tuple(kept[i] for i in range(len(groups.layers)))
+    return Decision(every, tuple(budgets), tuple(selections))
+
+
+def _scopes(groups: Groups, scope: Scope) -> dict[tuple[str, str], list[int]]:
+    """(label, kind) of each scope → positions of its layers."""
+    scopes: dict[tuple[str, str], list[int]] = {}
+    for position, layer in enumerate(groups.layers):
+        label = {
+            "layer": (layer.name, layer.kind),
+            "type": ("all", layer.kind),
+            "global": ("all", "units"),
+        }[scope]
+        scopes.setdefault(label, []).append(position)
+    return scopes
+
+
+def _score(
+    importance: Importance,
+    layer: GroupLayer,
+    weights: Mapping[str, Tensor],
+    current: Mapping[str, Tensor],
+) -> ScoredLayer:
+    alive = remain(layer, weights, current)
+    return ScoredLayer(
+        scores=score_units(importance, layer, weights, current, alive),
+        alive=alive,
+        sizes=remain(layer, weights, {}),
+    )
+
+
+def refill_from(
+    decision: Decision,
+    weights: Mapping[str, Tensor],
+    groups: Groups,
+    current: Mapping[str, Tensor],
+    amount: Amount | None,
+    plan: RegroupPlan,
+) -> Masks:
+    """Lay a decision out over the entries of all members and masked parameters."""
+    refill: Masks = {}
+    grouped: Masks = {}  # entries that lie in some group
+    for layer, kept in zip(groups.layers, decision.kept, strict=True):
+        for member in layer.members:
+            name, weight = member.parameter, weights[member.parameter]
+            stays, owned = member.spread(kept, weight), member.owned(weight)
+            # A dropped unit wins where the units of two dimensions overlap.
+            refill[name] = refill[name] & stays if name in refill else stays
+            grouped[name] = grouped[name] | owned if name in grouped else owned
+    for name in [*refill, *(name for name in current if name not in refill)]:
+        alive = alive_in(weights, current, name)
+        free = ~grouped[name] if name in grouped else torch.ones_like(alive)
+        rest = alive
+        if plan.ungrouped == "element" and name in current and int(total(free)) > 0:
+            rest = _without_smallest(weights[name], alive & free, amount, name)
+        refill[name] = torch.where(free, rest, refill[name]) if name in refill else rest
+    return refill
+
+
+def _without_smallest(weight: Tensor, alive: Tensor, amount: Amount | None, name: str) -> Tensor:
+    if amount is None:
+        remedy = "Pass amount, or ungrouped='keep'."
+        raise ValueError(
+            message(
+                "ungrouped='element'",
+                expected="an amount to drop",
+                got="amount=None",
+                remedy=remedy,
+            )
+        )
+    count = to_count(amount, int(total(alive)), of=f"alive entries of {name!r} in no group")
+    return alive & ~lowest([weight], count, among=[alive], absolute=True, names=[repr(name)])[0]

@@ -1,0 +1,1 @@
+"""A model and its groups → sparsity and reasons as data."""

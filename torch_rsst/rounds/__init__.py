@@ -1,0 +1,1 @@
+"""RSST and Refill: rank, regroup, train, as explicit and resumable state."""

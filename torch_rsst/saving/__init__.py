@@ -1,0 +1,1 @@
+"""Compacted models in folders: described, written, loaded, exported, measured."""

@@ -1,0 +1,337 @@
+"""Compacted models in folders: saved, and loaded in another process without any pickle."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_rsst.compaction.cut_record import of_kind, stages_of
+from torch_rsst.discovery.probe import output_error
+from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
+from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.saving.builders import Build, as_build, build_model, guess_builds
+from torch_rsst.saving.description import (
+    Description,
+    Tensors,
+    built_as,
+    installed,
+    put_together,
+    take_apart,
+)
+from torch_rsst.saving.exported import export_program
+from torch_rsst.saving.likeness import difference, set_all, settings_of
+from torch_rsst.saving.receipt import Receipt, is_rounding, measure
+from torch_rsst.utils.errors import CompactionWarning, message
+from torch_rsst.utils.files import check_links, digest, digest_of_file, find_written, write_together
+
+INDEX, WEIGHTS, BUFFERS, PROGRAM = (
+    "compact.json",
+    "model.safetensors",
+    "buffers.safetensors",
+    "model.pt2",
+)
+
+
+def save_compact(
+    small: nn.Module,
+    folder: str | Path,
+    *,
+    masked: nn.Module | None = None,
+    groups: Groups | Iterable[Group] | Iterable[GroupLayer] | None = None,
+    example_inputs: Any = None,
+    build: Build | None = None,
+    export: bool = False,
+    notes: Mapping[str, Any] | None = None,
+) -> Receipt:
+    """Save what :func:`torch_rsst.compact` returned to a folder that :func:`torch_rsst.load_compact` reads.
+
+    Example:
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        >>> groups = torch_rsst.find_groups(mlp)
+        >>> torch_rsst.apply_mask(mlp, torch_rsst.regroup(mlp, groups, amount=0.5))
+        >>> small = torch_rsst.compact(mlp, groups)
+        >>> receipt = torch_rsst.save_compact(small, folder, masked=mlp)
+        >>> receipt["parameters"]
+        {'before': 76, 'after': 40}
+
+    The folder gets ``model.safetensors``, ``compact.json`` (how to build the dense model, what was
+    cut, the receipt) and, if asked for, ``model.pt2``. A folder that was saved to before is replaced:
+    whatever interrupts it, the old or the new model can be loaded.
+
+    Args:
+        small: compacted; not changed. Wrappers are left out.
+        folder: new, or saved to before; other files in it are left alone.
+        masked: what ``small`` was made of, for the receipt.
+        groups: of ``masked``: the receipt counts their units.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments on the model's
+            device. Given, outputs are compared, multiply-adds counted and latency measured.
+        build: how to build the dense model, ``{"name": …, "args": […], "kwargs": {…}}``, with a name
+            of ``timm.create_model``, ``timm.models.VisionTransformer``,
+            ``torchvision.models.get_model``, ``transformers.AutoModel….from_config`` or a model
+            class of transformers. Left out, it is found for models of timm and transformers; where
+            it is not, :func:`torch_rsst.load_compact` needs the dense model. It is tried before anything is
+            written.
+        export: also write a program of :mod:`torch.export`, which runs without this library.
+        notes: plain values of your own for the receipt, such as accuracies.
+
+    Returns:
+        the receipt, see :func:`torch_rsst.saving.receipt.measure`.
+
+    Raises:
+        ValueError: for a model that :func:`torch_rsst.compact` did not return, a ``build`` that makes another
+            model, ``export`` without ``example_inputs``, or a folder with links out of it.
+        TypeError: for a state dict that holds more than tensors.
+        FileExistsError, NotADirectoryError: where one of its files has a name that is written here.
+        RuntimeError: where the exported program puts out something else.
+    """
+    bare, path = unwrap(small), Path(folder)
+    stages = stages_of(bare)
+    if stages is None:
+        remedy = "Call compact first, and save its very result or a copy of it."
+        got = f"a {type(bare).__name__} that does not say what was cut"
+        raise ValueError(
+            message("save_compact", expected="what compact() returned", got=got, remedy=remedy)
+        )
+    if export and example_inputs is None:
+        remedy = "Pass an example, such as torch.randn(1, 3, 224, 224)."
+        raise ValueError(
+            message("export", expected="example_inputs to trace", got="none", remedy=remedy)
+        )
+    _check_target(path)
+    description, tensors = take_apart(bare, stages)
+    description = _with_build(build, bare, description, tensors, example_inputs)
+    if description.build is None:
+        text = (
+            "The folder does not say how to build the dense model, so that load_compact needs model=. "
+            "Pass build= to save_compact to change that."
+        )
+        warnings.warn(text, CompactionWarning, stacklevel=2)
+    receipt = measure(bare, None if masked is None else unwrap(masked), example_inputs)
+    if groups is not None:
+        receipt["units"] = of_kind(stages, as_groups(groups))
+    receipt |= notes or {}
+    contents = {WEIGHTS: _packed(tensors.state)}
+    if tensors.buffers:
+        contents[BUFFERS] = _packed(tensors.buffers)
+    if export:
+        contents[PROGRAM] = export_program(bare, example_inputs)
+    files = {name: digest(content) for name, content in contents.items()}
+    text = replace(description, receipt=receipt, files=files).to_json()
+    path.mkdir(parents=True, exist_ok=True)
+    write_together(path, contents, INDEX, text)
+    for name in {BUFFERS, PROGRAM} - contents.keys():
+        (path / name).unlink(missing_ok=True)
+    return receipt
+
+
+def load_compact(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a model that :func:`torch_rsst.save_compact` saved, bit for bit, in any process.
+
+    Example:
+        >>> dense = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        >>> torch_rsst.load_compact(folder, model=dense)[0]
+        Linear(in_features=4, out_features=4, bias=True)
+
+    No pickle is read, and of what the folder names only a few well-known builders are called, with
+    plain values; nothing is downloaded.
+
+    Args:
+        folder: of :func:`torch_rsst.save_compact`.
+        model: the dense model, built as the one was that was compacted; a copy of it is cut, its
+            weights do not matter. None: built as the folder says.
+
+    Returns:
+        the compacted model on the CPU, or on the device of ``model``; in the mode and of the types
+        that it was saved in. Masks that were left are masks again.
+
+    Raises:
+        FileNotFoundError: where the folder was not saved to.
+        ValueError: for files that are damaged, for a model that does not fit, for a folder that does
+            not say how to build it (or in a way that is not allowed), or with links out of it.
+        ModuleNotFoundError: where the package is missing that the model comes from.
+    """
+    path = Path(folder)
+    description = read_description(path)
+    tensors = _read_tensors(path, description)
+    if model is not None:
+        dense = copy.deepcopy(unwrap(model))
+        if any(tensor.is_meta for tensor in (*dense.parameters(), *dense.buffers())):
+            got, remedy = "one on the meta device", "Build it on a real device."
+            raise ValueError(message("model", expected="values", got=got, remedy=remedy))
+    else:
+        dense = _build(path, description)
+    try:
+        return put_together(dense, description, tensors)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        wanted = f"{description.model_class}, built as the one that was compacted"
+        remedy = (
+            f"{_other_versions(description)}Pass the dense model: load_compact(folder, model=…)."
+        )
+        raise ValueError(
+            message(str(path), expected=wanted, got=f"({one_line(error)})", remedy=remedy)
+        ) from error
+
+
+def read_description(folder: Path) -> Description:
+    """What a folder says of its model.
+
+    Raises:
+        FileNotFoundError, ValueError: where it says nothing that can be read.
+    """
+    if not (folder / INDEX).is_file():
+        got, remedy = f"no {INDEX}", "Save a compacted model there: save_compact(small, folder)."
+        raise FileNotFoundError(
+            message(str(folder), expected="a saved model", got=got, remedy=remedy)
+        )
+    check_links(folder)
+    text = (folder / INDEX).read_text(encoding="utf-8", errors="replace")
+    return Description.from_json(text, str(folder / INDEX))
+
+
+def _check_target(folder: Path) -> None:
+    """Raise unless a model can be saved to a folder without harm to what it holds."""
+    if folder.is_symlink() or folder.exists():
+        if not folder.is_dir():
+            got, remedy = "a file or a broken link", "Pass a new folder."
+            raise NotADirectoryError(
+                message(str(folder), expected="a folder", got=got, remedy=remedy)
+            )
+        check_links(folder)
+        taken = [name for name in (WEIGHTS, BUFFERS, PROGRAM) if (folder / name).exists()]
+        if taken and not (folder / INDEX).is_file():
+            got, remedy = f"one with a {taken[0]} of another kind", "Pass a new folder."
+            expected = "a new folder, or one of save_compact"
+            raise FileExistsError(message(str(folder), expected=expected, got=got, remedy=remedy))
+
+
+def _with_build(
+    build: Build | None, bare: nn.Module, description: Description, tensors: Tensors, inputs: Any
+) -> Description:
+    """With a build that has been tried: the given one, or the first that makes the model."""
+    if build is not None:
+        described, reason = _tried(as_build(build), bare, description, tensors, inputs)
+        if reason:
+            expected = f"one that makes this {type(bare).__name__}"
+            remedy = "Correct it, or leave build out and pass model= to load_compact."
+            raise ValueError(message("build", expected=expected, got=reason, remedy=remedy))
+        return described
+    remembered = built_as(bare)
+    for guess in [remembered] if remembered is not None else guess_builds(bare):
+        try:
+            plain = as_build(guess)
+        except (TypeError, ValueError):
+            continue
+        described, reason = _tried(plain, bare, description, tensors, inputs)
+        if not reason:
+            return described
+    return description
+
+
+def _tried(
+    build: Build, bare: nn.Module, description: Description, tensors: Tensors, inputs: Any
+) -> tuple[Description, str]:
+    """The description with a build, and why that does not lead to the model, "" where it does."""
+    description = replace(description, build=build)
+    try:
+        built = put_together(build_model(build), description, tensors)
+    except Exception as error:  # whatever builders raise
+        return description, one_line(error)
+    description = replace(description, settings=settings_of(bare, built))
+    set_all(built, description.settings)
+    if text := difference(bare, built):
+        return description, f"another {text}"
+    if inputs is None:
+        return description, ""
+    devices = {tensor.device for tensor in (*bare.parameters(), *bare.buffers())}
+    if len(devices) == 1:
+        built = built.to(devices.pop())
+    off, scale = output_error(bare, built, inputs)
+    good = is_rounding(off, scale, bare)
+    return description, "" if good else f"outputs that differ by {off:.3g}"
+
+
+def _build(folder: Path, description: Description) -> nn.Module:
+    if description.build is None:
+        got, remedy = "a folder that does not say how to build it", "Pass model=."
+        expected = f"the dense {description.model_class}"
+        raise ValueError(message(str(folder), expected=expected, got=got, remedy=remedy))
+    try:
+        return build_model(description.build)
+    except ModuleNotFoundError as error:
+        remedy = "Install it, or pass the dense model: load_compact(folder, model=…)."
+        text = message(str(folder), expected=f"{error.name}", got="none", remedy=remedy)
+        raise ModuleNotFoundError(text, name=error.name) from error
+    except Exception as error:  # whatever builders raise
+        remedy = (
+            f"{_other_versions(description)}Pass the dense model: load_compact(folder, model=…)."
+        )
+        expected, got = "a model that can be built", f"({one_line(error)})"
+        raise ValueError(message(str(folder), expected=expected, got=got, remedy=remedy)) from error
+
+
+def _other_versions(description: Description) -> str:
+    here = installed()
+    other = [
+        f"{name} {version} instead of {here[name]}"
+        for name, version in description.versions.items()
+        if here.get(name, version) != version
+    ]
+    return f"It was saved with {', '.join(other)}. " if other else ""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without line breaks and a full stop at its end: as part of a sentence."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()).rstrip(".") or type(error).__name__
+
+
+def _read_tensors(folder: Path, description: Description) -> Tensors:
+    named = {}
+    for name in (WEIGHTS, BUFFERS):
+        if name in description.files:
+            named[name] = _read(folder, name, description.files[name])
+        elif name == WEIGHTS:
+            got, remedy = f"no {WEIGHTS}", "Save the model again with save_compact."
+            raise ValueError(
+                message(str(folder / INDEX), expected="its files", got=got, remedy=remedy)
+            )
+    return Tensors(named[WEIGHTS], named.get(BUFFERS, {}))
+
+
+def _read(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
+    path = find_written(folder, name, expected)
+    remedy = "Copy the folder again, or save the model again with save_compact."
+    if not path.is_file():
+        raise ValueError(message(str(path), expected="the weights", got="no file", remedy=remedy))
+    if (found := digest_of_file(path)) != expected:
+        got = f"another one ({found[:12]}…)"
+        wanted = f"the file whose SHA-256 is {expected[:12]}…"
+        raise ValueError(message(str(path), expected=wanted, got=got, remedy=remedy))
+    try:
+        tensors: dict[str, Tensor] = _safetensors().load_file(str(path))
+    except Exception as error:  # of its own kind
+        raise ValueError(
+            message(str(path), expected="tensors", got=one_line(error), remedy=remedy)
+        ) from error
+    return tensors
+
+
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    content: bytes = _safetensors().save(tensors, {"format": "pt"})
+    return content
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'torch-rsst[saving]'"
+        text = message("saved models", expected=f"{error.name}", got="none", remedy=remedy)
+        raise ModuleNotFoundError(text, name=error.name) from error
+    return safetensors.torch

@@ -1,0 +1,309 @@
+"""The stock-shaped calls: functions on modules and parameter names that prune in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.prune import BasePruningMethod
+
+from torch_rsst.distributed.replicas import agreed
+from torch_rsst.importance.registry import Importance
+from torch_rsst.masking.freezing import freeze_latents
+from torch_rsst.masking.masked_parameter import NewMasks, install
+from torch_rsst.masking.optimizer_state import reset_moments as reset_entries
+from torch_rsst.masking.parameter_ref import (
+    Parameter,
+    Site,
+    check_scores,
+    check_site,
+    parameter_list,
+    site_of,
+)
+from torch_rsst.penalty.hooks import Optimizers, as_optimizers, divide
+from torch_rsst.selection.topk import Ranking
+from torch_rsst.stock.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
+from torch_rsst.utils.amounts import Amount, to_count
+from torch_rsst.utils.errors import message
+
+# Methods whose rule is known, so that they need no joined vector; an override is called instead.
+_L1_RULES = (GlobalL1.compute_mask, prune.L1Unstructured.compute_mask)
+
+
+def global_unstructured(
+    parameters: Iterable[Parameter],
+    pruning_method: type[prune.BasePruningMethod],
+    importance_scores: Mapping[Parameter, Tensor] | None = None,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    **kwargs: Any,
+) -> None:
+    """Rank the alive entries of all parameters together and mask the lowest, in place.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(10, 4), torch.nn.Linear(4, 1))
+        >>> parameters = [(net[0], "weight"), (net[1], "weight")]
+        >>> torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.25)
+        >>> sum(int((layer.weight_mask == 0).sum()) for layer in net)
+        11
+
+    A drop-in for :func:`torch.nn.utils.prune.global_unstructured`, with these differences: scores
+    come from ``weight_orig``, never from the possibly stale ``weight``; ties go to the earliest
+    entry; a NaN in an alive score is an error; a repeated call updates the mask and hook that are
+    there; parameters keep their order; either all parameters are masked or, after an error, none.
+
+    Args:
+        parameters: (module, name) pairs, each once. Any iterable.
+        pruning_method: :class:`GlobalL1`, or any class with ``PRUNING_TYPE = "unstructured"``.
+        importance_scores: (module, name) → scores of the parameter's shape, used in its place. Pairs that
+            are not listed in ``parameters`` have no say.
+        process_group: for replicas of one model on several ranks: all ranks must choose the same
+            entries, or all raise.
+        **kwargs: the arguments of ``pruning_method``, such as ``amount``: an int counts entries, a
+            float is the fraction of what is still alive.
+
+    Raises:
+        TypeError: for parameters or keys of scores that are no pairs, or a method of another
+            ``PRUNING_TYPE``.
+        ValueError: for an empty list, a parameter listed twice, scores of another shape, NaN in
+            the score of an alive entry, or an amount out of range.
+        RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
+    """
+    sites, masks = agreed(
+        process_group,
+        lambda: _choose(_distinct_sites(parameters), pruning_method, importance_scores, kwargs),
+        lambda chosen: (
+            (f"{tied[0]}, number {i}", mask)
+            for i, (tied, mask) in enumerate(
+                zip(_by_parameter(chosen[0]), chosen[1].as_tensors(chosen[0]), strict=True)
+            )
+        ),
+    )
+    install(sites, masks)
+
+
+def _choose(
+    sites: list[Site],
+    pruning_method: type[prune.BasePruningMethod],
+    importance_scores: Mapping[Parameter, Tensor] | None,
+    arguments: Mapping[str, Any],
+) -> tuple[list[Site], NewMasks]:
+    """The sites and their new masks; nothing is touched."""
+    if not (isinstance(pruning_method, type) and issubclass(pruning_method, BasePruningMethod)):
+        remedy = "Pass the class, such as GlobalL1, and its arguments by name: amount=0.2."
+        got = getattr(pruning_method, "__name__", repr(pruning_method))
+        raise TypeError(
+            message("pruning_method", expected="a pruning class", got=got, remedy=remedy)
+        )
+    method: Any = pruning_method(**arguments)  # stock methods carry no types
+    kind = getattr(method, "PRUNING_TYPE", None)
+    if kind != "unstructured":
+        raise TypeError(
+            message(
+                "pruning_method",
+                expected='a class with PRUNING_TYPE "unstructured"',
+                got=f'{type(method).__name__} with "{kind}"',
+                remedy="Use GlobalL1, or prune whole units with regroup() and apply_mask().",
+            )
+        )
+    _check_keys(importance_scores)
+    by_parameter = _by_parameter(sites)
+    unique = [tied[0] for tied in by_parameter]
+    scores = [_scores_of(tied, importance_scores) for tied in by_parameter]
+    masks = _rank(method, unique, scores)
+    if importance_scores is not None:
+        # Scores may be masks, or share their memory: take all that is wanted before any changes.
+        masks = NewMasks.of(masks.as_tensors(unique))
+    return sites, masks
+
+
+def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
+    sites: dict[Site, None] = {}  # a set that keeps the order
+    for pair in parameter_list(parameters):
+        site = site_of(pair)
+        if site in sites:
+            remedy = "List every parameter once: twice, its entries would be counted twice."
+            raise ValueError(
+                message(
+                    f"parameter {site}", expected="to be listed once", got="it twice", remedy=remedy
+                )
+            )
+        sites[site] = None
+    if not sites:
+        remedy = "Name the parameters to prune."
+        raise ValueError(message("parameters", expected="at least one", got="none", remedy=remedy))
+    return list(sites)
+
+
+def _by_parameter(sites: list[Site]) -> list[list[Site]]:
+    """The sites that share a parameter, together."""
+    tied: dict[int, list[Site]] = {}
+    for site in sites:
+        tied.setdefault(id(site.original), []).append(site)
+    return list(tied.values())
+
+
+def _check_keys(importance_scores: object) -> None:
+    """Refuse what would match no parameter, whatever is listed."""
+    remedy = "Map (module, name) pairs to tensors."
+    if importance_scores is not None and not isinstance(importance_scores, Mapping):
+        got = type(importance_scores).__name__
+        raise TypeError(message("importance_scores", expected="a dict", got=got, remedy=remedy))
+    for key, scores in (importance_scores or {}).items():
+        is_pair = isinstance(key, tuple) and len(key) == 2
+        if not (is_pair and isinstance(key[0], nn.Module) and isinstance(key[1], str)):
+            raise TypeError(
+                message(
+                    "key of importance_scores",
+                    expected="a (module, name) pair",
+                    got=repr(key),
+                    remedy=remedy,
+                )
+            )
+        if scores is None:
+            subject = f"importance_scores for {key[1]!r}"
+            raise TypeError(message(subject, expected="a tensor", got=scores, remedy=remedy))
+
+
+def _scores_of(tied: list[Site], importance_scores: Mapping[Parameter, Tensor] | None) -> Tensor:
+    """What a parameter is ranked by; scores may be given for any of the modules that share it."""
+    if importance_scores is None:
+        return check_scores(tied[0], None)
+    keys = [(site.module, site.name) for site in tied]
+    given = [importance_scores[key] for key in keys if key in importance_scores]
+    if len(given) > 1:
+        remedy = "Give them for one of the modules that share the parameter."
+        subject = f"importance_scores for {tied[0]}"
+        raise ValueError(
+            message(subject, expected="one tensor", got=f"{len(given)}", remedy=remedy)
+        )
+    return check_scores(tied[0], given[0] if given else None)
+
+
+def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> NewMasks:
+    """The new masks of all sites; L1 ranking without joining them into one vector."""
+    if type(method).compute_mask not in _L1_RULES:
+        return NewMasks.of(_rank_joined(method, sites, scores))
+    names = [str(site) for site in sites]
+    ranking = Ranking(scores, among=[site.mask for site in sites], absolute=True, names=names)
+    cut = ranking.cut(to_count(method.amount, ranking.available, of="alive entries"))
+    return NewMasks(cut.write_stays, cut.writes_at_once)
+
+
+def _rank_joined(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:
+    """Any other unstructured method sees the alive entries of all parameters as one vector."""
+    alive = torch.cat(
+        [
+            torch.ones_like(site.original, dtype=torch.bool).reshape(-1)
+            if mask is None
+            else mask.reshape(-1)
+            for site in sites
+            for mask in [site.alive]
+        ]
+    )
+    candidates = torch.cat([score.reshape(-1) for score in scores])[alive]
+    alive[alive.clone()] = method.compute_mask(candidates, torch.ones_like(candidates)) != 0
+    parts = torch.split(alive, [site.original.numel() for site in sites])
+    return [part.reshape(site.original.shape) for part, site in zip(parts, sites, strict=True)]
+
+
+def head_structured(
+    module: nn.Module,
+    name: str,
+    amount: Amount | None,
+    num_heads: int,
+    *,
+    projections: int = 3,
+    dim: int = 0,
+    importance: str | Importance = "magnitude",
+) -> nn.Module:
+    """Mask the least important heads of one parameter whole, in place; the others become dense.
+
+    Example:
+        >>> qkv = torch.nn.Linear(8, 24)
+        >>> _ = torch_rsst.head_structured(qkv, "weight", amount=1, num_heads=2)
+        >>> int(qkv.weight_mask.sum())
+        96
+
+    Args:
+        module: holds the parameter.
+        name: the parameter's name.
+        amount: fraction (float) or number (int) of all heads that go; None takes as many as the
+            density of the present mask says: ``round(Σ alive / size)`` heads stay.
+        num_heads: heads of each projection.
+        projections: projections stacked along ``dim``: 3 for a fused qkv, 1 for a single one.
+        dim: 0 for weights that produce heads, 1 for an output projection.
+        importance: ``"remain"``, ``"magnitude"`` or a callable.
+
+    Returns:
+        the module that was given, with ``name_orig`` and ``name_mask`` added.
+
+    Raises:
+        ValueError: where heads do not divide the rows, or an argument is out of range.
+    """
+    HeadRegroup.apply(
+        module, name, amount, num_heads, projections=projections, dim=dim, importance=importance
+    )
+    return module
+
+
+def fillback(
+    module: nn.Module,
+    name: str,
+    rate: Amount,
+    importance_scores: Tensor | None = None,
+    *,
+    policy: FillbackPolicy = "latent",
+    snapshot: Mapping[str, Tensor] | None = None,
+    freeze_masked: bool = False,
+    reset_moments: Optimizers | None = None,
+) -> nn.Module:
+    """Give the highest-scored masked entries of a parameter back, in place; take nothing.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 1, bias=False)
+        >>> _ = torch_rsst.l1_unstructured(layer, "weight", amount=2)
+        >>> _ = torch_rsst.fillback(layer, "weight", rate=0.5)
+        >>> int(layer.weight_mask.sum())
+        3
+
+    Args:
+        module: holds the masked parameter.
+        name: the parameter's name.
+        rate: fraction (float) or number (int) of the masked entries to give back.
+        importance_scores: of the parameter's shape; |``weight_orig``| by default.
+        policy: the value that returns: ``"latent"`` is what ``weight_orig`` holds, ``"snapshot"``
+            what ``snapshot`` holds, ``"zero"`` zero.
+        snapshot: a state dict of the module, for ``policy="snapshot"``.
+        freeze_masked: hold what stays masked from now on, see :func:`freeze_masked`: a latent that
+            nobody froze has drifted under momentum and weight decay.
+        reset_moments: the optimizer (or several) whose momentum and running averages of the returned entries
+            start again at 0. By default they are kept: entries go on with what the optimizer
+            remembers of them.
+
+    Returns:
+        the module that was given.
+
+    Raises:
+        TypeError: for anything but a torch optimizer in ``reset_moments``.
+        ValueError: for a dense parameter, a rate out of range, a NaN score, a missing snapshot or
+            optimizers that do not update the parameter.
+    """
+    site = check_site(module, name)
+    optimizers = [] if reset_moments is None else as_optimizers(reset_moments)
+    if optimizers:
+        divide({name: site.original}, optimizers, "auto")
+    masked = None if site.alive is None else ~site.alive
+    Fillback.apply(
+        module, name, rate, importance_scores=importance_scores, policy=policy, snapshot=snapshot
+    )
+    if masked is not None and site.alive is not None:
+        for optimizer in optimizers:
+            reset_entries(optimizer, site.original, masked & site.alive)
+    if freeze_masked:
+        freeze_latents([site])
+    return module

@@ -1,0 +1,1 @@
+"""Error messages, amounts, files, threads, tables: what every other package may use."""

@@ -1,0 +1,100 @@
+"""Files: writes that a crash cannot tear, links that lead elsewhere, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+from torch_rsst.utils.errors import message
+
+_TORN, _NEXT = ".tmp", ".next"
+_BLOCK = 1 << 20
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text, whole or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write beside the file, then move: a reader or a crash sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TORN}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes], index: str, text: str) -> None:
+    """Replace several files as one: whatever stops it, all of them are the old ones or the new ones.
+
+    ``text`` goes to the file ``index`` and must name the :func:`digest` of each of the others. The moment
+    it is there, the new files count: :func:`find_written` finds them, under a name of their own until they
+    have been moved.
+
+    Args:
+        folder: exists.
+        contents: of the other files, by name.
+        index: the name of the file that says which others belong to it.
+        text: its content.
+    """
+    waiting = {name: _waiting(folder, name, digest(content)) for name, content in contents.items()}
+    for name, content in contents.items():
+        write_atomically(waiting[name], lambda file, content=content: file.write(content))  # type: ignore[misc]
+    write_text(folder / index, text)
+    for name, path in waiting.items():
+        path.replace(folder / name)
+    for name in (*contents, index):  # what writes that were stopped have left behind
+        for left in [*folder.glob(f".{name}.*"), *folder.glob(f"..{name}.*")]:
+            if left.suffix in (_TORN, _NEXT):
+                left.unlink(missing_ok=True)
+
+
+def find_written(folder: Path, name: str, digest: str) -> Path:
+    """Where a file of :func:`write_together` with this digest is, if it is there at all."""
+    waiting = _waiting(folder, name, digest)
+    return waiting if waiting.is_file() else folder / name
+
+
+def _waiting(folder: Path, name: str, digest: str) -> Path:
+    return folder / f".{name}.{digest[:16]}{_NEXT}"
+
+
+def digest(content: bytes) -> str:
+    """The SHA-256 of some bytes.
+
+    >>> digest(b"")[:8]
+    'e3b0c442'
+    """
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of a file, read piece by piece."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def check_links(folder: Path) -> None:
+    """Raise a ValueError where a link in a folder leads out of it.
+
+    A folder from a stranger must not make us write or read elsewhere.
+    """
+    inside = folder.resolve()
+    for entry in folder.iterdir():
+        if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
+            expected, got = "files of its own", f"a link to {entry.resolve()}"
+            raise ValueError(
+                message(str(entry), expected=expected, got=got, remedy="Delete the link.")
+            )
