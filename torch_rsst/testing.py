@@ -35,7 +35,7 @@ from torch_rsst.masking.mask_sets import (
     unwrap,
 )
 from torch_rsst.masking.masked_parameter import MaskContainer, MaskHook
-from torch_rsst.masking.parameter_ref import Site, masked_sites
+from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 
 __all__ = [
     "assert_mask_invariants",
@@ -204,11 +204,11 @@ def assert_mask_invariants(model: nn.Module, masks: Mapping[str, Tensor] | None 
         AssertionError: says which parameter breaks which promise.
     """
     modules = list(unwrap(model).modules())
-    sites = masked_sites(modules)
-    for site in sites:
-        _check_mask(site)
-        _check_hook(site)
-    known = {(id(site.module), site.name) for site in sites}
+    refs = masked_refs(modules)
+    for ref in refs:
+        _check_mask(ref)
+        _check_hook(ref)
+    known = {(id(ref.module), ref.name) for ref in refs}
     for module in modules:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, BasePruningMethod):
@@ -232,44 +232,42 @@ def _require(holds: bool, subject: object, broken: str) -> None:
         raise AssertionError(f"{subject}: {broken}")
 
 
-def _check_mask(site: Site) -> None:
-    mask, original = site.mask, site.original
-    assert mask is not None, "masked_sites() lists masked sites"
+def _check_mask(ref: ParameterRef) -> None:
+    mask, original = ref.mask, ref.original
+    assert mask is not None, "masked_refs() lists masked refs"
     shape = f"its mask has shape {tuple(mask.shape)}, the parameter {tuple(original.shape)}"
-    _require(mask.shape == original.shape, site, shape)
+    _require(mask.shape == original.shape, ref, shape)
     dtype = f"its mask has dtype {mask.dtype}, the parameter {original.dtype}"
-    _require(mask.dtype == original.dtype, site, dtype)
+    _require(mask.dtype == original.dtype, ref, dtype)
     device = f"its mask is on {mask.device}, the parameter on {original.device}"
-    _require(mask.device == original.device, site, device)
+    _require(mask.device == original.device, ref, device)
     binary = bool(((mask == 0) | (mask == 1)).all())
-    _require(binary, site, "its mask holds values other than 0 and 1")
-    registered = site.name in site.module._parameters
-    _require(not registered, site, f"{site.name!r} is a parameter beside {site.name + ORIG!r}")
+    _require(binary, ref, "its mask holds values other than 0 and 1")
+    registered = ref.name in ref.module._parameters
+    _require(not registered, ref, f"{ref.name!r} is a parameter beside {ref.name + ORIG!r}")
 
 
-def _check_hook(site: Site) -> None:
+def _check_hook(ref: ParameterRef) -> None:
     hooks = [
         hook
-        for hook in site.module._forward_pre_hooks.values()
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == site.name
+        for hook in ref.module._forward_pre_hooks.values()
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == ref.name
     ]
-    _require(len(hooks) == 1, site, f"{len(hooks)} pruning hooks instead of one")
-    mask = site.mask
-    assert mask is not None, "masked_sites() lists masked sites"
+    _require(len(hooks) == 1, ref, f"{len(hooks)} pruning hooks instead of one")
+    mask = ref.mask
+    assert mask is not None, "masked_refs() lists masked refs"
     # A stock hook's own product may be NaN where the live weight that the module reads is 0.
-    stored = site.name in vars(site.module) or isinstance(hooks[0], (MaskHook, MaskContainer))
+    stored = ref.name in vars(ref.module) or isinstance(hooks[0], (MaskHook, MaskContainer))
     with torch.no_grad():
         product = (
-            hooks[0].apply_mask(site.module)  # type: ignore[no-untyped-call] # stock has no types
+            hooks[0].apply_mask(ref.module)  # type: ignore[no-untyped-call] # stock has no types
             if stored
-            else getattr(site.module, site.name)
+            else getattr(ref.module, ref.name)
         )
-    expected = site.original.detach().masked_fill(mask == 0, 0.0)
+    expected = ref.original.detach().masked_fill(mask == 0, 0.0)
     equal = bool(((product == expected) | (product.isnan() & expected.isnan())).all())
-    what = (
-        f"{site.name!r} is not {site.name + ORIG!r} where {site.name + MASK!r} is 1 and 0 elsewhere"
-    )
-    _require(equal, site, what)
+    what = f"{ref.name!r} is not {ref.name + ORIG!r} where {ref.name + MASK!r} is 1 and 0 elsewhere"
+    _require(equal, ref, what)
 
 
 def _same_masks(

@@ -54,9 +54,9 @@ def _outcome(model: nn.Module, act: Callable[[], object]) -> tuple[str, bool, li
 
 
 def _prune(model: DistributedDataParallel) -> Callable[[], None]:
-    sites = [(model.module[0], "weight"), (model.module[2], "weight")]
+    refs = [(model.module[0], "weight"), (model.module[2], "weight")]
     return lambda: torch_rsst.global_unstructured(
-        sites, torch_rsst.GlobalL1, process_group=dist.group.WORLD, amount=0.3
+        refs, torch_rsst.GlobalL1, process_group=dist.group.WORLD, amount=0.3
     )
 
 

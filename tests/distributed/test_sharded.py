@@ -191,8 +191,8 @@ def _both_ways(rank: int) -> list[Any]:
             parallelize_module(mlp, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
             fully_shard(mlp, mesh=mesh["dp"])
         for amount in (0.3, 0.2):
-            sites = [(mlp[0], "weight"), (mlp[2], "weight")]
-            torch_rsst.global_unstructured(sites, torch_rsst.GlobalL1, amount=amount)
+            refs = [(mlp[0], "weight"), (mlp[2], "weight")]
+            torch_rsst.global_unstructured(refs, torch_rsst.GlobalL1, amount=amount)
             _train(mlp, torch.optim.SGD(mlp.parameters(), lr=0.1))
         output = mlp(tokens(9, 4, WIDTH)).flatten().tolist()
         seen.append((_whole(torch_rsst.extract_mask(mlp)), [round(v, 4) for v in output]))

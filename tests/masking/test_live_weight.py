@@ -55,7 +55,7 @@ def test_class_name_and_isinstance_stay_and_removal_brings_the_class_back():
 def test_a_failing_call_leaves_the_class(monkeypatch):
     from torch_rsst.masking import masked_parameter
 
-    def failing(site):
+    def failing(ref):
         raise MemoryError
 
     monkeypatch.setattr(masked_parameter, "_set_hook", failing)

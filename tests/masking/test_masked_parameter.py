@@ -18,7 +18,7 @@ from torch.nn.utils import prune as stock
 import torch_rsst
 from torch_rsst.masking import freezing, masked_parameter
 from torch_rsst.masking.masked_parameter import MaskHook, NewMasks, find_hook, install, restore
-from torch_rsst.masking.parameter_ref import Site, check_site, masked_sites
+from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.testing import assert_mask_invariants
 
@@ -32,19 +32,19 @@ def layer_of(*weight: float) -> nn.Linear:
     return layer
 
 
-def mask(site: Site, *alive: int) -> None:
-    install([site], NewMasks.of([torch.tensor([alive], dtype=torch.bool)]))
+def mask(ref: ParameterRef, *alive: int) -> None:
+    install([ref], NewMasks.of([torch.tensor([alive], dtype=torch.bool)]))
 
 
 def test_parameter_keeps_identity_place_and_gradient_through_prune_and_remove() -> None:
     layer = layer_of(3.0, 1.0, 2.0)
     weight, gradient = layer.weight, torch.ones(1, 3)
     weight.grad = gradient
-    mask(Site(layer, "weight"), 1, 0, 1)
+    mask(ParameterRef(layer, "weight"), 1, 0, 1)
     assert list(layer._parameters) == ["weight_orig", "bias"]
     assert layer.weight_orig is weight
     assert weight.grad is gradient
-    restore([Site(layer, "weight")])
+    restore([ParameterRef(layer, "weight")])
     assert list(layer._parameters) == ["weight", "bias"]
     assert layer.weight is weight
     assert weight.grad is gradient
@@ -56,17 +56,17 @@ def test_parameter_keeps_identity_place_and_gradient_through_prune_and_remove() 
 
 def test_latents_stay_until_removal() -> None:
     layer = layer_of(3.0, 1.0)
-    mask(Site(layer, "weight"), 1, 0)
+    mask(ParameterRef(layer, "weight"), 1, 0)
     assert layer.weight_orig.tolist() == [[3.0, 1.0]]
     assert layer.weight.tolist() == [[3.0, 0.0]]
-    mask(Site(layer, "weight"), 1, 1)
+    mask(ParameterRef(layer, "weight"), 1, 1)
     assert layer.weight.tolist() == [[3.0, 1.0]]
 
 
 def test_an_optimizer_made_before_pruning_goes_on_training() -> None:
     layer = layer_of(3.0, 1.0)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
-    mask(Site(layer, "weight"), 1, 0)
+    mask(ParameterRef(layer, "weight"), 1, 0)
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     layer(torch.ones(1, 2))
@@ -76,14 +76,14 @@ def test_an_optimizer_made_before_pruning_goes_on_training() -> None:
 @pytest.mark.parametrize("latent", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_latent_does_not_leak(latent: float) -> None:
     layer = layer_of(3.0, 1.0)
-    mask(Site(layer, "weight"), 1, 0)
+    mask(ParameterRef(layer, "weight"), 1, 0)
     with torch.no_grad():
         layer.weight_orig[0, 1] = latent
     output = layer(torch.ones(1, 2))
     assert layer.weight.tolist() == [[3.0, 0.0]]
     output.sum().backward()
     assert layer.weight_orig.grad.tolist() == [[1.0, 0.0]]
-    restore([Site(layer, "weight")])
+    restore([ParameterRef(layer, "weight")])
     assert layer.weight.tolist() == [[3.0, 0.0]]
 
 
@@ -91,7 +91,7 @@ def test_a_non_finite_latent_does_not_leak(latent: float) -> None:
 def test_a_non_finite_latent_does_not_leak_behind_a_stock_method(latent: float) -> None:
     layer = layer_of(3.0, 1.0, 2.0)
     stock.l1_unstructured(layer, "weight", 1)
-    mask(Site(layer, "weight"), 1, 0, 1)
+    mask(ParameterRef(layer, "weight"), 1, 0, 1)
     with torch.no_grad():
         layer.weight_orig[0, 1] = latent
     layer(torch.ones(1, 3))
@@ -100,19 +100,19 @@ def test_a_non_finite_latent_does_not_leak_behind_a_stock_method(latent: float) 
 
 def test_the_mask_is_written_in_place() -> None:
     layer = layer_of(3.0, 1.0)
-    site = Site(layer, "weight")
-    mask(site, 1, 0)
-    buffer, hook = layer.weight_mask, find_hook(site)
-    mask(site, 0, 1)
+    ref = ParameterRef(layer, "weight")
+    mask(ref, 1, 0)
+    buffer, hook = layer.weight_mask, find_hook(ref)
+    mask(ref, 0, 1)
     assert layer.weight_mask is buffer
     assert buffer.tolist() == [[0.0, 1.0]]
-    assert find_hook(site) == hook
+    assert find_hook(ref) == hook
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_mask_has_the_parameters_dtype(dtype: torch.dtype) -> None:
     layer = layer_of(3.0, 1.0).to(dtype)
-    mask(Site(layer, "weight"), 1, 0)
+    mask(ParameterRef(layer, "weight"), 1, 0)
     assert layer.weight_mask.dtype == layer.weight.dtype == dtype
     layer.double()
     assert_mask_invariants(layer)
@@ -122,7 +122,7 @@ def test_tied_parameters_share_one_mask() -> None:
     first, second = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     second.weight = first.weight
     alive = torch.tensor([[True, False]])
-    install([Site(first, "weight"), Site(second, "weight")], NewMasks.of([alive]))
+    install([ParameterRef(first, "weight"), ParameterRef(second, "weight")], NewMasks.of([alive]))
     assert first.weight_orig is second.weight_orig
     assert first.weight_mask is second.weight_mask
     torch_rsst.remove_all(nn.ModuleList([first, second]), freeze_zeros=False)
@@ -133,11 +133,11 @@ def test_tied_parameters_share_one_mask() -> None:
 def test_two_parameters_of_one_module_have_a_hook_each() -> None:
     layer = layer_of(3.0, 1.0)
     alive = [torch.tensor([[True, False]]), torch.tensor([False])]
-    install([Site(layer, "weight"), Site(layer, "bias")], NewMasks.of(alive))
+    install([ParameterRef(layer, "weight"), ParameterRef(layer, "bias")], NewMasks.of(alive))
     assert len(layer._forward_pre_hooks) == 2
     assert layer(torch.ones(1, 2)).item() == 3.0
-    restore([Site(layer, "weight")])
-    assert [site.name for site in masked_sites([layer])] == ["bias"]
+    restore([ParameterRef(layer, "weight")])
+    assert [ref.name for ref in masked_refs([layer])] == ["bias"]
     assert_mask_invariants(layer, {"bias": torch.tensor([False])})
 
 
@@ -145,11 +145,14 @@ def test_recurrent_layers_see_the_masked_weight() -> None:
     recurrent = nn.LSTM(2, 3)
     before = list(recurrent._parameters)
     weight = recurrent.weight_ih_l0
-    install([Site(recurrent, "weight_ih_l0")], NewMasks.of([torch.zeros(12, 2, dtype=torch.bool)]))
+    install(
+        [ParameterRef(recurrent, "weight_ih_l0")],
+        NewMasks.of([torch.zeros(12, 2, dtype=torch.bool)]),
+    )
     output, _ = recurrent(torch.ones(1, 1, 2))
     again, _ = recurrent(torch.zeros(1, 1, 2))
     assert torch.equal(output, again)
-    restore([Site(recurrent, "weight_ih_l0")])
+    restore([ParameterRef(recurrent, "weight_ih_l0")])
     assert list(recurrent._parameters) == before
     assert recurrent._flat_weights[0] is weight is recurrent.weight_ih_l0
 
@@ -232,14 +235,14 @@ def test_a_failure_anywhere_in_install_changes_nothing(
 def test_an_interrupt_is_rolled_back_too(
     fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(_: Site) -> None:
+    def interrupt(_: ParameterRef) -> None:
         raise KeyboardInterrupt
 
     layer = layer_of(3.0, 1.0)
     before = fingerprint(layer)
     monkeypatch.setattr(masked_parameter, "_set_hook", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        mask(Site(layer, "weight"), 1, 0)
+        mask(ParameterRef(layer, "weight"), 1, 0)
     assert fingerprint(layer) == before
 
 
@@ -247,7 +250,7 @@ def test_an_interrupt_is_rolled_back_too(
 def test_an_interrupt_around_the_rollback_leaves_all_masks_old_or_all_new(on: str) -> None:
     """Whenever the exception is dropped, which a generator that holds a rollback would wait for."""
     layers = [layer_of(3.0, 1.0), layer_of(2.0, 4.0)]
-    mask(Site(layers[0], "weight"), 1, 1)
+    mask(ParameterRef(layers[0], "weight"), 1, 1)
 
     def interrupt(frame: Any, event: str, _: object) -> None:
         code = frame.f_code
@@ -260,7 +263,7 @@ def test_an_interrupt_around_the_rollback_leaves_all_masks_old_or_all_new(on: st
     before = sys.gettrace()
     sys.settrace(interrupt)
     try:
-        install([Site(layer, "weight") for layer in layers], new)
+        install([ParameterRef(layer, "weight") for layer in layers], new)
     except KeyboardInterrupt as raised:
         held = raised
     finally:
@@ -281,10 +284,10 @@ def test_an_interrupt_around_the_rollback_leaves_all_masks_old_or_all_new(on: st
 def test_a_step_back_that_fails_keeps_no_other_from_being_made() -> None:
     layers = [layer_of(3.0, 1.0), layer_of(2.0, 4.0)]
     for layer in layers:
-        mask(Site(layer, "weight"), 1, 1)
+        mask(ParameterRef(layer, "weight"), 1, 1)
 
     def fail() -> None:
-        with AllOrNothing([Site(layer, "weight") for layer in layers]) as undo:
+        with AllOrNothing([ParameterRef(layer, "weight") for layer in layers]) as undo:
             undo.append(failing)
             for layer in layers:
                 layer.weight_mask.zero_()
@@ -299,7 +302,7 @@ def test_a_step_back_that_fails_keeps_no_other_from_being_made() -> None:
 def test_a_mask_that_cannot_be_written_to_is_replaced(how: str) -> None:
     layer = nn.Linear(3, 2)
     if how == "expanded":
-        mask(Site(layer, "weight"), 1, 1, 1)
+        mask(ParameterRef(layer, "weight"), 1, 1, 1)
         layer.weight_mask = torch.ones(3).expand(2, 3)
     else:
         with torch.inference_mode():
@@ -335,7 +338,7 @@ ODD_MASKS = {
 @pytest.mark.parametrize("odd", ODD_MASKS)
 def test_masks_of_other_hands_are_as_they_were_after_a_failure(odd: str) -> None:
     layer = layer_of(3.0, 1.0, 2.0)
-    mask(Site(layer, "weight"), 1, 0, 1)
+    mask(ParameterRef(layer, "weight"), 1, 0, 1)
     layer.weight_mask = ODD_MASKS[odd].clone()
 
     def fail(outs: Any) -> None:
@@ -343,7 +346,7 @@ def test_masks_of_other_hands_are_as_they_were_after_a_failure(odd: str) -> None
         raise InjectedError
 
     with pytest.raises(InjectedError):
-        install([Site(layer, "weight")], NewMasks(fail))
+        install([ParameterRef(layer, "weight")], NewMasks(fail))
     assert layer.weight_mask.dtype == ODD_MASKS[odd].dtype
     torch.testing.assert_close(layer.weight_mask, ODD_MASKS[odd], rtol=0, atol=0, equal_nan=True)
 
@@ -352,27 +355,27 @@ def test_what_is_written_at_once_is_put_back_where_another_module_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recurrent, layer = nn.LSTM(2, 1), nn.Linear(2, 4)
-    sites = [Site(layer, "weight"), Site(recurrent, "weight_ih_l0")]
+    refs = [ParameterRef(layer, "weight"), ParameterRef(recurrent, "weight_ih_l0")]
     halves = [torch.tensor([[1.0, 0.0]] * 4)] * 2
-    install(sites, NewMasks.of(halves))
+    install(refs, NewMasks.of(halves))
     monkeypatch.setattr(masked_parameter._Masked, "apply_mask", failing)
     others = NewMasks(NewMasks.of([1 - half for half in halves]).write, lambda outs: True)
     with pytest.raises(InjectedError):
-        install(sites, others)
+        install(refs, others)
     assert torch.equal(layer.weight_mask, halves[0])
     assert torch.equal(recurrent.weight_ih_l0_mask, halves[1])
 
 
 def test_zeros_stay_frozen_after_a_failure() -> None:
     layer = layer_of(3.0, 1.0, 2.0, 4.0)
-    mask(Site(layer, "weight"), 1, 0, 0, 1)
+    mask(ParameterRef(layer, "weight"), 1, 0, 0, 1)
     torch_rsst.remove_all(layer, freeze_zeros=True)
 
     def fail(outs: Any) -> None:
         raise InjectedError
 
     with pytest.raises(InjectedError):
-        install([Site(layer, "weight")], NewMasks(fail))
+        install([ParameterRef(layer, "weight")], NewMasks(fail))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(torch.ones(1, 4)).sum().backward()
     optimizer.step()
@@ -405,11 +408,11 @@ def test_a_freeze_that_was_lifted_is_back_after_a_failure(monkeypatch: pytest.Mo
     torch_rsst.remove_all(model, freeze_zeros=True)
     frozen = [dict(freezing._FROZEN[layer]) for layer in model]
     end = masked_parameter.end_freeze
-    calls: list[Site] = []
+    calls: list[ParameterRef] = []
 
-    def interrupted(site: Site) -> None:
-        end(site)
-        calls.append(site)
+    def interrupted(ref: ParameterRef) -> None:
+        end(ref)
+        calls.append(ref)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
@@ -431,7 +434,7 @@ def test_a_list_in_a_module_is_the_same_list_after_a_failure() -> None:
         raise InjectedError
 
     with pytest.raises(InjectedError):
-        install([Site(layer, "weight")], NewMasks(fail))
+        install([ParameterRef(layer, "weight")], NewMasks(fail))
     assert layer.shared is shared
     assert shared == [1]
 
@@ -442,7 +445,7 @@ def test_handles_of_other_hooks_work_after_a_rollback(monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(masked_parameter, "_set_hook", failing)
         with pytest.raises(InjectedError):
-            mask(Site(layer, "weight"), 1, 0)
+            mask(ParameterRef(layer, "weight"), 1, 0)
     handle.remove()
     assert not layer._forward_pre_hooks
 
@@ -450,10 +453,10 @@ def test_handles_of_other_hooks_work_after_a_rollback(monkeypatch: pytest.Monkey
 def test_ours_joins_stock_methods_once() -> None:
     layer = nn.Linear(4, 3)
     stock.l1_unstructured(layer, "weight", 2)
-    site = check_site(layer, "weight")
+    ref = check_ref(layer, "weight")
     for k in range(4):
         alive = torch.ones(3, 4, dtype=torch.bool).index_fill(1, torch.tensor(k), False)
-        install([site], NewMasks.of([alive]))
+        install([ref], NewMasks.of([alive]))
     (container,) = layer._forward_pre_hooks.values()
     assert isinstance(container, stock.PruningContainer)
     assert [type(method) for method in container] == [stock.L1Unstructured, MaskHook]
@@ -500,25 +503,25 @@ def test_pickling_does_not_grow() -> None:
 )
 def test_what_is_no_parameter_at_all(pair: tuple[Any, Any], text: str) -> None:
     with pytest.raises(TypeError, match=text):
-        check_site(*pair)
+        check_ref(*pair)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'weigth' of Linear.*It has 'weight', 'bias'"):
-        check_site(nn.Linear(1, 1), "weigth")
+        check_ref(nn.Linear(1, 1), "weigth")
     with pytest.raises(ValueError, match="It has no parameters of its own"):
-        check_site(nn.ReLU(), "weight")
+        check_ref(nn.ReLU(), "weight")
     with pytest.raises(ValueError, match="got none"):
-        check_site(nn.Linear(1, 1, bias=False), "bias")
+        check_ref(nn.Linear(1, 1, bias=False), "bias")
     with pytest.raises(ValueError, match="got none"):
-        check_site(nn.BatchNorm1d(2), "running_mean")
+        check_ref(nn.BatchNorm1d(2), "running_mean")
 
 
 def test_weight_orig_is_not_prunable_again() -> None:
     layer = layer_of(3.0, 1.0)
-    mask(Site(layer, "weight"), 1, 0)
+    mask(ParameterRef(layer, "weight"), 1, 0)
     with pytest.raises(ValueError, match=r"masked already. Pass 'weight': masks of one"):
-        check_site(layer, "weight_orig")
+        check_ref(layer, "weight_orig")
 
 
 def test_lazy_parameters_must_be_materialized_first() -> None:
@@ -526,16 +529,16 @@ def test_lazy_parameters_must_be_materialized_first() -> None:
     with pytest.raises(
         ValueError, match=r"an initialized parameter, got a lazy one. Run one forward"
     ):
-        check_site(lazy, "weight")
+        check_ref(lazy, "weight")
     lazy(torch.ones(1, 2))
-    assert check_site(lazy, "weight").original is lazy.weight
+    assert check_ref(lazy, "weight").original is lazy.weight
 
 
 def test_parametrized_parameters_are_refused() -> None:
     layer = parametrizations.weight_norm(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"got a parametrized one. Call .*remove_parametrizations"):
-        check_site(layer, "weight")
-    assert check_site(layer, "bias").name == "bias"
+        check_ref(layer, "weight")
+    assert check_ref(layer, "bias").name == "bias"
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
@@ -545,14 +548,14 @@ def test_only_floating_point_parameters(dtype: torch.dtype) -> None:
     with pytest.raises(
         ValueError, match=rf"expected one of torch\.float32, .*, got {dtype}\. Cast"
     ):
-        check_site(module, "table")
+        check_ref(module, "table")
 
 
 def test_a_lone_weight_orig_is_a_parameter_like_any_other() -> None:
     module = nn.Module()
     module.weight_orig = nn.Parameter(torch.zeros(2))
-    assert not Site(module, "weight").is_masked
-    assert check_site(module, "weight_orig").original is module.weight_orig
+    assert not ParameterRef(module, "weight").is_masked
+    assert check_ref(module, "weight_orig").original is module.weight_orig
 
 
 @pytest.mark.parametrize("taken", ["weight_orig", "weight_mask"])
@@ -576,7 +579,7 @@ def test_names_in_use_are_not_taken(taken: str, how: str, fingerprint: Fingerpri
 def test_masks_of_one_tied_parameter_that_differ_meet_when_removed() -> None:
     first, second = layer_of(3.0, 1.0, 2.0), layer_of(0.0, 0.0, 0.0)
     second.weight = first.weight
-    mask(Site(first, "weight"), 1, 0, 1)
-    mask(Site(second, "weight"), 1, 1, 0)
+    mask(ParameterRef(first, "weight"), 1, 0, 1)
+    mask(ParameterRef(second, "weight"), 1, 1, 0)
     torch_rsst.remove_all(nn.ModuleList([first, second]), freeze_zeros=False)
     assert first.weight.tolist() == [[3.0, 0.0, 0.0]]

@@ -324,8 +324,8 @@ def test_a_tied_weight_is_counted_once_and_masked_for_all_that_share_it(
     model, _, _ = make()
     other = nn.Linear(3, 2)
     size = model[0].weight.numel()
-    sites = [(model[0], "weight"), (model[2], "weight"), (other, "weight")]
-    torch_rsst.global_unstructured(sites, torch_rsst.GlobalL1, amount=0.5)
+    refs = [(model[0], "weight"), (model[2], "weight"), (other, "weight")]
+    torch_rsst.global_unstructured(refs, torch_rsst.GlobalL1, amount=0.5)
     masked = int((model[0].weight_mask == 0).sum()) + int((other.weight_mask == 0).sum())
     assert masked == round(0.5 * (size + 6))
     assert model[0].weight_orig is model[2].weight_orig

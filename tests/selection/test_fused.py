@@ -154,7 +154,7 @@ def test_too_many_to_collect_are_searched_where_they_lie(small: Small) -> None:
     small.patch.setattr(fused, "_FEW", 0.6)
     ranking = Ranking([score.to(DEVICE)], absolute=True)
     assert ranking._fused is not None
-    ranking._fused._own = 10  # as on a rank that has less room than it needs
+    ranking._fused._own = 10  # as on a rank that has less workspace than it needs
     assert flat(ranking.cut(5000).goes()) == expected
     assert small.searches_of_all == 1
 
@@ -316,7 +316,7 @@ from torch_rsst.selection import kernels
 
 pointers = {"table": "*i64", "count": "*i64", "counts": "*i64", "sample": "*i32", "found": "*i32",
             "tensor_of": "*i32", "index_of": "*i64"}
-numbers = dict.fromkeys(("stride", "low", "high", "room", "key"), "i32")
+numbers = dict.fromkeys(("stride", "low", "high", "workspace", "key"), "i32")
 for score, among, absolute in ((tl.float32, tl.float32, True), (tl.bfloat16, None, False),
                                (tl.float16, tl.int8, True)):
     chosen = {"score": score, "among": among, "absolute": absolute, "block": 1024,

@@ -312,11 +312,11 @@ def test_a_failing_installation_changes_nothing(
     before = fingerprint(model)
     original, seen = masked_parameter._set_hook, []
 
-    def failing_late(site: Any) -> Any:
-        seen.append(site)
+    def failing_late(ref: Any) -> Any:
+        seen.append(ref)
         if len(seen) == 2:
             raise MemoryError
-        return original(site)
+        return original(ref)
 
     monkeypatch.setattr(masked_parameter, "_set_hook", failing_late)
     with pytest.raises(MemoryError):
@@ -374,12 +374,12 @@ def test_scores_of_any_owner_of_a_tied_weight_count(owner: int) -> None:
     pair = [nn.Linear(3, 1), nn.Linear(3, 1)]
     pair[1].weight = pair[0].weight
     scores = {(pair[owner], "weight"): torch.tensor([[1.0, 2.0, 3.0]])}
-    sites = [(layer, "weight") for layer in pair]
-    torch_rsst.global_unstructured(sites, torch_rsst.GlobalL1, scores, amount=1)
+    refs = [(layer, "weight") for layer in pair]
+    torch_rsst.global_unstructured(refs, torch_rsst.GlobalL1, scores, amount=1)
     assert pair[0].weight_mask.tolist() == [[0, 1, 1]]
     scores |= {(pair[1 - owner], "weight"): torch.ones(1, 3)}
     with pytest.raises(ValueError, match="expected one tensor, got 2"):
-        torch_rsst.global_unstructured(sites, torch_rsst.GlobalL1, scores, amount=1)
+        torch_rsst.global_unstructured(refs, torch_rsst.GlobalL1, scores, amount=1)
 
 
 @pytest.mark.parametrize("key", ["weight", ("0", "weight"), (0,)])

@@ -189,8 +189,8 @@ def test_zeros_stay_frozen_where_a_stock_call_fails_at_its_end(
     prune.remove_all(layer, freeze_zeros=True)
     end_freeze = stock_calls.end_freeze
 
-    def fail(site: Any) -> None:
-        end_freeze(site)
+    def fail(ref: Any) -> None:
+        end_freeze(ref)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stock_calls, "end_freeze", fail)

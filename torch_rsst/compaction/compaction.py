@@ -43,13 +43,13 @@ from torch_rsst.groups.surgery import (
 from torch_rsst.masking.live_weight import product
 from torch_rsst.masking.mask_sets import (
     extract_mask,
-    named_sites,
+    named_refs,
     named_weights,
     unwrap,
     without_wrappers,
 )
 from torch_rsst.masking.masked_parameter import restore, stored_products
-from torch_rsst.masking.parameter_ref import Site, masked_sites
+from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import CompactionWarning, MissingNameError, message
 
@@ -112,7 +112,7 @@ def compact(
     stage = stage_of(removals, new_biases)
     small, shortened = remove(small, removals)
     remember(small, [*(stages_of(bare) or ()), stage])
-    restore([site for site in masked_sites(small.modules()) if _is_full(site)])
+    restore([ref for ref in masked_refs(small.modules()) if _is_full(ref)])
     if example_inputs is not None:
         _compare(bare, small, example_inputs)
     if optimizer is not None:
@@ -185,14 +185,14 @@ def _with_biases(removal: Removal, new: Collection[str]) -> Removal:
     return Removal(replace(removal.layer, members=members), removal.gone)
 
 
-def _is_full(site: Site) -> bool:
-    mask = site.mask
+def _is_full(ref: ParameterRef) -> bool:
+    mask = ref.mask
     return mask is not None and (not mask.numel() or bool(mask.amin() > 0))
 
 
 def check_compactable(model: nn.Module, groups: Groups) -> None:
     """Raise unless the groups are those of this model, and it can be copied and cut."""
-    weights, sites, buffers = named_weights(model), named_sites(model), named_buffers(model)
+    weights, refs, buffers = named_weights(model), named_refs(model), named_buffers(model)
     remedy = "Find the groups of this very model: find_groups(model)."
     check_groups(weights, groups)
     if sharded := next((name for name, w in weights.items() if is_sharded(w)), None):
@@ -215,7 +215,7 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
             expected, got = "a member that takes the units in (consumes=True)", "none"
             raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
         for member in layer.members:
-            if len(sites[member.parameter]) > 1:
+            if len(refs[member.parameter]) > 1:
                 got = f"{member.parameter!r} in several modules"
                 untie = "Untie it, or leave these groups out."
                 raise ValueError(
@@ -275,12 +275,12 @@ def _choose(
 
 def _shared(model: nn.Module, removals: Sequence[Removal]) -> dict[int, Any]:
     """A memo that lets a copy share the weights and masks which are to be cut, and so replaced."""
-    sites = named_sites(model)
+    refs = named_refs(model)
     members = [member for removal in removals for member in removal.layer.members]
     shared: list[Tensor | None] = []
     for name, _ in kept_indices(members, removals):
         # Not biases, which take up what constant units emit.
-        shared += [t for s in sites[name] if s.original.ndim > 1 for t in (s.original, s.mask)]
+        shared += [t for s in refs[name] if s.original.ndim > 1 for t in (s.original, s.mask)]
     return {id(tensor): tensor for tensor in shared if tensor is not None}
 
 
@@ -331,10 +331,10 @@ def _successors(
 def _give_biases(optimizer: Optimizer, small: nn.Module, layers: Collection[str]) -> None:
     """Let an optimizer train biases that are new in these layers, beside their weights."""
     for name in layers:
-        site = Site(module_at(small, name), "weight")
-        bias = site.module._parameters.get("bias")
+        ref = ParameterRef(module_at(small, name), "weight")
+        bias = ref.module._parameters.get("bias")
         for group in optimizer.param_groups:
-            if bias is not None and any(p is site.original for p in group["params"]):
+            if bias is not None and any(p is ref.original for p in group["params"]):
                 group["params"].append(bias)
 
 

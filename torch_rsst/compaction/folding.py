@@ -15,9 +15,9 @@ from torch_rsst.discovery.probe import run_call, undisturbed
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.groups.surgery import module_at
 from torch_rsst.masking.live_weight import product
-from torch_rsst.masking.mask_sets import named_sites
+from torch_rsst.masking.mask_sets import named_refs
 from torch_rsst.masking.masked_parameter import restore
-from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.masking.parameter_ref import ParameterRef
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +62,8 @@ def measure_constants(
         return Constants(layer, torch.zeros_like(units), tuple(torch.zeros(0) for _ in homes))
     exact = units.clone()
     values = []
-    sites = named_sites(model).values()
-    tied = {s.module for places in sites for s in places if len(places) > 1 and s.name == "bias"}
+    refs = named_refs(model).values()
+    tied = {s.module for places in refs for s in places if len(places) > 1 and s.name == "bias"}
     for member, home in zip(_taking(layer), homes, strict=True):
         size = member.unit_of.numel()
         value, constant = _constants(_inputs_of(home, owner, calls), home, size)
@@ -138,9 +138,9 @@ def _add_to_bias(layer: nn.Module, member: Member, units: Tensor, value: Tensor)
         weight = product(layer, "weight").detach()
         columns = weight.double().flatten(2).sum(2) if weight.ndim > 2 else weight.double()
         shift = columns[:, goes.to(weight.device)] @ value[goes].to(weight.device)
-        site = Site(layer, "bias")
-        if site.is_masked:
-            restore([site])  # entries that were masked take part from now on
+        ref = ParameterRef(layer, "bias")
+        if ref.is_masked:
+            restore([ref])  # entries that were masked take part from now on
         bias = layer._parameters["bias"]
         if bias is None:
             layer._parameters["bias"] = nn.Parameter(

@@ -28,7 +28,7 @@ from torch_rsst.groups.surgery import Removal
 from torch_rsst.importance.registry import Importance, name_of
 from torch_rsst.masking.mask_sets import extract_mask, named_weights, unwrap
 from torch_rsst.masking.masked_parameter import restore
-from torch_rsst.masking.parameter_ref import masked_sites
+from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, choose, score_layers
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import message, unknown_choice
@@ -351,7 +351,7 @@ class _Clock:
 
     def __init__(self, model: nn.Module, inputs: Any, repeats: int) -> None:
         self._dense, self._inputs, self._repeats = copy.deepcopy(model), inputs, repeats
-        restore(masked_sites(self._dense.modules()))  # a dense model does not multiply by masks
+        restore(masked_refs(self._dense.modules()))  # a dense model does not multiply by masks
 
     def before_and_after(self, removals: Sequence[Removal]) -> tuple[float, float]:
         """Measured side by side, as other work may share the machine."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from torch_rsst.masking.live_weight import ORIG, make_live, make_plain
-from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.masking.parameter_ref import ParameterRef
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -16,7 +16,7 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
         cls: a class with the same attributes, importable at module level, so that it pickles.
     """
     held = [name.removesuffix(ORIG) for name in module._parameters if name.endswith(ORIG)]
-    masked = [name for name in held if Site(module, name).is_masked]
+    masked = [name for name in held if ParameterRef(module, name).is_masked]
     for name in masked:
         make_plain(module, name)
     if not isinstance(module, cls):

@@ -15,8 +15,8 @@ from torch_rsst.discovery.families import load_families
 from torch_rsst.discovery.probe import Probe
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.groups import GroupLayer, Groups
-from torch_rsst.masking.mask_sets import named_sites, unwrap, without_wrappers
-from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.masking.mask_sets import named_refs, unwrap, without_wrappers
+from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.errors import UnsupportedModuleWarning, message, unknown_choice
 
 
@@ -103,7 +103,7 @@ def _ask_adapters(
     load_families()
     layers: list[GroupLayer] = []
     refused: list[Unsupported] = []
-    sites = named_sites(model)
+    refs = named_refs(model)
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
@@ -117,7 +117,7 @@ def _ask_adapters(
             answer = _answer(kind, module, probe)
             if isinstance(answer, GroupLayer):
                 found = _relocated(answer, name)
-                reason = _tied(found, sites) or _shared(found, module, sites, paths)
+                reason = _tied(found, refs) or _shared(found, module, refs, paths)
                 if reason is None:
                     layers.append(found)
                     continue
@@ -130,7 +130,7 @@ def _ask_adapters(
             answers = adapter.survey(model, probe.example_inputs, taken)
             refused.extend(answers.refused)
             for found in answers.layers:
-                if (reason := _tied(found, sites)) is None:
+                if (reason := _tied(found, refs)) is None:
                     layers.append(found)
                 else:
                     refused.append(Unsupported(reason, found.name, found.kind))
@@ -173,10 +173,10 @@ def _relocated(layer: GroupLayer, path: str) -> GroupLayer:
     return replace(layer, name=name, members=members, buffers=buffers)
 
 
-def _tied(layer: GroupLayer, sites: Mapping[str, list[Site]]) -> str | None:
+def _tied(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> str | None:
     """Why a layer whose weights serve another module too cannot be cut, or None if none do."""
     for member in layer.members:
-        if len(sites.get(member.parameter, ())) != 1:
+        if len(refs.get(member.parameter, ())) != 1:
             return f"its {member.parameter} is tied to a parameter of another module"
     return None
 
@@ -184,13 +184,13 @@ def _tied(layer: GroupLayer, sites: Mapping[str, list[Site]]) -> str | None:
 def _shared(
     layer: GroupLayer,
     owner: nn.Module,
-    sites: Mapping[str, list[Site]],
+    refs: Mapping[str, list[ParameterRef]],
     paths: Mapping[nn.Module, list[str]],
 ) -> str | None:
     """Why a layer one of whose modules also stands outside its owner cannot be cut, or None."""
     inside = tuple(f"{path}." if path else "" for path in paths[owner])
     for member in layer.members:
-        module = sites[member.parameter][0].module
+        module = refs[member.parameter][0].module
         if outside := [
             p for p in paths[module] if not p.startswith(inside) and module is not owner
         ]:

@@ -55,7 +55,7 @@ class Part:
         return Member(self.name, self.dim, unit_of, self.ranked, self.consumes)
 
 
-def giving(path: str, stacked: int = 1) -> tuple[Part, ...]:
+def produces(path: str, stacked: int = 1) -> tuple[Part, ...]:
     """A layer whose rows are heads: projections to queries, keys, values, or several of them stacked."""
     return (
         Part(f"{path}.weight", stacked=stacked, ranked=True),
@@ -63,7 +63,7 @@ def giving(path: str, stacked: int = 1) -> tuple[Part, ...]:
     )
 
 
-def taking(
+def consumes(
     path: str = "proj", *, dim: int = 1, stacked: int = 1, interleaved: bool = False
 ) -> tuple[Part, ...]:
     """The layer that takes the heads in, by its columns."""
@@ -209,4 +209,4 @@ def recall(module: nn.Module, gone: Tensor) -> None:
     )
 
 
-__all__ = ["HeadAdapter", "Part", "giving", "head_members", "normed", "recall", "taking"]
+__all__ = ["HeadAdapter", "Part", "consumes", "head_members", "normed", "produces", "recall"]

@@ -214,28 +214,28 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
     before = _outputs(whole, call)
     if not all(bool(tensor.isfinite().all()) for tensor in before):
         return Verdict(refused=_why_not_finite(module))
-    heard = False
+    differs = False
     for gone in choices(layer.units, adapter.least):
         removal = Removal(layer, gone)
         masked = copy.deepcopy(whole)
         silence(masked, [removal])
         expected = _outputs(masked, call)
-        heard = heard or not agree(before, expected)
+        differs = differs or not agree(before, expected)
         try:
             cut(masked, [removal])
             got = _outputs(adapter.shrink(masked, removal), call)
         except Exception as error:
-            if heard and bool(gone.all()):
+            if differs and bool(gone.all()):
                 return Verdict(least=1)  # some may go, but not all
             if mixed := _why_mixed(module, layer, given):
                 return Verdict(refused=mixed)
             text = "it does not run without some of its units, as where its forward fixes how many it has"
             return Verdict(fixed=f"{text} ({one_line(error)})")
         if not agree(expected, got):
-            differs = "its output without some of its units differs"
-            return Verdict(refused=_why_mixed(module, layer, given) or differs)
-    # On few tokens, no unit may be active at all: louder ones are heard if any can be.
-    mixed = None if heard else _why_mixed(module, layer, given)
+            reason = "its output without some of its units differs"
+            return Verdict(refused=_why_mixed(module, layer, given) or reason)
+    # On few tokens, no unit may be active at all: larger inputs show a difference if any can.
+    mixed = None if differs else _why_mixed(module, layer, given)
     if mixed and layer.units <= adapter.least:
         mixed = f"it has no more {layer.kind} than it needs to run ({layer.units})"
     return Verdict(refused=mixed or "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from torch_rsst.discovery.adapter import Unsupported, foreign
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.masking.mask_sets import named_weights
 
@@ -61,8 +61,8 @@ class SeparateAttention(HeadAdapter):
         if query is None or output is None:
             return ()
         if key is not None and value is not None:
-            return (*giving(query), *giving(key), *giving(value), *taking(output))
-        return (*giving(query), *giving(both, 2), *taking(output)) if both is not None else ()
+            return (*produces(query), *produces(key), *produces(value), *consumes(output))
+        return (*produces(query), *produces(both, 2), *consumes(output)) if both is not None else ()
 
     def emptied(self, module: nn.Module) -> nn.Module:
         """See :class:`HeadAdapter`."""

@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_leaves
 from torch_rsst.groups.surgery import Removal
 from torch_rsst.masking.mask_sets import named_weights
 from torch_rsst.masking.masked_parameter import restore, stored_products
-from torch_rsst.masking.parameter_ref import masked_sites
+from torch_rsst.masking.parameter_ref import masked_refs
 
 
 def randomized(module: nn.Module) -> nn.Module:
     """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
     module = copy.deepcopy(module, stored_products(module))
     module.eval()  # which returns nothing in some classes
-    restore(masked_sites(module.modules()))
+    restore(masked_refs(module.modules()))
     if any(is_half(p) for p in module.parameters()):
         module.float()
     generator = torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ def _managers() -> Iterator[tuple[nn.Module, Any]]:
                 yield module, kept
 
 
-def tell_of_new_name(module: nn.Module, old: str, new: str) -> None:
+def rename_parameter(module: nn.Module, old: str, new: str) -> None:
     """Let FSDP2 put the parameter ``old`` of a module back as ``new``, where it shards it."""
     for _, kept in _managers():
         info = kept._module_info

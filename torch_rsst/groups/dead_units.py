@@ -63,6 +63,6 @@ def _heard(member: Member, weight: Tensor, mask: Tensor | None, units: int) -> T
         values = values.mul_(alive) if bool(values.sum().isfinite()) else values.where(mask, 0.0)
     along = (values.amax(others) if others else values) != 0
     owned = member.unit_of != NO_UNIT
-    heard = torch.zeros(units)
-    heard.index_add_(0, member.unit_of[owned], along.cpu()[owned].float())
-    return heard != 0
+    used = torch.zeros(units)
+    used.index_add_(0, member.unit_of[owned], along.cpu()[owned].float())
+    return used != 0

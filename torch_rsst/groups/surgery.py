@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.masking.live_weight import MASK, ORIG, product
-from torch_rsst.masking.mask_sets import named_sites, without_wrappers
-from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.masking.mask_sets import named_refs, without_wrappers
+from torch_rsst.masking.parameter_ref import ParameterRef
 
 Kept = dict[int, Tensor]
 """Dimension → the indices along it that stay."""
@@ -55,11 +55,11 @@ def cut(model: nn.Module, removals: Sequence[Removal]) -> dict[nn.Parameter, Sho
     """
     shortened: dict[nn.Parameter, Shortened] = {}
     touched: dict[nn.Module, None] = {}
-    sites = named_sites(model)
+    refs = named_refs(model)
     for name, kept in kept_indices((m for r in removals for m in r.layer.members), removals):
-        for site in sites[name]:
-            _shorten(site, kept, shortened)
-            touched[site.module] = None
+        for ref in refs[name]:
+            _shorten(ref, kept, shortened)
+            touched[ref.module] = None
     homes = named_buffers(model)
     for name, kept in kept_indices((m for r in removals for m in r.layer.buffers), removals):
         module, key = homes[name]
@@ -68,10 +68,10 @@ def cut(model: nn.Module, removals: Sequence[Removal]) -> dict[nn.Parameter, Sho
         module._buffers[key] = select(buffer, kept)
         touched[module] = None
     for module in touched:
-        note_sizes(module)
+        update_size_attributes(module)
     if touched and OWNERS:
         for module in model.modules():
-            note_sizes(module, OWNERS)
+            update_size_attributes(module, OWNERS)
     return shortened
 
 
@@ -109,24 +109,24 @@ def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for path, module in model.named_modules()
         for key, buffer in module._buffers.items()
         if buffer is not None
-        and not (key.endswith(MASK) and Site(module, key[: -len(MASK)]).is_masked)
+        and not (key.endswith(MASK) and ParameterRef(module, key[: -len(MASK)]).is_masked)
     }
 
 
-def _shorten(site: Site, kept: Kept, shortened: dict[nn.Parameter, Shortened]) -> None:
-    old = site.original
+def _shorten(ref: ParameterRef, kept: Kept, shortened: dict[nn.Parameter, Shortened]) -> None:
+    old = ref.original
     if old not in shortened:  # a tied one is replaced by one, wherever it stands
         new = nn.Parameter(select(old, kept), requires_grad=old.requires_grad)
         if old.grad is not None:
             new.grad = select(old.grad, kept)
         shortened[old] = Shortened(new, kept)
-    masked = site.is_masked
+    masked = ref.is_masked
     if masked:
-        mask = site.mask
+        mask = ref.mask
         assert mask is not None
-        site.module._buffers[site.name + MASK] = select(mask, kept)
+        ref.module._buffers[ref.name + MASK] = select(mask, kept)
     # At its key: the order of parameters stays.
-    site.module._parameters[site.name + ORIG if masked else site.name] = shortened[old].parameter
+    ref.module._parameters[ref.name + ORIG if masked else ref.name] = shortened[old].parameter
 
 
 def _linear(layer: nn.Module) -> dict[str, object]:
@@ -172,7 +172,9 @@ One that notes nothing says so with an empty mapping.
 """
 
 
-def note_sizes(layer: nn.Module, table: Mapping[type[nn.Module], Sizes] = SIZES) -> None:
+def update_size_attributes(
+    layer: nn.Module, table: Mapping[type[nn.Module], Sizes] = SIZES
+) -> None:
     """Set what a layer notes about the shapes of its parameters to what they are."""
     for name, size in sizes_of(layer, table).items():
         setattr(layer, name, size)

@@ -19,8 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_rsst.distributed.dtensor import local, placed_like
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member
-from torch_rsst.masking.mask_sets import named_sites
-from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.masking.mask_sets import named_refs
+from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.errors import message
 
 
@@ -40,55 +40,57 @@ class Share:
 
 
 @dataclass(frozen=True, eq=False)
-class Tap:
+class HookedInput:
     """A layer that takes units in.
 
     Attributes:
         name: of its weight.
-        site: its module and weight.
+        ref: its module and weight.
         axis: the dimension of its input along which the features lie, from the end.
         size: how many features there are.
         shares: which of them belong to which units.
     """
 
     name: str
-    site: Site
+    ref: ParameterRef
     axis: int
     size: int
     shares: tuple[Share, ...]
 
 
-Hear: TypeAlias = Callable[[Tap, Tensor], Tensor]
-"""``(tap, input) → what the layer gets in its place``."""
+Record: TypeAlias = Callable[[HookedInput, Tensor], Tensor]
+"""``(hooked, input) → what the layer gets in its place``."""
 
 
-def taps_of(model: nn.Module, groups: Groups) -> list[Tap]:
+def hooked_inputs(model: nn.Module, groups: Groups) -> list[HookedInput]:
     """Where to listen to all units; tied weights are listened to at all their places.
 
     Raises:
         ValueError: for a layer of units none of whose members takes them in.
     """
-    sites = named_sites(model)
+    refs = named_refs(model)
     shares: dict[str, list[tuple[Member, Share]]] = {}
     for position, layer in enumerate(groups.layers):
-        for member in _taking(layer, sites):
+        for member in _taking(layer, refs):
             owned = member.unit_of != NO_UNIT
             share = Share(position, owned.nonzero().flatten(), member.unit_of[owned])
             shares.setdefault(member.parameter, []).append((member, share))
     return [
-        Tap(name, site, _axis(site.module), found[0][0].unit_of.numel(), tuple(s for _, s in found))
+        HookedInput(
+            name, ref, _axis(ref.module), found[0][0].unit_of.numel(), tuple(s for _, s in found)
+        )
         for name, found in shares.items()
-        for site in sites[name]
+        for ref in refs[name]
     ]
 
 
-def _taking(layer: GroupLayer, sites: Mapping[str, list[Site]]) -> list[Member]:
+def _taking(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> list[Member]:
     """The members whose entries meet the input of their module."""
     taking = [
         member
         for member in layer.members
         if member.consumes
-        and member.dim == _input_dim(sites[member.parameter][0].module, member.dim)
+        and member.dim == _input_dim(refs[member.parameter][0].module, member.dim)
     ]
     if not taking:
         remedy = (
@@ -114,43 +116,46 @@ def _axis(module: nn.Module) -> int:
 
 
 @contextmanager
-def heard(taps: Sequence[Tap], hear: Hear) -> Iterator[None]:
-    """Let ``hear`` take in, and replace, the input of each tap whenever it is used.
+def recorded(inputs: Sequence[HookedInput], record: Record) -> Iterator[None]:
+    """Let ``record`` take in, and replace, the input of each hooked whenever it is used.
 
     A layer that is called is listened to by a hook. The weight of one that is not (attention that hands it
     to a function) is listened to where ``F.linear`` or ``F.multi_head_attention_forward`` gets it.
     """
     within: set[int] = set()
     with ExitStack() as stack:
-        for tap in taps:
-            module = tap.site.module
+        for hooked in inputs:
+            module = hooked.ref.module
 
             def before(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap = tap
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                hooked: HookedInput = hooked,
             ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                within.add(id(tap.site.original))
+                within.add(id(hooked.ref.original))
                 if args:
-                    return (hear(tap, args[0]), *args[1:]), kwargs
+                    return (record(hooked, args[0]), *args[1:]), kwargs
                 name = next(iter(kwargs))
-                return args, {**kwargs, name: hear(tap, kwargs[name])}
+                return args, {**kwargs, name: record(hooked, kwargs[name])}
 
-            def after(*_: Any, tap: Tap = tap) -> None:
-                within.discard(id(tap.site.original))
+            def after(*_: Any, hooked: HookedInput = hooked) -> None:
+                within.discard(id(hooked.ref.original))
 
             hook = module.register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(hook.remove)
             stack.callback(module.register_forward_hook(after, always_call=True).remove)
-        stack.enter_context(_Functions(taps, hear, within))
+        stack.enter_context(_Functions(inputs, record, within))
         yield
 
 
 class _Functions(TorchFunctionMode):
     """Listens to weights that are handed to functions."""
 
-    def __init__(self, taps: Sequence[Tap], hear: Hear, within: set[int]) -> None:
+    def __init__(self, inputs: Sequence[HookedInput], record: Record, within: set[int]) -> None:
         super().__init__()
-        self._taps = {id(tap.site.original): tap for tap in taps}
-        self._hear, self._within = hear, within
+        self._inputs = {id(hooked.ref.original): hooked for hooked in inputs}
+        self._record, self._within = record, within
         self._products: Any = WeakTensorKeyDictionary()  # of weights and masks
 
     def __torch_function__(
@@ -160,34 +165,34 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if (tap := self._tap(weight)) is not None:
+            if (hooked := self._hooked(weight)) is not None:
                 if args:
-                    args = (self._hear(tap, args[0]), *args[1:])
+                    args = (self._record(hooked, args[0]), *args[1:])
                 else:
-                    kwargs = {**kwargs, "input": self._hear(tap, kwargs["input"])}
+                    kwargs = {**kwargs, "input": self._record(hooked, kwargs["input"])}
         elif func is F.multi_head_attention_forward:
             given = inspect.signature(func).bind(*args, **kwargs).arguments
-            if (tap := self._tap(given["out_proj_weight"])) is not None:
-                return self._attend(tap, given)
+            if (hooked := self._hooked(given["out_proj_weight"])) is not None:
+                return self._attend(hooked, given)
         made = func(*args, **kwargs)
-        if func is torch.where and len(args) == 3 and id(args[2]) in self._taps:
-            self._products[made] = self._taps[id(args[2])]
+        if func is torch.where and len(args) == 3 and id(args[2]) in self._inputs:
+            self._products[made] = self._inputs[id(args[2])]
         return made
 
-    def _tap(self, weight: Any) -> Tap | None:
+    def _hooked(self, weight: Any) -> HookedInput | None:
         """Whose weight it is; None within a call of its module, which has been listened to."""
-        tap: Tap | None = self._taps.get(id(weight))
-        if tap is None and isinstance(weight, Tensor):
-            tap = self._products.get(weight)
-        return None if tap is None or id(tap.site.original) in self._within else tap
+        hooked: HookedInput | None = self._inputs.get(id(weight))
+        if hooked is None and isinstance(weight, Tensor):
+            hooked = self._products.get(weight)
+        return None if hooked is None or id(hooked.ref.original) in self._within else hooked
 
-    def _attend(self, tap: Tap, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, hooked: HookedInput, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The function has no seam before its output layer: that is left out, and applied here."""
         weight, bias = given["out_proj_weight"], given["out_proj_bias"]
         nothing = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         changed = {**given, "out_proj_weight": nothing, "out_proj_bias": None}
         attended, weights = F.multi_head_attention_forward(**changed)
-        return F.linear(self._hear(tap, attended), weight, bias), weights
+        return F.linear(self._record(hooked, attended), weight, bias), weights
 
 
 @contextmanager
@@ -242,18 +247,18 @@ def _masked_by(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
         tensor.copy_(value)
 
     try:
-        for name, places in named_sites(model).items():
-            for site in places:
+        for name, places in named_refs(model).items():
+            for ref in places:
                 # By .data: graphs that are waiting for backward are not told, nor need they be.
-                if (mask := site.mask) is not None:
+                if (mask := ref.mask) is not None:
                     own = local(mask.data)
                     alive = placed_like(masks[name], mask) if name in masks else None
                     wanted = torch.ones_like(own) if alive is None else local(alive).to(own.dtype)
                     if not torch.equal(own, wanted):
                         set_to(own, wanted)
                 elif name in masks:
-                    own = local(site.original.data)
-                    dead = ~local(placed_like(masks[name], site.original))
+                    own = local(ref.original.data)
+                    dead = ~local(placed_like(masks[name], ref.original))
                     if bool(dead.any()):
                         set_to(own, own.masked_fill(dead, 0.0))
         yield

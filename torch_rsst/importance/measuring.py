@@ -20,7 +20,7 @@ from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward, LossFn
 from torch_rsst.importance.data_importance import DataImportance
-from torch_rsst.importance.input_hooks import Tap, heard, taps_of, undisturbed
+from torch_rsst.importance.input_hooks import HookedInput, hooked_inputs, recorded, undisturbed
 from torch_rsst.importance.registry import (
     Importance,
     data_parts,
@@ -187,10 +187,10 @@ def _run(
     totals = _Totals.of(groups, len(statistics))
     gradients = any(statistic.needs_gradient for statistic in statistics)
     recorder = _Recorder(groups, statistics, totals, gradients)
-    taps = taps_of(model, groups)
+    inputs = hooked_inputs(model, groups)
     with undisturbed(model, current), torch.set_grad_enabled(gradients):
         batches = data.draw()
-        with heard(taps, recorder.hear):
+        with recorded(inputs, recorder.record):
             for number, batch in enumerate(batches):
                 recorder.batch = number
                 _run_batch(model, batch, data, recorder)
@@ -267,38 +267,38 @@ class _Recorder:
     ) -> None:
         self.groups, self.statistics, self.totals = groups, statistics, totals
         self.gradients, self.batch = gradients, -1
-        self._waiting: list[tuple[Tap, Tensor]] = []  # for their gradients
+        self._waiting: list[tuple[HookedInput, Tensor]] = []  # for their gradients
         self._felt: set[int] = set()  # layers on which a loss depends
-        self._deaf = False
+        self._paused = False
 
-    def hear(self, tap: Tap, activation: Tensor) -> Tensor:
+    def record(self, hooked: HookedInput, activation: Tensor) -> Tensor:
         """Take in the input of a layer; returns what the layer gets in its place."""
         if not self.gradients:
-            self._add(tap, activation, None)
+            self._add(hooked, activation, None)
             return activation
         # A tensor of its own: its gradient is that through this layer alone, and nobody writes to it.
         own = activation.clone()
         if torch.is_grad_enabled() and not own.requires_grad:
             own.requires_grad_()
-        if not self._deaf:
-            self._waiting.append((tap, own))
+        if not self._paused:
+            self._waiting.append((hooked, own))
         return own
 
     def take_gradients(self, loss: Tensor) -> None:
         """Add up what has been heard since the last loss."""
         waiting, self._waiting = self._waiting, []
         inputs = [own for _, own in waiting if own.requires_grad]
-        self._deaf = True  # checkpointed parts of the model run once more
+        self._paused = True  # checkpointed parts of the model run once more
         try:
             found = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
         finally:
-            self._deaf = False
+            self._paused = False
         gradients = iter(found)
-        for tap, own in waiting:
+        for hooked, own in waiting:
             gradient = next(gradients) if own.requires_grad else None
             if gradient is not None:
-                self._felt.update(share.layer for share in tap.shares)
-            self._add(tap, own, torch.zeros_like(own) if gradient is None else gradient)
+                self._felt.update(share.layer for share in hooked.shares)
+            self._add(hooked, own, torch.zeros_like(own) if gradient is None else gradient)
 
     def check_felt(self) -> None:
         """Raise for layers on which no loss depends."""
@@ -312,14 +312,14 @@ class _Recorder:
                 raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
 
     @torch.no_grad()
-    def _add(self, tap: Tap, activation: Tensor, gradient: Tensor | None) -> None:
+    def _add(self, hooked: HookedInput, activation: Tensor, gradient: Tensor | None) -> None:
         value = _plain(activation)
         slope = None if gradient is None else _plain(gradient)
-        others = [d for d in range(value.ndim) if d != tap.axis % value.ndim]
-        size = value.shape[tap.axis]
-        self._check_size(tap, size)
+        others = [d for d in range(value.ndim) if d != hooked.axis % value.ndim]
+        size = value.shape[hooked.axis]
+        self._check_size(hooked, size)
         positions = value.numel() // size if size else 0
-        for share in tap.shares:
+        for share in hooked.shares:
             self.totals.counts[share.layer].index_add_(
                 0, share.unit, torch.full(share.unit.shape, float(positions), dtype=torch.float64)
             )
@@ -334,15 +334,15 @@ class _Recorder:
                 raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
             along = entries.sum(others, dtype=wide) if others else entries.to(wide)
             along = along.cpu().double()
-            for share in tap.shares:
+            for share in hooked.shares:
                 mine = along[share.index]
                 self._check_finite(share.layer, mine)
                 self.totals.sums[share.layer][row].index_add_(0, share.unit, mine)
 
-    def _check_size(self, tap: Tap, size: int) -> None:
-        if size != tap.size:
-            subject = f"input of {tap.name!r}"
-            expected, got = f"{tap.size} features", f"{size} along dim {tap.axis}"
+    def _check_size(self, hooked: HookedInput, size: int) -> None:
+        if size != hooked.size:
+            subject = f"input of {hooked.name!r}"
+            expected, got = f"{hooked.size} features", f"{size} along dim {hooked.axis}"
             remedy = "Find the groups of this very model: find_groups(model)."
             raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
 

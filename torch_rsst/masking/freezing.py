@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.distributed.dtensor import placed_like
-from torch_rsst.masking.parameter_ref import Site, masked_sites
+from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.errors import message
 from torch_rsst.utils.optimizer_hooks import is_nested
 
@@ -54,42 +54,42 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
     if not isinstance(model, nn.Module):
         got, remedy = type(model).__name__, "Pass the torch.nn.Module that is masked."
         raise TypeError(message("model", expected="a module", got=got, remedy=remedy))
-    sites = masked_sites(model.modules())
-    if not sites:
+    refs = masked_refs(model.modules())
+    if not refs:
         remedy = "Mask it first: a freeze holds what is under masks that are there."
         raise ValueError(message("model", expected="masked parameters", got="none", remedy=remedy))
-    return freeze_latents(sites)
+    return freeze_latents(refs)
 
 
-def freeze_latents(sites: Sequence[Site]) -> FreezeHandle:
+def freeze_latents(refs: Sequence[ParameterRef]) -> FreezeHandle:
     """Hold what is masked in these parameters."""
-    return _freeze([(site, _Latents()) for site in sites])
+    return _freeze([(ref, _Latents()) for ref in refs])
 
 
-def freeze_zeros(zeros: Iterable[tuple[Site, Tensor]]) -> FreezeHandle:
-    """Hold entries of dense parameters at 0: pairs of a site and the bool tensor of its zeros.
+def freeze_zeros(zeros: Iterable[tuple[ParameterRef, Tensor]]) -> FreezeHandle:
+    """Hold entries of dense parameters at 0: pairs of a parameter and the bool tensor of its zeros.
 
     Until the parameter is masked, replaced by another one, or :func:`torch_rsst.masking.freezing.end_freeze` is called.
     """
-    return _freeze([(site, _Zeros(site.original, entries)) for site, entries in zeros])
+    return _freeze([(ref, _Zeros(ref.original, entries)) for ref, entries in zeros])
 
 
-def end_freeze(site: Site) -> None:
+def end_freeze(ref: ParameterRef) -> None:
     """Hold nothing of a parameter any more: it is masked anew, or no longer."""
-    if frozen := _FROZEN.get(site.module):
-        frozen.pop(site.name, None)
+    if frozen := _FROZEN.get(ref.module):
+        frozen.pop(ref.name, None)
 
 
-def frozen_now(sites: Iterable[Site]) -> Callable[[], None]:
+def frozen_now(refs: Iterable[ParameterRef]) -> Callable[[], None]:
     """What freezes of these parameters again what is frozen of them now, and no more."""
-    before = [(site, _FROZEN.get(site.module, {}).get(site.name)) for site in sites]
+    before = [(ref, _FROZEN.get(ref.module, {}).get(ref.name)) for ref in refs]
 
     def put_back() -> None:
-        for site, frozen in before:
+        for ref, frozen in before:
             if frozen is None:
-                end_freeze(site)
+                end_freeze(ref)
             else:
-                _FROZEN.setdefault(site.module, {})[site.name] = frozen
+                _FROZEN.setdefault(ref.module, {})[ref.name] = frozen
 
     return put_back
 
@@ -99,16 +99,16 @@ class _Latents:
 
     _before: Tensor | None = None
 
-    def holds(self, site: Site) -> bool:
-        return site.is_masked
+    def holds(self, ref: ParameterRef) -> bool:
+        return ref.is_masked
 
-    def before_step(self, site: Site) -> None:
-        self._before = site.original.detach().clone()
+    def before_step(self, ref: ParameterRef) -> None:
+        self._before = ref.original.detach().clone()
 
-    def after_step(self, site: Site, *, nested: bool) -> None:
-        if self._before is not None and (alive := site.alive) is not None:
+    def after_step(self, ref: ParameterRef, *, nested: bool) -> None:
+        if self._before is not None and (alive := ref.alive) is not None:
             with torch.no_grad():
-                site.original.copy_(torch.where(alive, site.original, self._before))
+                ref.original.copy_(torch.where(alive, ref.original, self._before))
         if not nested:
             self._before = None
 
@@ -119,16 +119,16 @@ class _Zeros:
     def __init__(self, original: nn.Parameter, entries: Tensor) -> None:
         self._shape, self._entries = original.shape, entries
 
-    def holds(self, site: Site) -> bool:
-        return not site.is_masked and site.original.shape == self._shape
+    def holds(self, ref: ParameterRef) -> bool:
+        return not ref.is_masked and ref.original.shape == self._shape
 
-    def before_step(self, site: Site) -> None:
+    def before_step(self, ref: ParameterRef) -> None:
         """Nothing to remember: the value is 0."""
 
-    def after_step(self, site: Site, *, nested: bool) -> None:
-        self._entries = placed_like(self._entries, site.original)
+    def after_step(self, ref: ParameterRef, *, nested: bool) -> None:
+        self._entries = placed_like(self._entries, ref.original)
         with torch.no_grad():
-            site.original.masked_fill_(self._entries, 0.0)
+            ref.original.masked_fill_(self._entries, 0.0)
 
 
 _Frozen: TypeAlias = _Latents | _Zeros
@@ -141,8 +141,8 @@ _step_hooks: list[RemovableHandle] = []
 class FreezeHandle:
     """What lifts a freeze: ``handle.remove()``."""
 
-    def __init__(self, frozen: Iterable[tuple[Site, _Frozen]]) -> None:
-        self._frozen = [(weakref.ref(site.module), site.name, each) for site, each in frozen]
+    def __init__(self, frozen: Iterable[tuple[ParameterRef, _Frozen]]) -> None:
+        self._frozen = [(weakref.ref(ref.module), ref.name, each) for ref, each in frozen]
 
     def remove(self) -> None:
         """Let the entries go; a second call does nothing, nor what was frozen anew since."""
@@ -153,37 +153,37 @@ class FreezeHandle:
                 del held[name]
 
 
-def _freeze(frozen: list[tuple[Site, Any]]) -> FreezeHandle:
+def _freeze(frozen: list[tuple[ParameterRef, Any]]) -> FreezeHandle:
     if not _step_hooks:
         _step_hooks.append(register_optimizer_step_pre_hook(_before_step))
         _step_hooks.append(register_optimizer_step_post_hook(_after_step))
-    for site, each in frozen:
-        _FROZEN.setdefault(site.module, {})[site.name] = each
+    for ref, each in frozen:
+        _FROZEN.setdefault(ref.module, {})[ref.name] = each
     return FreezeHandle(frozen)
 
 
-def _frozen_in(optimizer: Optimizer) -> list[tuple[Site, _Frozen]]:
+def _frozen_in(optimizer: Optimizer) -> list[tuple[ParameterRef, _Frozen]]:
     """What is frozen of the parameters that an optimizer updates, where the freeze still holds."""
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found = []
     for module, by_name in list(_FROZEN.items()):
         for name, frozen in list(by_name.items()):
-            site = Site(module, name)
-            present = site.is_masked or module._parameters.get(name) is not None
-            if present and frozen.holds(site) and id(site.original) in updated:
-                found.append((site, frozen))
+            ref = ParameterRef(module, name)
+            present = ref.is_masked or module._parameters.get(name) is not None
+            if present and frozen.holds(ref) and id(ref.original) in updated:
+                found.append((ref, frozen))
     return found
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _FROZEN and not is_nested(optimizer, sys._getframe(1)):
-        for site, frozen in _frozen_in(optimizer):
-            frozen.before_step(site)
+        for ref, frozen in _frozen_in(optimizer):
+            frozen.before_step(ref)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _FROZEN:
         return
     nested = is_nested(optimizer, sys._getframe(1))
-    for site, frozen in _frozen_in(optimizer):
-        frozen.after_step(site, nested=nested)
+    for ref, frozen in _frozen_in(optimizer):
+        frozen.after_step(ref, nested=nested)

@@ -13,7 +13,7 @@ from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
-from torch_rsst.masking.parameter_ref import Site, check_site, dense_name, masked_sites
+from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, dense_name, masked_refs
 from torch_rsst.utils.errors import MissingNameError, closest, listing, message
 
 Masks: TypeAlias = dict[str, Tensor]
@@ -52,33 +52,33 @@ def without_wrappers(name: str) -> str:
     return name
 
 
-def named_sites(model: nn.Module) -> dict[str, list[Site]]:
+def named_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
     """Dense name → every place that holds the parameter, in ``named_parameters`` order.
 
-    Tied parameters appear once, under their first name, with all their sites.
+    Tied parameters appear once, under their first name, with all their refs.
     """
     reshard(unwrap(model).modules())
     first_names: dict[int, str] = {}
-    sites: dict[str, list[Site]] = {}
+    refs: dict[str, list[ParameterRef]] = {}
     for path, module in unwrap(model).named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 own = dense_name(module, key)
                 full = without_wrappers(f"{path}.{own}" if path else own)
                 name = first_names.setdefault(id(parameter), full)
-                sites.setdefault(name, []).append(Site(module, own))
-    return sites
+                refs.setdefault(name, []).append(ParameterRef(module, own))
+    return refs
 
 
 def masked_names(model: nn.Module) -> set[str]:
     """The dense names of all masked parameters; reads no values."""
-    sites = named_sites(model)
-    return {name for name, places in sites.items() if any(site.is_masked for site in places)}
+    refs = named_refs(model)
+    return {name for name, places in refs.items() if any(ref.is_masked for ref in places)}
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Dense name → trainable tensor, ``weight_orig`` where masked; detached, sharing memory."""
-    return {name: places[0].original.detach() for name, places in named_sites(model).items()}
+    return {name: places[0].original.detach() for name, places in named_refs(model).items()}
 
 
 def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks:
@@ -103,8 +103,8 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
     if isinstance(model_or_state_dict, nn.Module):
         found = {
             name: placed_like(mask, places[0].original)
-            for name, places in named_sites(model_or_state_dict).items()
-            for mask in [next((site.mask for site in places if site.mask is not None), None)]
+            for name, places in named_refs(model_or_state_dict).items()
+            for mask in [next((ref.mask for ref in places if ref.mask is not None), None)]
             if mask is not None
         }
     elif isinstance(model_or_state_dict, Mapping) and all(
@@ -253,17 +253,17 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
         lambda work: ((str(i), mask) for i, (_, mask) in enumerate(work)),
     )
     of_each: dict[int, Tensor] = {}
-    for site, mask in work:
-        of_each.setdefault(id(site.original), mask)
-    install([site for site, _ in work], NewMasks.of(list(of_each.values())))
+    for ref, mask in work:
+        of_each.setdefault(id(ref.original), mask)
+    install([ref for ref, _ in work], NewMasks.of(list(of_each.values())))
 
 
 def _sites_to_mask(
     model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool
-) -> list[tuple[Site, Tensor]]:
-    sites = named_sites(model)
+) -> list[tuple[ParameterRef, Tensor]]:
+    refs = named_refs(model)
     chosen = list(as_masks(masks).items())
-    resolved = {name: _resolve(name, sites) for name, _ in chosen}
+    resolved = {name: _resolve(name, refs) for name, _ in chosen}
     if strict and (left := masked_names(model) - set(resolved.values())):
         remedy = "Add them, or pass strict=False to leave them as they are."
         raise MissingNameError(
@@ -274,16 +274,16 @@ def _sites_to_mask(
                 remedy=remedy,
             )
         )
-    work: list[tuple[Site, Tensor]] = []
+    work: list[tuple[ParameterRef, Tensor]] = []
     for name, mask in chosen:
-        for site in sites[resolved[name]]:
-            check_site(site.module, site.name)
-            _check_shape(name, mask, site)
-            work.append((site, mask))
+        for ref in refs[resolved[name]]:
+            check_ref(ref.module, ref.name)
+            _check_shape(name, mask, ref)
+            work.append((ref, mask))
     return work
 
 
-def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
+def _resolve(name: str, refs: Mapping[str, list[ParameterRef]]) -> str:
     inner = without_wrappers(name)
     for candidate in (
         name,
@@ -291,12 +291,10 @@ def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
         inner.removeprefix(_OUTER_PREFIX),
         _OUTER_PREFIX + inner,  # the model itself has one child, called "module"
     ):
-        if candidate in sites:
+        if candidate in refs:
             return candidate
-    near = (
-        name.removesuffix(ORIG) if name.removesuffix(ORIG) in sites else closest(name, sites, 0.85)
-    )
-    remedy = f"{f'Did you mean {near!r}? ' if near else ''}It has {listing(sites)}."
+    near = name.removesuffix(ORIG) if name.removesuffix(ORIG) in refs else closest(name, refs, 0.85)
+    remedy = f"{f'Did you mean {near!r}? ' if near else ''}It has {listing(refs)}."
     raise MissingNameError(
         message(
             f"mask {name!r}", expected="a parameter of the model", got="no such name", remedy=remedy
@@ -304,12 +302,12 @@ def _resolve(name: str, sites: Mapping[str, list[Site]]) -> str:
     )
 
 
-def _check_shape(name: str, mask: Tensor, site: Site) -> None:
-    if mask.shape != site.original.shape:
+def _check_shape(name: str, mask: Tensor, ref: ParameterRef) -> None:
+    if mask.shape != ref.original.shape:
         raise ValueError(
             message(
                 f"mask of {name!r}",
-                expected=f"the parameter's shape {tuple(site.original.shape)}",
+                expected=f"the parameter's shape {tuple(ref.original.shape)}",
                 got=f"shape {tuple(mask.shape)}",
                 remedy="Masks are made for one architecture; extract them from the same one.",
             )
@@ -409,7 +407,7 @@ def refresh(model: nn.Module) -> nn.Module:
     Returns:
         the model that was given.
     """
-    for site in masked_sites(unwrap(model).modules()):
-        if found := find_hook(site):
-            found[1](site.module, ())
+    for ref in masked_refs(unwrap(model).modules()):
+        if found := find_hook(ref):
+            found[1](ref.module, ())
     return model

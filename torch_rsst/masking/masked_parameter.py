@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
-from torch_rsst.distributed.fsdp import tell_of_new_name
+from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
-from torch_rsst.masking.parameter_ref import Site, check_scores, check_site, masked_sites
+from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.masking.saved_masks import is_writable
 
@@ -47,9 +47,9 @@ class NewMasks:
 
         return cls(write)
 
-    def as_tensors(self, sites: Sequence[Site]) -> list[Tensor]:
+    def as_tensors(self, refs: Sequence[ParameterRef]) -> list[Tensor]:
         """By themselves, as bool, one for each parameter."""
-        originals = {id(site.original): site.original for site in sites}
+        originals = {id(ref.original): ref.original for ref in refs}
         alive = [torch.empty_like(each, dtype=torch.bool) for each in originals.values()]
         self.write(alive)
         return alive
@@ -73,7 +73,7 @@ class _Masked(BasePruningMethod):
         As with the stock methods, the caller deletes the hook: :func:`torch.nn.utils.prune.remove`
         and other libraries do.
         """
-        make_permanent(Site(module, self._tensor_name))
+        make_permanent(ParameterRef(module, self._tensor_name))
 
 
 class MaskHook(_Masked):
@@ -103,15 +103,15 @@ class MaskHook(_Masked):
     ) -> BasePruningMethod:
         """Mask one parameter, as :meth:`torch.nn.utils.prune.BasePruningMethod.apply` does."""
         method = cls(*args, **kwargs)
-        method._apply_to(check_site(module, name), importance_scores)
+        method._apply_to(check_ref(module, name), importance_scores)
         return method
 
-    def _apply_to(self, site: Site, importance_scores: Tensor | None) -> None:
-        scores = check_scores(site, importance_scores)
-        default = torch.ones_like(site.original) if site.mask is None else site.mask.clone()
+    def _apply_to(self, ref: ParameterRef, importance_scores: Tensor | None) -> None:
+        scores = check_scores(ref, importance_scores)
+        default = torch.ones_like(ref.original) if ref.mask is None else ref.mask.clone()
         mask = self._new_mask(scores, default.detach(), given=importance_scores is not None)
-        install([site], NewMasks.of([mask != 0]))
-        self._tensor_name = site.name
+        install([ref], NewMasks.of([mask != 0]))
+        self._tensor_name = ref.name
 
     def _new_mask(self, scores: Tensor, mask: Tensor, *, given: bool) -> Tensor:
         """The mask from the weights, or from scores that the caller has given."""
@@ -122,50 +122,50 @@ class MaskContainer(_Masked, PruningContainer):
     """Stock methods that came first and ours, as PyTorch composes them."""
 
 
-def install(sites: Sequence[Site], new: NewMasks) -> None:
+def install(refs: Sequence[ParameterRef], new: NewMasks) -> None:
     """Set masks exactly, in place, all or none.
 
     Args:
-        sites: where to; those that share a parameter share its mask.
-        new: the masks, one for each parameter in the order of ``sites``.
+        refs: where to; those that share a parameter share its mask.
+        new: the masks, one for each parameter in the order of ``refs``.
     """
     # A mask made in inference mode could not be changed outside it.
     with torch.inference_mode(False), torch.no_grad():
-        originals = [id(site.original) for site in sites]
+        originals = [id(ref.original) for ref in refs]
         masks: dict[int, Tensor] = {}
-        for original, site in zip(originals, sites, strict=True):
+        for original, ref in zip(originals, refs, strict=True):
             if original not in masks:
-                masks[original] = _mask_buffer(site)
-        mask_of = list(zip(sites, (masks[original] for original in originals), strict=True))
-        changing = [(site, mask) for site, mask in mask_of if not _holds(site, mask)]
-        changed = [site for site, _ in changing]
-        dense = [site for site in changed if not site.is_masked]
+                masks[original] = _mask_buffer(ref)
+        mask_of = list(zip(refs, (masks[original] for original in originals), strict=True))
+        changing = [(ref, mask) for ref, mask in mask_of if not _holds(ref, mask)]
+        changed = [ref for ref, _ in changing]
+        dense = [ref for ref in changed if not ref.is_masked]
         outs = list(masks.values())
         # Where a write is one operation and the last one, nothing can be half done.
-        written = [] if not changed and new.at_once(outs) else sites
+        written = [] if not changed and new.at_once(outs) else refs
         with AllOrNothing(changed, written=written) as undo:
             undo.append(frozen_now(dense))
-            for site, mask in changing:
-                _reparametrize(site, mask)
-            hooks = [_set_hook(site) for site in changed]
+            for ref, mask in changing:
+                _reparametrize(ref, mask)
+            hooks = [_set_hook(ref) for ref in changed]
             new.write(outs)
-            for site, hook in zip(changed, hooks, strict=True):
-                hook(site.module, ())
-            for site in dense:
-                end_freeze(site)
+            for ref, hook in zip(changed, hooks, strict=True):
+                hook(ref.module, ())
+            for ref in dense:
+                end_freeze(ref)
 
 
-def _holds(site: Site, mask: Tensor) -> bool:
-    """Whether a site has this mask, and all else that we leave in a module."""
-    if site.mask is not mask or isinstance(site.module, nn.RNNBase):
+def _holds(ref: ParameterRef, mask: Tensor) -> bool:
+    """Whether a parameter has this mask, and all else that we leave in a module."""
+    if ref.mask is not mask or isinstance(ref.module, nn.RNNBase):
         return False
-    found = find_hook(site)
-    return found is not None and isinstance(found[1], _Masked) and is_live(site.module, site.name)
+    found = find_hook(ref)
+    return found is not None and isinstance(found[1], _Masked) and is_live(ref.module, ref.name)
 
 
-def _mask_buffer(site: Site) -> Tensor:
-    """The site's mask, new where there is none."""
-    mask, original = site.mask, site.original
+def _mask_buffer(ref: ParameterRef) -> Tensor:
+    """The parameter's mask, new where there is none."""
+    mask, original = ref.mask, ref.original
     if mask is None:
         return torch.empty_like(original, requires_grad=False)
     if is_sharded(original) and not is_sharded(mask):
@@ -173,42 +173,42 @@ def _mask_buffer(site: Site) -> Tensor:
     return mask if is_writable(mask) else mask.clone(memory_format=torch.contiguous_format)
 
 
-def find_hook(site: Site) -> tuple[int, BasePruningMethod] | None:
-    """The pruning hook of a site and its key."""
-    for key, hook in site.module._forward_pre_hooks.items():
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == site.name:
+def find_hook(ref: ParameterRef) -> tuple[int, BasePruningMethod] | None:
+    """The pruning hook of a parameter and its key."""
+    for key, hook in ref.module._forward_pre_hooks.items():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == ref.name:
             return key, hook
     return None
 
 
-def _reparametrize(site: Site, mask: Tensor) -> None:
-    if not site.is_masked:
-        _rename(site.module._parameters, site.name, site.name + ORIG)
-        tell_of_new_name(site.module, site.name, site.name + ORIG)
-        site.module.register_buffer(site.name + MASK, mask)
-    elif site.mask is not mask:
-        site.module._buffers[site.name + MASK] = mask
-    make_live(site.module, site.name)
+def _reparametrize(ref: ParameterRef, mask: Tensor) -> None:
+    if not ref.is_masked:
+        _rename(ref.module._parameters, ref.name, ref.name + ORIG)
+        rename_parameter(ref.module, ref.name, ref.name + ORIG)
+        ref.module.register_buffer(ref.name + MASK, mask)
+    elif ref.mask is not mask:
+        ref.module._buffers[ref.name + MASK] = mask
+    make_live(ref.module, ref.name)
 
 
-def _set_hook(site: Site) -> _Masked:
+def _set_hook(ref: ParameterRef) -> _Masked:
     """Leave one hook of ours, alone or behind the stock methods that came before."""
-    found = find_hook(site)
+    found = find_hook(ref)
     if found is not None and isinstance(found[1], MaskHook):
         return found[1]
     hook = MaskHook()
-    hook._tensor_name = site.name
+    hook._tensor_name = ref.name
     if found is None:
-        site.module.register_forward_pre_hook(hook)
+        ref.module.register_forward_pre_hook(hook)
         return hook
     key, present = found
     earlier = tuple(present) if isinstance(present, PruningContainer) else (present,)
     stock = [method for method in earlier if not isinstance(method, MaskHook)]
     container = MaskContainer()
-    container._tensor_name = site.name
+    container._tensor_name = ref.name
     for method in (*stock, hook):
         container.add_pruning_method(method)
-    site.module._forward_pre_hooks[key] = container
+    ref.module._forward_pre_hooks[key] = container
     return container
 
 
@@ -219,21 +219,23 @@ def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
     ordered.update(items)
 
 
-def restore(sites: Sequence[Site], *, hold_zeros: Callable[[], object] | None = None) -> None:
-    """Make the pruning of masked sites permanent and delete their hooks, ours or stock; all or none.
+def restore(
+    refs: Sequence[ParameterRef], *, hold_zeros: Callable[[], object] | None = None
+) -> None:
+    """Make the pruning of masked refs permanent and delete their hooks, ours or stock; all or none.
 
     Args:
-        sites: masked ones.
+        refs: masked ones.
         hold_zeros: freezes what was masked, as the last step.
     """
-    masked = [(site.original, site.mask) for site in sites]  # tied ones may differ in their masks
-    with torch.no_grad(), AllOrNothing(sites) as undo:
-        undo.append(frozen_now(sites))
-        for site in sites:
-            found = find_hook(site)
-            _make_plain(site)
+    masked = [(ref.original, ref.mask) for ref in refs]  # tied ones may differ in their masks
+    with torch.no_grad(), AllOrNothing(refs) as undo:
+        undo.append(frozen_now(refs))
+        for ref in refs:
+            found = find_hook(ref)
+            _make_plain(ref)
             if found is not None:
-                del site.module._forward_pre_hooks[found[0]]
+                del ref.module._forward_pre_hooks[found[0]]
         for original, mask in masked:
             if not _is_full(mask):
                 own, dead = local(original), local(_dead(original, mask))
@@ -243,10 +245,10 @@ def restore(sites: Sequence[Site], *, hold_zeros: Callable[[], object] | None = 
             hold_zeros()
 
 
-def make_permanent(site: Site) -> None:
+def make_permanent(ref: ParameterRef) -> None:
     """Undo the reparametrization in place: the parameter keeps its identity, place and gradient."""
-    original, mask = site.original, site.mask
-    _make_plain(site)
+    original, mask = ref.original, ref.mask
+    _make_plain(ref)
     zero(original, mask)
 
 
@@ -258,30 +260,30 @@ def zero(original: nn.Parameter, mask: Tensor | None) -> None:
 
 def stored_products(model: nn.Module) -> dict[int, Tensor]:
     """A memo for copies of a model: products that stock hooks have stored, which are no leaves."""
-    stored = [(s.module.__dict__.get(s.name)) for s in masked_sites(model.modules())]
+    stored = [(s.module.__dict__.get(s.name)) for s in masked_refs(model.modules())]
     return {id(t): t.detach().clone() for t in stored if isinstance(t, Tensor)}
 
 
 def _is_full(mask: Tensor | None) -> bool:
     """Whether nothing is masked here; told faster than where."""
-    assert mask is not None, "only masked sites are made permanent"
+    assert mask is not None, "only masked refs are made permanent"
     part = local(mask)
     return not part.numel() or bool(part.amin() > 0)
 
 
 def _dead(original: nn.Parameter, mask: Tensor | None) -> Tensor:
-    assert mask is not None, "only masked sites are made permanent"
+    assert mask is not None, "only masked refs are made permanent"
     return placed_like(mask == 0, original)
 
 
-def _make_plain(site: Site) -> None:
+def _make_plain(ref: ParameterRef) -> None:
     """The parameter under its dense name, at its place; no mask, no property, no stored product."""
-    module, original = site.module, site.original
-    tell_of_new_name(module, site.name + ORIG, site.name)
-    make_plain(module, site.name)
-    module.__dict__.pop(site.name, None)
-    del module._buffers[site.name + MASK]
-    with place_kept(site):
-        del module._parameters[site.name + ORIG]
+    module, original = ref.module, ref.original
+    rename_parameter(module, ref.name + ORIG, ref.name)
+    make_plain(module, ref.name)
+    module.__dict__.pop(ref.name, None)
+    del module._buffers[ref.name + MASK]
+    with place_kept(ref):
+        del module._parameters[ref.name + ORIG]
         # Through setattr, which recurrent layers listen to.
-        setattr(module, site.name, original)
+        setattr(module, ref.name, original)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_rsst.masking.live_weight import ORIG
-from torch_rsst.masking.mask_sets import Masks, named_sites, without_wrappers
+from torch_rsst.masking.mask_sets import Masks, named_refs, without_wrappers
 from torch_rsst.utils.errors import MissingNameError, check_keys, listing, message
 
 # Names that torch.optim gives to state with one value per entry: their shapes tell a wrong order.
@@ -70,7 +70,7 @@ def convert_optimizer_state(
         KeyError: for names that the model does not have.
     """
     check_keys(state, ("state", "param_groups"), "optimizer state")
-    shapes = {name: places[0].original.shape for name, places in named_sites(model).items()}
+    shapes = {name: places[0].original.shape for name, places in named_refs(model).items()}
     if from_order == "stock":
         from_order = _names_in(state) or _stock_order(model, state)
     names = _dense(from_order, shapes)
@@ -104,7 +104,7 @@ def _stock_order(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
             message('from_order="stock"', expected="one parameter group", got=got, remedy=remedy)
         )
     by_module: dict[nn.Module, list[tuple[str, bool]]] = {}
-    for name, places in named_sites(model).items():
+    for name, places in named_refs(model).items():
         by_module.setdefault(places[0].module, []).append((name, places[0].is_masked))
     order: list[str] = []
     for members in by_module.values():
@@ -171,9 +171,9 @@ def reset_moments(optimizer: Optimizer, parameter: nn.Parameter, entries: Tensor
 
 def reset_returned(optimizers: Iterable[Optimizer], model: nn.Module, before: Masks) -> None:
     """Reset the moments of entries that were masked ``before`` and are alive now."""
-    sites = named_sites(model)
+    refs = named_refs(model)
     for optimizer in optimizers:
         for name, was_alive in before.items():
-            site = sites[name][0]
-            alive = torch.ones_like(was_alive) if site.alive is None else site.alive
-            reset_moments(optimizer, site.original, alive & ~was_alive)
+            ref = refs[name][0]
+            alive = torch.ones_like(was_alive) if ref.alive is None else ref.alive
+            reset_moments(optimizer, ref.original, alive & ~was_alive)

@@ -24,7 +24,7 @@ Parameter: TypeAlias = tuple[nn.Module, str]
 
 
 @dataclass(frozen=True)
-class Site:
+class ParameterRef:
     """A place that holds a parameter: ``module`` and the parameter's dense name in it."""
 
     module: nn.Module
@@ -34,7 +34,7 @@ class Site:
     def original(self) -> nn.Parameter:
         """The trainable parameter, ``weight_orig`` where masked, else ``weight``."""
         found = self.module._parameters.get(self.name + ORIG if self.is_masked else self.name)
-        assert found is not None, "check_site() lets no other parameter in"
+        assert found is not None, "check_ref() lets no other parameter in"
         return found
 
     @property
@@ -60,11 +60,11 @@ class Site:
 def dense_name(module: nn.Module, key: str) -> str:
     """The name that parameter ``key`` of ``module`` has when nothing is pruned."""
     name = key.removesuffix(ORIG)
-    return name if name != key and Site(module, name).is_masked else key
+    return name if name != key and ParameterRef(module, name).is_masked else key
 
 
-def check_site(module: object, name: object) -> Site:
-    """The site of a parameter that can be masked.
+def check_ref(module: object, name: object) -> ParameterRef:
+    """The reference to a parameter that can be masked.
 
     Raises:
         TypeError: unless given a module and a string.
@@ -76,11 +76,11 @@ def check_site(module: object, name: object) -> Site:
         raise TypeError(
             message("parameter", expected="a (module, name) pair", got=got, remedy=remedy)
         )
-    site = Site(module, name)
+    ref = ParameterRef(module, name)
     reshard([module])
-    if site.is_masked:
-        return site
-    subject = f"parameter {site}"
+    if ref.is_masked:
+        return ref
+    subject = f"parameter {ref}"
     own = [dense_name(module, key) for key, p in module._parameters.items() if p is not None]
     if parametrize.is_parametrized(module, name):
         remedy = "Call torch.nn.utils.parametrize.remove_parametrizations first."
@@ -126,7 +126,7 @@ def check_site(module: object, name: object) -> Site:
         expected = f"one of {', '.join(map(str, MASKABLE))}"
         remedy = "Cast it first, or leave it out: only such weights can be pruned."
         raise ValueError(message(subject, expected=expected, got=parameter.dtype, remedy=remedy))
-    return site
+    return ref
 
 
 def _is_taken(module: nn.Module, key: str) -> bool:
@@ -145,15 +145,15 @@ def parameter_list(parameters: object) -> list[Any]:
     return list(parameters)
 
 
-def site_of(pair: object) -> Site:
-    """The site of a (module, name) pair.
+def ref_of(pair: object) -> ParameterRef:
+    """The reference to a (module, name) pair.
 
     Raises:
-        TypeError, ValueError: for no such pair, or as :func:`check_site` does.
+        TypeError, ValueError: for no such pair, or as :func:`check_ref` does.
     """
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
         raise TypeError(_not_pairs(shown(pair)))
-    return check_site(*pair)
+    return check_ref(*pair)
 
 
 def _not_pairs(got: str) -> str:
@@ -161,49 +161,49 @@ def _not_pairs(got: str) -> str:
     return message("parameters", expected="(module, name) pairs", got=got, remedy=remedy)
 
 
-def check_has_values(site: Site) -> None:
+def check_has_values(ref: ParameterRef) -> None:
     """Raise a ValueError for a parameter on the meta device: it can be masked, but not ranked."""
-    if site.original.is_meta:
+    if ref.original.is_meta:
         remedy = "Materialize the model first: load_state_dict(…, assign=True), or to_empty."
         got = "a parameter on the meta device"
-        raise ValueError(message(f"parameter {site}", expected="values", got=got, remedy=remedy))
+        raise ValueError(message(f"parameter {ref}", expected="values", got=got, remedy=remedy))
 
 
-def check_scores(site: Site, scores: Tensor | None) -> Tensor:
-    """What a site is ranked by: ``weight_orig``, or the scores that were given.
+def check_scores(ref: ParameterRef, scores: Tensor | None) -> Tensor:
+    """What a parameter is ranked by: ``weight_orig``, or the scores that were given.
 
     Raises:
         TypeError: unless given a tensor of numbers.
         ValueError: for another shape than the parameter's.
     """
-    if scores is None or site.is_masked:
-        check_has_values(site)
+    if scores is None or ref.is_masked:
+        check_has_values(ref)
     if scores is None:
-        return site.original.detach()
-    subject = f"importance_scores for {site}"
+        return ref.original.detach()
+    subject = f"importance_scores for {ref}"
     remedy = "Give every entry of the parameter one score."
     if not isinstance(scores, Tensor) or scores.is_complex() or scores.dtype == torch.bool:
         got = str(scores.dtype) if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(message(subject, expected="a tensor of numbers", got=got, remedy=remedy))
-    if scores.shape != site.original.shape:
-        expected = f"shape {tuple(site.original.shape)}"
+    if scores.shape != ref.original.shape:
+        expected = f"shape {tuple(ref.original.shape)}"
         got = f"shape {tuple(scores.shape)}"
         raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
     if not scores.is_floating_point() and scores.numel() and _exceeds(scores, 1 << 53):
         expected, got = "integers within ±2**53, which float64 tells apart", "larger ones"
         raise ValueError(message(subject, expected=expected, got=got, remedy="Scale them down."))
-    return placed_like(scores.detach(), site.original)
+    return placed_like(scores.detach(), ref.original)
 
 
 def _exceeds(scores: Tensor, bound: int) -> bool:
     return int(scores.max()) > bound or int(scores.min()) < -bound
 
 
-def masked_sites(modules: Iterable[nn.Module]) -> list[Site]:
-    """Every site of the modules that is masked, by whatever pruning method."""
+def masked_refs(modules: Iterable[nn.Module]) -> list[ParameterRef]:
+    """Every parameter of the modules that is masked, by whatever pruning method."""
     return [
-        Site(module, key.removesuffix(ORIG))
+        ParameterRef(module, key.removesuffix(ORIG))
         for module in modules
         for key in module._parameters
-        if key.endswith(ORIG) and Site(module, key.removesuffix(ORIG)).is_masked
+        if key.endswith(ORIG) and ParameterRef(module, key.removesuffix(ORIG)).is_masked
     ]

@@ -10,7 +10,7 @@ from torch import nn
 from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
 from torch_rsst.masking.mask_sets import unwrap
 from torch_rsst.masking.masked_parameter import restore
-from torch_rsst.masking.parameter_ref import masked_sites
+from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.utils.errors import UnfrozenZerosWarning
 
 
@@ -40,9 +40,9 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
     Warns:
         UnfrozenZerosWarning: for ``freeze_zeros=None``, where masked entries became zeros.
     """
-    sites = masked_sites(unwrap(model).modules())
-    zeros = [(site, ~alive) for site in sites if (alive := site.alive) is not None]
-    restore(sites, hold_zeros=partial(hold_at_zero, zeros) if freeze_zeros else None)
+    refs = masked_refs(unwrap(model).modules())
+    zeros = [(ref, ~alive) for ref in refs if (alive := ref.alive) is not None]
+    restore(refs, hold_zeros=partial(hold_at_zero, zeros) if freeze_zeros else None)
     if freeze_zeros is None and any(bool(dead.any()) for _, dead in zeros):
         warnings.warn(
             "The masks are gone, their zeros are ordinary weights now and come back to life if you "

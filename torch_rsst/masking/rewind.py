@@ -12,7 +12,7 @@ from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.mask_sets import (
     dense_keys,
-    named_sites,
+    named_refs,
     named_weights,
     unwrap,
     without_wrappers,
@@ -84,7 +84,7 @@ class Snapshot:
         """Put alive entries of every parameter and all buffers back, in place; masked latents stay."""
         present = _buffers(model)
         with torch.no_grad():
-            for name, places in named_sites(model).items():
+            for name, places in named_refs(model).items():
                 if name in self.weights:
                     original, alive = places[0].original, places[0].alive
                     value = self.weights[name].to(original)
@@ -103,7 +103,7 @@ class Snapshot:
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    masks = {id(site.mask) for places in named_sites(model).values() for site in places}
+    masks = {id(ref.mask) for places in named_refs(model).values() for ref in places}
     return {
         without_wrappers(name): buffer
         for name, buffer in unwrap(model).named_buffers()

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_rsst.distributed.fsdp import tell_of_new_name
+from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.masking.live_weight import ORIG
-from torch_rsst.masking.parameter_ref import Site
-from torch_rsst.masking.saved_masks import ways_back
+from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.masking.saved_masks import restore_callbacks
 
 
 @contextmanager
-def place_kept(site: Site) -> Iterator[None]:
+def place_kept(ref: ParameterRef) -> Iterator[None]:
     """Put the parameter back to its place in the module, whatever name the block gives it."""
-    registry = site.module._parameters
+    registry = ref.module._parameters
 
     def key() -> str | None:
-        return next((k for k in (site.name + ORIG, site.name) if k in registry), None)
+        return next((k for k in (ref.name + ORIG, ref.name) if k in registry), None)
 
     old = key()
     order = list(registry)
@@ -46,20 +46,22 @@ class AllOrNothing:
     somebody drops the exception, and would put things back then.
     """
 
-    def __init__(self, sites: Sequence[Site], *, written: Sequence[Site] | None = None) -> None:
+    def __init__(
+        self, refs: Sequence[ParameterRef], *, written: Sequence[ParameterRef] | None = None
+    ) -> None:
         """Note what is there.
 
         Args:
-            sites: whose modules may change.
+            refs: whose modules may change.
             written: those with masks whose values may change; by default the same.
         """
-        self._sites, self._written = sites, sites if written is None else written
+        self._sites, self._written = refs, refs if written is None else written
         self._undo: list[Callable[[], object]] = []
 
     def __enter__(self) -> list[Callable[[], object]]:
-        modules = {id(site.module): site.module for site in self._sites}.values()
-        masks = {id(site.mask): site.mask for site in self._written if site.mask is not None}
-        self._masks_back = ways_back(list(masks.values()))
+        modules = {id(ref.module): ref.module for ref in self._sites}.values()
+        masks = {id(ref.mask): ref.mask for ref in self._written if ref.mask is not None}
+        self._masks_back = restore_callbacks(list(masks.values()))
         self._modules_back = [
             partial(_put_back, module, type(module), _shallow(module)) for module in modules
         ]
@@ -73,7 +75,7 @@ class AllOrNothing:
     ) -> None:
         if kind is None:
             return
-        names_back = [partial(_tell_of_present_name, site) for site in self._sites]
+        names_back = [partial(_restore_parameter_name, ref) for ref in self._sites]
         with torch.no_grad():
             _to_the_end(
                 [*self._modules_back, *names_back, *reversed(self._undo), *self._masks_back]
@@ -97,11 +99,11 @@ def _to_the_end(steps: Sequence[Callable[[], object]]) -> None:
         raise raised
 
 
-def _tell_of_present_name(site: Site) -> None:
-    now, other = site.name, site.name + ORIG
-    if other in site.module._parameters:
+def _restore_parameter_name(ref: ParameterRef) -> None:
+    now, other = ref.name, ref.name + ORIG
+    if other in ref.module._parameters:
         now, other = other, now
-    tell_of_new_name(site.module, other, now)
+    rename_parameter(ref.module, other, now)
 
 
 def _shallow(module: nn.Module) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def is_writable(tensor: Tensor) -> bool:
     return has_own_memory(tensor) and not tensor.is_inference()
 
 
-def ways_back(masks: Sequence[Tensor]) -> list[Callable[[], object]]:
+def restore_callbacks(masks: Sequence[Tensor]) -> list[Callable[[], object]]:
     """What gives masks their present values again; those that are not writable keep them."""
     parts = [local(mask) for mask in masks if is_writable(mask)]
 

@@ -71,7 +71,7 @@ def innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def divide(
+def assign_to_optimizers(
     parameters: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer], mode: Mode
 ) -> list[Share]:
     """What each optimizer has to penalize.
@@ -112,7 +112,7 @@ def divide(
     ]
 
 
-def steps_of_each(steps: list[int], optimizers: int) -> list[int]:
+def expand_step_counts(steps: list[int], optimizers: int) -> list[int]:
     """Step counts for so many optimizers; a single count holds for each.
 
     Raises:

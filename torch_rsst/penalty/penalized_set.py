@@ -21,7 +21,7 @@ from torch_rsst.distributed.dtensor import (
     sharded_like,
     total,
 )
-from torch_rsst.masking.mask_sets import named_sites
+from torch_rsst.masking.mask_sets import named_refs
 from torch_rsst.masking.parameter_ref import MASKABLE
 from torch_rsst.utils.errors import MissingNameError, listing, message
 
@@ -32,19 +32,19 @@ class PenalizedSet:
     """Parameters with entries in P, by dense name; parameters without any are left out."""
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        sites = named_sites(model)
+        refs = named_refs(model)
         self._entries: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._factors: dict[Any, _Factors] = {}
         self._memory = _Memory()
         for name, mask in masks.items():
             subject = f"refill mask of {name!r}"
-            if name not in sites:
-                remedy = f"It has {listing(sites)}."
+            if name not in refs:
+                remedy = f"It has {listing(refs)}."
                 expected = "a parameter of the model"
                 raise MissingNameError(
                     message(subject, expected=expected, got="no such name", remedy=remedy)
                 )
-            parameter = sites[name][0].original
+            parameter = refs[name][0].original
             if mask.shape != parameter.shape:
                 expected = f"the parameter's shape {tuple(parameter.shape)}"
                 got, remedy = f"shape {tuple(mask.shape)}", "Make the masks with regroup(model, …)."

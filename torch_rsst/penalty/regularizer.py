@@ -20,11 +20,11 @@ from torch_rsst.penalty.hooks import (
     Optimizers,
     Share,
     as_optimizers,
-    divide,
+    assign_to_optimizers,
+    expand_step_counts,
     hook_gradients,
     hook_steps,
     is_coupled,
-    steps_of_each,
 )
 from torch_rsst.penalty.penalized_set import PenalizedSet
 from torch_rsst.schedules import Schedule, resolve_schedule, strength_at
@@ -218,8 +218,10 @@ class RegularizedPruner:
             raise RuntimeError(
                 message("attach", expected="one optimizer, once", got=got, remedy=remedy)
             )
-        shares = divide(self._penalized.parameters(), optimizers, self._requested_mode)
-        steps = steps_of_each(self._steps, len(optimizers))
+        shares = assign_to_optimizers(
+            self._penalized.parameters(), optimizers, self._requested_mode
+        )
+        steps = expand_step_counts(self._steps, len(optimizers))
         self._detach_hooks()
         self._optimizers, self._shares, self._steps = optimizers, shares, steps
         for index, each in enumerate(optimizers):
@@ -300,7 +302,7 @@ class RegularizedPruner:
                 message("state of RegularizedPruner", expected=expected, got=got, remedy=remedy)
             )
         if optimizers is not None:
-            steps_of_each(state["optimizer_steps"], optimizers)
+            expand_step_counts(state["optimizer_steps"], optimizers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the state was taken, before or after :meth:`attach`.
@@ -312,7 +314,7 @@ class RegularizedPruner:
         attached = len(self._optimizers) or None
         self.check_state(state, self.total_steps, optimizers=attached)
         steps = [int(each) for each in state["optimizer_steps"]]
-        self._steps = steps if attached is None else steps_of_each(steps, attached)
+        self._steps = steps if attached is None else expand_step_counts(steps, attached)
         self._start_norm = float(state["start_norm"])
 
     def __enter__(self) -> RegularizedPruner:

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from torch_rsst.groups.groups import Groups
 from torch_rsst.importance.registry import remain
-from torch_rsst.masking.mask_sets import Masks, alive_in, named_sites
+from torch_rsst.masking.mask_sets import Masks, alive_in, named_refs
 from torch_rsst.masking.parameter_ref import (
     Parameter,
     check_has_values,
-    check_site,
+    check_ref,
     parameter_list,
-    site_of,
+    ref_of,
 )
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.utils.amounts import Amount, to_count
@@ -30,21 +30,21 @@ def ranked_names(
         KeyError: for a parameter that the model does not have.
         ValueError: for one listed twice, or none at all.
     """
-    sites = named_sites(model)
+    refs = named_refs(model)
     if parameters is None:
         members = {m.parameter for layer in groups.layers for m in layer.ranked}
-        names = [name for name in sites if name in members]
+        names = [name for name in refs if name in members]
     else:
-        by_identity = {id(places[0].original): name for name, places in sites.items()}
+        by_identity = {id(places[0].original): name for name, places in refs.items()}
         names = []
         for parameter in parameter_list(parameters):
             if isinstance(parameter, str):
                 name = parameter
             else:
-                site = site_of(parameter)
-                name = by_identity.get(id(site.original), f"{site.name} of another model")
-            if name not in sites:
-                remedy = f"It has {listing(sites)}."
+                ref = ref_of(parameter)
+                name = by_identity.get(id(ref.original), f"{ref.name} of another model")
+            if name not in refs:
+                remedy = f"It has {listing(refs)}."
                 raise MissingNameError(
                     message(
                         f"parameters: {name!r}",
@@ -63,7 +63,7 @@ def ranked_names(
         remedy = "Pass the result of find_groups(model), or parameters."
         raise ValueError(message("groups", expected="at least one", got="none", remedy=remedy))
     for name in names:
-        check_has_values(check_site(sites[name][0].module, sites[name][0].name))
+        check_has_values(check_ref(refs[name][0].module, refs[name][0].name))
     return names
 
 

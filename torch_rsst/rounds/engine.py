@@ -23,12 +23,12 @@ from torch_rsst.masking.mask_sets import (
     Masks,
     apply_mask,
     extract_mask,
-    named_sites,
+    named_refs,
     named_weights,
     unwrap,
 )
 from torch_rsst.masking.optimizer_state import reset_returned
-from torch_rsst.masking.parameter_ref import Parameter, masked_sites
+from torch_rsst.masking.parameter_ref import Parameter, masked_refs
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers
@@ -307,7 +307,7 @@ class Rounds(ABC):
             ValueError: for the state of rounds with other settings or of another model, or a damaged
                 one; the model's masks are as before then.
         """
-        sites = [site for places in named_sites(self._model).values() for site in places]
+        refs = [ref for places in named_refs(self._model).values() for ref in places]
         with damage_reported():
             saved = RoundsState.read(
                 state,
@@ -316,7 +316,7 @@ class Rounds(ABC):
                 groups=self._groups,
                 check_pruner=self._check_pruner,
             )
-            with AllOrNothing(sites):
+            with AllOrNothing(refs):
                 self._continue(saved)
 
     def _check_pruner(self, state: Mapping[str, Any]) -> None:
@@ -359,7 +359,7 @@ class Rounds(ABC):
         apply_mask(self._model, masks)
         reset_returned(self._optimizers, self._model, before)
         if self.freeze_masked:
-            freeze_latents(masked_sites(self._model.modules()))
+            freeze_latents(masked_refs(self._model.modules()))
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for a state to fit: plain values, callables by their name."""

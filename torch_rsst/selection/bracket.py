@@ -174,7 +174,7 @@ def narrowed(
 
 
 def stride_of(entries: int, sample: int) -> int:
-    """Every how manieth entry makes a sample of about that size; less than 2: no sample."""
+    """The stride at which entries make a sample of about that size; less than 2: no sample."""
     stride = entries // sample
     while stride > 1 and math.gcd(stride, 30) > 1:  # out of step with rows and channels
         stride += 1
@@ -265,7 +265,7 @@ def _survey(
     for position, column in enumerate(columns):
         blocks = column.pairs(turn=(turn + position) % turns, turns=turns) if column.counts else ()
         for start, keys, among in blocks:
-            above, near = column.scratch.room(keys.numel()).flags
+            above, near = column.scratch.workspace(keys.numel()).flags
             compare(keys, ">=", low, out=above)
             if among is not None:
                 above &= column.scratch.competing(among)

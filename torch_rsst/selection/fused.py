@@ -231,16 +231,16 @@ class Fused:
         likely = int(reduce(((sample >= low) & (sample <= high)).sum())) / size
         if likely * entries > max(_FEW * entries, _LEAST):
             return None
-        room = _LEAST + int(2 * likely * self._own)
+        workspace = _LEAST + int(2 * likely * self._own)
         counts = torch.zeros(3 + len(self._columns), dtype=torch.int64, device=self._device)
-        keys = torch.full((room,), kind.highest, dtype=kind.integer, device=self._device)
+        keys = torch.full((workspace,), kind.highest, dtype=kind.integer, device=self._device)
         tensor_of, index_of = torch.zeros_like(keys), torch.zeros_like(keys, dtype=torch.int64)
         for group in self._counted:
             collected = counts, keys, tensor_of, index_of
             offsets = [0 if c.layout is not None else c.offset for c in group.columns.values()]
             rows = {kernels.OFFSET: offsets}
-            group.launch(kernels.survey, *collected, low, high, room, rows=rows)
-        counts[-1] = counts[1] > room
+            group.launch(kernels.survey, *collected, low, high, workspace, rows=rows)
+        counts[-1] = counts[1] > workspace
         counts = reduce(counts)
 
         def places(key: Tensor) -> list[Tensor]:

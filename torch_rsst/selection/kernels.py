@@ -1,7 +1,7 @@
 """What the passes of :mod:`torch_rsst.selection.fused` do on the device, in Triton: a launch each.
 
 A table tells where the tensors lie. Programs are numbered by tensor and tile; where a tensor has more
-tiles than there are programs for it, each takes every so manieth. Keys are made as
+tiles than there are programs for it, each takes every stride-th. Keys are made as
 :class:`torch_rsst.selection.keys.Scratch` makes them.
 """
 
@@ -98,7 +98,7 @@ def count_and_sample(
     tl.atomic_add(count, tl.sum(competing, 0).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["low", "high", "room"])
+@triton.jit(do_not_specialize=["low", "high", "workspace"])
 def survey(
     table,
     counts,
@@ -107,7 +107,7 @@ def survey(
     index_of,
     low,
     high,
-    room,
+    workspace,
     score: tl.constexpr,
     among: tl.constexpr,
     absolute: tl.constexpr,
@@ -130,7 +130,7 @@ def survey(
         number = tl.max(order, 0)
         if number > 0:
             slot = tl.atomic_add(counts + 1, number.to(tl.int64)) + order - 1
-            near = near & (slot < room)
+            near = near & (slot < workspace)
             tl.store(found + slot, keys, mask=near)
             tl.store(tensor_of + slot, tl.zeros_like(keys) + position, mask=near)
             tl.store(index_of + slot, offset + start + lane, mask=near)

@@ -67,7 +67,7 @@ class Kind:
 
 
 @dataclass(frozen=True, eq=False)
-class Room:
+class Workspace:
     """Memory for the work on a block, as long as that is.
 
     Attributes:
@@ -93,17 +93,17 @@ class Scratch(threading.local):
 
     def __init__(self, size: int, kind: Kind, device: torch.device) -> None:
         self.size, self.kind, self.device = size, kind, device
-        self._rooms: dict[int, Room] = {}  # few: most blocks are of the same size
+        self._workspaces: dict[int, Workspace] = {}  # few: most blocks are of the same size
 
-    def room(self, size: int) -> Room:
+    def workspace(self, size: int) -> Workspace:
         """The memory, cut to a size."""
-        if size not in self._rooms:
+        if size not in self._workspaces:
             # What is made in inference mode, views included, could not be changed outside it.
             with torch.inference_mode(False):
                 keys, spare, competing, *flags = (memory[:size] for memory in self._memory)
                 values = keys.view(self.kind.real)
-            self._rooms[size] = Room(keys, values, spare, competing, (flags[0], flags[1]))
-        return self._rooms[size]
+            self._workspaces[size] = Workspace(keys, values, spare, competing, (flags[0], flags[1]))
+        return self._workspaces[size]
 
     @cached_property
     def _memory(self) -> list[Tensor]:
@@ -113,8 +113,8 @@ class Scratch(threading.local):
 
     def keys_of(self, scores: Tensor) -> Tensor:
         """The keys of flat scores, in memory that the next call overwrites."""
-        room = self.room(scores.numel())
-        keys, values = room.keys, room.values
+        workspace = self.workspace(scores.numel())
+        keys, values = workspace.keys, workspace.values
         if self.kind.absolute:
             if scores.dtype == values.dtype:
                 torch.abs(scores, out=values)
@@ -123,13 +123,13 @@ class Scratch(threading.local):
             return keys
         values.copy_(scores).add_(0.0)  # −0 + 0 is 0
         values.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)  # NaN: no sign
-        torch.bitwise_right_shift(keys, 8 * keys.element_size() - 1, out=room.spare)
-        keys ^= room.spare.bitwise_and_(self.kind.highest)
+        torch.bitwise_right_shift(keys, 8 * keys.element_size() - 1, out=workspace.spare)
+        keys ^= workspace.spare.bitwise_and_(self.kind.highest)
         return keys
 
     def below_all(self, keys: Tensor, among: Tensor) -> Tensor:
         """Give entries that do not compete the lowest key, in place."""
-        bits = self.room(keys.numel()).spare
+        bits = self.workspace(keys.numel()).spare
         # Arithmetic takes a tenth of the time of masked_fill_.
         bits.copy_(self.competing(among).view(torch.uint8)).neg_()  # −1 is all bits
         keys &= bits
@@ -137,7 +137,7 @@ class Scratch(threading.local):
 
     def competing(self, among: Tensor) -> Tensor:
         """Where entries compete, in memory that the next call overwrites."""
-        return nonzero(among, out=self.room(among.numel()).competing)
+        return nonzero(among, out=self.workspace(among.numel()).competing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +188,7 @@ class Column:
         The keys are overwritten when the thread asks for the next block.
 
         Args:
-            stride: only every so manieth entry, in the order of places.
+            stride: only every stride-th entry, in the order of places.
             turn: which share of the blocks is wanted, from 0.
             turns: how many shares there are.
         """
@@ -208,7 +208,7 @@ class Column:
         """Flat index of the first entry, scores and mask: block by block, every ``stride``-th entry."""
         if stride == 1:
             return self._views if self._in_place else self._cut(self.scratch.size)
-        # What lies between needs no room.
+        # What lies between needs no workspace.
         return self._sampled(stride, self.scratch.size * (stride if self._in_place else 1))
 
     def _sampled(self, stride: int, size: int) -> Iterator[Piece]:

@@ -265,7 +265,7 @@ class Cut:
         for position, (column, out) in enumerate(zip(self.columns, outs, strict=True)):
             blocks = column.pairs(turn=(turn + position) % turns, turns=turns)
             for start, keys, among in blocks:
-                marks, _ = column.scratch.room(keys.numel()).flags
+                marks, _ = column.scratch.workspace(keys.numel()).flags
                 bound = self._bound(column, start, keys)
                 compare(keys, "<=" if goes else ">", bound, out=marks)
                 if among is not None:

@@ -18,13 +18,13 @@ from torch_rsst.masking.masked_parameter import NewMasks, install
 from torch_rsst.masking.optimizer_state import reset_moments as reset_entries
 from torch_rsst.masking.parameter_ref import (
     Parameter,
-    Site,
+    ParameterRef,
+    check_ref,
     check_scores,
-    check_site,
     parameter_list,
-    site_of,
+    ref_of,
 )
-from torch_rsst.penalty.hooks import Optimizers, as_optimizers, divide
+from torch_rsst.penalty.hooks import Optimizers, as_optimizers
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.stock.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.utils.amounts import Amount, to_count
@@ -73,7 +73,7 @@ def global_unstructured(
             the score of an alive entry, or an amount out of range.
         RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
     """
-    sites, masks = agreed(
+    refs, masks = agreed(
         process_group,
         lambda: _choose(_distinct_sites(parameters), pruning_method, importance_scores, kwargs),
         lambda chosen: (
@@ -83,16 +83,16 @@ def global_unstructured(
             )
         ),
     )
-    install(sites, masks)
+    install(refs, masks)
 
 
 def _choose(
-    sites: list[Site],
+    refs: list[ParameterRef],
     pruning_method: type[prune.BasePruningMethod],
     importance_scores: Mapping[Parameter, Tensor] | None,
     arguments: Mapping[str, Any],
-) -> tuple[list[Site], NewMasks]:
-    """The sites and their new masks; nothing is touched."""
+) -> tuple[list[ParameterRef], NewMasks]:
+    """The refs and their new masks; nothing is touched."""
     if not (isinstance(pruning_method, type) and issubclass(pruning_method, BasePruningMethod)):
         remedy = "Pass the class, such as GlobalL1, and its arguments by name: amount=0.2."
         got = getattr(pruning_method, "__name__", repr(pruning_method))
@@ -111,39 +111,39 @@ def _choose(
             )
         )
     _check_keys(importance_scores)
-    by_parameter = _by_parameter(sites)
+    by_parameter = _by_parameter(refs)
     unique = [tied[0] for tied in by_parameter]
     scores = [_scores_of(tied, importance_scores) for tied in by_parameter]
     masks = _rank(method, unique, scores)
     if importance_scores is not None:
         # Scores may be masks, or share their memory: take all that is wanted before any changes.
         masks = NewMasks.of(masks.as_tensors(unique))
-    return sites, masks
+    return refs, masks
 
 
-def _distinct_sites(parameters: Iterable[Parameter]) -> list[Site]:
-    sites: dict[Site, None] = {}  # a set that keeps the order
+def _distinct_sites(parameters: Iterable[Parameter]) -> list[ParameterRef]:
+    refs: dict[ParameterRef, None] = {}  # a set that keeps the order
     for pair in parameter_list(parameters):
-        site = site_of(pair)
-        if site in sites:
+        ref = ref_of(pair)
+        if ref in refs:
             remedy = "List every parameter once: twice, its entries would be counted twice."
             raise ValueError(
                 message(
-                    f"parameter {site}", expected="to be listed once", got="it twice", remedy=remedy
+                    f"parameter {ref}", expected="to be listed once", got="it twice", remedy=remedy
                 )
             )
-        sites[site] = None
-    if not sites:
+        refs[ref] = None
+    if not refs:
         remedy = "Name the parameters to prune."
         raise ValueError(message("parameters", expected="at least one", got="none", remedy=remedy))
-    return list(sites)
+    return list(refs)
 
 
-def _by_parameter(sites: list[Site]) -> list[list[Site]]:
-    """The sites that share a parameter, together."""
-    tied: dict[int, list[Site]] = {}
-    for site in sites:
-        tied.setdefault(id(site.original), []).append(site)
+def _by_parameter(refs: list[ParameterRef]) -> list[list[ParameterRef]]:
+    """The refs that share a parameter, together."""
+    tied: dict[int, list[ParameterRef]] = {}
+    for ref in refs:
+        tied.setdefault(id(ref.original), []).append(ref)
     return list(tied.values())
 
 
@@ -169,11 +169,13 @@ def _check_keys(importance_scores: object) -> None:
             raise TypeError(message(subject, expected="a tensor", got=scores, remedy=remedy))
 
 
-def _scores_of(tied: list[Site], importance_scores: Mapping[Parameter, Tensor] | None) -> Tensor:
+def _scores_of(
+    tied: list[ParameterRef], importance_scores: Mapping[Parameter, Tensor] | None
+) -> Tensor:
     """What a parameter is ranked by; scores may be given for any of the modules that share it."""
     if importance_scores is None:
         return check_scores(tied[0], None)
-    keys = [(site.module, site.name) for site in tied]
+    keys = [(ref.module, ref.name) for ref in tied]
     given = [importance_scores[key] for key in keys if key in importance_scores]
     if len(given) > 1:
         remedy = "Give them for one of the modules that share the parameter."
@@ -184,31 +186,31 @@ def _scores_of(tied: list[Site], importance_scores: Mapping[Parameter, Tensor] |
     return check_scores(tied[0], given[0] if given else None)
 
 
-def _rank(method: Any, sites: list[Site], scores: list[Tensor]) -> NewMasks:
-    """The new masks of all sites; L1 ranking without joining them into one vector."""
+def _rank(method: Any, refs: list[ParameterRef], scores: list[Tensor]) -> NewMasks:
+    """The new masks of all refs; L1 ranking without joining them into one vector."""
     if type(method).compute_mask not in _L1_RULES:
-        return NewMasks.of(_rank_joined(method, sites, scores))
-    names = [str(site) for site in sites]
-    ranking = Ranking(scores, among=[site.mask for site in sites], absolute=True, names=names)
+        return NewMasks.of(_rank_joined(method, refs, scores))
+    names = [str(ref) for ref in refs]
+    ranking = Ranking(scores, among=[ref.mask for ref in refs], absolute=True, names=names)
     cut = ranking.cut(to_count(method.amount, ranking.available, of="alive entries"))
     return NewMasks(cut.write_stays, cut.writes_at_once)
 
 
-def _rank_joined(method: Any, sites: list[Site], scores: list[Tensor]) -> list[Tensor]:
+def _rank_joined(method: Any, refs: list[ParameterRef], scores: list[Tensor]) -> list[Tensor]:
     """Any other unstructured method sees the alive entries of all parameters as one vector."""
     alive = torch.cat(
         [
-            torch.ones_like(site.original, dtype=torch.bool).reshape(-1)
+            torch.ones_like(ref.original, dtype=torch.bool).reshape(-1)
             if mask is None
             else mask.reshape(-1)
-            for site in sites
-            for mask in [site.alive]
+            for ref in refs
+            for mask in [ref.alive]
         ]
     )
     candidates = torch.cat([score.reshape(-1) for score in scores])[alive]
     alive[alive.clone()] = method.compute_mask(candidates, torch.ones_like(candidates)) != 0
-    parts = torch.split(alive, [site.original.numel() for site in sites])
-    return [part.reshape(site.original.shape) for part, site in zip(parts, sites, strict=True)]
+    parts = torch.split(alive, [ref.original.numel() for ref in refs])
+    return [part.reshape(ref.original.shape) for part, ref in zip(parts, refs, strict=True)]
 
 
 def head_structured(
@@ -293,17 +295,17 @@ def fillback(
         ValueError: for a dense parameter, a rate out of range, a NaN score, a missing snapshot or
             optimizers that do not update the parameter.
     """
-    site = check_site(module, name)
+    ref = check_ref(module, name)
     optimizers = [] if reset_moments is None else as_optimizers(reset_moments)
     if optimizers:
-        divide({name: site.original}, optimizers, "auto")
-    masked = None if site.alive is None else ~site.alive
+        assign_to_optimizers({name: ref.original}, optimizers, "auto")
+    masked = None if ref.alive is None else ~ref.alive
     Fillback.apply(
         module, name, rate, importance_scores=importance_scores, policy=policy, snapshot=snapshot
     )
-    if masked is not None and site.alive is not None:
+    if masked is not None and ref.alive is not None:
         for optimizer in optimizers:
-            reset_entries(optimizer, site.original, masked & site.alive)
+            reset_entries(optimizer, ref.original, masked & ref.alive)
     if freeze_masked:
-        freeze_latents([site])
+        freeze_latents([ref])
     return module

@@ -13,7 +13,7 @@ from torch_rsst.groups.groups import head_layer
 from torch_rsst.importance.registry import Importance, remain, resolve_importance, score_units
 from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.masked_parameter import MaskHook
-from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.regrouping.keep_units import ScoredLayer, keep_units
 from torch_rsst.selection.topk import lowest
@@ -180,26 +180,26 @@ class Fillback(MaskHook):
             lowest([reverse], count, among=[masked], names=["the masked entries"])[0], 1
         )
 
-    def _apply_to(self, site: Site, importance_scores: Tensor | None) -> None:
-        if site.mask is None:
+    def _apply_to(self, ref: ParameterRef, importance_scores: Tensor | None) -> None:
+        if ref.mask is None:
             raise ValueError(
                 message(
-                    f"fillback of {site}",
+                    f"fillback of {ref}",
                     expected="a masked parameter",
                     got="a dense one",
                     remedy="Prune it first; there is nothing to give back.",
                 )
             )
-        value = self._returning_value(site.name, site.original)
+        value = self._returning_value(ref.name, ref.original)
         if value is None:
-            super()._apply_to(site, importance_scores)
+            super()._apply_to(ref, importance_scores)
             return
-        masked = site.mask == 0
-        with torch.no_grad(), AllOrNothing([site]):
-            super()._apply_to(site, importance_scores)
-            returned = masked & (site.mask != 0)
+        masked = ref.mask == 0
+        with torch.no_grad(), AllOrNothing([ref]):
+            super()._apply_to(ref, importance_scores)
+            returned = masked & (ref.mask != 0)
             # In one go, at the very end: nothing can fail after it.
-            site.original.copy_(torch.where(returned, value, site.original))
+            ref.original.copy_(torch.where(returned, value, ref.original))
 
     def _returning_value(self, name: str, original: Tensor) -> Tensor | None:
         if self.policy == "latent":

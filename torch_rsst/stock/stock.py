@@ -20,7 +20,7 @@ from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import ORIG, make_live, make_plain
 from torch_rsst.masking.masked_parameter import MaskHook, find_hook, restore, zero
-from torch_rsst.masking.parameter_ref import Site
+from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.utils.errors import message
 
@@ -34,19 +34,19 @@ def _safe(function: F) -> F:
     def safe(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(module, nn.Module):  # PyTorch's own error
             return function(module, name, *args, **kwargs)
-        site = Site(module, name)
+        ref = ParameterRef(module, name)
         if function is not prune.remove:
             _refuse_shards(module, name)
             reshard([module])
-        mask = site.mask
-        with AllOrNothing([site]) as undo, place_kept(site):
-            undo.append(frozen_now([site]))
+        mask = ref.mask
+        with AllOrNothing([ref]) as undo, place_kept(ref):
+            undo.append(frozen_now([ref]))
             result = function(module, name, *args, **kwargs)
-            (make_live if site.is_masked else make_plain)(module, name)
-            if mask is None and site.is_masked:
-                end_freeze(site)
-            if mask is not None and not site.is_masked:
-                zero(site.original, mask)  # PyTorch multiplies, and NaN · 0 is NaN
+            (make_live if ref.is_masked else make_plain)(module, name)
+            if mask is None and ref.is_masked:
+                end_freeze(ref)
+            if mask is not None and not ref.is_masked:
+                zero(ref.original, mask)  # PyTorch multiplies, and NaN · 0 is NaN
         return result
 
     safe.__module__ = __name__  # pickled by reference to this one
@@ -77,11 +77,11 @@ custom_from_mask = _safe(prune.custom_from_mask)
 @functools.wraps(prune.remove)
 def remove(module: nn.Module, name: str) -> nn.Module:
     """Whatever PyTorch's hook does by itself keeps no latent for a failure; so it is not asked."""
-    site = Site(module, name) if isinstance(module, nn.Module) else None
-    found = find_hook(site) if site is not None and site.is_masked else None
-    if site is None or found is None or type(found[1]).remove not in _KNOWN:
+    ref = ParameterRef(module, name) if isinstance(module, nn.Module) else None
+    found = find_hook(ref) if ref is not None and ref.is_masked else None
+    if ref is None or found is None or type(found[1]).remove not in _KNOWN:
         return _safe(prune.remove)(module, name)  # type: ignore[no-any-return,no-untyped-call]
-    restore([site])
+    restore([ref])
     return module
 
 

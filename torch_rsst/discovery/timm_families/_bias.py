@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torch_rsst.discovery.head_parts import Part, giving
+from torch_rsst.discovery.head_parts import Part, produces
 
-BIASED_QKV = (*giving("qkv", 3), Part("q_bias"), Part("k_bias"), Part("v_bias"))
+BIASED_QKV = (*produces("qkv", 3), Part("q_bias"), Part("k_bias"), Part("v_bias"))
 
 
 def biased_qkv(module: Any, x: Tensor) -> Tensor:

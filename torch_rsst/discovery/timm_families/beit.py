@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes
 from torch_rsst.discovery.timm_families._bias import BIASED_QKV, biased_qkv
 
 
@@ -31,7 +31,7 @@ class BeitAttention(HeadAdapter):
     """``timm.models.beit.Attention``."""
 
     classes = (Attention,)
-    parts = (*BIASED_QKV, Part("relative_position_bias_table", 1), *taking())
+    parts = (*BIASED_QKV, Part("relative_position_bias_table", 1), *consumes())
     slim = (SlimBeitAttention,)
     recalls = True
 

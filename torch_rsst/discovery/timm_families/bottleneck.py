@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Unsupported, holds, register
 from torch_rsst.discovery.become import become
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, normed, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, normed, produces
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal
 
@@ -56,11 +56,11 @@ class BottleneckAttention(HeadAdapter):
 
     classes = (SelfAttnBlock,)
     parts = (
-        *giving("self_attn.q"),
-        *giving("self_attn.kv"),
+        *produces("self_attn.q"),
+        *produces("self_attn.kv"),
         *normed("self_attn.norm_q"),
         *normed("post_attn"),
-        *taking("conv3_1x1.conv"),
+        *consumes("conv3_1x1.conv"),
     )
     scaled = ("self_attn.num_heads", "self_attn.dim_out_qk", "self_attn.dim_out_v")
     least = 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 from torch_rsst.groups.surgery import module_at
 
 
@@ -44,7 +44,7 @@ class CaitClassAttention(HeadAdapter):
     """``timm.models.cait.ClassAttn``, which XCiT uses, too."""
 
     classes = (ClassAttn,)
-    parts = (*giving("q"), *giving("k"), *giving("v"), *taking())
+    parts = (*produces("q"), *produces("k"), *produces("v"), *consumes())
     slim = (SlimClassAttn,)
 
     def emptied(self, module: nn.Module) -> nn.Module:
@@ -61,9 +61,9 @@ class CaitTalkingHeads(HeadAdapter):
 
     classes = (TalkingHeadAttn,)
     parts = (
-        *giving("qkv", 3),
-        *(part for name in ("proj_l", "proj_w") for part in (*giving(name), *taking(name))),
-        *taking(),
+        *produces("qkv", 3),
+        *(part for name in ("proj_l", "proj_w") for part in (*produces(name), *consumes(name))),
+        *consumes(),
     )
     slim = (SlimTalkingHeadAttn,)
 

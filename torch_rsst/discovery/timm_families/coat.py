@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import join_heads, split_heads, unflatten
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 
 
 class SlimFactorAttention(FactorAttnConvRelPosEnc):
@@ -63,7 +63,7 @@ class CoatAttention(HeadAdapter):
     """``timm.models.coat.FactorAttnConvRelPosEnc``."""
 
     classes = (FactorAttnConvRelPosEnc,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimFactorAttention,)
     recalls = True
 

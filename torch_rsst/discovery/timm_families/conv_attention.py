@@ -6,7 +6,7 @@ from timm.models import cpubone, lowformer
 from torch import nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
 class ConvAttentionHeads(HeadAdapter):
@@ -26,10 +26,10 @@ class ConvAttentionHeads(HeadAdapter):
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
         if not isinstance(module.o_proj, nn.Identity):
-            return (*giving("pwise"), *taking("o_proj"))
+            return (*produces("pwise"), *consumes("o_proj"))
         if isinstance(module.upsampling, nn.ConvTranspose2d):
-            return (*giving("pwise"), *taking("upsampling", dim=0))
-        return (*giving("pwise"), *taking("upsampling.0"))
+            return (*produces("pwise"), *consumes("upsampling", dim=0))
+        return (*produces("pwise"), *consumes("upsampling.0"))
 
 
 register(ConvAttentionHeads())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
 class SlimMHSA(MHSA):
@@ -49,13 +49,13 @@ class ConVitAttention(HeadAdapter):
 
     classes = (MHSA, GPSA)
     parts = (
-        *giving("qkv", 3),
-        *giving("qk", 2),
-        *giving("v"),
+        *produces("qkv", 3),
+        *produces("qk", 2),
+        *produces("v"),
         Part("pos_proj.weight"),
         Part("pos_proj.bias"),
         Part("gating_param"),
-        *taking(),
+        *consumes(),
     )
     slim = (
         SlimMHSA,

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import join_heads, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
 def _cross_covariance(module: Any, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class CrossCovariance(HeadAdapter):
     """``timm.models.xcit.XCA`` and ``timm.models.edgenext.CrossCovarianceAttn``."""
 
     classes = (XCA, CrossCovarianceAttn)
-    parts = (*giving("qkv", 3), Part("temperature"), *taking())
+    parts = (*produces("qkv", 3), Part("temperature"), *consumes())
     slim = (
         SlimXCA,
         SlimCrossCovarianceAttn,

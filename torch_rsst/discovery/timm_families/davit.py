@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 
 
 class SlimChannelAttention(ChannelAttention):
@@ -49,7 +49,7 @@ class DavitAttention(HeadAdapter):
     """``ChannelAttention`` and ``WindowAttention`` of ``timm.models.davit``."""
 
     classes = (ChannelAttention, WindowAttention)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     slim = (
         SlimChannelAttention,
         SlimDavitWindowAttention,
@@ -60,7 +60,7 @@ class DavitChannelGroups(HeadAdapter):
     """``timm.models.davit.ChannelAttentionV2``, which calls its heads groups."""
 
     classes = (ChannelAttentionV2,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     heads_at = "groups"
     slim = (SlimChannelAttentionV2,)
 

@@ -6,7 +6,7 @@ from timm.models import efficientformer, efficientformer_v2, tiny_vit
 from torch import nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, normed, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, normed, produces
 from torch_rsst.discovery.timm_families.levit import forget_biases
 from torch_rsst.groups.surgery import Removal
 
@@ -25,7 +25,7 @@ class EfficientFormerAttention(_WithPositions):
     """
 
     classes = (efficientformer.Attention, tiny_vit.Attention)
-    parts = (*giving("qkv"), Part("attention_biases"), *taking())
+    parts = (*produces("qkv"), Part("attention_biases"), *consumes())
     scaled = ("key_attn_dim", "val_attn_dim", "out_dim")
 
 
@@ -41,15 +41,15 @@ class EfficientFormerV2Attention(_WithPositions):
         *(
             part
             for name in ("q", "q.proj", "k", "v", "v_local")
-            for part in (*giving(f"{name}.conv"), *normed(f"{name}.bn"))
+            for part in (*produces(f"{name}.conv"), *normed(f"{name}.bn"))
         ),
         *(
             part
             for name in ("talking_head1", "talking_head2")
-            for part in (*giving(name), *taking(name))
+            for part in (*produces(name), *consumes(name))
         ),
         Part("attention_biases"),
-        *taking("proj.conv"),
+        *consumes("proj.conv"),
     )
     scaled = ("dh",)
     least = 1

@@ -8,7 +8,7 @@ from timm.models.efficientvit_mit import LiteMLA
 from torch import nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, normed, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, normed, produces
 
 
 class MultiScaleLinearAttention(HeadAdapter):
@@ -25,10 +25,10 @@ class MultiScaleLinearAttention(HeadAdapter):
         """See :class:`HeadAdapter`."""
         scales = range(self._scales(module))
         return (
-            *giving("qkv.conv"),
+            *produces("qkv.conv"),
             *normed("qkv.norm"),
-            *(part for i in scales for j in (0, 1) for part in giving(f"aggreg.{i}.{j}")),
-            *taking("proj.conv", stacked=1 + len(scales)),
+            *(part for i in scales for j in (0, 1) for part in produces(f"aggreg.{i}.{j}")),
+            *consumes("proj.conv", stacked=1 + len(scales)),
         )
 
     @staticmethod

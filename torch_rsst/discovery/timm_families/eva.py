@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 from torch_rsst.discovery.timm_families._bias import BIASED_QKV, biased_qkv
 from torch_rsst.discovery.timm_families.layers import spans_heads
 
@@ -56,11 +56,11 @@ class EvaAttentionHeads(HeadAdapter):
     classes = (EvaAttention,)
     parts = (
         *BIASED_QKV,
-        *giving("q_proj"),
-        *giving("k_proj"),
-        *giving("v_proj"),
-        *giving("gate"),
-        *taking(),
+        *produces("q_proj"),
+        *produces("k_proj"),
+        *produces("v_proj"),
+        *produces("gate"),
+        *consumes(),
     )
     slim = (SlimEvaAttention,)
     recalls = True

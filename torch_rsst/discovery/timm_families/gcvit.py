@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import join_heads, kept, split_heads
-from torch_rsst.discovery.head_parts import Part, giving, taking
+from torch_rsst.discovery.head_parts import Part, consumes, produces
 from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
 
 
@@ -39,7 +39,11 @@ class GcVitAttention(PositionedHeads):
 
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
-        return (*giving("qkv", 2 if module.use_global else 3), *position_parts(module), *taking())
+        return (
+            *produces("qkv", 2 if module.use_global else 3),
+            *position_parts(module),
+            *consumes(),
+        )
 
 
 __all__ = ["GcVitAttention", "SlimWindowAttentionGlobal"]

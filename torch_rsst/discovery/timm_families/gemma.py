@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.models.gemma4_vit import Gemma4Attention
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 
 
 class GemmaVisionAttention(HeadAdapter):
@@ -13,10 +13,10 @@ class GemmaVisionAttention(HeadAdapter):
 
     classes = (Gemma4Attention,)
     parts = (
-        *giving("q_proj.linear"),
-        *giving("k_proj.linear"),
-        *giving("v_proj.linear"),
-        *taking("o_proj.linear"),
+        *produces("q_proj.linear"),
+        *produces("k_proj.linear"),
+        *produces("v_proj.linear"),
+        *consumes("o_proj.linear"),
     )
     heads_at = "num_kv_heads"
     scaled = ("num_heads",)

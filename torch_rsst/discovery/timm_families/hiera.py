@@ -6,14 +6,14 @@ from timm.models.hiera import MaskUnitAttention
 from timm.models.hieradet_sam2 import MultiScaleAttention
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 
 
 class HieraAttention(HeadAdapter):
     """``timm.models.hiera.MaskUnitAttention``: runs with any number of heads but none."""
 
     classes = (MaskUnitAttention,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     heads_at = "heads"
     scaled = ("dim_out",)
     least = 1
@@ -23,7 +23,7 @@ class HieraDetAttention(HeadAdapter):
     """``timm.models.hieradet_sam2.MultiScaleAttention``: runs with any number of heads but none."""
 
     classes = (MultiScaleAttention,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     scaled = ("dim_out",)
     least = 1
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 JOINT_NORM = "its norm spans all heads, so that none can be removed exactly"
 
@@ -68,12 +68,12 @@ class TimmRopeAttention(HeadAdapter):
 
     classes = (AttentionRope,)
     parts = (
-        *giving("qkv", 3),
-        *giving("q_proj"),
-        *giving("k_proj"),
-        *giving("v_proj"),
-        *giving("gate"),
-        *taking(),
+        *produces("qkv", 3),
+        *produces("q_proj"),
+        *produces("k_proj"),
+        *produces("v_proj"),
+        *produces("gate"),
+        *consumes(),
     )
     heads_at = "num_kv_heads"
     scaled = ("num_heads", "attn_dim", "kv_dim")
@@ -89,7 +89,7 @@ class TimmDiffAttention(HeadAdapter):
     """``timm.layers.DiffAttention``: both maps of a head go with it."""
 
     classes = (DiffAttention,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimDiffAttention,)
 
     def why_not(self, module: nn.Module) -> str | None:
@@ -104,7 +104,7 @@ class TimmAttention2d(HeadAdapter):
 
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
-        return (*giving("qkv", 1 if module.head_first else 3), *taking())
+        return (*produces("qkv", 1 if module.head_first else 3), *consumes())
 
 
 for _adapter in (TimmRopeAttention(), TimmDiffAttention(), TimmAttention2d()):

@@ -8,7 +8,7 @@ from timm.models.levit import Attention, AttentionDownsample
 from torch import nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, normed, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, normed, produces
 from torch_rsst.groups.surgery import Removal
 
 
@@ -23,10 +23,10 @@ class LevitAttention(HeadAdapter):
         *(
             part
             for name in ("qkv", "kv", "q.ln")
-            for part in (*giving(f"{name}.linear"), *normed(f"{name}.bn"))
+            for part in (*produces(f"{name}.linear"), *normed(f"{name}.bn"))
         ),
         Part("attention_biases"),
-        *taking("proj.ln.linear"),
+        *consumes("proj.ln.linear"),
     )
     scaled = ("key_attn_dim", "val_attn_dim")
     least = 1

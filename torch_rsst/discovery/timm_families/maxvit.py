@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import kept
-from torch_rsst.discovery.head_parts import Part, giving, taking
+from torch_rsst.discovery.head_parts import Part, consumes, produces
 from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
 
 
@@ -45,8 +45,8 @@ class MaxxVitAttention(PositionedHeads):
 
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
-        qkv = giving("qkv", 1 if module.head_first else 3)
-        return (*qkv, *position_parts(module), *taking())
+        qkv = produces("qkv", 1 if module.head_first else 3)
+        return (*qkv, *position_parts(module), *consumes())
 
 
 register(MaxxVitAttention())

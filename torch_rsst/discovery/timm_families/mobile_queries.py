@@ -5,14 +5,14 @@ from __future__ import annotations
 from timm.layers.attention2d import MultiQueryAttention2d, MultiQueryAttentionV2
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
 class TimmMultiQuery2d(HeadAdapter):
     """``MultiQueryAttention2d``: a unit is a query head; key and value serve all of them and stay."""
 
     classes = (MultiQueryAttention2d,)
-    parts = (*giving("query.proj"), *taking("output.proj"))
+    parts = (*produces("query.proj"), *consumes("output.proj"))
     least = 1
 
 

@@ -6,7 +6,7 @@ from timm.models.mvitv2 import MultiScaleAttention
 from torch import nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 
 
 class MultiScaleHeads(HeadAdapter):
@@ -16,7 +16,7 @@ class MultiScaleHeads(HeadAdapter):
     """
 
     classes = (MultiScaleAttention,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     scaled = ("dim_out",)
     least = 1
 

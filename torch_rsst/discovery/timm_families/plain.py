@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 from torch_rsst.groups.surgery import module_at
 
 
@@ -62,7 +62,7 @@ class NestAttention(HeadAdapter):
     """``timm.models.nest.Attention``."""
 
     classes = (nest.Attention,)
-    parts = (*giving("qkv", 3), *taking(interleaved=True))
+    parts = (*produces("qkv", 3), *consumes(interleaved=True))
     slim = (SlimNestAttention,)
 
 
@@ -70,7 +70,7 @@ class CrossVitAttention(HeadAdapter):
     """``timm.models.crossvit.CrossAttention``: one token asks all others."""
 
     classes = (crossvit.CrossAttention,)
-    parts = (*giving("wq"), *giving("wk"), *giving("wv"), *taking())
+    parts = (*produces("wq"), *produces("wk"), *produces("wv"), *consumes())
     slim = (SlimCrossAttention,)
 
     def emptied(self, module: nn.Module) -> nn.Module:
@@ -82,7 +82,7 @@ class MetaformerAttention(HeadAdapter):
     """``timm.models.metaformer.Attention``."""
 
     classes = (metaformer.Attention,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     scaled = ("attention_dim",)
     slim = (SlimMetaformerAttention,)
 
@@ -91,7 +91,7 @@ class FastVitAttention(HeadAdapter):
     """``timm.models.fastvit.Attention``: linear layers over feature maps."""
 
     classes = (fastvit.Attention,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimFastVitAttention,)
     least = 1
 
@@ -100,14 +100,14 @@ class VisformerAttention(HeadAdapter):
     """``timm.models.visformer.Attention``: runs with any number of heads."""
 
     classes = (visformer.Attention,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
 
 
 class TntAttention(HeadAdapter):
     """``timm.models.tnt.Attention``: runs with any number of heads."""
 
     classes = (tnt.Attention,)
-    parts = (*giving("qk", 2), *giving("v"), *taking())
+    parts = (*produces("qk", 2), *produces("v"), *consumes())
     scaled = ("hidden_dim",)
 
 
@@ -115,7 +115,7 @@ class SamAttention(HeadAdapter):
     """``timm.models.vision_transformer_sam.Attention``: runs with any number of heads."""
 
     classes = (vision_transformer_sam.Attention,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
 
 
 for _adapter in (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
 class SlimAttentionPoolLatent(AttentionPoolLatent):
@@ -42,8 +42,8 @@ class TimmLatentPool(HeadAdapter):
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
         direct = isinstance(module.q, nn.Identity)
-        query = (Part("latent", 2, ranked=True),) if direct else giving("q")
-        return (*giving("kv", 2), *query, *taking())
+        query = (Part("latent", 2, ranked=True),) if direct else produces("q")
+        return (*produces("kv", 2), *query, *consumes())
 
     def why_not(self, module: nn.Module) -> str | None:
         """See :class:`HeadAdapter`."""
@@ -56,7 +56,7 @@ class TimmAttentionPool2d(HeadAdapter):
     """``AttentionPool2d`` and ``RotAttentionPool2d``, with ``qkv`` or separate ``q``, ``k``, ``v``."""
 
     classes = (AttentionPool2d, RotAttentionPool2d)
-    parts = (*giving("qkv", 3), *giving("q"), *giving("k"), *giving("v"), *taking())
+    parts = (*produces("qkv", 3), *produces("q"), *produces("k"), *produces("v"), *consumes())
     scaled = ("embed_dim",)
     least = 1
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
-from torch_rsst.discovery.head_parts import Part, giving, taking
+from torch_rsst.discovery.head_parts import Part, consumes, produces
 from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
 
 
@@ -37,7 +37,7 @@ class RelPosVitAttention(PositionedHeads):
 
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
-        return (*giving("qkv", 3), *position_parts(module), *taking())
+        return (*produces("qkv", 3), *position_parts(module), *consumes())
 
 
 register(RelPosVitAttention())

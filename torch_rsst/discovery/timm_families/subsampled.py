@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 
 
 def _projected(module: Any, context: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class SubsampledAttention(HeadAdapter):
     """Separate ``q`` and ``kv``, or ``q``, ``k`` and ``v``; what reduces the tokens stays."""
 
     classes = (PvtV2Attention, GlobalSubSampleAttn, EfficientAttention)
-    parts = (*giving("q"), *giving("kv", 2), *giving("k"), *giving("v"), *taking())
+    parts = (*produces("q"), *produces("kv", 2), *produces("k"), *produces("v"), *consumes())
     slim = (
         SlimPvtV2Attention,
         SlimGlobalSubSampleAttn,
@@ -98,7 +98,7 @@ class TwinsLocalAttention(HeadAdapter):
     """``timm.models.twins.LocallyGroupedAttn``."""
 
     classes = (LocallyGroupedAttn,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimLocallyGroupedAttn,)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import join_heads, split_heads, unflatten
-from torch_rsst.discovery.head_parts import HeadAdapter, Part, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 from torch_rsst.discovery.timm_families._bias import BIASED_QKV, biased_qkv
 
 _LARGEST_SCALE = math.log(100.0)
@@ -64,14 +64,14 @@ class SwinAttention(HeadAdapter):
     """``timm.models.swin_transformer.WindowAttention``: runs with any number of heads."""
 
     classes = (swin_transformer.WindowAttention,)
-    parts = (*giving("qkv", 3), Part("relative_position_bias_table", 1), *taking())
+    parts = (*produces("qkv", 3), Part("relative_position_bias_table", 1), *consumes())
 
 
 class SwinV2Attention(HeadAdapter):
     """``timm.models.swin_transformer_v2.WindowAttention``; rows of its position MLP go along."""
 
     classes = (swin_transformer_v2.WindowAttention,)
-    parts = (*BIASED_QKV, Part("logit_scale"), Part("cpb_mlp.2.weight"), *taking())
+    parts = (*BIASED_QKV, Part("logit_scale"), Part("cpb_mlp.2.weight"), *consumes())
     slim = (SlimSwinV2Attention,)
 
 
@@ -80,11 +80,11 @@ class SwinV2CrAttention(HeadAdapter):
 
     classes = (swin_transformer_v2_cr.WindowMultiHeadAttention,)
     parts = (
-        *giving("qkv", 3),
+        *produces("qkv", 3),
         Part("logit_scale"),
         Part("meta_mlp.fc2.weight"),
         Part("meta_mlp.fc2.bias"),
-        *taking(),
+        *consumes(),
     )
     slim = (SlimSwinV2CrAttention,)
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
-from torch_rsst.discovery.head_parts import HeadAdapter, giving, taking
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 from torch_rsst.groups.surgery import module_at
 
 
@@ -56,7 +56,7 @@ class VoloAttention(HeadAdapter):
     """``timm.models.volo.Attention``."""
 
     classes = (Attention,)
-    parts = (*giving("qkv", 3), *taking())
+    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimVoloAttention,)
 
 
@@ -64,7 +64,7 @@ class VoloOutlook(HeadAdapter):
     """``timm.models.volo.OutlookAttention``: ``attn`` predicts the weights of each head."""
 
     classes = (OutlookAttention,)
-    parts = (*giving("v"), *giving("attn"), *taking())
+    parts = (*produces("v"), *produces("attn"), *consumes())
     slim = (SlimOutlookAttention,)
 
 
@@ -72,7 +72,7 @@ class VoloClassAttention(HeadAdapter):
     """``timm.models.volo.ClassAttention``: runs with any number of heads."""
 
     classes = (ClassAttention,)
-    parts = (*giving("q"), *giving("kv", 2), *taking())
+    parts = (*produces("q"), *produces("kv", 2), *consumes())
 
     def emptied(self, module: nn.Module) -> nn.Module:
         """See :class:`HeadAdapter`."""

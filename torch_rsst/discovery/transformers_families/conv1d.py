@@ -45,7 +45,7 @@ class Conv1DAttention(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        _note_sizes(module, "c_attn", "c_proj")
+        _update_size_attributes(module, "c_attn", "c_proj")
         width = head_dim_of(module)
         heads = int(module.c_proj.weight.shape[0]) // width  # type: ignore[union-attr,index]
         note_heads(module, queries=heads, keys=heads, head_dim=width)
@@ -71,7 +71,7 @@ class Conv1DMLP(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        _note_sizes(module, "c_fc", "c_proj")
+        _update_size_attributes(module, "c_fc", "c_proj")
         last = module.c_proj
         assert isinstance(last, Conv1D)
         return module if last.nx else BiasOnly(_as_linear(last))
@@ -102,7 +102,7 @@ def _inputs(name: str, unit_of: Tensor) -> Member:
     return Member(f"{name}.weight", 0, unit_of, ranked=True, consumes=True)
 
 
-def _note_sizes(module: nn.Module, *names: str) -> None:
+def _update_size_attributes(module: nn.Module, *names: str) -> None:
     for name in names:
         layer = getattr(module, name)
         layer.nx, layer.nf = layer.weight.shape
