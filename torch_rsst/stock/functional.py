@@ -24,7 +24,7 @@ from torch_rsst.masking.parameter_ref import (
     parameter_list,
     ref_of,
 )
-from torch_rsst.penalty.hooks import Optimizers, as_optimizers
+from torch_rsst.penalty.hooks import Optimizers, as_optimizers, assign_to_optimizers
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.stock.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.utils.amounts import Amount, to_count
