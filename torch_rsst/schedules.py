@@ -13,7 +13,7 @@ from functools import partial
 from typing import TypeAlias
 
 from torch_rsst.utils.amounts import check_number
-from torch_rsst.utils.errors import message, unknown_choice
+from torch_rsst.utils.errors import refuse, unknown_choice
 
 Schedule: TypeAlias = Callable[[float], float]
 
@@ -111,7 +111,5 @@ def resolve_schedule(schedule: str | Schedule, strength: float = 0.5) -> Schedul
         return SCHEDULES[schedule](strength)
     if not callable(schedule):
         remedy = "A callable takes t in (0, 1] and returns λ."
-        raise TypeError(
-            message("schedule", expected="a name or a callable", got=repr(schedule), remedy=remedy)
-        )
+        refuse(TypeError, "schedule", "a name or a callable", repr(schedule), remedy)
     return schedule

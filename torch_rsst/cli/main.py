@@ -27,7 +27,7 @@ from torch_rsst.cli.terminal import (
     print_warning,
     speaks,
 )
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import message, refuse
 
 _EXTRA = (
     "torch-rsst: the command line needs more packages ({missing}): pip install 'torch-rsst[cli]'"
@@ -138,7 +138,7 @@ def _check_only_resumes(config: Any) -> None:
             "A resumed run keeps its own options: leave it away.",
         )
         got = ", ".join(map(flag, beside))
-        raise ValueError(message("--resume", expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, "--resume", expected, got, remedy)
 
 
 def _write_config(config: Any) -> int:
@@ -148,11 +148,7 @@ def _write_config(config: Any) -> int:
         config.check()
         if config.write_config.exists():
             remedy = "Pass another name."
-            raise FileExistsError(
-                message(
-                    str(config.write_config), expected="a new file", got="an old one", remedy=remedy
-                )
-            )
+            refuse(FileExistsError, str(config.write_config), "a new file", "an old one", remedy)
         config.write_config.parent.mkdir(parents=True, exist_ok=True)
         write_text(config.write_config, config.to_yaml())
     except (TypeError, ValueError, OSError) as error:

@@ -51,7 +51,7 @@ from torch_rsst.masking.mask_sets import (
 from torch_rsst.masking.masked_parameter import restore, stored_products
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.amounts import check_count
-from torch_rsst.utils.errors import CompactionWarning, MissingNameError, message
+from torch_rsst.utils.errors import CompactionWarning, MissingNameError, refuse
 
 
 def compact(
@@ -162,7 +162,7 @@ def replay(model: nn.Module, stages: Iterable[Stage]) -> nn.Module:
             if layer._parameters.get("bias", layer) is not None:
                 got, remedy = "one that has it already, or none", "Pass the model of this folder."
                 expected = "a layer without bias"
-                raise ValueError(message(name, expected=expected, got=got, remedy=remedy))
+                refuse(ValueError, name, expected, got, remedy)
             weight = product(layer, "weight")
             layer._parameters["bias"] = nn.Parameter(weight.new_zeros(weight.shape[0]))
         removals = removals_of(stage, model)
@@ -198,29 +198,22 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
     if sharded := next((name for name, w in weights.items() if is_sharded(w)), None):
         gather = "Gather the full parameters on one process first."
         subject = f"compact: {sharded!r}"
-        raise ValueError(
-            message(subject, expected="a whole parameter", got="a sharded one", remedy=gather)
-        )
+        refuse(ValueError, subject, "a whole parameter", "a sharded one", gather)
     modules = {without_wrappers(name) for name, _ in model.named_modules()}
     for layer in groups.layers:
         subject = f"groups of {layer}"
         if layer.family:
             family(layer.family)
             if layer.name not in modules:
-                got = "no such module"
-                raise MissingNameError(
-                    message(subject, expected="a module of the model", got=got, remedy=remedy)
-                )
+                refuse(MissingNameError, subject, "a module of the model", "no such module", remedy)
         elif not any(member.consumes for member in layer.members):
             expected, got = "a member that takes the units in (consumes=True)", "none"
-            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+            refuse(ValueError, subject, expected, got, remedy)
         for member in layer.members:
             if len(refs[member.parameter]) > 1:
                 got = f"{member.parameter!r} in several modules"
                 untie = "Untie it, or leave these groups out."
-                raise ValueError(
-                    message(subject, expected="parameters of one module", got=got, remedy=untie)
-                )
+                refuse(ValueError, subject, "parameters of one module", got, untie)
         for member in layer.buffers:
             module, key = buffers.get(member.parameter, (None, ""))
             buffer = None if module is None else module._buffers[key]
@@ -228,7 +221,7 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
             if buffer is None or buffer.ndim <= member.dim or buffer.shape[member.dim] != size:
                 got = "none" if buffer is None else f"shape {tuple(buffer.shape)}"
                 expected = f"a buffer {member.parameter!r} of size {size} along dim {member.dim}"
-                raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+                refuse(ValueError, subject, expected, got, remedy)
 
 
 @dataclass(frozen=True)
@@ -344,7 +337,7 @@ def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
     if not error <= 1e3 * precision * max(scale, 1.0):
         remedy = "Please report the model: the groups found are not exact."
         got = f"a difference of {error:.3g} at values up to {scale:.3g}"
-        raise RuntimeError(message("compact", expected="the same outputs", got=got, remedy=remedy))
+        refuse(RuntimeError, "compact", "the same outputs", got, remedy)
 
 
 def _not_cut(stay: Sequence[_Whole]) -> str:

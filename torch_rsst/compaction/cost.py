@@ -20,7 +20,7 @@ from torch_rsst.discovery.examples import guesses
 from torch_rsst.discovery.probe import run_on, undisturbed
 from torch_rsst.masking.mask_sets import unwrap
 from torch_rsst.utils.amounts import check_count
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def time_in_turns(
     for model in models:
         if not isinstance(model, nn.Module):
             got, remedy = type(model).__name__, "Pass the torch.nn.Module to time."
-            raise TypeError(message("model", expected="a module", got=got, remedy=remedy))
+            refuse(TypeError, "model", "a module", got, remedy)
     devices = {
         tensor.device
         for tensor in [

@@ -16,7 +16,7 @@ from torch_rsst.discovery import family
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member
 from torch_rsst.groups.surgery import Removal, module_at, named_buffers
 from torch_rsst.masking.mask_sets import named_weights, without_wrappers
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import message, refuse
 
 Stage = dict[str, Any]
 
@@ -232,9 +232,7 @@ def _check_units(model: nn.Module, layer: GroupLayer) -> None:
         if not whole or int(torch.isin(other, pairs[1]).sum()) != int(owned.sum()):
             expected = f"the {layer.units} {layer.kind} that it was cut in"
             remedy = "Build the model with the arguments that the compacted one was built with."
-            raise ValueError(
-                message(str(layer), expected=expected, got=f"{found.units}", remedy=remedy)
-            )
+            refuse(ValueError, str(layer), expected, f"{found.units}", remedy)
 
 
 def of_kind(stages: Sequence[Stage], groups: Groups) -> dict[str, dict[str, int]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_rsst.groups.surgery import Kept, Shortened, select
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 
 def move_optimizer(
@@ -28,16 +28,16 @@ def move_optimizer(
     """
     if not isinstance(optimizer, Optimizer):
         got, remedy = type(optimizer).__name__, "Pass the torch.optim optimizer of the model."
-        raise TypeError(message("optimizer", expected="an optimizer", got=got, remedy=remedy))
+        refuse(TypeError, "optimizer", "an optimizer", got, remedy)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(parameter in successors for parameter in held):
         got, remedy = "one of other parameters", "Pass the optimizer that trains this model."
         expected = "an optimizer of the model's parameters"
-        raise ValueError(message("optimizer", expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, "optimizer", expected, got, remedy)
     if isinstance(optimizer, torch.optim.LBFGS):
         remedy = "Make a new one for the compacted model: it keeps a list of its parameters apart."
         expected = "an optimizer that holds parameters in its groups"
-        raise ValueError(message("optimizer", expected=expected, got="LBFGS", remedy=remedy))
+        refuse(ValueError, "optimizer", expected, "LBFGS", remedy)
     state: dict[Any, dict[str, Any]] = {}
     groups: list[list[Any]] = []
     for group in optimizer.param_groups:
@@ -66,5 +66,5 @@ def _cut(value: Any, parameter: Tensor, kept: Kept, subject: str) -> Any:
         expected = f"state of the parameter's shape {tuple(parameter.shape)}"
         got = f"shape {tuple(value.shape)}"
         remedy = "Make a new optimizer for the compacted model."
-        raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, subject, expected, got, remedy)
     return select(value, kept)

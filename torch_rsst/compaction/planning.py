@@ -31,7 +31,7 @@ from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, choose, score_layers
 from torch_rsst.utils.amounts import check_count
-from torch_rsst.utils.errors import message, unknown_choice
+from torch_rsst.utils.errors import message, refuse, unknown_choice
 
 BUDGETS = {"macs": "multiply-adds", "params": "parameters", "latency": "latency"}
 """Name of a budget → what it limits."""
@@ -207,7 +207,7 @@ def plan(
     if inputs is None and what != "params":
         remedy = "Pass example_inputs: a tensor, a tuple or a dict of arguments for the model."
         got = "none, and no guess that the model runs on"
-        raise ValueError(message("plan", expected="an example to run on", got=got, remedy=remedy))
+        refuse(ValueError, "plan", "an example to run on", got, remedy)
     chooser, meter = _Chooser(bare, groups, rules), _Meter(bare, inputs)
     pair = _pairs(bare, chooser, meter, what, inputs, repeats)
 
@@ -244,23 +244,19 @@ def _check_budget(budget: object) -> tuple[str, float]:
     listed = " or ".join(f"{{{name!r}: 0.5}}" for name in BUDGETS)
     remedy = "The number is a fraction of the dense model."
     if not isinstance(budget, Mapping):
-        expected, got = f"a dict, {listed}", f"{budget!r}"
-        raise TypeError(message("budget", expected=expected, got=got, remedy=remedy))
+        refuse(TypeError, "budget", f"a dict, {listed}", f"{budget!r}", remedy)
     if len(budget) != 1:
         if budget:
             remedy = "Plan for each of them; the largest amount of the plans meets them all."
-        expected = f"one limit, {listed}"
-        raise TypeError(message("budget", expected=expected, got=repr(budget), remedy=remedy))
+        refuse(TypeError, "budget", f"one limit, {listed}", repr(budget), remedy)
     ((what, limit),) = budget.items()
     if what not in BUDGETS:
         raise ValueError(_unknown_budget(what))
     subject = f"budget[{what!r}]"
     if isinstance(limit, bool) or not isinstance(limit, Real):
-        expected = "a number above 0, up to 1"
-        raise TypeError(message(subject, expected=expected, got=repr(limit), remedy=remedy))
+        refuse(TypeError, subject, "a number above 0, up to 1", repr(limit), remedy)
     if not 0.0 < float(limit) <= 1.0:
-        expected = "a fraction above 0, up to 1"
-        raise ValueError(message(subject, expected=expected, got=repr(limit), remedy=remedy))
+        refuse(ValueError, subject, "a fraction above 0, up to 1", repr(limit), remedy)
     return str(what), float(limit)
 
 

@@ -13,7 +13,7 @@ from torch_rsst.discovery.families import load_families
 from torch_rsst.groups.groups import KINDS, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal
 from torch_rsst.masking.live_weight import MASK, ORIG
-from torch_rsst.utils.errors import MissingNameError, message, unknown_choice
+from torch_rsst.utils.errors import MissingNameError, refuse, unknown_choice
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a module."""
@@ -87,7 +87,7 @@ def register(adapter: Adapter) -> Adapter:
     if not isinstance(adapter, Adapter):
         remedy = "Derive its class from torch_rsst.discovery.Adapter."
         got = repr(adapter)
-        raise TypeError(message("adapter", expected="an Adapter", got=got, remedy=remedy))
+        refuse(TypeError, "adapter", "an Adapter", got, remedy)
     if adapter.kind not in KINDS:
         raise ValueError(unknown_choice(f"kind of {type(adapter).__name__}", adapter.kind, KINDS))
     ADAPTERS.insert(0, adapter)

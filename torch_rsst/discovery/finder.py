@@ -17,7 +17,7 @@ from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.groups import GroupLayer, Groups
 from torch_rsst.masking.mask_sets import named_refs, unwrap, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
-from torch_rsst.utils.errors import UnsupportedModuleWarning, message, unknown_choice
+from torch_rsst.utils.errors import UnsupportedModuleWarning, refuse, unknown_choice
 
 
 def find_groups(
@@ -70,9 +70,7 @@ def find_groups(
         )
     if any(is_sharded(parameter) for parameter in bare.parameters()):
         remedy = "Find the groups before sharding; they fit the sharded model."
-        raise ValueError(
-            message("find_groups", expected="whole parameters", got="sharded ones", remedy=remedy)
-        )
+        refuse(ValueError, "find_groups", "whole parameters", "sharded ones", remedy)
     groups, refused = survey(bare, kinds, example_inputs=example_inputs)
     if on_unsupported == "raise" and refused:
         raise ValueError(_not_understood(refused))
@@ -237,11 +235,10 @@ def _require(
             "chain, as Sequential(Sequential(Linear, ReLU, Linear), ReLU, Linear). Single weights can "
             "be pruned in any model: global_unstructured."
         )
-    raise ValueError(
-        message(
-            "find_groups",
-            expected=f"units of kind {', '.join(missing)}",
-            got="none in this model",
-            remedy=remedy,
-        )
+    refuse(
+        ValueError,
+        "find_groups",
+        f"units of kind {', '.join(missing)}",
+        "none in this model",
+        remedy,
     )

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -125,11 +125,7 @@ class Layout:
         mesh, placements = placed.device_mesh, placed.placements
         if any(placement.is_partial() for placement in placements):
             remedy = "Redistribute it first."
-            raise ValueError(
-                message(
-                    "parameter", expected="shards or replicas", got="a partial sum", remedy=remedy
-                )
-            )
+            refuse(ValueError, "parameter", "shards or replicas", "a partial sum", remedy)
         size, start = compute_local_shape_and_global_offset(placed.shape, mesh, placements)
         replicas = [mesh.get_local_rank(d) for d, p in enumerate(placements) if p.is_replicate()]
         return cls(tuple(placed.shape), tuple(start), tuple(size), not any(replicas))
@@ -173,9 +169,7 @@ class Ranks:
                 meshes.append(mesh)
         if len(meshes) > 1:
             remedy = "Rank the parameters of each mesh in a call of its own."
-            raise ValueError(
-                message("parameters", expected="one device mesh", got=f"{meshes}", remedy=remedy)
-            )
+            refuse(ValueError, "parameters", "one device mesh", f"{meshes}", remedy)
         return cls(meshes[0] if meshes else None)
 
     def add_up(self, values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_rsst.utils.errors import listing, message
+from torch_rsst.utils.errors import listing, refuse
 
 T = TypeVar("T")
 
@@ -59,9 +59,7 @@ def agreed(
             "Make the call with the same arguments on all, on equal weights: broadcast parameters and "
             "buffers from one rank first."
         )
-        raise RuntimeError(
-            message("replicas", expected="the same masks on every rank", got=problem, remedy=remedy)
-        )
+        refuse(RuntimeError, "replicas", "the same masks on every rank", problem, remedy)
     return made
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_rsst.distributed.dtensor import Layout, Ranks, local, sharded_like
 from torch_rsst.utils.amounts import check_count
-from torch_rsst.utils.errors import MissingNameError, message, shown
+from torch_rsst.utils.errors import MissingNameError, refuse, shown
 
 NO_UNIT = -1
 KINDS = ("heads", "neurons", "channels")
@@ -238,20 +238,19 @@ def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLaye
     if isinstance(groups, (Group, GroupLayer)):
         groups = [groups]
     if not isinstance(groups, Iterable):
-        got = type(groups).__name__
-        raise TypeError(message("groups", expected="groups", got=got, remedy=remedy))
+        refuse(TypeError, "groups", "groups", type(groups).__name__, remedy)
     items = list(groups)
     layers = [item for item in items if isinstance(item, GroupLayer)]
     units = [item for item in items if isinstance(item, Group)]
     if len(layers) + len(units) != len(items):
         wrong = next(i for i in items if not isinstance(i, (Group, GroupLayer)))
-        raise TypeError(message("groups", expected="groups", got=shown(wrong), remedy=remedy))
+        refuse(TypeError, "groups", "groups", shown(wrong), remedy)
     gathered = (*layers, *_regather(units))
     names = [(layer.name, layer.kind) for layer in gathered]
     if twice := next((n for i, n in enumerate(names) if n in names[:i]), None):
         subject = f"groups: {twice[1]} of {twice[0] or 'the model'}"
         remedy = "List every layer once: twice, its units would compete with themselves."
-        raise ValueError(message(subject, expected="them once", got="them twice", remedy=remedy))
+        refuse(ValueError, subject, "them once", "them twice", remedy)
     return Groups(gathered)
 
 
@@ -261,9 +260,7 @@ def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
     if len(set(units)) < len(units):
         twice = next(unit for i, unit in enumerate(units) if unit in units[:i])
         remedy = "List every unit once: twice, it would count twice in the budget."
-        raise ValueError(
-            message(f"groups: {twice}", expected="it once", got="it twice", remedy=remedy)
-        )
+        refuse(ValueError, f"groups: {twice}", "it once", "it twice", remedy)
     for unit in units:
         by_layer.setdefault(
             (unit.layer, unit.kind, unit.family, unit.fixed, unit.least), []
@@ -293,36 +290,22 @@ def check_groups(weights: Mapping[str, Tensor], groups: Groups) -> None:
     for layer in groups.layers:
         if not layer.ranked:
             remedy = "Mark at least one member as ranked."
-            raise ValueError(
-                message(f"groups of {layer}", expected="a ranked member", got="none", remedy=remedy)
-            )
+            refuse(ValueError, f"groups of {layer}", "a ranked member", "none", remedy)
         for member in layer.members:
             subject = f"groups of {layer}: {member.parameter!r}"
             weight = weights.get(member.parameter)
             remedy = "Find the groups of this very model: find_groups(model)."
             if weight is None:
-                raise MissingNameError(
-                    message(
-                        subject,
-                        expected="a parameter of the model",
-                        got="no such name",
-                        remedy=remedy,
-                    )
+                refuse(
+                    MissingNameError, subject, "a parameter of the model", "no such name", remedy
                 )
             if weight.is_meta:
                 got, remedy = "a parameter on the meta device", "Materialize the model first."
-                raise ValueError(message(subject, expected="values", got=got, remedy=remedy))
+                refuse(ValueError, subject, "values", got, remedy)
             size = member.unit_of.numel()
             if member.dim >= weight.ndim or weight.shape[member.dim] != size:
                 expected = f"size {size} along dim {member.dim}"
-                raise ValueError(
-                    message(
-                        subject,
-                        expected=expected,
-                        got=f"shape {tuple(weight.shape)}",
-                        remedy=remedy,
-                    )
-                )
+                refuse(ValueError, subject, expected, f"shape {tuple(weight.shape)}", remedy)
 
 
 def head_rows(rows: int, num_heads: int, projections: int = 1) -> Tensor:
@@ -337,13 +320,12 @@ def head_rows(rows: int, num_heads: int, projections: int = 1) -> Tensor:
     check_count(num_heads, "num_heads", at_least=1)
     check_count(projections, "projections", at_least=1)
     if rows % (projections * num_heads):
-        raise ValueError(
-            message(
-                "num_heads",
-                expected=f"a count that divides the {rows} rows of {projections} projection(s)",
-                got=num_heads,
-                remedy="Check num_heads and projections (3 for a fused qkv, 1 for a single one).",
-            )
+        refuse(
+            ValueError,
+            "num_heads",
+            f"a count that divides the {rows} rows of {projections} projection(s)",
+            num_heads,
+            "Check num_heads and projections (3 for a fused qkv, 1 for a single one).",
         )
     head_dim = rows // (projections * num_heads)
     return torch.arange(num_heads).repeat_interleave(head_dim).repeat(projections)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from torch_rsst.importance.data_importance import DataImportance
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import message, refuse
 
 Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 """Batches, or a callable without arguments that returns them."""
@@ -41,35 +41,33 @@ class DataSource:
                 if value is not None:
                     remedy = "Leave it out, or pass an importance such as 'activation_l1'."
                     expected = f"none: importance {name!r} looks at no data"
-                    raise ValueError(
-                        message(argument, expected=expected, got="some", remedy=remedy)
-                    )
+                    refuse(ValueError, argument, expected, "some", remedy)
             return
         self._check_batches(name, rounds)
         if self.loss_fn is None and any(s.needs_gradient for s in statistics):
             remedy = "Pass loss_fn=lambda output, batch: …, which returns the loss of a batch."
             expected = f"a function, for importance {name!r}"
-            raise ValueError(message("loss_fn", expected=expected, got="none", remedy=remedy))
+            refuse(ValueError, "loss_fn", expected, "none", remedy)
         for argument, call in (("forward", self.forward), ("loss_fn", self.loss_fn)):
             if call is not None and not callable(call):
                 remedy = "It takes (model, batch), a loss_fn (output, batch)."
                 got = type(call).__name__
-                raise TypeError(message(argument, expected="a function", got=got, remedy=remedy))
+                refuse(TypeError, argument, "a function", got, remedy)
 
     def _check_batches(self, name: str, rounds: int) -> None:
         expected, got = "an iterable of batches", type(self.batches).__name__
         remedy = "Pass a DataLoader, a list of batches, or a function that returns one."
         if self.batches is None:
             expected = f"batches to run on, for importance {name!r}"
-            raise ValueError(message("batches", expected=expected, got="none", remedy=remedy))
+            refuse(ValueError, "batches", expected, "none", remedy)
         if isinstance(self.batches, (Tensor, Mapping, str)):
             remedy = "For a single batch, pass [batch]."
-            raise TypeError(message("batches", expected=expected, got=f"one {got}", remedy=remedy))
+            refuse(TypeError, "batches", expected, f"one {got}", remedy)
         if isinstance(self.batches, Iterator) and rounds > 1:
             expected = f"batches that can be drawn in each of {rounds} rounds"
-            raise TypeError(message("batches", expected=expected, got=f"a {got}", remedy=remedy))
+            refuse(TypeError, "batches", expected, f"a {got}", remedy)
         if not _iterable(self.batches) and not callable(self.batches):
-            raise TypeError(message("batches", expected=expected, got=f"a {got}", remedy=remedy))
+            refuse(TypeError, "batches", expected, f"a {got}", remedy)
 
     def draw(self) -> Iterator[Any]:
         """The batches, once through."""
@@ -78,7 +76,7 @@ class DataSource:
         if not _iterable(drawn) or isinstance(drawn, (Tensor, Mapping, str)):
             remedy = "For a single batch, return [batch]."
             expected, got = "a function that returns batches", f"one {type(drawn).__name__}"
-            raise TypeError(message("batches", expected=expected, got=got, remedy=remedy))
+            refuse(TypeError, "batches", expected, got, remedy)
         return iter(drawn)
 
     def output(self, model: nn.Module, batch: Any) -> Any:
@@ -105,14 +103,14 @@ class DataSource:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shaped = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
             got, remedy = shaped or type(loss).__name__, "Return loss.sum() or loss.mean()."
-            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+            refuse(ValueError, subject, expected, got, remedy)
         if not bool(loss.isfinite().all()):
             expected, remedy = "a finite loss", "Look at this batch, or where training diverged."
-            raise ValueError(message(subject, expected=expected, got=loss.item(), remedy=remedy))
+            refuse(ValueError, subject, expected, loss.item(), remedy)
         if not loss.requires_grad:
             expected, got = "a loss that depends on the model", "one without a gradient"
             remedy = "Do not detach the output, nor run the model under torch.no_grad()."
-            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+            refuse(ValueError, subject, expected, got, remedy)
         return loss
 
 

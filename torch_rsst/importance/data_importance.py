@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from torch_rsst.groups.groups import GroupLayer
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 
 class DataImportance(ABC):
@@ -72,7 +72,7 @@ class DataImportance(ABC):
         """
         remedy = "Pass batches, or what torch_rsst.measure_importance(model, groups, …) returns."
         subject = f"importance {type(self).__name__} of {layer}"
-        raise ValueError(message(subject, expected="batches to run on", got="none", remedy=remedy))
+        refuse(ValueError, subject, "batches to run on", "none", remedy)
 
 
 @dataclass(frozen=True)

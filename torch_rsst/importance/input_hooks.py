@@ -21,7 +21,7 @@ from torch_rsst.distributed.dtensor import local, placed_like
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member
 from torch_rsst.masking.mask_sets import named_refs
 from torch_rsst.masking.parameter_ref import ParameterRef
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +98,7 @@ def _taking(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> list[M
             "does; magnitude and remain need none."
         )
         expected = "a member that takes the units in"
-        raise ValueError(
-            message(f"activations of {layer}", expected=expected, got="none", remedy=remedy)
-        )
+        refuse(ValueError, f"activations of {layer}", expected, "none", remedy)
     return taking
 
 

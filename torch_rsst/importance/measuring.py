@@ -29,7 +29,7 @@ from torch_rsst.importance.registry import (
     with_measured,
 )
 from torch_rsst.masking.mask_sets import check_masks, extract_mask, named_weights, unwrap
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class MeasuredImportance:
                 return scores.clone()
         subject, expected = f"importance {self.name!r}", "a layer whose units were measured"
         remedy = "Measure the very groups that are scored."
-        raise ValueError(message(subject, expected=expected, got=str(layer), remedy=remedy))
+        refuse(ValueError, subject, expected, str(layer), remedy)
 
     def __repr__(self) -> str:
         return f"measured({self.name!r})"
@@ -196,7 +196,7 @@ def _run(
                 _run_batch(model, batch, data, recorder)
     if recorder.batch < 0:
         remedy = "An iterator is used up by its first use: pass a list, a DataLoader or a function."
-        raise ValueError(message("batches", expected="at least one", got="none", remedy=remedy))
+        refuse(ValueError, "batches", "at least one", "none", remedy)
     if gradients:
         recorder.check_felt()
     return totals
@@ -244,14 +244,14 @@ class _Totals:
             if bool((count == 0).any()):
                 taking = sorted({m.parameter for m in layer.members if m.consumes})
                 which = (count == 0).nonzero().flatten().tolist()
-                got = f"none for unit(s) {which[:5]} at {', '.join(taking)}"
-                remedy = (
+                refuse(
+                    ValueError,
+                    f"activations of {layer}",
+                    "some",
+                    f"none for unit(s) {which[:5]} at {', '.join(taking)}",
                     "Pass a forward that runs this layer and batches that are not empty, or leave its "
                     "groups out. A weight that is used neither by its module nor by F.linear cannot be "
-                    "listened to."
-                )
-                raise ValueError(
-                    message(f"activations of {layer}", expected="some", got=got, remedy=remedy)
+                    "listened to.",
                 )
 
 
@@ -309,7 +309,7 @@ class _Recorder:
                 )
                 subject, expected = f"gradients of {layer}", "a loss that depends on its units"
                 got = "losses that do not"
-                raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+                refuse(ValueError, subject, expected, got, remedy)
 
     @torch.no_grad()
     def _add(self, hooked: HookedInput, activation: Tensor, gradient: Tensor | None) -> None:
@@ -331,7 +331,7 @@ class _Recorder:
                 subject = f"entries of {type(statistic).__name__}"
                 expected, got = f"shape {tuple(value.shape)}", f"shape {tuple(entries.shape)}"
                 remedy = "Return one number for each entry of the activation."
-                raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+                refuse(ValueError, subject, expected, got, remedy)
             along = entries.sum(others, dtype=wide) if others else entries.to(wide)
             along = along.cpu().double()
             for share in hooked.shares:
@@ -344,7 +344,7 @@ class _Recorder:
             subject = f"input of {hooked.name!r}"
             expected, got = f"{hooked.size} features", f"{size} along dim {hooked.axis}"
             remedy = "Find the groups of this very model: find_groups(model)."
-            raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+            refuse(ValueError, subject, expected, got, remedy)
 
     def _check_finite(self, layer: int, values: Tensor) -> None:
         if not bool(values.isfinite().all()):
@@ -353,7 +353,7 @@ class _Recorder:
                 "Look at this batch, or where training diverged; float16 overflows beyond 65504."
             )
             got = "NaN or infinity"
-            raise ValueError(message(subject, expected="finite numbers", got=got, remedy=remedy))
+            refuse(ValueError, subject, "finite numbers", got, remedy)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.importance.data_importance import ActivationL1, ActivationL2, DataImportance, Taylor
 from torch_rsst.masking.mask_sets import alive_in
-from torch_rsst.utils.errors import message, unknown_choice
+from torch_rsst.utils.errors import refuse, unknown_choice
 
 Importance: TypeAlias = Callable[[GroupLayer, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 """``(layer, weights, masks) → scores``: weights by dense name, bool masks (missing: all alive),
@@ -99,9 +99,7 @@ def resolve_importance(importance: str | Importance) -> Importance:
     if isinstance(importance, type) or not callable(importance):
         remedy = "A callable takes (layer, weights, masks) and returns one score per unit."
         got = repr(importance)
-        raise TypeError(
-            message("importance", expected="a name or a callable", got=got, remedy=remedy)
-        )
+        refuse(TypeError, "importance", "a name or a callable", got, remedy)
     return importance
 
 
@@ -139,7 +137,7 @@ class Combination(ABC):
         if not self.parts:
             remedy = "Name at least one."
             expected, subject = "importances to combine", type(self).__name__
-            raise ValueError(message(subject, expected=expected, got="none", remedy=remedy))
+            refuse(ValueError, subject, expected, "none", remedy)
         for part in self.parts:
             resolve_importance(part)
 
@@ -182,9 +180,7 @@ class WeightedSum(Combination):
             if not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 subject = f"weighted_sum: weight of {name_of(part)!r}"
                 remedy = "Weigh it by a number, such as 1.0."
-                raise ValueError(
-                    message(subject, expected="a finite number", got=repr(weight), remedy=remedy)
-                )
+                refuse(ValueError, subject, "a finite number", repr(weight), remedy)
         if self.normalize is not None and self.normalize not in NORMALIZATIONS:
             choices = NORMALIZATIONS
             raise ValueError(unknown_choice("weighted_sum: normalize", self.normalize, choices))
@@ -241,7 +237,7 @@ def weighted_sum(parts: Mapping[Any, float], *, normalize: Normalize = "sum") ->
     if not isinstance(parts, Mapping):
         remedy = "Such as {'magnitude': 1.0, 'taylor': 0.5}."
         got = type(parts).__name__
-        raise TypeError(message("weighted_sum", expected="a dict", got=got, remedy=remedy))
+        refuse(TypeError, "weighted_sum", "a dict", got, remedy)
     return WeightedSum(tuple(parts), tuple(parts.values()), normalize)
 
 
@@ -314,17 +310,12 @@ def score_units(
     subject = f"importance of {layer}"
     if scores.shape != (layer.units,):
         remedy = "Return one score per unit of the layer."
-        raise ValueError(
-            message(
-                subject,
-                expected=f"shape ({layer.units},)",
-                got=f"shape {tuple(scores.shape)}",
-                remedy=remedy,
-            )
+        refuse(
+            ValueError, subject, f"shape ({layer.units},)", f"shape {tuple(scores.shape)}", remedy
         )
     scores = scores.masked_fill(alive == 0, 0.0)
     if bool(scores.isnan().any()):
         remedy = "A NaN has no rank; look for the step at which training diverged."
         got = f"NaN for unit(s) {scores.isnan().nonzero().flatten().tolist()[:5]}"
-        raise ValueError(message(subject, expected="numbers", got=got, remedy=remedy))
+        refuse(ValueError, subject, "numbers", got, remedy)
     return scores

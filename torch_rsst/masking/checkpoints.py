@@ -16,7 +16,7 @@ from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.masking.saved_masks import is_writable
-from torch_rsst.utils.errors import MissingNameError, listing, message, unknown_choice
+from torch_rsst.utils.errors import MissingNameError, listing, refuse, unknown_choice
 
 MaskChoice: TypeAlias = Literal["keep", "zeros", "remove"]
 MASK_CHOICES = ("keep", "zeros", "remove")
@@ -43,14 +43,12 @@ def prepare_from_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     """
     masks = extract_mask(state_dict)
     if left := masked_names(model) - masks.keys():
-        remedy = "Call load_dense_state_dict(model, state_dict, mask='keep'), 'zeros' or 'remove'."
-        raise ValueError(
-            message(
-                "state_dict",
-                expected="a mask for every parameter that the model masks",
-                got=f"dense weights for {listing(sorted(left))}",
-                remedy=remedy,
-            )
+        refuse(
+            ValueError,
+            "state_dict",
+            "a mask for every parameter that the model masks",
+            f"dense weights for {listing(sorted(left))}",
+            "Call load_dense_state_dict(model, state_dict, mask='keep'), 'zeros' or 'remove'.",
         )
     apply_mask(model, masks)
     return model
@@ -86,7 +84,7 @@ def load_dense_state_dict(
         raise ValueError(unknown_choice("mask", mask, MASK_CHOICES))
     if not isinstance(state_dict, Mapping):
         got, remedy = type(state_dict).__name__, "Pass dense_model.state_dict()."
-        raise TypeError(message("state_dict", expected="a dict", got=got, remedy=remedy))
+        refuse(TypeError, "state_dict", "a dict", got, remedy)
     inner = unwrap(model)
     loaded = {name: state_dict[key] for key, name in dense_keys(state_dict).items()}
     _check_fits(_dense_shapes(inner), loaded)
@@ -134,7 +132,7 @@ def _check_fits(expected: Mapping[str, torch.Size | None], loaded: Mapping[str, 
     if extract_mask(loaded):
         remedy = "Call prepare_from_state_dict(model, state_dict), then model.load_state_dict."
         got = "one with masks of its own"
-        raise ValueError(message(subject, expected="a dense one", got=got, remedy=remedy))
+        refuse(ValueError, subject, "a dense one", got, remedy)
     remedy = "Pass the full state dict of the same architecture."
     if wrong := expected.keys() ^ loaded.keys():
         missing, unknown = sorted(wrong - loaded.keys()), sorted(wrong - expected.keys())
@@ -142,12 +140,8 @@ def _check_fits(expected: Mapping[str, torch.Size | None], loaded: Mapping[str, 
             [f"none of {listing(missing)}"] * bool(missing)
             + [f"unknown {listing(unknown)}"] * bool(unknown)
         )
-        raise MissingNameError(
-            message(subject, expected="the model's keys", got=got, remedy=remedy)
-        )
+        refuse(MissingNameError, subject, "the model's keys", got, remedy)
     for name, shape in expected.items():
         if getattr(loaded[name], "shape", None) != shape:
             got = f"{getattr(loaded[name], 'shape', type(loaded[name]).__name__)}"
-            raise ValueError(
-                message(f"{subject}: {name!r}", expected=f"{shape}", got=got, remedy=remedy)
-            )
+            refuse(ValueError, f"{subject}: {name!r}", f"{shape}", got, remedy)

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.optimizer_hooks import is_nested
 
 
@@ -53,11 +53,11 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
     """
     if not isinstance(model, nn.Module):
         got, remedy = type(model).__name__, "Pass the torch.nn.Module that is masked."
-        raise TypeError(message("model", expected="a module", got=got, remedy=remedy))
+        refuse(TypeError, "model", "a module", got, remedy)
     refs = masked_refs(model.modules())
     if not refs:
         remedy = "Mask it first: a freeze holds what is under masks that are there."
-        raise ValueError(message("model", expected="masked parameters", got="none", remedy=remedy))
+        refuse(ValueError, "model", "masked parameters", "none", remedy)
     return freeze_latents(refs)
 
 

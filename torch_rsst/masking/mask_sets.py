@@ -14,7 +14,7 @@ from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, dense_name, masked_refs
-from torch_rsst.utils.errors import MissingNameError, closest, listing, message
+from torch_rsst.utils.errors import MissingNameError, closest, listing, refuse
 
 Masks: TypeAlias = dict[str, Tensor]
 
@@ -31,7 +31,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         got, remedy = type(model).__name__, "Pass the torch.nn.Module to prune."
-        raise TypeError(message("model", expected="a module", got=got, remedy=remedy))
+        refuse(TypeError, "model", "a module", got, remedy)
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -114,9 +114,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
     else:
         got = type(model_or_state_dict).__name__
         remedy = "Pass the model or model.state_dict()."
-        raise TypeError(
-            message("extract_mask", expected="a model or state dict", got=got, remedy=remedy)
-        )
+        refuse(TypeError, "extract_mask", "a model or state dict", got, remedy)
     return {name: as_bool(mask, name) for name, mask in found.items()}
 
 
@@ -128,11 +126,7 @@ def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
             if inner
             else "Pass model.state_dict()."
         )
-        raise ValueError(
-            message(
-                "state dict", expected="tensors", got=f"none in {listing(state)}", remedy=remedy
-            )
-        )
+        refuse(ValueError, "state dict", "tensors", f"none in {listing(state)}", remedy)
     dense_key = dense_keys(state)
     first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     found: Masks = {}
@@ -176,20 +170,16 @@ def as_bool(mask: Tensor, name: str) -> Tensor:
     subject = f"mask of {name!r}"
     if not isinstance(mask, Tensor):
         remedy = "A mask set maps parameter names to tensors."
-        raise TypeError(
-            message(subject, expected="a tensor", got=type(mask).__name__, remedy=remedy)
-        )
+        refuse(TypeError, subject, "a tensor", type(mask).__name__, remedy)
     if mask.is_meta:
         got, remedy = "a mask on the meta device", "Materialize the model first."
-        raise ValueError(message(subject, expected="values", got=got, remedy=remedy))
+        refuse(ValueError, subject, "values", got, remedy)
     if mask.dtype == torch.bool:
         return mask.clone()
     alive = mask != 0
     if not _is_binary(mask):
         remedy = "Compare with a threshold first: mask > 0.5."
-        raise ValueError(
-            message(subject, expected="zeros and ones", got="other values", remedy=remedy)
-        )
+        refuse(ValueError, subject, "zeros and ones", "other values", remedy)
     return alive
 
 
@@ -218,7 +208,7 @@ def as_masks(masks: Mapping[str, Tensor]) -> Masks:
     )
     if wrong:
         remedy = "A mask set maps parameter names to tensors."
-        raise TypeError(message("masks", expected="a mask set", got=wrong[0], remedy=remedy))
+        refuse(TypeError, "masks", "a mask set", wrong[0], remedy)
     return {name: as_bool(mask, name) for name, mask in masks.items()}
 
 
@@ -265,14 +255,12 @@ def _sites_to_mask(
     chosen = list(as_masks(masks).items())
     resolved = {name: _resolve(name, refs) for name, _ in chosen}
     if strict and (left := masked_names(model) - set(resolved.values())):
-        remedy = "Add them, or pass strict=False to leave them as they are."
-        raise MissingNameError(
-            message(
-                "masks",
-                expected="every masked parameter",
-                got=f"none for {listing(sorted(left))}",
-                remedy=remedy,
-            )
+        refuse(
+            MissingNameError,
+            "masks",
+            "every masked parameter",
+            f"none for {listing(sorted(left))}",
+            "Add them, or pass strict=False to leave them as they are.",
         )
     work: list[tuple[ParameterRef, Tensor]] = []
     for name, mask in chosen:
@@ -295,22 +283,17 @@ def _resolve(name: str, refs: Mapping[str, list[ParameterRef]]) -> str:
             return candidate
     near = name.removesuffix(ORIG) if name.removesuffix(ORIG) in refs else closest(name, refs, 0.85)
     remedy = f"{f'Did you mean {near!r}? ' if near else ''}It has {listing(refs)}."
-    raise MissingNameError(
-        message(
-            f"mask {name!r}", expected="a parameter of the model", got="no such name", remedy=remedy
-        )
-    )
+    refuse(MissingNameError, f"mask {name!r}", "a parameter of the model", "no such name", remedy)
 
 
 def _check_shape(name: str, mask: Tensor, ref: ParameterRef) -> None:
     if mask.shape != ref.original.shape:
-        raise ValueError(
-            message(
-                f"mask of {name!r}",
-                expected=f"the parameter's shape {tuple(ref.original.shape)}",
-                got=f"shape {tuple(mask.shape)}",
-                remedy="Masks are made for one architecture; extract them from the same one.",
-            )
+        refuse(
+            ValueError,
+            f"mask of {name!r}",
+            f"the parameter's shape {tuple(ref.original.shape)}",
+            f"shape {tuple(mask.shape)}",
+            "Masks are made for one architecture; extract them from the same one.",
         )
 
 
@@ -335,14 +318,12 @@ def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, T
         if name in alive:
             current = alive[name]
             if current.shape != go.shape:
-                remedy = "Both masks must come from the same model."
-                raise ValueError(
-                    message(
-                        f"refill mask of {name!r}",
-                        expected=f"the current mask's shape {tuple(current.shape)}",
-                        got=f"shape {tuple(go.shape)}",
-                        remedy=remedy,
-                    )
+                refuse(
+                    ValueError,
+                    f"refill mask of {name!r}",
+                    f"the current mask's shape {tuple(current.shape)}",
+                    f"shape {tuple(go.shape)}",
+                    "Both masks must come from the same model.",
                 )
             go &= placed_like(current, go)
         penalized[name] = go
@@ -367,26 +348,17 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> M
     checked: Masks = {}
     for name, alive in as_masks(masks).items():
         if name not in weights:
-            remedy = f"It has {listing(weights)}."
-            raise MissingNameError(
-                message(
-                    f"mask {name!r}",
-                    expected="a parameter of the model",
-                    got="no such name",
-                    remedy=remedy,
-                )
+            refuse(
+                MissingNameError,
+                f"mask {name!r}",
+                "a parameter of the model",
+                "no such name",
+                f"It has {listing(weights)}.",
             )
         if alive.shape != weights[name].shape:
             expected = f"the parameter's shape {tuple(weights[name].shape)}"
             remedy = "Take the masks from the same model."
-            raise ValueError(
-                message(
-                    f"mask of {name!r}",
-                    expected=expected,
-                    got=f"shape {tuple(alive.shape)}",
-                    remedy=remedy,
-                )
-            )
+            refuse(ValueError, f"mask of {name!r}", expected, f"shape {tuple(alive.shape)}", remedy)
         checked[name] = placed_like(alive, weights[name])
     return checked
 

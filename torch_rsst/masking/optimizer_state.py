@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.mask_sets import Masks, named_refs, without_wrappers
-from torch_rsst.utils.errors import MissingNameError, check_keys, listing, message
+from torch_rsst.utils.errors import MissingNameError, check_keys, listing, refuse
 
 # Names that torch.optim gives to state with one value per entry: their shapes tell a wrong order.
 _PER_ENTRY = (
@@ -78,9 +78,7 @@ def convert_optimizer_state(
     if len(names) != len(ids) or len(set(names)) != len(names):
         got = f"{len(ids)} in the state and {len(set(names))} different names"
         remedy = "Name each parameter that the optimizer held, once, in its order."
-        raise ValueError(
-            message("from_order", expected="one name per parameter", got=got, remedy=remedy)
-        )
+        refuse(ValueError, "from_order", "one name per parameter", got, remedy)
     name_of = dict(zip(ids, names, strict=True))
     _check_shapes(state["state"], name_of, shapes)
     rank = {name: position for position, name in enumerate(shapes)}
@@ -99,10 +97,7 @@ def _stock_order(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """The order of ``parameters()`` where each masked one was moved behind its module's others."""
     remedy = "Pass from_order: the names of the optimizer's parameters in the order they had."
     if (groups := len(state["param_groups"])) != 1:
-        got = f"{groups}"
-        raise ValueError(
-            message('from_order="stock"', expected="one parameter group", got=got, remedy=remedy)
-        )
+        refuse(ValueError, 'from_order="stock"', "one parameter group", f"{groups}", remedy)
     by_module: dict[nn.Module, list[tuple[str, bool]]] = {}
     for name, places in named_refs(model).items():
         by_module.setdefault(places[0].module, []).append((name, places[0].is_masked))
@@ -111,9 +106,7 @@ def _stock_order(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
         masked = [name for name, is_masked in members if is_masked]
         if len(masked) > 1:
             expected, got = "one pruned parameter per module", listing(masked)
-            raise ValueError(
-                message('from_order="stock"', expected=expected, got=got, remedy=remedy)
-            )
+            refuse(ValueError, 'from_order="stock"', expected, got, remedy)
         order += [name for name, is_masked in members if not is_masked] + masked
     return order
 
@@ -130,9 +123,7 @@ def _dense(names: Sequence[str], shapes: Mapping[str, torch.Size]) -> list[str]:
     if unknown := [name for name in dense if name not in shapes]:
         remedy = f"It has {listing(shapes)}."
         got = listing(unknown)
-        raise MissingNameError(
-            message("from_order", expected="parameters of the model", got=got, remedy=remedy)
-        )
+        refuse(MissingNameError, "from_order", "parameters of the model", got, remedy)
     return dense
 
 
@@ -142,18 +133,13 @@ def _check_shapes(
     for key, name in name_of.items():
         for entry, value in state.get(key, {}).items():
             if entry in _PER_ENTRY and value is not None and value.shape != shapes[name]:
-                expected = f"{entry} of shape {tuple(shapes[name])}"
-                remedy = (
+                refuse(
+                    ValueError,
+                    f"optimizer state of {name!r}",
+                    f"{entry} of shape {tuple(shapes[name])}",
+                    f"shape {tuple(value.shape)}",
                     "The order is another one. Made before pruning, an optimizer keeps the dense "
-                    "order: load its state as it is. Else pass the names in from_order."
-                )
-                raise ValueError(
-                    message(
-                        f"optimizer state of {name!r}",
-                        expected=expected,
-                        got=f"shape {tuple(value.shape)}",
-                        remedy=remedy,
-                    )
+                    "order: load its state as it is. Else pass the names in from_order.",
                 )
 
 

@@ -14,7 +14,7 @@ from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.saved_masks import has_own_memory
-from torch_rsst.utils.errors import listing, message, shown
+from torch_rsst.utils.errors import listing, message, refuse, shown
 
 MASKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -73,9 +73,7 @@ def check_ref(module: object, name: object) -> ParameterRef:
     if not isinstance(module, nn.Module) or not isinstance(name, str):
         got = f"({type(module).__name__}, {shown(name)})"
         remedy = "Pass for example (model.fc, 'weight')."
-        raise TypeError(
-            message("parameter", expected="a (module, name) pair", got=got, remedy=remedy)
-        )
+        refuse(TypeError, "parameter", "a (module, name) pair", got, remedy)
     ref = ParameterRef(module, name)
     reshard([module])
     if ref.is_masked:
@@ -84,48 +82,37 @@ def check_ref(module: object, name: object) -> ParameterRef:
     own = [dense_name(module, key) for key, p in module._parameters.items() if p is not None]
     if parametrize.is_parametrized(module, name):
         remedy = "Call torch.nn.utils.parametrize.remove_parametrizations first."
-        raise ValueError(
-            message(subject, expected="a plain parameter", got="a parametrized one", remedy=remedy)
-        )
+        refuse(ValueError, subject, "a plain parameter", "a parametrized one", remedy)
     if name.endswith(ORIG) and name.removesuffix(ORIG) in own:
         remedy = f"Pass {name.removesuffix(ORIG)!r}: masks of one parameter combine."
         got = "the original of a parameter that is masked already"
-        raise ValueError(
-            message(subject, expected="a dense parameter name", got=got, remedy=remedy)
-        )
+        refuse(ValueError, subject, "a dense parameter name", got, remedy)
     parameter = module._parameters.get(name)
     if parameter is None:
         remedy = f"It has {listing(own)}." if own else "It has no parameters of its own."
-        raise ValueError(
-            message(subject, expected="one of the module's parameters", got="none", remedy=remedy)
-        )
+        refuse(ValueError, subject, "one of the module's parameters", "none", remedy)
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         remedy = "Run one forward pass first, so that its shape is known."
-        raise ValueError(
-            message(subject, expected="an initialized parameter", got="a lazy one", remedy=remedy)
-        )
+        refuse(ValueError, subject, "an initialized parameter", "a lazy one", remedy)
     if taken := [key for key in (name + ORIG, name + MASK) if _is_taken(module, key)]:
-        remedy = "Rename it: this is where PyTorch's pruning keeps the weights and the mask."
-        got = f"one in use: {taken[0]!r}"
-        raise ValueError(
-            message(
-                subject,
-                expected=f"{name + ORIG!r} and {name + MASK!r} to be free names",
-                got=got,
-                remedy=remedy,
-            )
+        refuse(
+            ValueError,
+            subject,
+            f"{name + ORIG!r} and {name + MASK!r} to be free names",
+            f"one in use: {taken[0]!r}",
+            "Rename it: this is where PyTorch's pruning keeps the weights and the mask.",
         )
     if parameter.layout != torch.strided:
         got, remedy = str(parameter.layout), "Call to_dense() first."
-        raise ValueError(message(subject, expected="a dense tensor", got=got, remedy=remedy))
+        refuse(ValueError, subject, "a dense tensor", got, remedy)
     if not has_own_memory(parameter):
         expected, got = "entries with memory of their own", "an expanded tensor"
         remedy = "Clone it first: its entries cannot be masked one by one."
-        raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, subject, expected, got, remedy)
     if parameter.dtype not in MASKABLE:
         expected = f"one of {', '.join(map(str, MASKABLE))}"
         remedy = "Cast it first, or leave it out: only such weights can be pruned."
-        raise ValueError(message(subject, expected=expected, got=parameter.dtype, remedy=remedy))
+        refuse(ValueError, subject, expected, parameter.dtype, remedy)
     return ref
 
 
@@ -166,7 +153,7 @@ def check_has_values(ref: ParameterRef) -> None:
     if ref.original.is_meta:
         remedy = "Materialize the model first: load_state_dict(…, assign=True), or to_empty."
         got = "a parameter on the meta device"
-        raise ValueError(message(f"parameter {ref}", expected="values", got=got, remedy=remedy))
+        refuse(ValueError, f"parameter {ref}", "values", got, remedy)
 
 
 def check_scores(ref: ParameterRef, scores: Tensor | None) -> Tensor:
@@ -184,14 +171,14 @@ def check_scores(ref: ParameterRef, scores: Tensor | None) -> Tensor:
     remedy = "Give every entry of the parameter one score."
     if not isinstance(scores, Tensor) or scores.is_complex() or scores.dtype == torch.bool:
         got = str(scores.dtype) if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(message(subject, expected="a tensor of numbers", got=got, remedy=remedy))
+        refuse(TypeError, subject, "a tensor of numbers", got, remedy)
     if scores.shape != ref.original.shape:
         expected = f"shape {tuple(ref.original.shape)}"
         got = f"shape {tuple(scores.shape)}"
-        raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, subject, expected, got, remedy)
     if not scores.is_floating_point() and scores.numel() and _exceeds(scores, 1 << 53):
         expected, got = "integers within ±2**53, which float64 tells apart", "larger ones"
-        raise ValueError(message(subject, expected=expected, got=got, remedy="Scale them down."))
+        refuse(ValueError, subject, expected, got, "Scale them down.")
     return placed_like(scores.detach(), ref.original)
 
 

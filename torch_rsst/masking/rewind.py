@@ -17,7 +17,7 @@ from torch_rsst.masking.mask_sets import (
     unwrap,
     without_wrappers,
 )
-from torch_rsst.utils.errors import listing, message, unknown_choice
+from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,7 @@ class Snapshot:
         if not isinstance(rewind, Mapping):
             got = type(rewind).__name__
             remedy = "Pass model.state_dict() of an earlier moment."
-            raise TypeError(
-                message("rewind", expected="None, 'init' or a state dict", got=got, remedy=remedy)
-            )
+            refuse(TypeError, "rewind", "None, 'init' or a state dict", got, remedy)
         saved = {name: rewind[key] for key, name in dense_keys(rewind).items()}
         chosen = {name: saved.get(name + ORIG, saved.get(name)) for name in weights}
         kept = {name: saved[name] for name in buffers if name in saved}
@@ -62,14 +60,12 @@ class Snapshot:
             or value.layout != torch.strided
         ]
         if unfit:
-            remedy = "Pass the full state dict of this very model."
-            raise ValueError(
-                message(
-                    "rewind",
-                    expected="every parameter and buffer in its shape",
-                    got=f"none for {listing(unfit)}",
-                    remedy=remedy,
-                )
+            refuse(
+                ValueError,
+                "rewind",
+                "every parameter and buffer in its shape",
+                f"none for {listing(unfit)}",
+                "Pass the full state dict of this very model.",
             )
         return cls(
             {

@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from torch_rsst.utils.errors import listing, message
+from torch_rsst.utils.errors import listing, refuse
 from torch_rsst.utils.optimizer_hooks import is_nested
 
 Mode: TypeAlias = Literal["auto", "coupled", "decoupled"]
@@ -46,9 +46,7 @@ def as_optimizers(optimizer: Optimizers) -> list[Optimizer]:
     found = [innermost(each) for each in given]
     if not found:
         remedy = "Pass None to call pruner.step() yourself."
-        raise ValueError(
-            message("optimizer", expected="at least one", got="an empty sequence", remedy=remedy)
-        )
+        refuse(ValueError, "optimizer", "at least one", "an empty sequence", remedy)
     return found
 
 
@@ -61,13 +59,13 @@ def innermost(optimizer: Any) -> Optimizer:
     if isinstance(optimizer, LRScheduler):
         remedy = "Pass its .optimizer."
         got = type(optimizer).__name__
-        raise TypeError(message("optimizer", expected="a torch optimizer", got=got, remedy=remedy))
+        refuse(TypeError, "optimizer", "a torch optimizer", got, remedy)
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         got = type(optimizer).__name__
         remedy = "Pass for example torch.optim.AdamW(model.parameters())."
-        raise TypeError(message("optimizer", expected="a torch optimizer", got=got, remedy=remedy))
+        refuse(TypeError, "optimizer", "a torch optimizer", got, remedy)
     return optimizer
 
 
@@ -85,23 +83,21 @@ def assign_to_optimizers(
     ]
     holders = {n: sum(id(p) in ids for ids in updated) for n, p in parameters.items()}
     if missing := [name for name, count in holders.items() if count == 0]:
-        raise ValueError(
-            message(
-                "optimizer",
-                expected="every penalized parameter in its groups",
-                got=f"none of {listing(missing)}",
-                remedy="Make it from model.parameters(), before or after pruning; pass several "
-                "optimizers as one list.",
-            )
+        refuse(
+            ValueError,
+            "optimizer",
+            "every penalized parameter in its groups",
+            f"none of {listing(missing)}",
+            "Make it from model.parameters(), before or after pruning; pass several "
+            "optimizers as one list.",
         )
     if shared := [name for name, count in holders.items() if count > 1]:
-        raise ValueError(
-            message(
-                "optimizer",
-                expected="every penalized parameter in one optimizer",
-                got=f"several with {listing(shared)}",
-                remedy="Each of them would penalize it: pass only the one that should.",
-            )
+        refuse(
+            ValueError,
+            "optimizer",
+            "every penalized parameter in one optimizer",
+            f"several with {listing(shared)}",
+            "Each of them would penalize it: pass only the one that should.",
         )
     return [
         Share(
@@ -121,13 +117,12 @@ def expand_step_counts(steps: list[int], optimizers: int) -> list[int]:
     if len(steps) == 1:
         return steps * optimizers
     if len(steps) != optimizers:
-        raise ValueError(
-            message(
-                "state of RegularizedPruner",
-                expected=f"one with {optimizers} optimizer(s)",
-                got=f"one with {len(steps)}",
-                remedy="Attach as many as the saved one had, in the same order.",
-            )
+        refuse(
+            ValueError,
+            "state of RegularizedPruner",
+            f"one with {optimizers} optimizer(s)",
+            f"one with {len(steps)}",
+            "Attach as many as the saved one had, in the same order.",
         )
     return steps
 
@@ -185,13 +180,12 @@ def hook_gradients(
     """
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if need_all and frozen:
-        raise ValueError(
-            message(
-                "model",
-                expected="penalized parameters that require gradients",
-                got=f"frozen {listing(frozen)}",
-                remedy="No backward pass reaches them: pass the optimizer, or unfreeze them.",
-            )
+        refuse(
+            ValueError,
+            "model",
+            "penalized parameters that require gradients",
+            f"frozen {listing(frozen)}",
+            "No backward pass reaches them: pass the optimizer, or unfreeze them.",
         )
 
     def after_accumulation(name: str, parameter: Tensor) -> None:

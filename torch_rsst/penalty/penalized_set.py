@@ -23,7 +23,7 @@ from torch_rsst.distributed.dtensor import (
 )
 from torch_rsst.masking.mask_sets import named_refs
 from torch_rsst.masking.parameter_ref import MASKABLE
-from torch_rsst.utils.errors import MissingNameError, listing, message
+from torch_rsst.utils.errors import MissingNameError, listing, refuse
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -41,20 +41,16 @@ class PenalizedSet:
             if name not in refs:
                 remedy = f"It has {listing(refs)}."
                 expected = "a parameter of the model"
-                raise MissingNameError(
-                    message(subject, expected=expected, got="no such name", remedy=remedy)
-                )
+                refuse(MissingNameError, subject, expected, "no such name", remedy)
             parameter = refs[name][0].original
             if mask.shape != parameter.shape:
                 expected = f"the parameter's shape {tuple(parameter.shape)}"
                 got, remedy = f"shape {tuple(mask.shape)}", "Make the masks with regroup(model, …)."
-                raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+                refuse(ValueError, subject, expected, got, remedy)
             if parameter.dtype not in MASKABLE:
                 expected = f"one of {', '.join(map(str, MASKABLE))}"
                 remedy = "Leave it out, or cast it first."
-                raise ValueError(
-                    message(f"{name!r}", expected=expected, got=parameter.dtype, remedy=remedy)
-                )
+                refuse(ValueError, f"{name!r}", expected, parameter.dtype, remedy)
             mask = placed_like(mask, parameter)
             if int(total(mask)):
                 self._entries[name] = (parameter, _where(local(mask), local(parameter)))
@@ -171,9 +167,7 @@ class PenalizedSet:
         if sparse:
             remedy = "Make the layer with sparse=False, or use mode='decoupled' and do not block."
             subject = f"gradient of {listing(sparse)}"
-            raise RuntimeError(
-                message(subject, expected="a dense tensor", got="a sparse one", remedy=remedy)
-            )
+            refuse(RuntimeError, subject, "a dense tensor", "a sparse one", remedy)
 
     def _entry(self, name: str) -> tuple[nn.Parameter, Tensor]:
         """A parameter and where P lies in it, on its device even after ``model.to``."""

@@ -29,13 +29,7 @@ from torch_rsst.penalty.hooks import (
 from torch_rsst.penalty.penalized_set import PenalizedSet
 from torch_rsst.schedules import Schedule, resolve_schedule, strength_at
 from torch_rsst.utils.amounts import check_count, check_number
-from torch_rsst.utils.errors import (
-    InertPenaltyWarning,
-    check_keys,
-    listing,
-    message,
-    unknown_choice,
-)
+from torch_rsst.utils.errors import InertPenaltyWarning, check_keys, listing, refuse, unknown_choice
 
 GradScale: TypeAlias = float | Callable[[], float]
 
@@ -209,14 +203,14 @@ class RegularizedPruner:
         optimizers = as_optimizers(optimizer)
         if self._optimizers or self not in _ATTACHED:
             again = bool(self._optimizers)
-            got = "a second one" if again else "a removed regularizer"
-            remedy = (
+            refuse(
+                RuntimeError,
+                "attach",
+                "one optimizer, once",
+                "a second one" if again else "a removed regularizer",
                 "It acts already: drop this call (several go into one list)."
                 if again
-                else "Make a new RegularizedPruner."
-            )
-            raise RuntimeError(
-                message("attach", expected="one optimizer, once", got=got, remedy=remedy)
+                else "Make a new RegularizedPruner.",
             )
         shares = assign_to_optimizers(
             self._penalized.parameters(), optimizers, self._requested_mode
@@ -244,9 +238,7 @@ class RegularizedPruner:
         if self.mode == "decoupled" and not self.block_loss_grad:
             remedy = "Call pruner.step() after the update instead, or pass mode='coupled'."
             got = "'decoupled', which shrinks weights and leaves gradients alone"
-            raise RuntimeError(
-                message("add_penalty: mode", expected="'coupled'", got=got, remedy=remedy)
-            )
+            refuse(RuntimeError, "add_penalty: mode", "'coupled'", got, remedy)
         self._penalize(self._shares[0], self.strength, None)
 
     def step(self) -> None:
@@ -298,9 +290,7 @@ class RegularizedPruner:
         if state["total_steps"] != total_steps:
             expected, got = f"total_steps={total_steps}", state["total_steps"]
             remedy = "Build the regularizer with the same arguments as the saved one."
-            raise ValueError(
-                message("state of RegularizedPruner", expected=expected, got=got, remedy=remedy)
-            )
+            refuse(ValueError, "state of RegularizedPruner", expected, got, remedy)
         if optimizers is not None:
             expand_step_counts(state["optimizer_steps"], optimizers)
 
@@ -334,9 +324,7 @@ class RegularizedPruner:
     def __deepcopy__(self, memo: dict[int, Any]) -> RegularizedPruner:
         remedy = "Copy the model, then build a new RegularizedPruner for the copy."
         expected = "to stay with its model"
-        raise TypeError(
-            message("RegularizedPruner", expected=expected, got="deepcopy", remedy=remedy)
-        )
+        refuse(TypeError, "RegularizedPruner", expected, "deepcopy", remedy)
 
     # How it is attached
 
@@ -345,14 +333,14 @@ class RegularizedPruner:
         if self.attached_to(self._model) is not None:
             expected, got = "one RegularizedPruner", "a second one"
             remedy = "Remove the first: RegularizedPruner.attached_to(model).remove()."
-            raise RuntimeError(message("model", expected=expected, got=got, remedy=remedy))
+            refuse(RuntimeError, "model", expected, got, remedy)
         taken = {id(p) for other in _ATTACHED for p in other._penalized.parameters().values()}
         shared = [name for name, p in self._penalized.parameters().items() if id(p) in taken]
         if shared:
             expected = "parameters that no other RegularizedPruner penalizes"
             got = f"{listing(shared)}, penalized through another module"
             remedy = "Remove that one, or penalize everything with one."
-            raise RuntimeError(message("model", expected=expected, got=got, remedy=remedy))
+            refuse(RuntimeError, "model", expected, got, remedy)
         _ATTACHED.add(self)
 
     def _release(self) -> bool:
@@ -370,7 +358,7 @@ class RegularizedPruner:
             expected, got = "no optimizer", "an attached optimizer"
         else:
             return
-        raise RuntimeError(message(call, expected=expected, got=got, remedy=remedy))
+        refuse(RuntimeError, call, expected, got, remedy)
 
     def _hook_gradients(self) -> None:
         parameters, coupled = self._penalized.parameters(), self.mode == "coupled"

@@ -18,7 +18,7 @@ from torch_rsst.recipes.loading import held_out_loader
 from torch_rsst.recipes.page import write_page
 from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.utils.amounts import check_count
-from torch_rsst.utils.errors import listing, message
+from torch_rsst.utils.errors import listing, refuse
 
 
 def compact_run(config: CompactConfig) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _held_out(config: RunConfig, model: nn.Module, results: Mapping[str, Any]) -
         expected = f"the classes that the model tells apart: {_classes(results['classes'])}"
         remedy = "Pass --data-dir with the images of the run."
         got = _classes(images.labels)
-        raise ValueError(message("images", expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, "images", expected, got, remedy)
     size = {"input_size": tuple(results["input_size"])}
     form = size if config.source == "digits" else resolve_data_config(size, model=model)
     return held_out_loader(config, images.prepared(config, form))

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch_rsst.recipes.data_options import DataOptions
 from torch_rsst.recipes.pruning_options import PruningOptions
 from torch_rsst.recipes.training_options import TrainingOptions
-from torch_rsst.utils.errors import listing, message, unknown_choice
+from torch_rsst.utils.errors import listing, message, refuse, unknown_choice
 
 # What a resumed run may change: where it runs, not what it computes.
 _FREE_ON_RESUME = ("output", "device", "workers", "data_dir")
@@ -134,9 +134,7 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
         if name not in shipped:
             remedy = f"Pass a YAML file, or one of {', '.join(sorted(shipped))}."
             expected = "a file of options, or a recipe"
-            raise FileNotFoundError(
-                message("--config", expected=expected, got=repr(name), remedy=remedy)
-            )
+            refuse(FileNotFoundError, "--config", expected, repr(name), remedy)
         return cls.from_yaml(shipped[name].read_text(), Path(f"{name}.yaml"))
 
     def differences(self, other: RunConfig) -> dict[str, tuple[object, object]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch_rsst.utils.amounts import check_count, check_fraction, check_number
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,10 @@ class DataOptions:
         if self.source != "digits" and self.data_dir is None:
             expected = f"where the images of --dataset {self.dataset} are"
             remedy = "Pass --data-dir FOLDER."
-            raise ValueError(message("data_dir", expected=expected, got="none", remedy=remedy))
+            refuse(ValueError, "data_dir", expected, "none", remedy)
         if self.source == "digits" and self.data_dir is not None:
             remedy = "Leave --dataset away to train on the images in it."
-            raise ValueError(
-                message(
-                    "data_dir", expected="none for digits", got=str(self.data_dir), remedy=remedy
-                )
-            )
+            refuse(ValueError, "data_dir", "none for digits", str(self.data_dir), remedy)
         for name, least in (("num_classes", 2), ("image_size", 1), ("workers", 0)):
             if (value := getattr(self, name)) is not None:
                 check_count(value, name, at_least=least)

@@ -20,7 +20,7 @@ from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.recipes.training import Epoch, Interrupted, Stage, StoppedElsewhere, Trainer
 from torch_rsst.report.sparsity import SparsityReport
 from torch_rsst.rounds.engine import Round, Rounds
-from torch_rsst.utils.errors import listing, message
+from torch_rsst.utils.errors import listing, refuse
 from torch_rsst.utils.files import write_atomically
 
 # "First zero": the penalized norm fell below this share of its value at the start of the round.
@@ -110,7 +110,7 @@ class Experiment:
         if isinstance(before, dict) and before != now:
             remedy = "Put the images back as they were, or start a new run."
             expected = f"the images that the run began with, {_told(before)}"
-            raise ValueError(message("images", expected=expected, got=_told(now), remedy=remedy))
+            refuse(ValueError, "images", expected, _told(now), remedy)
         try:
             self._restore(state)
         except Exception as error:  # whatever does not fit, this is not our checkpoint

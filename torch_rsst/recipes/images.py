@@ -18,7 +18,7 @@ from torchvision.transforms import Compose
 
 from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
-from torch_rsst.utils.errors import closest, listing, message, unknown_choice
+from torch_rsst.utils.errors import closest, listing, message, refuse, unknown_choice
 
 _HELD_OUT = ("validation", "val", "valid", "test")
 _TORCHVISION = "torchvision/"
@@ -158,9 +158,7 @@ def open_images(config: RunConfig, *, processes: int) -> Images:
         odd = sorted(set(names[0]) ^ set(names[1]))
         expected = f"the same classes in {config.train_split} and {config.val_split}"
         remedy = "Give both parts a folder for each class, with the same names."
-        raise ValueError(
-            message(str(root), expected=expected, got=f"{listing(odd)} in one alone", remedy=remedy)
-        )
+        refuse(ValueError, str(root), expected, f"{listing(odd)} in one alone", remedy)
     classes = _check_classes(config, len(names[0]) or None)
     return Images(parts[0], parts[1], classes, names=tuple(names[0]))
 
@@ -173,9 +171,7 @@ def _root(config: RunConfig) -> Path:
         remedy = "Check --data-dir."
         if config.source.startswith(("torchvision/", "torch/", "tfds/")):
             remedy = "Check --data-dir, or pass --download."
-        raise FileNotFoundError(
-            message(str(root), expected="the images", got="no such folder or file", remedy=remedy)
-        )
+        refuse(FileNotFoundError, str(root), "the images", "no such folder or file", remedy)
     return root
 
 
@@ -248,13 +244,12 @@ def _part(root: Path, split: str, *, training: bool) -> Path:
                 return found
     inside = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     option = "--train-split" if training else "--val-split"
-    raise FileNotFoundError(
-        message(
-            str(root),
-            expected=f"a folder {' or '.join(names)} with a folder for each class",
-            got=listing(inside) if inside else "nothing",
-            remedy=f"Make it, or name another one: {option} NAME.",
-        )
+    refuse(
+        FileNotFoundError,
+        str(root),
+        f"a folder {' or '.join(names)} with a folder for each class",
+        listing(inside) if inside else "nothing",
+        f"Make it, or name another one: {option} NAME.",
     )
 
 
@@ -269,7 +264,7 @@ def _torchvision_class(config: RunConfig) -> Any:
         near = closest(name, sets)
         remedy = f"Did you mean {near!r}?" if near else "torchvision.datasets lists them."
         expected = "a data set of torchvision"
-        raise ValueError(message("dataset", expected=expected, got=repr(name), remedy=remedy))
+        refuse(ValueError, "dataset", expected, repr(name), remedy)
     return sets[name]
 
 
@@ -287,7 +282,7 @@ def _of_torchvision(config: RunConfig, root: Path, *, training: bool) -> Dataset
         expected = "a data set of two parts"
         remedy = "Arrange it as folders train and validation, and pass --dataset folder."
         got = f"torchvision/{name}, which has one"
-        raise ValueError(message("dataset", expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, "dataset", expected, got, remedy)
     if "download" in takes:
         options["download"] = config.download
     try:
@@ -310,10 +305,10 @@ def _check_classes(config: RunConfig, found: int | None) -> int:
     given = config.num_classes
     if found is None and given is None:
         expected, remedy = "a number: this data set does not tell", "Pass --num-classes."
-        raise ValueError(message("num_classes", expected=expected, got="none", remedy=remedy))
+        refuse(ValueError, "num_classes", expected, "none", remedy)
     if found is not None and given is not None and found != given:
         expected, remedy = f"{found}, as the data has", "Leave --num-classes away."
-        raise ValueError(message("num_classes", expected=expected, got=given, remedy=remedy))
+        refuse(ValueError, "num_classes", expected, given, remedy)
     classes = found if given is None else given
     assert classes is not None
     return classes

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import BadImages, Images
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import message, refuse
 
 Batch = tuple[Tensor, Tensor]
 
@@ -131,7 +131,7 @@ class Loaders:
             expected = f"{len(self)} batches an epoch, by the number of images of --train-split"
             remedy = "Correct the number, or restore the shards."
             got = f"{found} that can be read"
-            raise BadImages(message(self._config.source, expected=expected, got=got, remedy=remedy))
+            refuse(BadImages, self._config.source, expected, got, remedy)
 
     def held_out(self) -> Iterator[Batch]:
         """What is held out: the share of this process."""
@@ -143,9 +143,7 @@ class Loaders:
             yield send_to_device((images, labels), accelerator.device)
         if streams and number < 0:
             expected, remedy = "images in --val-split", "Check --data-dir and --val-split."
-            raise BadImages(
-                message(self._config.source, expected=expected, got="none readable", remedy=remedy)
-            )
+            refuse(BadImages, self._config.source, expected, "none readable", remedy)
 
     def samples(self, batches: int) -> Iterator[Batch]:
         """Training batches to measure importance on: the share of this process, always the same."""
@@ -175,16 +173,14 @@ class Loaders:
 def check_labels(lowest: int, highest: int, classes: int) -> None:
     """Raise unless labels between these are numbers of classes."""
     if lowest < 0:
-        expected, remedy = "labels from 0 on", "Correct the labels of the data."
-        raise BadImages(message("the data", expected=expected, got=lowest, remedy=remedy))
+        refuse(BadImages, "the data", "labels from 0 on", lowest, "Correct the labels of the data.")
     if highest >= classes:
-        raise BadImages(
-            message(
-                "num_classes",
-                expected=f"more than {highest}, which is a label in the data",
-                got=classes,
-                remedy=f"Pass --num-classes {highest + 1} or more.",
-            )
+        refuse(
+            BadImages,
+            "num_classes",
+            f"more than {highest}, which is a label in the data",
+            classes,
+            f"Pass --num-classes {highest + 1} or more.",
         )
 
 
@@ -222,24 +218,23 @@ def _of_stream(dataset: Any, workers: int, processes: int) -> int:
     if len(shards) < processes:
         expected = f"a shard for each of the {processes} processes"
         remedy = "Make more shards, or start fewer processes."
-        raise ValueError(
-            message("train_split", expected=expected, got=f"{len(shards)}", remedy=remedy)
-        )
+        refuse(ValueError, "train_split", expected, f"{len(shards)}", remedy)
     return max(min(workers, len(shards) // processes), 1)
 
 
 def check_batch_size(config: RunConfig, images: Images, processes: int) -> None:
     """Raise unless batches can be shared out and there are images enough for one step."""
 
-    def refuse(expected: str, remedy: str) -> None:
-        got = config.batch_size
-        raise ValueError(message("batch_size", expected=expected, got=got, remedy=remedy))
+    def refuse_batch_size(expected: str, remedy: str) -> None:
+        refuse(ValueError, "batch_size", expected, config.batch_size, remedy)
 
     if config.batch_size % processes:
         remedy = "Pass another --batch-size, or start another number of processes."
-        refuse(f"a multiple of the {processes} processes", remedy)
+        refuse_batch_size(f"a multiple of the {processes} processes", remedy)
     if config.mixes and (config.batch_size // processes) % 2:
-        refuse("an even number on each process, to mix images", "Pass another --batch-size.")
+        refuse_batch_size(
+            "an even number on each process, to mix images", "Pass another --batch-size."
+        )
     found = len(images.train)  # type: ignore[arg-type]
     if images.streams:  # which count the share of one process
         found *= processes

@@ -13,7 +13,7 @@ from torch import nn
 from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import Images
-from torch_rsst.utils.errors import closest, message
+from torch_rsst.utils.errors import closest, message, refuse
 
 DIGITS = "vit_digits"
 
@@ -49,10 +49,10 @@ def choose_model(config: RunConfig, images: Images) -> Chosen:
     if name == DIGITS:
         remedy = "Pass --model, for example vit_small_patch16_224."
         expected = f"a model for these images: {DIGITS} takes the digits, {digits.SIZE} pixels wide"
-        raise ValueError(message("model", expected=expected, got=name, remedy=remedy))
+        refuse(ValueError, "model", expected, name, remedy)
     if config.pretrained and not timm.is_model_pretrained(name):
         expected, remedy = "a model with pretrained weights", "Leave --pretrained away."
-        raise ValueError(message("model", expected=expected, got=name, remedy=remedy))
+        refuse(ValueError, "model", expected, name, remedy)
     options = _options(config, name, images)
     try:
         model: nn.Module = timm.create_model(name, pretrained=config.pretrained, **options)
@@ -96,9 +96,7 @@ def _name(config: RunConfig) -> str:
     if config.model != DIGITS and not timm.is_model(config.model):
         near = closest(config.model, timm.list_models())
         remedy = f"Did you mean {near!r}?" if near else "timm.list_models() lists them."
-        raise ValueError(
-            message("model", expected="a model of timm", got=repr(config.model), remedy=remedy)
-        )
+        refuse(ValueError, "model", "a model of timm", repr(config.model), remedy)
     return config.model
 
 

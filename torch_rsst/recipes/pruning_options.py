@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch_rsst.schedules import resolve_schedule
 from torch_rsst.utils.amounts import check_count, check_fraction
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 Kind = Literal["heads", "neurons", "channels"]
 
@@ -61,7 +61,7 @@ class PruningOptions:
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             got = " ".join(self.kinds) or "none"
             remedy = "Try --kinds heads neurons."
-            raise ValueError(message("kinds", expected="each kind once", got=got, remedy=remedy))
+            refuse(ValueError, "kinds", "each kind once", got, remedy)
         check_count(self.rounds, "rounds", at_least=1)
         check_fraction(self.amount, "amount")
         check_fraction(self.regroup_amount, "regroup_amount")

@@ -21,7 +21,7 @@ from torch_rsst.masking.checkpoints import prepare_from_state_dict
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.saving.builders import build_model
 from torch_rsst.saving.compact_folder import read_description
-from torch_rsst.utils.errors import listing, message
+from torch_rsst.utils.errors import listing, message, refuse
 from torch_rsst.utils.files import check_links, write_atomically, write_text
 
 RESULTS = (
@@ -166,9 +166,7 @@ class RunFolder:
         if not self.path.is_dir():
             got = "a file or a broken link"
             remedy = "Pass --output with a new folder."
-            raise NotADirectoryError(
-                message(str(self.path), expected="a folder", got=got, remedy=remedy)
-            )
+            refuse(NotADirectoryError, str(self.path), "a folder", got, remedy)
         if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             raise FileExistsError(self._occupied())
 
@@ -181,13 +179,8 @@ class RunFolder:
         """
         if not self.config.is_file():
             remedy = "Check the folder's name."
-            raise FileNotFoundError(
-                message(
-                    str(self.path),
-                    expected="the folder of a run",
-                    got="no config.yaml",
-                    remedy=remedy,
-                )
+            refuse(
+                FileNotFoundError, str(self.path), "the folder of a run", "no config.yaml", remedy
             )
         check_links(self.path)
         return RunConfig.from_yaml(self.config.read_text(errors="replace"), self.config)
@@ -212,13 +205,12 @@ class RunFolder:
             FileNotFoundError, ValueError: where it has not, or there is none.
         """
         if differing := self.read_config().differences(config):
-            raise ValueError(
-                message(
-                    f"--resume of {self.path}",
-                    expected=", ".join(f"{key}={mine!r}" for key, (mine, _) in differing.items()),
-                    got=", ".join(f"{key}={theirs!r}" for key, (_, theirs) in differing.items()),
-                    remedy="Leave these options away: a resumed run keeps its own.",
-                )
+            refuse(
+                ValueError,
+                f"--resume of {self.path}",
+                ", ".join(f"{key}={mine!r}" for key, (mine, _) in differing.items()),
+                ", ".join(f"{key}={theirs!r}" for key, (_, theirs) in differing.items()),
+                "Leave these options away: a resumed run keeps its own.",
             )
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
@@ -239,11 +231,7 @@ class RunFolder:
         self.read_config()
         if not self.report.is_file():
             remedy = f"Finish it: torch-rsst run --resume --output {self.path}"
-            raise FileNotFoundError(
-                message(
-                    str(self.path), expected="a finished run", got="no report.json", remedy=remedy
-                )
-            )
+            refuse(FileNotFoundError, str(self.path), "a finished run", "no report.json", remedy)
         try:
             results: Any = json.loads(self.report.read_text())
         except ValueError as error:

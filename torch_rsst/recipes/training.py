@@ -24,7 +24,7 @@ from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import open_images
 from torch_rsst.recipes.loading import Batch, Loaders, check_batch_size, seed_everything
 from torch_rsst.recipes.models import choose_model
-from torch_rsst.utils.errors import closest, message
+from torch_rsst.utils.errors import closest, message, refuse
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not a fault
@@ -149,13 +149,12 @@ class Trainer:
             loss = float(torch.tensor(self.losses).mean())
             self._losses = []
             if not math.isfinite(loss):
-                raise Diverged(
-                    message(
-                        f"loss in epoch {number + 1} of stage {stage.name!r}",
-                        expected="a finite number",
-                        got=loss,
-                        remedy=f"Lower --learning-rate; it is {self.config.learning_rate}.",
-                    )
+                refuse(
+                    Diverged,
+                    f"loss in epoch {number + 1} of stage {stage.name!r}",
+                    "a finite number",
+                    loss,
+                    f"Lower --learning-rate; it is {self.config.learning_rate}.",
                 )
             rate = float(self.optimizer.param_groups[0]["lr"])
             yield Epoch(number, loss, self.evaluate(), rate)
@@ -247,14 +246,12 @@ def _accelerator(config: RunConfig) -> Accelerator:
     cuda = torch.cuda.is_available() and config.device != "cpu"
     remedy = "Pass --device cpu." if config.device == "cuda" else "Pass --precision bf16 or fp32."
     if config.device == "cuda" and not cuda:
-        raise ValueError(message("device", expected="a CUDA device", got="none", remedy=remedy))
+        refuse(ValueError, "device", "a CUDA device", "none", remedy)
     if config.precision == "fp16" and not cuda:
-        raise ValueError(
-            message("precision", expected="a GPU for fp16", got="the CPU", remedy=remedy)
-        )
+        refuse(ValueError, "precision", "a GPU for fp16", "the CPU", remedy)
     if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         expected, remedy = "a GPU that computes in bf16", "Pass --precision fp16 or fp32."
-        raise ValueError(message("precision", expected=expected, got="another", remedy=remedy))
+        refuse(ValueError, "precision", expected, "another", remedy)
     if config.log and not is_tensorboard_available():  # Accelerate would go on without a word
         raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")
     if config.deterministic:
@@ -281,7 +278,7 @@ def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
         near = closest(config.optimizer, known)
         remedy = f"Did you mean {near!r}?" if near else "timm.optim.list_optimizers() lists them."
         expected, got = "an optimizer of timm", repr(config.optimizer)
-        raise ValueError(message("optimizer", expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, "optimizer", expected, got, remedy)
     try:
         optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
             model,

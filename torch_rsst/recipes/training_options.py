@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch_rsst.utils.amounts import check_count, check_fraction, check_number
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 _LARGEST_SEED = 2**31 - 1  # seeds of single steps are made from it
 
@@ -70,8 +70,7 @@ class TrainingOptions:
         check_count(self.accumulation, "accumulation", at_least=1)
         check_count(self.seed, "seed", at_least=0)
         if self.seed > _LARGEST_SEED:
-            expected, remedy = f"at most {_LARGEST_SEED}", "Pass a smaller one."
-            raise ValueError(message("seed", expected=expected, got=self.seed, remedy=remedy))
+            refuse(ValueError, "seed", f"at most {_LARGEST_SEED}", self.seed, "Pass a smaller one.")
         for name in ("learning_rate", "round_learning_rate", "finetune_learning_rate"):
             check_number(getattr(self, name), name, above=0.0)
         for name in ("weight_decay", "warmup_epochs"):
@@ -82,4 +81,4 @@ class TrainingOptions:
             check_fraction(getattr(self, name), name)
         if self.ema == 1.0:
             expected, remedy = "less than 1", "1 would keep the first weights: try 0.999."
-            raise ValueError(message("ema", expected=expected, got=self.ema, remedy=remedy))
+            refuse(ValueError, "ema", expected, self.ema, remedy)

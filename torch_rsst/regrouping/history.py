@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_rsst.groups.groups import Groups
 from torch_rsst.regrouping.keep_units import REASONS, ranks
-from torch_rsst.utils.errors import check_keys, message
+from torch_rsst.utils.errors import check_keys, refuse
 
 NO_PENALTY = "none"
 
@@ -110,7 +110,7 @@ class DecidedRound:
         if any(each.numel() for each in unknown):
             expected = f"reasons from 0 to {len(REASONS) - 1}"
             got = torch.cat(unknown).tolist()[:5]
-            raise ValueError(message(_SUBJECT, expected=expected, got=got, remedy=_REMEDY))
+            refuse(ValueError, _SUBJECT, expected, got, _REMEDY)
         return decided
 
 
@@ -142,7 +142,7 @@ def _read(kind: type[T], states: Sequence[Mapping[str, Any]], units: list[int]) 
     if sizes != [{count} for count in units]:
         got = f"values for {[max(each) for each in sizes]}"
         expected = f"one value for each of {units}"
-        raise ValueError(message(_SUBJECT, expected=expected, got=got, remedy=_REMEDY))
+        refuse(ValueError, _SUBJECT, expected, got, _REMEDY)
     return tuple(kind(**{name: _tensor(state[name], name) for name in names}) for state in states)
 
 

@@ -18,7 +18,7 @@ from torch_rsst.masking.parameter_ref import (
 )
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.utils.amounts import Amount, to_count
-from torch_rsst.utils.errors import MissingNameError, listing, message
+from torch_rsst.utils.errors import MissingNameError, listing, refuse
 
 
 def ranked_names(
@@ -44,24 +44,20 @@ def ranked_names(
                 ref = ref_of(parameter)
                 name = by_identity.get(id(ref.original), f"{ref.name} of another model")
             if name not in refs:
-                remedy = f"It has {listing(refs)}."
-                raise MissingNameError(
-                    message(
-                        f"parameters: {name!r}",
-                        expected="a parameter of the model",
-                        got="no such name",
-                        remedy=remedy,
-                    )
+                refuse(
+                    MissingNameError,
+                    f"parameters: {name!r}",
+                    "a parameter of the model",
+                    "no such name",
+                    f"It has {listing(refs)}.",
                 )
             if name in names:
                 remedy = "List every parameter once."
-                raise ValueError(
-                    message(f"parameters: {name!r}", expected="once", got="it twice", remedy=remedy)
-                )
+                refuse(ValueError, f"parameters: {name!r}", "once", "it twice", remedy)
             names.append(name)
     if not names:
         remedy = "Pass the result of find_groups(model), or parameters."
-        raise ValueError(message("groups", expected="at least one", got="none", remedy=remedy))
+        refuse(ValueError, "groups", "at least one", "none", remedy)
     for name in names:
         check_has_values(check_ref(refs[name][0].module, refs[name][0].name))
     return names

@@ -33,7 +33,7 @@ from torch_rsst.regrouping.history import Rules, Verdicts
 from torch_rsst.regrouping.keep_units import ScopeBudget, ScoredLayer, Selection, keep_units
 from torch_rsst.selection.topk import lowest
 from torch_rsst.utils.amounts import Amount, check_amount, check_count, check_fraction, to_count
-from torch_rsst.utils.errors import message, unknown_choice
+from torch_rsst.utils.errors import refuse, unknown_choice
 
 Scope: TypeAlias = Literal["layer", "type", "global"]
 Ungrouped: TypeAlias = Literal["keep", "element"]
@@ -281,13 +281,6 @@ def refill_from(
 def _without_smallest(weight: Tensor, alive: Tensor, amount: Amount | None, name: str) -> Tensor:
     if amount is None:
         remedy = "Pass amount, or ungrouped='keep'."
-        raise ValueError(
-            message(
-                "ungrouped='element'",
-                expected="an amount to drop",
-                got="amount=None",
-                remedy=remedy,
-            )
-        )
+        refuse(ValueError, "ungrouped='element'", "an amount to drop", "amount=None", remedy)
     count = to_count(amount, int(total(alive)), of=f"alive entries of {name!r} in no group")
     return alive & ~lowest([weight], count, among=[alive], absolute=True, names=[repr(name)])[0]

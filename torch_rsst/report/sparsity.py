@@ -24,7 +24,7 @@ from torch_rsst.masking.mask_sets import (
 from torch_rsst.regrouping.history import DecisionLog
 from torch_rsst.regrouping.keep_units import ScopeBudget
 from torch_rsst.report.explanation import Explanation, explain_unit, last_decisions
-from torch_rsst.utils.errors import message, unknown_choice
+from torch_rsst.utils.errors import refuse, unknown_choice
 from torch_rsst.utils.tables import aligned
 
 
@@ -170,7 +170,7 @@ class SparsityReport:
                 "Ask rsst.report() or rnd.report(), once a round has ranked and regrouped: "
                 "sparsity_report(model, groups) sees what is gone, not why."
             )
-            raise RuntimeError(message("explain", expected=expected, got=got, remedy=remedy))
+            refuse(RuntimeError, "explain", expected, got, remedy)
         gone = unit in found.gone_units
         return explain_unit(
             self.decisions, position, int(unit), layer=found.name, kind=found.kind, gone=gone
@@ -186,7 +186,7 @@ class SparsityReport:
             kinds = " or ".join(map(repr, named))
             remedy = f"Pass kind={next(iter(named))!r}, or the other."
             got = f"{name!r}, which has both" if len(named) == 2 else f"{name!r}, which has all"
-            raise ValueError(message("explain", expected=f"kind={kinds}", got=got, remedy=remedy))
+            refuse(ValueError, "explain", f"kind={kinds}", got, remedy)
         if kind is not None and kind not in named:
             raise ValueError(unknown_choice(f"kind of units in {name!r}", kind, named))
         return next(iter(named.values())) if kind is None else named[kind]
@@ -245,10 +245,9 @@ def _check_unit(unit: object, layer: LayerReport) -> None:
     expected = f"0 to {layer.units - 1}, for the {layer.units} {layer.kind} of {layer.name!r}"
     remedy = "Units are numbered within their layer."
     if isinstance(unit, bool) or not isinstance(unit, Integral):
-        got = f"{type(unit).__name__} {unit!r}"
-        raise TypeError(message("unit", expected=expected, got=got, remedy=remedy))
+        refuse(TypeError, "unit", expected, f"{type(unit).__name__} {unit!r}", remedy)
     if not 0 <= int(unit) < layer.units:
-        raise IndexError(message("unit", expected=expected, got=unit, remedy=remedy))
+        refuse(IndexError, "unit", expected, unit, remedy)
 
 
 def sparsity_report(

@@ -40,7 +40,7 @@ from torch_rsst.report.sparsity import SparsityReport, sparsity_report
 from torch_rsst.rounds.round import Chosen, Round, record_decision, record_end
 from torch_rsst.rounds.state import RoundsState, RoundState, damage_reported, plain_settings
 from torch_rsst.utils.amounts import Amount, check_amount, check_count, plain_amount
-from torch_rsst.utils.errors import RoundWarning, message
+from torch_rsst.utils.errors import RoundWarning, refuse
 
 __all__ = ["Chosen", "RegroupAmount", "Rewind", "Round", "Rounds"]
 
@@ -75,17 +75,13 @@ class Rounds(ABC):
         check_settings(steps_per_round, **penalty)
         if reset_moments and optimizer is None:
             remedy = "Pass the optimizer to Refill, or reset_moments=False."
-            raise ValueError(
-                message("reset_moments", expected="an optimizer", got="none", remedy=remedy)
-            )
+            refuse(ValueError, "reset_moments", "an optimizer", "none", remedy)
         check_amount(amount)
         if regroup_amount is None:
             if plan.ungrouped == "element":
                 remedy = "Pass regroup_amount, or ungrouped='keep'."
                 got = "regroup_amount=None"
-                raise ValueError(
-                    message("ungrouped='element'", expected="an amount", got=got, remedy=remedy)
-                )
+                refuse(ValueError, "ungrouped='element'", "an amount", got, remedy)
         elif not callable(regroup_amount):
             check_amount(regroup_amount, "regroup_amount")
         self._model, self._groups, self._plan = unwrap(model), as_groups(groups), plan
@@ -166,9 +162,7 @@ class Rounds(ABC):
         """
         if self._last is None:
             remedy = "Train at least one: for rnd in rsst: …"
-            raise RuntimeError(
-                message("finalize", expected="a round", got="none yet", remedy=remedy)
-            )
+            refuse(RuntimeError, "finalize", "a round", "none yet", remedy)
         self._close()
         self._mask(self._final_mask(self._last.current_mask, self._last.refill_mask))
         self._finalized = True

@@ -14,7 +14,7 @@ from torch_rsst.masking.mask_sets import Masks, check_masks
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.regrouping.history import DecidedRound
 from torch_rsst.regrouping.keep_units import ScopeBudget
-from torch_rsst.utils.errors import check_keys, message
+from torch_rsst.utils.errors import check_keys, message, refuse
 
 SUBJECT = "state of rounds"
 
@@ -144,13 +144,12 @@ def _check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     if saved == own:
         return
     differing = [key for key in own if saved.get(key) != own[key]]
-    raise ValueError(
-        message(
-            SUBJECT,
-            expected=", ".join(f"{key}={own[key]!r}" for key in differing),
-            got=", ".join(f"{key}={saved.get(key)!r}" for key in differing),
-            remedy="Build the rounds with the arguments of the saved ones.",
-        )
+    refuse(
+        ValueError,
+        SUBJECT,
+        ", ".join(f"{key}={own[key]!r}" for key in differing),
+        ", ".join(f"{key}={saved.get(key)!r}" for key in differing),
+        "Build the rounds with the arguments of the saved ones.",
     )
 
 

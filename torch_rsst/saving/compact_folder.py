@@ -27,7 +27,7 @@ from torch_rsst.saving.description import (
 from torch_rsst.saving.exported import export_program
 from torch_rsst.saving.likeness import difference, set_all, settings_of
 from torch_rsst.saving.receipt import Receipt, is_rounding, measure
-from torch_rsst.utils.errors import CompactionWarning, message
+from torch_rsst.utils.errors import CompactionWarning, message, refuse
 from torch_rsst.utils.files import check_links, digest, digest_of_file, find_written, write_together
 
 INDEX, WEIGHTS, BUFFERS, PROGRAM = (
@@ -95,14 +95,10 @@ def save_compact(
     if stages is None:
         remedy = "Call compact first, and save its very result or a copy of it."
         got = f"a {type(bare).__name__} that does not say what was cut"
-        raise ValueError(
-            message("save_compact", expected="what compact() returned", got=got, remedy=remedy)
-        )
+        refuse(ValueError, "save_compact", "what compact() returned", got, remedy)
     if export and example_inputs is None:
         remedy = "Pass an example, such as torch.randn(1, 3, 224, 224)."
-        raise ValueError(
-            message("export", expected="example_inputs to trace", got="none", remedy=remedy)
-        )
+        refuse(ValueError, "export", "example_inputs to trace", "none", remedy)
     _check_target(path)
     description, tensors = take_apart(bare, stages)
     description = _with_build(build, bare, description, tensors, example_inputs)
@@ -163,7 +159,7 @@ def load_compact(folder: str | Path, model: nn.Module | None = None) -> nn.Modul
         dense = copy.deepcopy(unwrap(model))
         if any(tensor.is_meta for tensor in (*dense.parameters(), *dense.buffers())):
             got, remedy = "one on the meta device", "Build it on a real device."
-            raise ValueError(message("model", expected="values", got=got, remedy=remedy))
+            refuse(ValueError, "model", "values", got, remedy)
     else:
         dense = _build(path, description)
     try:
@@ -186,9 +182,7 @@ def read_description(folder: Path) -> Description:
     """
     if not (folder / INDEX).is_file():
         got, remedy = f"no {INDEX}", "Save a compacted model there: save_compact(small, folder)."
-        raise FileNotFoundError(
-            message(str(folder), expected="a saved model", got=got, remedy=remedy)
-        )
+        refuse(FileNotFoundError, str(folder), "a saved model", got, remedy)
     check_links(folder)
     text = (folder / INDEX).read_text(encoding="utf-8", errors="replace")
     return Description.from_json(text, str(folder / INDEX))
@@ -199,15 +193,13 @@ def _check_target(folder: Path) -> None:
     if folder.is_symlink() or folder.exists():
         if not folder.is_dir():
             got, remedy = "a file or a broken link", "Pass a new folder."
-            raise NotADirectoryError(
-                message(str(folder), expected="a folder", got=got, remedy=remedy)
-            )
+            refuse(NotADirectoryError, str(folder), "a folder", got, remedy)
         check_links(folder)
         taken = [name for name in (WEIGHTS, BUFFERS, PROGRAM) if (folder / name).exists()]
         if taken and not (folder / INDEX).is_file():
             got, remedy = f"one with a {taken[0]} of another kind", "Pass a new folder."
             expected = "a new folder, or one of save_compact"
-            raise FileExistsError(message(str(folder), expected=expected, got=got, remedy=remedy))
+            refuse(FileExistsError, str(folder), expected, got, remedy)
 
 
 def _with_build(
@@ -219,7 +211,7 @@ def _with_build(
         if reason:
             expected = f"one that makes this {type(bare).__name__}"
             remedy = "Correct it, or leave build out and pass model= to load_compact."
-            raise ValueError(message("build", expected=expected, got=reason, remedy=remedy))
+            refuse(ValueError, "build", expected, reason, remedy)
         return described
     remembered = built_as(bare)
     for guess in [remembered] if remembered is not None else guess_builds(bare):
@@ -260,7 +252,7 @@ def _build(folder: Path, description: Description) -> nn.Module:
     if description.build is None:
         got, remedy = "a folder that does not say how to build it", "Pass model=."
         expected = f"the dense {description.model_class}"
-        raise ValueError(message(str(folder), expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, str(folder), expected, got, remedy)
     try:
         return build_model(description.build)
     except ModuleNotFoundError as error:
@@ -298,9 +290,7 @@ def _read_tensors(folder: Path, description: Description) -> Tensors:
             named[name] = _read(folder, name, description.files[name])
         elif name == WEIGHTS:
             got, remedy = f"no {WEIGHTS}", "Save the model again with save_compact."
-            raise ValueError(
-                message(str(folder / INDEX), expected="its files", got=got, remedy=remedy)
-            )
+            refuse(ValueError, str(folder / INDEX), "its files", got, remedy)
     return Tensors(named[WEIGHTS], named.get(BUFFERS, {}))
 
 
@@ -308,11 +298,11 @@ def _read(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
     path = find_written(folder, name, expected)
     remedy = "Copy the folder again, or save the model again with save_compact."
     if not path.is_file():
-        raise ValueError(message(str(path), expected="the weights", got="no file", remedy=remedy))
+        refuse(ValueError, str(path), "the weights", "no file", remedy)
     if (found := digest_of_file(path)) != expected:
         got = f"another one ({found[:12]}…)"
         wanted = f"the file whose SHA-256 is {expected[:12]}…"
-        raise ValueError(message(str(path), expected=wanted, got=got, remedy=remedy))
+        refuse(ValueError, str(path), wanted, got, remedy)
     try:
         tensors: dict[str, Tensor] = _safetensors().load_file(str(path))
     except Exception as error:  # of its own kind

@@ -20,7 +20,7 @@ from torch_rsst.masking.checkpoints import prepare_from_state_dict
 from torch_rsst.masking.mask_sets import without_wrappers
 from torch_rsst.saving.builders import Build
 from torch_rsst.saving.likeness import Settings, set_all
-from torch_rsst.utils.errors import MissingNameError, listing, message
+from torch_rsst.utils.errors import MissingNameError, listing, message, refuse
 
 FORMAT, VERSION = "torch_rsst.compact", 1
 
@@ -82,11 +82,10 @@ class Description:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             got = f"format {data.get('format')!r}" if isinstance(data, Mapping) else "another file"
             expected = f"the format {FORMAT!r}"
-            raise ValueError(message(source, expected=expected, got=got, remedy=remedy))
+            refuse(ValueError, source, expected, got, remedy)
         if data.get("version") != VERSION:
             remedy = "Load it with a newer torch_rsst."
-            got = repr(data.get("version"))
-            raise ValueError(message(source, expected=f"version {VERSION}", got=got, remedy=remedy))
+            refuse(ValueError, source, f"version {VERSION}", repr(data.get("version")), remedy)
         for name, (kind, inner) in _KINDS.items():
             value = data.get(name)
             items = value.values() if isinstance(value, dict) else value
@@ -94,15 +93,12 @@ class Description:
                 inner is None or all(isinstance(item, inner) for item in items or ())
             )
             if not fits:
-                got = repr(value)[:80]
-                raise ValueError(
-                    message(source, expected=f"{name!r} in it", got=got, remedy=remedy)
-                )
+                refuse(ValueError, source, f"{name!r} in it", repr(value)[:80], remedy)
         for name, text in data["files"].items():
             if not re.fullmatch("[0-9a-f]{64}", text):
                 expected = f"the SHA-256 of {name!r}, 64 hexadecimal digits"
                 got = repr(text)[:80]
-                raise ValueError(message(source, expected=expected, got=got, remedy=remedy))
+                refuse(ValueError, source, expected, got, remedy)
         return cls(**{name: data[name] for name in _KINDS})
 
 
@@ -149,9 +145,7 @@ def take_apart(model: nn.Module, stages: list[Stage]) -> tuple[Description, Tens
         if not isinstance(tensor, Tensor) or is_sharded(tensor):
             got = "a sharded tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
             remedy = "Save the model with torch.save instead."
-            raise TypeError(
-                message(f"save_compact: {key!r}", expected="a tensor", got=got, remedy=remedy)
-            )
+            refuse(TypeError, f"save_compact: {key!r}", "a tensor", got, remedy)
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in first:
             tied[name] = first[place]
@@ -189,7 +183,7 @@ def put_together(model: nn.Module, description: Description, tensors: Tensors) -
         if name in tensors.state or first not in tensors.state:
             got, remedy = f"{name!r} = {first!r}", "The description is damaged."
             expected = "names of tied tensors"
-            raise ValueError(message("tied", expected=expected, got=got, remedy=remedy))
+            refuse(ValueError, "tied", expected, got, remedy)
         state[name] = tensors.state[first]
     prepare_from_state_dict(model, state)
     own = {without_wrappers(key): key for key in model.state_dict()}
@@ -233,12 +227,12 @@ def _check_fits(model: nn.Module, own: Mapping[str, str], state: Mapping[str, Te
     if odd := own.keys() ^ state.keys():
         got = f"{listing(sorted(odd))} in one of them only"
         expected = "those of the model"
-        raise MissingNameError(message(subject, expected=expected, got=got, remedy=remedy))
+        refuse(MissingNameError, subject, expected, got, remedy)
     shapes = {name: getattr(model.state_dict()[key], "shape", None) for name, key in own.items()}
     if wrong := next((name for name, shape in shapes.items() if state[name].shape != shape), None):
         expected = f"shape {tuple(shapes[wrong] or ())} for {wrong!r}"
         got = f"{tuple(state[wrong].shape)}"
-        raise ValueError(message(subject, expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, subject, expected, got, remedy)
 
 
 def _take_types(

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch_rsst.discovery.probe import run_on
 from torch_rsst.masking.mask_sets import unwrap
 from torch_rsst.saving.receipt import is_rounding
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import message, refuse
 
 
 def export_program(model: nn.Module, example_inputs: Any) -> bytes:
@@ -38,7 +38,7 @@ def export_program(model: nn.Module, example_inputs: Any) -> bytes:
     if isinstance(example_inputs, Mapping) and example_inputs.get("use_cache"):
         got, remedy = "use_cache=True", "Leave it out, or pass use_cache=False."
         expected = "example_inputs that ask for no cache, which a program cannot return"
-        raise ValueError(message("export", expected=expected, got=got, remedy=remedy))
+        refuse(ValueError, "export", expected, got, remedy)
     model = copy.deepcopy(unwrap(model))
     model.eval()
     _without_cache(model)
@@ -53,7 +53,7 @@ def export_program(model: nn.Module, example_inputs: Any) -> bytes:
             raise RuntimeError(_not_exported(error)) from error
     if not _agrees(program, model, example_inputs):
         got, remedy = "others", "Leave export out, and please report the model."
-        raise RuntimeError(message("export", expected="the same outputs", got=got, remedy=remedy))
+        refuse(RuntimeError, "export", "the same outputs", got, remedy)
     content = io.BytesIO()
     torch.export.save(program, content)
     return content.getvalue()

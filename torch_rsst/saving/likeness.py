@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_rsst.masking.mask_sets import unwrap, without_wrappers
-from torch_rsst.utils.errors import listing, message
+from torch_rsst.utils.errors import listing, refuse
 
 Settings = dict[str, dict[str, float]]
 """Name of a module → what it notes."""
@@ -70,7 +70,7 @@ def set_all(model: nn.Module, settings: Settings) -> None:
             if key.startswith("_") or type(value) is not float or type(held.get(key)) is not float:
                 got, remedy = f"{path}.{key} = {value!r}", "The description is damaged."
                 expected = "numbers that the model has"
-                raise ValueError(message("settings", expected=expected, got=got, remedy=remedy))
+                refuse(ValueError, "settings", expected, got, remedy)
     for path, numbers in settings.items():
         vars(modules[path]).update(numbers)
 

@@ -21,7 +21,7 @@ from torch_rsst.selection.bracket import Candidates, everything, nan_of_each, na
 from torch_rsst.selection.keys import Column, Kind, Scratch
 from torch_rsst.selection.radix_select import Reduce, alone
 from torch_rsst.utils.bool_ops import compare
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.threads import Workers, one_thread
 
 if TYPE_CHECKING:
@@ -150,10 +150,7 @@ class Ranking:
         """
         available, entries = self.available, self._entries
         if not 0 <= k <= available:
-            remedy = "Lower the amount."
-            raise ValueError(
-                message("k", expected=f"0 to {available} candidates", got=k, remedy=remedy)
-            )
+            refuse(ValueError, "k", f"0 to {available} candidates", k, "Lower the amount.")
         cut = partial(Cut, self._columns, self._wholes, workers=self._workers, fused=self._fused)
         if k == 0:
             flags = self._reduce(nan_of_each(self._columns, device=self._device))
@@ -202,7 +199,7 @@ class Ranking:
                 name = f"scores of {names[position]}" if names else f"scores[{position}]"
                 remedy = "A NaN has no rank; look for the step at which training diverged."
                 got = f"{count} NaN among the entries to rank"
-                raise ValueError(message(name, expected="numbers", got=got, remedy=remedy))
+                refuse(ValueError, name, "numbers", got, remedy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +287,7 @@ def _check_shapes(scores: Sequence[Tensor], among: Sequence[Tensor | None]) -> N
     ]
     if len(among) != len(scores) or got != expected:
         remedy = "Pass a mask of the same shape for each tensor, or None."
-        raise ValueError(message("among", expected=str(expected), got=str(got), remedy=remedy))
+        refuse(ValueError, "among", str(expected), str(got), remedy)
 
 
 def _write(marks: Tensor, out: Tensor) -> None:

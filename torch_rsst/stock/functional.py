@@ -28,7 +28,7 @@ from torch_rsst.penalty.hooks import Optimizers, as_optimizers, assign_to_optimi
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.stock.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.utils.amounts import Amount, to_count
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 # Methods whose rule is known, so that they need no joined vector; an override is called instead.
 _L1_RULES = (GlobalL1.compute_mask, prune.L1Unstructured.compute_mask)
@@ -96,19 +96,16 @@ def _choose(
     if not (isinstance(pruning_method, type) and issubclass(pruning_method, BasePruningMethod)):
         remedy = "Pass the class, such as GlobalL1, and its arguments by name: amount=0.2."
         got = getattr(pruning_method, "__name__", repr(pruning_method))
-        raise TypeError(
-            message("pruning_method", expected="a pruning class", got=got, remedy=remedy)
-        )
+        refuse(TypeError, "pruning_method", "a pruning class", got, remedy)
     method: Any = pruning_method(**arguments)  # stock methods carry no types
     kind = getattr(method, "PRUNING_TYPE", None)
     if kind != "unstructured":
-        raise TypeError(
-            message(
-                "pruning_method",
-                expected='a class with PRUNING_TYPE "unstructured"',
-                got=f'{type(method).__name__} with "{kind}"',
-                remedy="Use GlobalL1, or prune whole units with regroup() and apply_mask().",
-            )
+        refuse(
+            TypeError,
+            "pruning_method",
+            'a class with PRUNING_TYPE "unstructured"',
+            f'{type(method).__name__} with "{kind}"',
+            "Use GlobalL1, or prune whole units with regroup() and apply_mask().",
         )
     _check_keys(importance_scores)
     by_parameter = _by_parameter(refs)
@@ -127,15 +124,10 @@ def _distinct_sites(parameters: Iterable[Parameter]) -> list[ParameterRef]:
         ref = ref_of(pair)
         if ref in refs:
             remedy = "List every parameter once: twice, its entries would be counted twice."
-            raise ValueError(
-                message(
-                    f"parameter {ref}", expected="to be listed once", got="it twice", remedy=remedy
-                )
-            )
+            refuse(ValueError, f"parameter {ref}", "to be listed once", "it twice", remedy)
         refs[ref] = None
     if not refs:
-        remedy = "Name the parameters to prune."
-        raise ValueError(message("parameters", expected="at least one", got="none", remedy=remedy))
+        refuse(ValueError, "parameters", "at least one", "none", "Name the parameters to prune.")
     return list(refs)
 
 
@@ -151,22 +143,15 @@ def _check_keys(importance_scores: object) -> None:
     """Refuse what would match no parameter, whatever is listed."""
     remedy = "Map (module, name) pairs to tensors."
     if importance_scores is not None and not isinstance(importance_scores, Mapping):
-        got = type(importance_scores).__name__
-        raise TypeError(message("importance_scores", expected="a dict", got=got, remedy=remedy))
+        refuse(TypeError, "importance_scores", "a dict", type(importance_scores).__name__, remedy)
     for key, scores in (importance_scores or {}).items():
         is_pair = isinstance(key, tuple) and len(key) == 2
         if not (is_pair and isinstance(key[0], nn.Module) and isinstance(key[1], str)):
-            raise TypeError(
-                message(
-                    "key of importance_scores",
-                    expected="a (module, name) pair",
-                    got=repr(key),
-                    remedy=remedy,
-                )
+            refuse(
+                TypeError, "key of importance_scores", "a (module, name) pair", repr(key), remedy
             )
         if scores is None:
-            subject = f"importance_scores for {key[1]!r}"
-            raise TypeError(message(subject, expected="a tensor", got=scores, remedy=remedy))
+            refuse(TypeError, f"importance_scores for {key[1]!r}", "a tensor", scores, remedy)
 
 
 def _scores_of(
@@ -180,9 +165,7 @@ def _scores_of(
     if len(given) > 1:
         remedy = "Give them for one of the modules that share the parameter."
         subject = f"importance_scores for {tied[0]}"
-        raise ValueError(
-            message(subject, expected="one tensor", got=f"{len(given)}", remedy=remedy)
-        )
+        refuse(ValueError, subject, "one tensor", f"{len(given)}", remedy)
     return check_scores(tied[0], given[0] if given else None)
 
 

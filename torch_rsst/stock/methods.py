@@ -18,7 +18,7 @@ from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.regrouping.keep_units import ScoredLayer, keep_units
 from torch_rsst.selection.topk import lowest
 from torch_rsst.utils.amounts import Amount, check_amount, to_count
-from torch_rsst.utils.errors import message, unknown_choice
+from torch_rsst.utils.errors import refuse, unknown_choice
 
 FillbackPolicy: TypeAlias = Literal["latent", "snapshot", "zero"]
 POLICIES = ("latent", "snapshot", "zero")
@@ -101,7 +101,7 @@ class HeadRegroup(MaskHook):
                 "Heads are split along dim 0 of a weight and along dim 1 of an output projection."
             )
             expected = f"-{t.ndim} to {t.ndim - 1} for shape {tuple(t.shape)}"
-            raise IndexError(message("dim", expected=expected, got=self.dim, remedy=remedy))
+            refuse(IndexError, "dim", expected, self.dim, remedy)
         dim = self.dim % t.ndim
         layer = head_layer(
             "weight",
@@ -149,18 +149,11 @@ class Fillback(MaskHook):
             raise ValueError(unknown_choice("policy", policy, POLICIES))
         if snapshot is not None and not isinstance(snapshot, Mapping):
             got, remedy = type(snapshot).__name__, "Pass snapshot=module.state_dict()."
-            raise TypeError(message("snapshot", expected="a state dict", got=got, remedy=remedy))
+            refuse(TypeError, "snapshot", "a state dict", got, remedy)
         if (policy == "snapshot") != (snapshot is not None):
             remedy = "Pass snapshot=module.state_dict() with policy='snapshot', and only then."
             got = f"policy={policy!r} with{'' if snapshot is not None else 'out'} one"
-            raise ValueError(
-                message(
-                    "snapshot",
-                    expected="a state dict for policy='snapshot'",
-                    got=got,
-                    remedy=remedy,
-                )
-            )
+            refuse(ValueError, "snapshot", "a state dict for policy='snapshot'", got, remedy)
         self.rate, self.policy = rate, policy
         self._snapshot = snapshot
 
@@ -182,13 +175,12 @@ class Fillback(MaskHook):
 
     def _apply_to(self, ref: ParameterRef, importance_scores: Tensor | None) -> None:
         if ref.mask is None:
-            raise ValueError(
-                message(
-                    f"fillback of {ref}",
-                    expected="a masked parameter",
-                    got="a dense one",
-                    remedy="Prune it first; there is nothing to give back.",
-                )
+            refuse(
+                ValueError,
+                f"fillback of {ref}",
+                "a masked parameter",
+                "a dense one",
+                "Prune it first; there is nothing to give back.",
             )
         value = self._returning_value(ref.name, ref.original)
         if value is None:
@@ -211,5 +203,5 @@ class Fillback(MaskHook):
             got = "no such entry" if value is None else f"shape {tuple(value.shape)}"
             remedy = "Take it from the same module."
             expected = f"{name!r} or {name + ORIG!r} of shape {tuple(original.shape)}"
-            raise ValueError(message("snapshot", expected=expected, got=got, remedy=remedy))
+            refuse(ValueError, "snapshot", expected, got, remedy)
         return placed_like(value.detach(), original).to(original.dtype)

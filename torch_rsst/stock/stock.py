@@ -22,7 +22,7 @@ from torch_rsst.masking.live_weight import ORIG, make_live, make_plain
 from torch_rsst.masking.masked_parameter import MaskHook, find_hook, restore, zero
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,9 +58,7 @@ def _refuse_shards(module: nn.Module, name: str) -> None:
     if any(is_sharded(parameter) for parameter in held):
         remedy = "Use global_unstructured with GlobalL1, fillback or apply_mask: they know shards."
         got = "one in parts on several ranks"
-        raise ValueError(
-            message(f"parameter {name!r}", expected="a whole tensor", got=got, remedy=remedy)
-        )
+        refuse(ValueError, f"parameter {name!r}", "a whole tensor", got, remedy)
 
 
 # How hooks are removed that restore() does the same for.

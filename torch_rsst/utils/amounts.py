@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from numbers import Integral, Real
 
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 Amount = int | float
 
@@ -24,15 +24,11 @@ def check_amount(amount: object, subject: str = "amount") -> None:
     expected = "an int >= 0 (a count) or a float in [0, 1] (a fraction)"
     if isinstance(amount, bool) or not isinstance(amount, Real):
         remedy = "Pass 0.2 for a fifth or 10 for ten."
-        raise TypeError(
-            message(
-                subject, expected=expected, got=f"{type(amount).__name__} {amount!r}", remedy=remedy
-            )
-        )
+        refuse(TypeError, subject, expected, f"{type(amount).__name__} {amount!r}", remedy)
     in_range = int(amount) >= 0 if isinstance(amount, Integral) else 0.0 <= float(amount) <= 1.0
     if not in_range:
         remedy = "Counts are ints and cannot be negative; fractions are floats from 0.0 to 1.0."
-        raise ValueError(message(subject, expected=expected, got=repr(amount), remedy=remedy))
+        refuse(ValueError, subject, expected, repr(amount), remedy)
 
 
 def plain_amount(amount: Amount) -> Amount:
@@ -46,15 +42,11 @@ def check_fraction(value: object, subject: str) -> None:
     expected = "a fraction in [0, 1]"
     if isinstance(value, bool) or not isinstance(value, Real):
         got = f"{type(value).__name__} {value!r}"
-        raise TypeError(
-            message(subject, expected=expected, got=got, remedy="Pass 0.1 for a tenth.")
-        )
+        refuse(TypeError, subject, expected, got, "Pass 0.1 for a tenth.")
     # Ints are not compared as floats: a huge one has none.
     in_range = int(value) in (0, 1) if isinstance(value, Integral) else 0.0 <= float(value) <= 1.0
     if not in_range:
-        raise ValueError(
-            message(subject, expected=expected, got=repr(value), remedy="Pass 0.1 for a tenth.")
-        )
+        refuse(ValueError, subject, expected, repr(value), "Pass 0.1 for a tenth.")
 
 
 def check_count(value: object, subject: str, *, at_least: int) -> None:
@@ -62,10 +54,9 @@ def check_count(value: object, subject: str, *, at_least: int) -> None:
     expected = f"an int >= {at_least}"
     remedy = f"Pass {at_least} or more."
     if isinstance(value, bool) or not isinstance(value, Integral):
-        got = f"{type(value).__name__} {value!r}"
-        raise TypeError(message(subject, expected=expected, got=got, remedy=remedy))
+        refuse(TypeError, subject, expected, f"{type(value).__name__} {value!r}", remedy)
     if value < at_least:
-        raise ValueError(message(subject, expected=expected, got=repr(value), remedy=remedy))
+        refuse(ValueError, subject, expected, repr(value), remedy)
 
 
 def check_number(
@@ -80,14 +71,13 @@ def check_number(
     expected = f"a number {'>=' if or_equal else '>'} {above:g}"
     remedy = remedy or f"Pass a finite number {'of at least' if or_equal else 'above'} {above:g}."
     if isinstance(value, bool) or not isinstance(value, Real):
-        got = f"{type(value).__name__} {value!r}"
-        raise TypeError(message(subject, expected=expected, got=got, remedy=remedy))
+        refuse(TypeError, subject, expected, f"{type(value).__name__} {value!r}", remedy)
     try:
         number = float(value)
     except OverflowError:  # an int
         number = math.inf
     if not (above < number <= _HIGHEST or (or_equal and number == above)):
-        raise ValueError(message(subject, expected=expected, got=repr(value), remedy=remedy))
+        refuse(ValueError, subject, expected, repr(value), remedy)
     return number
 
 
@@ -101,14 +91,7 @@ def to_count(amount: Amount, n: int, *, subject: str = "amount", of: str = "entr
     count = int(amount) if isinstance(amount, Integral) else round(float(amount) * n)
     if count > n:
         remedy = "Lower it, or pass a fraction."
-        raise ValueError(
-            message(
-                subject,
-                expected=f"at most {n}, as many {of} as there are",
-                got=amount,
-                remedy=remedy,
-            )
-        )
+        refuse(ValueError, subject, f"at most {n}, as many {of} as there are", amount, remedy)
     return count
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
 
 class RSSTWarning(UserWarning):
@@ -49,6 +50,18 @@ def message(subject: str, *, expected: str, got: object, remedy: str) -> str:
     amount: expected a fraction in [0, 1], got 1.5. Try 0.5.
     """
     return f"{subject}: expected {expected}, got {got}. {remedy}"
+
+
+def refuse(
+    error: type[Exception], subject: str, expected: str, got: object, remedy: str
+) -> NoReturn:
+    """Raise an error with a text of :func:`message`.
+
+    >>> refuse(ValueError, "amount", "a fraction in [0, 1]", 1.5, "Try 0.5.")
+    Traceback (most recent call last):
+    ValueError: amount: expected a fraction in [0, 1], got 1.5. Try 0.5.
+    """
+    raise error(message(subject, expected=expected, got=got, remedy=remedy))
 
 
 def shown(value: object) -> str:
@@ -98,7 +111,7 @@ def check_keys(state: object, keys: Iterable[str], subject: str) -> None:
     if missing:
         got = f"none for {listing(missing)}" if isinstance(state, Mapping) else type(state).__name__
         remedy = "Pass what state_dict() has returned."
-        raise ValueError(message(subject, expected="a complete state", got=got, remedy=remedy))
+        refuse(ValueError, subject, "a complete state", got, remedy)
 
 
 def listing(names: Iterable[str], limit: int = 5) -> str:

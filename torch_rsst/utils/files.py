@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
-from torch_rsst.utils.errors import message
+from torch_rsst.utils.errors import refuse
 
 _TORN, _NEXT = ".tmp", ".next"
 _BLOCK = 1 << 20
@@ -95,6 +95,4 @@ def check_links(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
             expected, got = "files of its own", f"a link to {entry.resolve()}"
-            raise ValueError(
-                message(str(entry), expected=expected, got=got, remedy="Delete the link.")
-            )
+            refuse(ValueError, str(entry), expected, got, "Delete the link.")
