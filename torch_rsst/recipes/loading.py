@@ -240,6 +240,5 @@ def check_batch_size(config: RunConfig, images: Images, processes: int) -> None:
         found *= processes
     if config.batch_size * config.accumulation > found:
         times = f" by {config.accumulation} (--accumulation)" if config.accumulation > 1 else ""
-        refuse(
-            f"at most {found // config.accumulation} images{times}", "Pass a smaller --batch-size."
-        )
+        most = f"at most {found // config.accumulation} images{times}"
+        refuse_batch_size(most, "Pass a smaller --batch-size.")
