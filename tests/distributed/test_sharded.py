@@ -73,7 +73,7 @@ def _tensor_parallel(model: nn.Module) -> nn.Module:
     return parallelize_module(model, mesh, {"mlp.0": ColwiseParallel(), "mlp.2": RowwiseParallel()})
 
 
-def _sites(model: Any) -> list[tuple[nn.Module, str]]:
+def _parameters(model: Any) -> list[tuple[nn.Module, str]]:
     return [(model.up, "weight"), (model.down, "weight"), (model.head, "weight")]
 
 
@@ -85,7 +85,7 @@ def _whole(masks: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _prune(model: nn.Module, amount: float | int = 0.3) -> None:
-    torch_rsst.global_unstructured(_sites(model), torch_rsst.GlobalL1, amount=amount)
+    torch_rsst.global_unstructured(_parameters(model), torch_rsst.GlobalL1, amount=amount)
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
@@ -203,6 +203,59 @@ def _both_ways(rank: int) -> list[Any]:
 def test_two_ways_of_sharding_at_once() -> None:
     for sharded, plain in on_ranks(4, _both_ways):
         assert sharded == plain
+
+
+def _hybrid(model: nn.Module) -> nn.Module:
+    """Replicas of shards: each parameter is in two parts, and each part on two ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for module in (model.up, model.down):
+        fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _prune_among(group: Any, model: nn.Module) -> None:
+    torch_rsst.global_unstructured(
+        _parameters(model), torch_rsst.GlobalL1, process_group=group, amount=0.3
+    )
+
+
+def _sharded_in_a_group(rank: int) -> list[Any]:
+    """The masks under each way of sharding, and the error where one replica of a shard is spoiled."""
+    plain = Model()
+    _prune_among(dist.group.WORLD, plain)
+    seen = [_whole(torch_rsst.extract_mask(plain))]
+    for shard in (_fully, _hybrid):
+        model = shard(Model())
+        for _ in range(2):
+            _prune_among(dist.group.WORLD, model)
+            _train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        model = shard(Model())
+        _prune_among(dist.group.WORLD, model)
+        seen.append(_whole(torch_rsst.extract_mask(model)))
+    model = _hybrid(Model())
+    if rank == 3:
+        with torch.no_grad():
+            model.up.weight.to_local()[0] = 1e-6
+    try:
+        _prune_among(dist.group.WORLD, model)
+    except RuntimeError as error:
+        seen.append((str(error).partition(". ")[0], list(torch_rsst.extract_mask(model))))
+    return seen
+
+
+@needs_fsdp
+def test_a_group_compares_only_ranks_that_hold_the_same_shard() -> None:
+    for plain, fully, hybrid, (error, masks) in on_ranks(4, _sharded_in_a_group):
+        assert fully == plain
+        assert hybrid == plain
+        assert error == (
+            "replicas: expected the same masks on every rank, got others on rank(s) [3] than on lower "
+            "ranks for \"'weight' of FSDPLinear, number 0\""
+        )
+        assert masks == []
 
 
 CASES = [

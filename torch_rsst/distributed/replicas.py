@@ -1,4 +1,7 @@
-"""Replicas of one model on several ranks: they must agree on every mask, or all raise."""
+"""Replicas of one model on several ranks: they must agree on every mask, or all raise.
+
+Ranks may hold shards: then those that hold the same shard of a parameter are its replicas.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ import ctypes
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torch_rsst.distributed.dtensor import Layout, local
 from torch_rsst.utils.errors import listing, refuse
 
 T = TypeVar("T")
+Digests: TypeAlias = dict[str, tuple[str, str]]
+"""Name of a mask → the shard that a rank holds of it, and the digest of that shard."""
 
 
 def replica_group(model: object) -> dist.ProcessGroup | None:
@@ -32,28 +38,29 @@ def agreed(
 ) -> T:
     """What ``make`` returns, once every rank of ``group`` has made the same masks; else all raise.
 
-    A collective call in which each rank tells a digest of every mask, or its error. Without a group
-    it is ``make()``.
+    A collective call: ranks exchange a digest of every mask, or their error. A mask that is sharded is
+    compared among the ranks that hold the same shard of it. Without a group it is ``make()``.
 
     Raises:
         RuntimeError: where masks differ, or where ``make`` failed on another rank.
     """
     if group is None:
         return make()
-    digests: dict[str, str] = {}
+    digests: Digests = {}
     error: Exception | None = None
     try:
         made = make()
         digests = {name: _digest(mask) for name, mask in masks_of(made)}
-    except Exception as raised:  # told to the others, who would wait for this rank, then raised
+    except (
+        Exception
+    ) as raised:  # sent to the other ranks, which would wait for this one, then raised
         error = raised
     failure = f"{type(error).__name__}: {error}" if error is not None else ""
-    told = [
-        (each[0], each[1]) for each in map(json.loads, _tell(json.dumps([digests, failure]), group))
-    ]
+    answers = list(map(json.loads, _all_gather(json.dumps([digests, failure]), group)))
     if error is not None:
         raise error
-    problem = _failure(told) or _difference([each for each, _ in told])
+    problem = _failure([answer[1] for answer in answers])
+    problem = problem or _difference([answer[0] for answer in answers])
     if problem:
         remedy = (
             "Make the call with the same arguments on all, on equal weights: broadcast parameters and "
@@ -63,7 +70,7 @@ def agreed(
     return made
 
 
-def _tell(text: str, group: dist.ProcessGroup) -> list[str]:
+def _all_gather(text: str, group: dist.ProcessGroup) -> list[str]:
     """The texts of all ranks; by tensors, because PyTorch gathers objects through NumPy."""
     device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
@@ -79,19 +86,33 @@ def _tell(text: str, group: dist.ProcessGroup) -> list[str]:
     ]
 
 
-def _failure(told: list[tuple[dict[str, str], str]]) -> str:
-    errors = {rank: error for rank, (_, error) in enumerate(told) if error}
+def _failure(failures: list[str]) -> str:
+    errors = {rank: error for rank, error in enumerate(failures) if error}
     return f"an error on rank(s) {list(errors)}: {next(iter(errors.values()))}" if errors else ""
 
 
-def _difference(digests: list[dict[str, str]]) -> str:
-    first = digests[0]
-    odd = [rank for rank, other in enumerate(digests) if other != first]
-    names = {name for other in digests for name, _ in other.items() ^ first.items()}
-    return f"others on rank(s) {odd} than on rank 0 for {listing(sorted(names))}" if odd else ""
+def _difference(digests: list[Digests]) -> str:
+    """Which ranks differ from the first rank that has the same masks, or the same shard of them."""
+    first: dict[tuple[str, str], str] = {}
+    odd, names = set(), set()
+    for rank, own in enumerate(digests):
+        names |= own.keys() ^ digests[0].keys()
+        differs = own.keys() != digests[0].keys()
+        for name, (shard, digest) in own.items():
+            if first.setdefault((name, shard), digest) != digest:
+                names.add(name)
+                differs = True
+        if differs:
+            odd.add(rank)
+    if not odd:
+        return ""
+    return f"others on rank(s) {sorted(odd)} than on lower ranks for {listing(sorted(names))}"
 
 
-def _digest(mask: Tensor) -> str:
-    flat = mask.detach().to("cpu", torch.bool).contiguous()
+def _digest(mask: Tensor) -> tuple[str, str]:
+    """Which part of the whole mask this rank holds, and a digest of its values."""
+    layout = Layout.of(mask)
+    flat = local(mask.detach()).to("cpu", torch.bool).contiguous()
     data = ctypes.string_at(flat.data_ptr(), flat.numel()) if flat.numel() else b""
-    return hashlib.sha256(repr(tuple(mask.shape)).encode() + data).hexdigest()
+    shard = "" if layout is None else f"{layout.start} {layout.size}"
+    return shard, hashlib.sha256(repr(tuple(mask.shape)).encode() + data).hexdigest()
