@@ -52,7 +52,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"Tensor|Masks|torch_rsst\.\w+\.(T|_\w+)"),
     (r"py:class", r"torch_rsst\.masked_parameter\._Masked"),
     # Rooms that have no page: what they give is in the docstrings.
-    (r"py:class", r"torch_rsst\.(candidates|digit_search|order_keys|shards|workers)\..*|Fused"),
+    (r"py:class", r"torch_rsst\.(candidates|digit_search|order_keys|shards|workers)\..*"),
     (
         r"py:class",
         r"torch_rsst\.discovery\.(channels|probe|adapter|head_parts)\..*|dict\[~typing.*",

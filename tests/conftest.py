@@ -11,10 +11,6 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
-# Without a device, Triton's kernels are interpreted; it must be told before anything imports it.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # The tests' tensors are tiny: threads would only fight over the cores.
 torch.set_num_threads(1)
 

@@ -56,7 +56,6 @@ SPECIALISTS = {
     "safetensors": {"saving.compact_folder"},
     "timm": {"discovery.timm_families"},
     "transformers": {"discovery.transformers_families"},
-    "triton": {"selection.fused", "selection.kernels"},  # comes with PyTorch for CUDA
     "torchvision": {"discovery.torchvision_families"},
 }
 
@@ -183,11 +182,7 @@ def test_testing_is_imported_on_demand() -> None:
     "module", [m for m in MODULES if HEIGHT.get(package_of(m), 99) <= HEIGHT["torch_rsst"]]
 )
 def test_all_names_exist(module: str) -> None:
-    optional = (
-        package_of(module) == "plot"
-        or module.endswith((".fused", ".kernels"))
-        or "_families" in module
-    )
+    optional = package_of(module) == "plot" or "_families" in module
     imported = None if optional else __import__(module, fromlist=["__all__"])
     names = getattr(imported, "__all__", ())
     assert [name for name in names if not hasattr(imported, name)] == []

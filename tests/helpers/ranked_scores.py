@@ -6,14 +6,29 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torch_rsst.selection import bracket, topk
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.testing import masks, weights
+from torch_rsst.utils import threads
 
 Problem: TypeAlias = tuple[list[Tensor], list[Tensor | None], int]
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def in_small(
+    patch: pytest.MonkeyPatch, *, block: int, sample: int = 1 << 17, collected: float = 1 / 32
+) -> None:
+    """Make small tensors go the way of large ones, several threads included."""
+    patch.setattr(topk, "_BLOCK", block)
+    patch.setattr(topk, "_BLOCK_ELSEWHERE", block)
+    patch.setattr(threads, "_ENTRIES_EACH", 2)
+    patch.setattr(bracket, "_SAMPLE", sample)
+    patch.setattr(bracket, "_COLLECTED", collected)
 
 
 def by_sorting(

@@ -351,7 +351,7 @@ def test_masks_of_other_hands_are_as_they_were_after_a_failure(odd: str) -> None
     torch.testing.assert_close(layer.weight_mask, ODD_MASKS[odd], rtol=0, atol=0, equal_nan=True)
 
 
-def test_what_is_written_at_once_is_put_back_where_another_module_fails(
+def test_masks_of_unchanged_modules_are_put_back_where_another_module_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recurrent, layer = nn.LSTM(2, 1), nn.Linear(2, 4)
@@ -359,9 +359,8 @@ def test_what_is_written_at_once_is_put_back_where_another_module_fails(
     halves = [torch.tensor([[1.0, 0.0]] * 4)] * 2
     install(refs, NewMasks.of(halves))
     monkeypatch.setattr(masked_parameter._Masked, "apply_mask", failing)
-    others = NewMasks(NewMasks.of([1 - half for half in halves]).write, lambda outs: True)
     with pytest.raises(InjectedError):
-        install(refs, others)
+        install(refs, NewMasks.of([1 - half for half in halves]))
     assert torch.equal(layer.weight_mask, halves[0])
     assert torch.equal(recurrent.weight_ih_l0_mask, halves[1])
 

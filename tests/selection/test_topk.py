@@ -1,14 +1,11 @@
-"""The exact selector against sorting."""
+"""The exact selector against sorting: what the CPU does, and what other devices do."""
 
 from __future__ import annotations
 
 import math
-import os
 import random
-import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranked_scores import (
     DISTRIBUTIONS,
+    FLOATS,
     Problem,
     assert_sorts,
     by_sorting,
     flat,
+    in_small,
     problems,
     uniform,
 )
@@ -30,15 +29,18 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import torch_rsst
 from torch_rsst.masking import saved_masks
-from torch_rsst.selection import bracket as candidates
-from torch_rsst.selection import topk as selection
-from torch_rsst.selection.radix_select import Found, kth_lowest
+from torch_rsst.selection import topk
 from torch_rsst.selection.topk import Ranking, lowest
 from torch_rsst.testing import weights
-from torch_rsst.utils import threads as workers
 
 INF, NAN = math.inf, math.nan
-FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=["CPU", "any device"], autouse=True)
+def way(request: pytest.FixtureRequest) -> None:
+    """Every test here runs twice: as on the CPU, and with the operations that other devices take."""
+    if request.param == "any device":
+        request.getfixturevalue("any_device")
 
 
 @given(problems(), st.booleans())
@@ -57,7 +59,7 @@ def test_blocks_bound_the_memory_not_the_result(
 ) -> None:
     scores, among, k = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_BLOCK", block)
+        in_small(patch, block=block, sample=1 << 17)
         marked = lowest(scores, k, among=among, absolute=absolute)
     assert flat(marked) == by_sorting(scores, k, among, absolute)
 
@@ -225,46 +227,17 @@ def test_nan_outside_the_competition_is_fine() -> None:
     assert lowest([score], 2, among=[alive], absolute=True)[0].tolist() == [False, True, True]
 
 
-# The fast path: a sample, a pass that collects what lies near the cut, several threads.
-
-
-@pytest.fixture
-def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if "MUTANT_UNDER_TEST" in os.environ:
-        # Mutants run in forked processes, where PyTorch would wait for threads that were not copied.
-        threads = SimpleNamespace(
-            get_num_threads=lambda: 3, set_num_threads=lambda _: None, no_grad=torch.no_grad
-        )
-        monkeypatch.setattr(workers, "torch", threads)
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    assert torch.get_num_threads() == 3
-    torch.set_num_threads(before)
-
-
-def in_small(
-    patch: pytest.MonkeyPatch, *, block: int, sample: int, few: float = 1 / 64, least: int = 1
-) -> None:
-    """Make small tensors go the way of large ones, three threads included."""
-    patch.setattr(selection, "_BLOCK", block)
-    patch.setattr(selection, "_LEAST", 1)
-    patch.setattr(selection, "_A_THREADS", 2)
-    patch.setattr(candidates, "_SAMPLE", sample)
-    patch.setattr(candidates, "_FEW", few)
-    patch.setattr(candidates, "_LEAST", least)
+# As large tensors are ranked: a sample, collected candidates, many blocks, several threads.
 
 
 @pytest.mark.usefixtures("three_threads")
 @given(problems(), st.booleans(), st.integers(1, 40), st.integers(1, 40), st.sampled_from((0, 0.2)))
-def test_samples_blocks_and_threads_have_no_say(
-    problem: Problem, absolute: bool, block: int, sample: int, few: float
+def test_samples_blocks_and_threads_do_not_change_the_result(
+    problem: Problem, absolute: bool, block: int, sample: int, collected: float
 ) -> None:
     scores, among, _ = problem
     with pytest.MonkeyPatch.context() as patch:
-        in_small(patch, block=block, sample=sample, few=few)
+        in_small(patch, block=block, sample=sample, collected=collected)
         assert_sorts(Ranking(scores, among=among, absolute=absolute), problem, absolute)
 
 
@@ -281,7 +254,7 @@ def test_adversarial_scores_against_a_stable_sort(
     alive_indices = alive.nonzero()[:, 0]
     ranked = whole.abs() if absolute else whole
     order = alive_indices[torch.sort(ranked[alive].double(), stable=True).indices]
-    in_small(monkeypatch, block=3000, sample=256, few=0.5)
+    in_small(monkeypatch, block=3000, sample=256, collected=0.5)
     sizes = [4096, 1, n - 4097]
     parts = [part.reshape(-1, 2) if part.numel() % 2 == 0 else part for part in whole.split(sizes)]
     # As bools and as a mask buffer has them.
@@ -296,26 +269,6 @@ def test_adversarial_scores_against_a_stable_sort(
         assert torch.equal(torch.cat([mask.reshape(-1) for mask in cut.goes()]), expected)
         stays = torch.cat([mask.reshape(-1) for mask in cut.stays()])
         assert torch.equal(stays, alive & ~expected)
-
-
-@pytest.mark.parametrize(
-    ("distribution", "searches_all"),
-    [("uniform", False), ("sorted", False), ("misleading", True), ("all equal", True)],
-)
-def test_all_entries_are_searched_where_the_sample_does_not_help(
-    distribution: str, searches_all: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_small(monkeypatch, block=3000, sample=256, few=0.3)
-    calls = []
-    original = selection.everything
-    monkeypatch.setattr(selection, "everything", lambda *args: calls.append(1) or original(*args))
-    n = 40_000
-    score = DISTRIBUTIONS[distribution](n)
-    marked = lowest([score], n // 5, absolute=True)[0]
-    expected = torch.zeros(n, dtype=torch.bool)
-    expected[torch.sort(score.abs(), stable=True).indices[: n // 5]] = True
-    assert torch.equal(marked, expected)
-    assert bool(calls) == searches_all
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.uint8])
@@ -349,7 +302,7 @@ def test_layouts_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("nan", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -0x400000, -1])
 def test_nan_of_every_kind(nan: int, absolute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_small(monkeypatch, block=700, sample=100, few=0.5)
+    in_small(monkeypatch, block=700, sample=100, collected=0.5)
     bits = uniform(10_000).view(torch.int32)
     bits[7777] = nan
     score = bits.view(torch.float32)
@@ -365,51 +318,11 @@ def test_nan_of_every_kind(nan: int, absolute: bool, monkeypatch: pytest.MonkeyP
 
 
 def test_a_mask_may_be_overwritten_with_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_small(monkeypatch, block=64, sample=50, few=0.5)
+    in_small(monkeypatch, block=64, sample=50, collected=0.5)
     score, mask = uniform(1000).round(decimals=1), (uniform(1001)[1:] < 0.3).float()
     expected = Ranking([score], among=[mask], absolute=True).cut(300).stays()[0]
     Ranking([score], among=[mask], absolute=True).cut(300).write_stays([mask])
     assert torch.equal(mask, expected.float())
-
-
-def test_integers_of_several_ranks_are_searched_by_their_counts() -> None:
-    whole = torch.randint(-300, 300, (3000,), generator=torch.Generator().manual_seed(0))
-    parts, width = whole.split([1, 2000, 999]), len(whole.unique())
-    barrier, shares = threading.Barrier(3), [torch.empty(0)] * 3
-    bytes_reduced = [0, 0, 0]
-    found: list[list[Found]] = [[], [], []]
-
-    def rank(number: int) -> None:
-        def add_up(counts: Tensor) -> Tensor:
-            shares[number] = counts
-            bytes_reduced[number] += counts.numel() * counts.element_size()
-            barrier.wait()
-            total = torch.stack(shares).sum(0)
-            barrier.wait()
-            return total
-
-        for k in (1, 1500, 3000):
-            here = torch.device("cpu")
-            low, high = -(2**31), 2**31 - 1
-            found[number].append(
-                kth_lowest(
-                    lambda: [parts[number]], k, low=low, high=high, device=here, reduce=add_up
-                )
-            )
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    order = whole.sort().values
-    assert width < 3000
-    assert found[0] == found[1] == found[2]
-    for k, (value, tie, ties) in zip((1, 1500, 3000), found[0], strict=True):
-        assert value == order[k - 1]
-        assert tie == k - int((whole < value).sum())
-        assert ties == int((whole == value).sum())
-    assert max(bytes_reduced) < 3 * 100_000
 
 
 # From selection to masks: lazily, all or none, in little memory.
@@ -431,7 +344,7 @@ def test_a_failure_while_masks_are_written_changes_nothing(
     parameters = [(layer, "weight") for layer in model]
     torch_rsst.global_unstructured(parameters[1:4], torch_rsst.GlobalL1, amount=0.4)
     before = fingerprint(model)
-    write, written = selection._write, []
+    write, written = topk._write, []
 
     def failing(marks: Tensor, out: Tensor) -> None:
         write(marks, out)
@@ -439,46 +352,13 @@ def test_a_failure_while_masks_are_written_changes_nothing(
         if len(written) > fails_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(selection, "_write", failing)
+    monkeypatch.setattr(topk, "_write", failing)
     with pytest.raises(KeyboardInterrupt):
         torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.4)
     assert fingerprint(model) == before
     monkeypatch.undo()
     torch_rsst.global_unstructured(parameters, torch_rsst.GlobalL1, amount=0.4)
     assert fingerprint(model) != before
-
-
-@pytest.mark.parametrize("interrupts", [1, 3])
-def test_an_interrupt_waits_for_all_threads(
-    interrupts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun, finished, left = threading.Event(), threading.Event(), iter(range(interrupts - 1))
-    wait = threading.Event.wait
-
-    def interrupted(event: threading.Event, timeout: float | None = None) -> bool:
-        if threading.current_thread() is main and timeout is None:
-            for _ in left:
-                raise KeyboardInterrupt
-        return wait(event, timeout)
-
-    def work(turn: int, turns: int) -> None:
-        if turn:
-            begun.set()
-            wait(threading.Event(), 0.2)
-            finished.set()
-        else:
-            wait(begun, 5.0)
-            monkeypatch.setattr(threading.Event, "wait", interrupted)
-            raise KeyboardInterrupt
-
-    main = threading.current_thread()
-    threads = SimpleNamespace(
-        get_num_threads=lambda: 2, set_num_threads=lambda _: None, no_grad=torch.no_grad
-    )
-    monkeypatch.setattr(workers, "torch", threads)
-    with pytest.raises(KeyboardInterrupt):
-        workers.Workers(2).run(work)
-    assert finished.is_set()
 
 
 def test_scores_may_be_masks_that_change() -> None:
@@ -534,7 +414,7 @@ def peak_of(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("sizes", [(512,) * 8, (1448,)], ids=["several", "one"])
 def test_memory_of_a_call(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     # What does not grow with the weights would count for more here than it does with many.
-    in_small(monkeypatch, block=1 << 19, sample=1 << 15)
+    in_small(monkeypatch, block=1 << 15, sample=1 << 15)
     monkeypatch.setattr(saved_masks, "_PACKED", 1 << 16)
     model = layers(*sizes)
     parameters = [(layer, "weight") for layer in model]

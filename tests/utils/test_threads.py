@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import torch_rsst
-from torch_rsst.selection import topk as selection
+from torch_rsst.selection import topk
+from torch_rsst.utils import threads
 from torch_rsst.utils.threads import Workers, one_thread
 
 
@@ -69,8 +71,8 @@ def test_a_call_within_a_call_stays_in_one_thread() -> None:
 def test_masks_that_require_gradients_are_written_by_several_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(selection, "_BLOCK", 8)
-    monkeypatch.setattr(selection, "_A_THREADS", 2)
+    monkeypatch.setattr(topk, "_BLOCK", 8)
+    monkeypatch.setattr(threads, "_ENTRIES_EACH", 2)
     layer = torch.nn.Linear(8, 8)
     torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=10)
     layer.weight_mask.requires_grad_()
@@ -78,17 +80,51 @@ def test_masks_that_require_gradients_are_written_by_several_threads(
     assert int((layer.weight_mask == 0).sum()) == 20
 
 
+@pytest.mark.parametrize("interrupts", [1, 3])
+def test_an_interrupt_waits_for_all_threads(
+    interrupts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, finished, left = threading.Event(), threading.Event(), iter(range(interrupts - 1))
+    wait = threading.Event.wait
+
+    def interrupted(event: threading.Event, timeout: float | None = None) -> bool:
+        if threading.current_thread() is main and timeout is None:
+            for _ in left:
+                raise KeyboardInterrupt
+        return wait(event, timeout)
+
+    def work(worker: int, workers: int) -> None:
+        if worker:
+            begun.set()
+            wait(threading.Event(), 0.2)
+            finished.set()
+        else:
+            wait(begun, 5.0)
+            monkeypatch.setattr(threading.Event, "wait", interrupted)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threads, "_ENTRIES_EACH", 1)
+    main = threading.current_thread()
+    two = SimpleNamespace(
+        get_num_threads=lambda: 2, set_num_threads=lambda _: None, no_grad=torch.no_grad
+    )
+    monkeypatch.setattr(threads, "torch", two)
+    with pytest.raises(KeyboardInterrupt):
+        Workers(2).run(work)
+    assert finished.is_set()
+
+
 @pytest.mark.usefixtures("three_threads")
 def test_nothing_is_written_once_a_run_has_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, written = threading.Event(), []
 
-    def work(turn: int, turns: int) -> None:
-        if turn == 0:
+    def work(worker: int, workers: int) -> None:
+        if worker == 0:
             begun.wait()
             raise KeyboardInterrupt
         begun.set()
         threading.Event().wait(0.2)
-        written.append(turn)
+        written.append(worker)
 
     interrupts = iter([KeyboardInterrupt(), KeyboardInterrupt()])
     stop = threading.Event.set
@@ -99,6 +135,7 @@ def test_nothing_is_written_once_a_run_has_returned(monkeypatch: pytest.MonkeyPa
                 raise interrupt
         stop(event)
 
+    monkeypatch.setattr(threads, "_ENTRIES_EACH", 1)
     main = threading.get_ident()
     monkeypatch.setattr(threading.Event, "set", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -31,11 +31,9 @@ class NewMasks:
 
     Attributes:
         write: sets tensors to them, of whatever dtype.
-        at_once: whether that is one operation for given tensors, which happens or does not.
     """
 
     write: Callable[[Sequence[Tensor]], object]
-    at_once: Callable[[Sequence[Tensor]], bool] = lambda outs: False
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> NewMasks:
@@ -140,15 +138,12 @@ def install(refs: Sequence[ParameterRef], new: NewMasks) -> None:
         changing = [(ref, mask) for ref, mask in mask_of if not _holds(ref, mask)]
         changed = [ref for ref, _ in changing]
         dense = [ref for ref in changed if not ref.is_masked]
-        outs = list(masks.values())
-        # Where a write is one operation and the last one, nothing can be half done.
-        written = [] if not changed and new.at_once(outs) else refs
-        with AllOrNothing(changed, written=written) as undo:
+        with AllOrNothing(changed, written=refs) as undo:
             undo.append(frozen_now(dense))
             for ref, mask in changing:
                 _reparametrize(ref, mask)
             hooks = [_set_hook(ref) for ref in changed]
-            new.write(outs)
+            new.write(list(masks.values()))
             for ref, hook in zip(changed, hooks, strict=True):
                 hook(ref.module, ())
             for ref in dense:

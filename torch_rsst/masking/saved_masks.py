@@ -14,7 +14,6 @@ from torch_rsst.utils.bool_ops import compare, count, nonzero, packed, unpacked
 from torch_rsst.utils.threads import Workers
 
 _PACKED = 1 << 20  # entries of a mask that are packed to bits together, a multiple of 8
-_A_THREADS = 1 << 23  # entries for which a thread is worth it
 
 
 def has_own_memory(tensor: Tensor) -> bool:
@@ -33,11 +32,11 @@ def restore_callbacks(masks: Sequence[Tensor]) -> list[Callable[[], object]]:
     """What gives masks their present values again; those that are not writable keep them."""
     parts = [local(mask) for mask in masks if is_writable(mask)]
 
-    def save(turn: int, turns: int) -> list[Callable[[], object]]:
-        return [_saved(part) for part in parts[turn::turns]]
+    def save(worker: int, workers: int) -> list[Callable[[], object]]:
+        return [_saved(part) for part in parts[worker::workers]]
 
     on_cpu = sum(part.numel() for part in parts if part.device.type == "cpu")
-    return list(chain(*Workers(on_cpu // _A_THREADS).run(save)))
+    return list(chain(*Workers(on_cpu).run(save)))
 
 
 def _saved(mask: Tensor) -> Callable[[], object]:

@@ -1,40 +1,48 @@
 """The exact k lowest scores across many tensors, without concatenating or sorting them.
 
-Scores are read as integers, of which the k-th lowest is found by counting. That gives a cut, by
-which the entries of each tensor are marked when they are asked for. Memory beyond what is asked for
-is some blocks of scores and the few that lie near the cut.
+The algorithm:
+
+1. Every score is read as an integer, its *key*. Keys have the order of the scores
+   (:mod:`torch_rsst.selection.keys`).
+2. The *threshold* is the k-th smallest key. A histogram of the keys' highest bits tells in which bin it
+   lies, a histogram of the next bits of the keys in this bin follows, and so on until all bits are
+   known (:mod:`torch_rsst.selection.radix_select`).
+3. Entries with a lower key go, those with a higher key stay. Of the entries whose key equals the
+   threshold the first go, in order of (tensor, flat index). The last of them is found as in step 2,
+   its position in place of its key.
+4. Tensors are compared with the threshold when the result is asked for.
+
+Every pass works on one block of entries at a time and makes their keys anew, so that no memory grows
+with the tensors. The operations are the same on every device. A device is waited for at most four times:
+for the number of entries that compete, the number of NaN, the threshold, and the last of equal entries.
+
+On the CPU a pass takes long, so that one replaces those of step 2: it collects the entries near the threshold,
+where a sample tells that it should lie, and steps 2 and 3 look at these alone
+(:mod:`torch_rsst.selection.bracket`). NumPy compares and counts there, and blocks are shared out between
+threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torch_rsst.distributed.dtensor import Layout, Ranks, local, placed_like, sharded_like
-from torch_rsst.selection.bracket import Candidates, everything, nan_of_each, narrowed
-from torch_rsst.selection.keys import Column, Kind, Scratch
-from torch_rsst.selection.radix_select import Reduce, alone
-from torch_rsst.utils.bool_ops import compare
+from torch_rsst.selection.bracket import narrowed
+from torch_rsst.selection.keys import Block, Buffers, KeyType, blocks_of, split
+from torch_rsst.selection.radix_select import Search
+from torch_rsst.utils.bool_ops import compare, numpy_reads
 from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.threads import Workers, one_thread
 
-if TYPE_CHECKING:
-    from torch_rsst.selection.fused import Fused
-
-# Entries looked at together: a small part of all, on the CPU few enough for the processor's cache. They
-# have no say in the result.
-_BLOCK = 1 << 19
-_LEAST = 1 << 18
-_LEAST_ELSEWHERE = 1 << 22
-_A_THREADS = (
-    1 << 23
-)  # entries for which a thread is worth it: each waits for the interpreter at times
+# Entries of a block: on the CPU so few that they stay in the processor's cache.
+_BLOCK = 1 << 18
+_BLOCK_ELSEWHERE = 1 << 22
 
 
 def lowest(
@@ -93,53 +101,34 @@ class Ranking:
     ) -> None:
         among = [None] * len(scores) if among is None else list(among)
         _check_shapes(scores, among)
-        self._kind = Kind.of(scores, absolute=absolute)
         ranks, parts = Ranks.of(scores), [local(t.detach()).resolve_neg() for t in scores]
-        own = sum(t.numel() for t in parts)
-        longest = max((t.numel() for t in parts), default=0)
-        sizes = {"cpu": min(longest, _BLOCK, max(_LEAST, own // 64))}
-        elsewhere = min(longest, max(_LEAST_ELSEWHERE, own // 32))
-        scratch = {
-            t.device: Scratch(sizes.get(t.device.type, elsewhere), self._kind, t.device)
-            for t in parts
-        }
-        starts = accumulate((t.numel() for t in scores), initial=0)
-        self._wholes = list(scores)
-        self._columns = [
-            Column(
-                part,
-                None if mask is None else local(placed_like(mask, whole)),
-                offset=start,
-                scratch=scratch[part.device],
-                layout=Layout.of(whole),
-                counts=ranks.counts(whole),
-            )
-            for whole, part, mask, start in zip(scores, parts, among, starts, strict=False)
-        ]
+        self._wholes, self._names, self._all_reduce = list(scores), names, ranks.add_up
         self._entries = sum(t.numel() for t in scores)
-        self._on_cpu = all(device.type == "cpu" for device in scratch)
-        self._device = next(iter(scratch), torch.device("cpu"))
-        self._names, self._reduce = names, ranks.add_up if ranks.mesh is not None else alone
-        self._fused = fused_passes(self._columns, self._reduce)
-        self._workers = Workers(own // _A_THREADS if self._on_cpu else 1)
+        self._device = parts[0].device if parts else torch.device("cpu")
+        self._key_type = KeyType.of(scores, absolute=absolute)
+        self._numpy = all(map(numpy_reads, parts))
+        self._workers = Workers(sum(part.numel() for part in parts) if self._numpy else 0)
+        longest = max((part.numel() for part in parts), default=0)
+        buffers = Buffers(min(_BLOCK if self._numpy else _BLOCK_ELSEWHERE, longest), self._key_type)
+        self._size = buffers.size
+        self._blocks: list[Block] = []
+        offsets = accumulate((t.numel() for t in scores), initial=0)
+        for tensor, (whole, part, mask, offset) in enumerate(
+            zip(scores, parts, among, offsets, strict=False)
+        ):
+            own = None if mask is None else local(placed_like(mask, whole))
+            layout, counts = Layout.of(whole), ranks.counts(whole)
+            self._blocks += blocks_of(tensor, part, own, offset, buffers, layout, counts)
+        self._counted = [block for block in self._blocks if block.counts]
 
     @cached_property
     def available(self) -> int:
         """How many entries compete."""
-        if self._fused is not None:
-            (available,) = self._fused.fetched(self._reduce(self._fused.count(self._entries)))
-            return available
 
-        def competing(turn: int, turns: int) -> list[Tensor]:
-            return [
-                column.competing((turn + position) % turns, turns)
-                for position, column in enumerate(self._columns)
-            ]
+        def competing(worker: int, workers: int) -> list[int | Tensor]:
+            return [block.number_competing() for block in self._counted[worker::workers]]
 
-        count = torch.zeros(1, dtype=torch.int64, device=self._device)
-        for some in chain(*self._workers.run(competing)):
-            count += some.to(self._device)
-        return int(self._reduce(count))
+        return self._total(chain(*self._workers.run(competing)))
 
     @one_thread()
     def cut(self, k: int) -> Cut:
@@ -148,78 +137,65 @@ class Ranking:
         Raises:
             ValueError: as :func:`lowest` does.
         """
-        available, entries = self.available, self._entries
-        if not 0 <= k <= available:
-            refuse(ValueError, "k", f"0 to {available} candidates", k, "Lower the amount.")
-        cut = partial(Cut, self._columns, self._wholes, workers=self._workers, fused=self._fused)
-        if k == 0:
-            flags = self._reduce(nan_of_each(self._columns, device=self._device))
-            self._check_numbers(flags.tolist())
-            return cut(key=self._kind.floor - 1, place=entries)
-        rank = entries - available + k  # what does not compete lies below what does
-        candidates = self._near(rank, entries)
-        found = candidates.search(rank, entries, device=self._device, reduce=self._reduce)
-        self._check_numbers(found.has_nan)
-        if not (found.between and found.complete):
-            low, high = self._kind.lowest, self._kind.highest
-            if found.between:
-                low, high = candidates.low, candidates.high
-            candidates = everything(self._columns, low, high)
-            found = candidates.search(rank, entries, device=self._device, reduce=self._reduce)
-        return cut(key=found.key, place=found.place)
+        if not 0 <= k <= self.available:
+            refuse(ValueError, "k", f"0 to {self.available} candidates", k, "Lower the amount.")
+        search, nan = self._narrowed(k) if self._numpy and k else self._unnarrowed(k)
+        if nan:
+            self._refuse_nan()
+        key, place = self._key_type.lowest, self._entries
+        if k:
+            key, place = search.run(place, device=self._device, all_reduce=self._all_reduce)
+        return Cut(self._blocks, self._wholes, self._size, self._workers, key, place)
 
-    def _near(self, rank: int, entries: int) -> Candidates:
-        """What is likely to be among the entries near a rank, by the fastest way there is."""
-        if self._fused is not None:
-            near = self._fused.near(rank, entries, self._reduce)
-            if near is not None:
-                return near
-        elif self._on_cpu:
-            return narrowed(
-                self._columns,
-                rank,
-                entries,
-                self._kind,
-                workers=self._workers,
-                reduce=self._reduce,
-            )
-        # Block by block, collecting would wait once per block.
-        has_nan = self._reduce(nan_of_each(self._columns, device=self._device))
-        return everything(self._columns, self._kind.lowest, self._kind.highest, has_nan=has_nan)
+    def _narrowed(self, k: int) -> tuple[Search, int]:
+        """What to search, and how many entries are NaN; on the CPU, in a single pass."""
+        return narrowed(
+            self._counted,
+            k,
+            available=self.available,
+            entries=self._entries,
+            key_type=self._key_type,
+            workers=self._workers,
+            all_reduce=self._all_reduce,
+        )
 
-    def _check_numbers(self, has_nan: Sequence[int]) -> None:
-        """Raise for the first column in which NaN competes."""
-        infinity = self._kind.infinity
-        for position, found in enumerate(has_nan):
-            if found:
-                blocks = self._columns[position].blocks()
-                own = sum(int((keys > infinity).sum()) for _, keys in blocks)
-                count = int(self._reduce(torch.tensor(own, device=self._device)))
-                names = self._names
-                name = f"scores of {names[position]}" if names else f"scores[{position}]"
+    def _unnarrowed(self, k: int) -> tuple[Search, int]:
+        """The same: all entries."""
+        nan = self._total(block.number_nan() for block in self._counted)
+        return Search(self._counted, k, self._key_type.lowest, self._key_type.highest), nan
+
+    def _refuse_nan(self) -> None:
+        """Raise for the first tensor in which NaN competes."""
+        for tensor in range(len(self._wholes)):
+            own = (block.number_nan() for block in self._counted if block.tensor == tensor)
+            if count := self._total(own):
+                name = f"scores of {self._names[tensor]}" if self._names else f"scores[{tensor}]"
                 remedy = "A NaN has no rank; look for the step at which training diverged."
                 got = f"{count} NaN among the entries to rank"
                 refuse(ValueError, name, "numbers", got, remedy)
 
+    def _total(self, counts: Iterable[int | Tensor]) -> int:
+        """The sum of counts, over all ranks."""
+        total = torch.zeros((), dtype=torch.int64, device=self._device)
+        for some in counts:
+            total += some.to(self._device) if isinstance(some, Tensor) else some
+        return int(self._all_reduce(total))
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """The last entry that goes. Others go if their key is lower, or the same and their place lower.
+    """The last entry that goes: others go if their key is lower, or the same and their place lower.
 
     Nothing is marked before it is asked for. The scores and what says which of them compete must not
     change until then.
     """
 
-    columns: Sequence[Column]
+    blocks: Sequence[Block]
     wholes: Sequence[Tensor]
+    size: int
     workers: Workers
-    fused: Fused | None
     key: int
     place: int
-
-    def writes_at_once(self, outs: Sequence[Tensor]) -> bool:
-        """Whether :meth:`write_stays` is one operation."""
-        return self.fused is not None and self.fused.marks_at_once([local(out) for out in outs])
 
     def goes(self) -> list[Tensor]:
         """A bool tensor for each tensor of scores, True for the entries that go."""
@@ -237,46 +213,34 @@ class Cut:
         # Threads could not write to what is made in inference mode.
         with torch.inference_mode(False):
             marks = [
-                torch.empty_like(c.scores, dtype=torch.bool, memory_format=torch.contiguous_format)
-                for c in self.columns
+                torch.empty_like(t, dtype=torch.bool, memory_format=torch.contiguous_format)
+                for t in map(local, self.wholes)
             ]
         self._mark(marks, goes=goes)
         return [sharded_like(m, whole) for m, whole in zip(marks, self.wholes, strict=True)]
 
     def _mark(self, outs: Sequence[Tensor], *, goes: bool) -> None:
-        flat = [
-            out
-            if out.is_contiguous()
-            else torch.empty_like(out, memory_format=torch.contiguous_format)
-            for out in outs
-        ]
-        if self.fused is not None:
-            self.fused.mark(flat, self.key, self.place, goes=goes)
-        else:
-            self.workers.run(partial(self._mark_blocks, [out.view(-1) for out in flat], goes))
-        for out, marks in zip(outs, flat, strict=True):
-            if marks is not out:
-                out.copy_(marks)
+        pieces = [piece for out in outs for piece in split(out, self.size)]
 
-    def _mark_blocks(self, outs: Sequence[Tensor], goes: bool, turn: int, turns: int) -> None:
-        for position, (column, out) in enumerate(zip(self.columns, outs, strict=True)):
-            blocks = column.pairs(turn=(turn + position) % turns, turns=turns)
-            for start, keys, among in blocks:
-                marks, _ = column.scratch.workspace(keys.numel()).flags
-                bound = self._bound(column, start, keys)
-                compare(keys, "<=" if goes else ">", bound, out=marks)
-                if among is not None:
-                    marks &= column.scratch.competing(among)
-                _write(marks, out[start : start + keys.numel()])
+        def mark(worker: int, workers: int) -> None:
+            shares = self.blocks[worker::workers], pieces[worker::workers]
+            for block, piece in zip(*shares, strict=True):
+                keys, competes = block.keys(), block.competes()
+                marks = block.buffers.views(keys).flags
+                compare(keys, "<=" if goes else ">", self._bound(block, keys), out=marks)
+                if competes is not None:
+                    marks &= competes
+                _write(marks.view(piece.shape), piece)
 
-    def _bound(self, column: Column, start: int, keys: Tensor) -> int | Tensor:
+        self.workers.run(mark)
+
+    def _bound(self, block: Block, keys: Tensor) -> int | Tensor:
         """The highest key that goes; entry by entry in a block that the cut runs through."""
-        if column.place(start + keys.numel() - 1) <= self.place:
+        if block.place(keys.numel() - 1) <= self.place:
             return self.key
-        if column.place(start) > self.place:
+        if block.place(0) > self.place:
             return self.key - 1
-        above = column.places(start, keys.numel()) > self.place
-        return self.key - above.to(keys.dtype)
+        return self.key - (block.places() > self.place).to(keys.dtype)
 
 
 def _check_shapes(scores: Sequence[Tensor], among: Sequence[Tensor | None]) -> None:
@@ -293,19 +257,3 @@ def _check_shapes(scores: Sequence[Tensor], among: Sequence[Tensor | None]) -> N
 def _write(marks: Tensor, out: Tensor) -> None:
     # From bytes to floats takes a sixth of the time that it takes from bools.
     out.copy_(marks if out.dtype == torch.bool else marks.view(torch.uint8))
-
-
-def fused_passes(columns: Sequence[Column], reduce: Reduce) -> Fused | None:
-    """Kernels that pass over all columns at once, where PyTorch has Triton and they suit every rank."""
-    if not columns or any(column.scores.device.type != "cuda" for column in columns):
-        return None  # without importing Triton, which takes long
-    try:
-        from torch_rsst.selection import fused
-    except ImportError:
-        fused = None  # type: ignore[assignment]
-    suitable = fused is not None and fused.suits(columns)
-    # One way on all ranks: in another they would wait for other sums.
-    unsuited = int(reduce(torch.tensor(int(not suitable), device="cpu")))
-    if fused is not None:
-        fused.tell_of_obstacles()
-    return None if unsuited else fused.Fused(columns)

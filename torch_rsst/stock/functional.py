@@ -176,7 +176,7 @@ def _rank(method: Any, refs: list[ParameterRef], scores: list[Tensor]) -> NewMas
     names = [str(ref) for ref in refs]
     ranking = Ranking(scores, among=[ref.mask for ref in refs], absolute=True, names=names)
     cut = ranking.cut(to_count(method.amount, ranking.available, of="alive entries"))
-    return NewMasks(cut.write_stays, cut.writes_at_once)
+    return NewMasks(cut.write_stays)
 
 
 def _rank_joined(method: Any, refs: list[ParameterRef], scores: list[Tensor]) -> list[Tensor]:

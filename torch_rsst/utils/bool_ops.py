@@ -23,6 +23,12 @@ _NUMPY = {
 }
 
 
+def numpy_reads(values: Tensor) -> bool:
+    """Whether this is NumPy's work: on the CPU, and no wrapper around other tensors."""
+    own_dispatch = type(values).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own_dispatch and values.device.type == "cpu"
+
+
 def compare(values: Tensor, how: Comparison, bound: float | Tensor, *, out: Tensor) -> Tensor:
     """Where ``values`` are on that side of a bound, or of their own bound each.
 
@@ -36,7 +42,7 @@ def compare(values: Tensor, how: Comparison, bound: float | Tensor, *, out: Tens
         bound: of all of them, or a vector.
         out: a bool vector, which is changed in place and returned.
     """
-    if not _is_plain(values):
+    if not numpy_reads(values):
         return _PYTORCH[how](values, bound, out=out)
     limit = bound.numpy() if isinstance(bound, Tensor) else bound
     _NUMPY[how](_array(values), limit, out=out.numpy())
@@ -45,16 +51,10 @@ def compare(values: Tensor, how: Comparison, bound: float | Tensor, *, out: Tens
 
 def nonzero(values: Tensor, *, out: Tensor) -> Tensor:
     """Set ``out``, a bool vector, to where ``values`` are not 0, and return it."""
-    if not _is_plain(values):
+    if not numpy_reads(values):
         return torch.ne(values, 0, out=out)
     np.not_equal(_array(values), 0, out=out.numpy())
     return out
-
-
-def _is_plain(values: Tensor) -> bool:
-    """Whether NumPy can read it: on the CPU, and no wrapper around other tensors."""
-    own_dispatch = type(values).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return own_dispatch and values.device.type == "cpu"
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -65,7 +65,7 @@ def _array(values: Tensor) -> np.ndarray:
 
 def count(flags: Tensor) -> int | Tensor:
     """How many are True; elsewhere than on the CPU without waiting for it."""
-    return int(np.count_nonzero(flags.numpy())) if flags.device.type == "cpu" else flags.sum()
+    return int(np.count_nonzero(flags.numpy())) if numpy_reads(flags) else flags.sum()
 
 
 def positions(flags: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ import torch
 
 T = TypeVar("T")
 
+_ENTRIES_EACH = (
+    1 << 23
+)  # for fewer, a thread is not worth it: each waits for the interpreter at times
 _MOST = 8  # more threads would wait for the interpreter
 
 # Threads within one_thread(). A lock around it could be left closed by an interrupt.
@@ -50,33 +53,33 @@ def one_thread() -> Iterator[None]:
 
 
 class Workers:
-    """As many threads as PyTorch may use, ``most`` at most, this one included."""
+    """As many threads as a pass over some entries is worth, this one included; no more than PyTorch may use."""
 
-    def __init__(self, most: int) -> None:
-        self.count = max(1, min(most, torch.get_num_threads(), _MOST))
+    def __init__(self, entries: int) -> None:
+        self.count = max(1, min(entries // _ENTRIES_EACH, torch.get_num_threads(), _MOST))
         self._others = ThreadPoolExecutor(self.count - 1) if self.count > 1 else None
 
     def run(self, work: Callable[[int, int], T]) -> list[T]:
-        """What ``work(turn, turns)`` returns for every turn, all at the same time."""
+        """What ``work(worker, workers)`` returns for each worker, from 0 to ``workers - 1``."""
         if self._others is None:
             with one_thread():
                 return [work(0, 1)]
-        turns, stopped = self.count, threading.Event()
-        begun, ended = ([threading.Event() for _ in range(turns)] for _ in range(2))
+        workers, stopped = self.count, threading.Event()
+        begun, ended = ([threading.Event() for _ in range(workers)] for _ in range(2))
 
-        def unless_stopped(turn: int) -> T | None:
-            begun[turn].set()
+        def unless_stopped(worker: int) -> T | None:
+            begun[worker].set()
             try:
                 with torch.no_grad():  # which a thread does not inherit
-                    return None if stopped.is_set() else work(turn, turns)
+                    return None if stopped.is_set() else work(worker, workers)
             finally:
-                ended[turn].set()
+                ended[worker].set()
 
         with one_thread():
             try:
                 submit = self._others.submit
-                others = [submit(unless_stopped, turn) for turn in range(1, turns)]
-                return [work(0, turns), *(other.result() for other in others)]  # type: ignore[list-item]
+                others = [submit(unless_stopped, worker) for worker in range(1, workers)]
+                return [work(0, workers), *(other.result() for other in others)]  # type: ignore[list-item]
             finally:
                 # Wait however often that is interrupted: afterwards nothing is written any more.
                 interrupt: BaseException | None = None
@@ -85,9 +88,9 @@ class Workers:
                         stopped.set()
                         # What has not begun does nothing any more. Of the rest, each future may have
                         # been lost.
-                        for turn in range(turns):
-                            if begun[turn].is_set():
-                                ended[turn].wait()
+                        for worker in range(workers):
+                            if begun[worker].is_set():
+                                ended[worker].wait()
                         break
                     except BaseException as raised:
                         interrupt = raised
