@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -48,10 +47,11 @@ from torch_rsst.masking.mask_sets import (
     unwrap,
     without_wrappers,
 )
-from torch_rsst.masking.masked_parameter import restore, stored_products
+from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import CompactionWarning, MissingNameError, refuse
+from torch_rsst.utils.module_state import deep_copy
 
 
 def compact(
@@ -102,8 +102,8 @@ def compact(
     check_compactable(bare, groups)
     probe = Probe(bare, example_inputs)
     removals, constants, kept_whole, dead = _choose(bare, groups, round_to, probe)
-    memo = _shared(bare, removals) | stored_products(bare)
-    small = copy.deepcopy(bare, memo)
+    memo = _shared(bare, removals)
+    small = deep_copy(bare, memo)
     without = bare_biases(small)
     for emitted, units in constants:
         emitted.add_to(small, units)

@@ -18,6 +18,7 @@ from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.masking.live_weight import MASK, ORIG, product
 from torch_rsst.masking.mask_sets import named_refs, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.utils.module_state import drop_caches
 
 Kept = dict[int, Tensor]
 """Dimension → the indices along it that stay."""
@@ -72,6 +73,7 @@ def cut(model: nn.Module, removals: Sequence[Removal]) -> dict[nn.Parameter, Sho
     if touched and OWNERS:
         for module in model.modules():
             update_size_attributes(module, OWNERS)
+    drop_caches(model)
     return shortened
 
 

@@ -90,6 +90,7 @@ def _traced(model: nn.Module, example_inputs: Any) -> tuple[Ledger, Trials] | st
             except Exception as failure:
                 error = error if trials else one_line(failure)
                 continue
+            run.settle()
             trials = trials or Trials(copy, run.call, run.trains)
             if run.trains or not ledger.unseen:
                 return ledger, trials
@@ -127,6 +128,7 @@ class _Run:
         self.example = example
         self.trains = False
         self.error = ""
+        self.statistics: dict[Tensor, Tensor] = {}
 
     def call(self, model: nn.Module) -> Any:
         """The outputs of a model for copies of the inputs."""
@@ -134,25 +136,23 @@ class _Run:
         return run_on(model, copied)
 
     def training(self) -> Any:
-        """In training mode, where parts of the model may run that do not otherwise; if it can.
-
-        The statistics of batch norms become those of this run, so that no channel drowns.
-        """
+        """In training mode, where parts of the model may run that do not otherwise; if it can."""
         norms = [m for m in self.model.modules() if isinstance(m, _NormBase)]
-        momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
         try:
             out = self.call(self.model.train())
-            self.trains = True
-            return out
         except Exception as failure:
             self.error = one_line(failure)
             return None
-        finally:
-            self.model.eval()
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+        self.trains = True
+        self.statistics = {b: b.clone() for n in norms for b in n.buffers() if b.ndim}
+        return out
+
+    def settle(self) -> None:
+        """Let the statistics of batch norms be those of the run in training mode: no channel drowns."""
+        for buffer, value in self.statistics.items():
+            buffer.copy_(value)
 
     def evaluating(self) -> Any:
         """In eval mode."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch_rsst.discovery.channels.tracer import running_modules
 from torch_rsst.discovery.trial import agree, choices, one_line, silence, tensors_of
 from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.groups.surgery import Removal, cut
+from torch_rsst.utils.module_state import deep_copy
 
 DIFFERS = "its output without some of its channels differs"
 MOST_TRIALS = 64
@@ -69,7 +69,7 @@ class Trials:
         """Why the layers cannot be cut exactly, or None where they can."""
         self._made += 1
         for trains, removals in zip((self.trains, False), _removals(layers), strict=True):
-            small = copy.deepcopy(self.whole)
+            small = deep_copy(self.whole)
             running: list[nn.Module] = []
             try:
                 cut(small, removals)
@@ -81,7 +81,7 @@ class Trials:
                 reason = f"its forward fixes how many it has ({one_line(error)})"
                 return Failure(reason, _path_of(running[-1], small) if running else "")
             del small
-            masked = copy.deepcopy(self.whole)
+            masked = deep_copy(self.whole)
             silence(masked, removals)
             if not agree(self._outputs(masked), got, self._tolerance()):
                 return Failure(DIFFERS)
