@@ -20,6 +20,7 @@ from torch_rsst.discovery.channels.verify import Trials
 from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.discovery.probe import run_on
 from torch_rsst.discovery.trial import one_line, randomized
+from torch_rsst.masking.mask_sets import named_weights
 
 KIND = "channels"
 LARGE = 300_000_000
@@ -42,7 +43,7 @@ class ConvolutionChannels(WholeModelAdapter):
     def survey(self, model: nn.Module, example_inputs: Any, taken: Collection[Place]) -> Survey:
         """See :class:`torch_rsst.discovery.channels.base.WholeModelAdapter`."""
         convolutions = [m for m in model.modules() if isinstance(m, _ConvNd)]
-        if not any(not _is_patch_embedding(m) for m in convolutions):
+        if all(map(_is_patch_embedding, convolutions)) and not _feed_others(model, taken):
             return Survey()
         if any(parameter.is_meta for parameter in model.parameters()):
             return _refused(
@@ -63,6 +64,27 @@ def _is_patch_embedding(convolution: _ConvNd) -> bool:
     """Whether it cuts its input into patches, as vision transformers begin."""
     size = convolution.kernel_size
     return convolution.stride == size and max(size) > 1
+
+
+def _feed_others(model: nn.Module, taken: Collection[Place]) -> bool:
+    """Whether outputs of linear or recurrent layers may be units that other kinds do not hold.
+
+    Told by widths, as following a transformer whose residual stream alone is left would be for nothing.
+    """
+    weights = {name: w for name, w in named_weights(model).items() if w.ndim == 2}
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return True
+    taking = {w.shape[1] for name, w in weights.items() if (name, 1) not in taken}
+    normalized = {
+        weight.shape[-1]
+        for module in model.modules()
+        if not isinstance(module, (_NormBase, nn.PReLU, nn.GroupNorm))
+        for weight in module.parameters(recurse=False)
+        if (weight.ndim == 1 and getattr(module, "bias", None) is None)
+        or isinstance(module, nn.LayerNorm)
+    }
+    giving = {w.shape[0] for name, w in weights.items() if (name, 0) not in taken}
+    return any(not wide % given for given in giving - normalized if given > 1 for wide in taking)
 
 
 def _refused(convolutions: list[_ConvNd], reason: str) -> Survey:

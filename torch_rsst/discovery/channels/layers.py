@@ -27,7 +27,7 @@ class _Parts:
         ledger: whose parts they are.
         roots: of every atom.
         frozen: root → why the part can never go.
-        producing: roots of the parts that a convolution puts out.
+        producing: roots of the parts that a layer puts out.
     """
 
     ledger: Ledger
@@ -38,7 +38,7 @@ class _Parts:
     @classmethod
     def of(cls, ledger: Ledger) -> _Parts:
         roots = ledger.roots()
-        producing = {r for axis in _convolutions(ledger) for r in _on(axis, roots).tolist()}
+        producing = {r for axis in _giving(ledger) for r in _on(axis, roots).tolist()}
         return cls(ledger, roots, ledger.why_frozen(roots), frozenset(producing))
 
     def signatures(self) -> dict[int, Signature]:
@@ -95,6 +95,10 @@ def _convolutions(ledger: Ledger) -> Iterator[Axis]:
     return (axis for axis in ledger.axes if axis.start in ledger.convolves)
 
 
+def _giving(ledger: Ledger) -> Iterator[Axis]:
+    return (axis for axis in ledger.axes if axis.start in ledger.gives)
+
+
 def _on(axis: Axis, values: Tensor) -> Tensor:
     return values[axis.start : axis.start + axis.size]
 
@@ -126,7 +130,8 @@ def _layer(
         unit_of = unit_of_root[_on(axis, parts.roots)]
         member = Member(axis.tensor, axis.dim, unit_of, ranked, consumes)
         (buffers if axis.buffer else members).append(member)
-    return GroupLayer(name, "channels", len(roots), tuple(members), tuple(buffers), family)
+    kind = "channels" if any(axis.start in ledger.convolves for axis in axes) else "neurons"
+    return GroupLayer(name, kind, len(roots), tuple(members), tuple(buffers), family)
 
 
 def _refusals(parts: _Parts, silent: Collection[str] = SILENT_REASONS) -> Iterator[Unsupported]:
