@@ -33,10 +33,10 @@ from torch_rsst.groups.groups import NO_UNIT, Group, GroupLayer, Groups, as_grou
 from torch_rsst.groups.surgery import (
     Removal,
     Shortened,
+    buffer_shape,
     cut,
     kept_indices,
     module_at,
-    named_buffers,
     replace_module,
 )
 from torch_rsst.masking.live_weight import product
@@ -192,7 +192,7 @@ def _is_full(ref: ParameterRef) -> bool:
 
 def check_compactable(model: nn.Module, groups: Groups) -> None:
     """Raise unless the groups are those of this model, and it can be copied and cut."""
-    weights, refs, buffers = named_weights(model), named_refs(model), named_buffers(model)
+    weights, refs = named_weights(model), named_refs(model)
     remedy = "Find the groups of this very model: find_groups(model)."
     check_groups(weights, groups)
     if sharded := next((name for name, w in weights.items() if is_sharded(w)), None):
@@ -215,11 +215,9 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
                 untie = "Untie it, or leave these groups out."
                 refuse(ValueError, subject, "parameters of one module", got, untie)
         for member in layer.buffers:
-            module, key = buffers.get(member.parameter, (None, ""))
-            buffer = None if module is None else module._buffers[key]
-            size = member.unit_of.numel()
-            if buffer is None or buffer.ndim <= member.dim or buffer.shape[member.dim] != size:
-                got = "none" if buffer is None else f"shape {tuple(buffer.shape)}"
+            shape, size = buffer_shape(model, member.parameter), member.unit_of.numel()
+            if shape is None or len(shape) <= member.dim or shape[member.dim] != size:
+                got = "none" if shape is None else f"shape {shape}"
                 expected = f"a buffer {member.parameter!r} of size {size} along dim {member.dim}"
                 refuse(ValueError, subject, expected, got, remedy)
 

@@ -55,7 +55,7 @@ class ConvolutionChannels(WholeModelAdapter):
             if isinstance(traced, str):
                 return _refused(convolutions, f"it cannot be run ({traced}); pass example_inputs")
             ledger, trials = traced
-            layers, refused = layers_of(ledger, type(self).__name__, taken)
+            layers, refused, trials.candidates = layers_of(ledger, type(self).__name__, taken)
             exact = trials.exact(layers)
         return Survey(tuple(exact), (*refused, *trials.refused))
 

@@ -68,7 +68,7 @@ def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) 
         ledger: to write to; the parameters and buffers of the model are entered first.
         runs: call the model, whose state is put back. What one of them raises is raised here, after what it has done.
     """
-    walk = Walk(ledger)
+    walk = Walk(ledger, paths={m: without_wrappers(p) for p, m in model.named_modules()})
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     ledger.unseen.update(names.values())
     for name, parameter in model.named_parameters():
