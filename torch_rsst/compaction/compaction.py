@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -34,10 +33,10 @@ from torch_rsst.groups.groups import NO_UNIT, Group, GroupLayer, Groups, as_grou
 from torch_rsst.groups.surgery import (
     Removal,
     Shortened,
+    buffer_shape,
     cut,
     kept_indices,
     module_at,
-    named_buffers,
     replace_module,
 )
 from torch_rsst.masking.live_weight import product
@@ -48,10 +47,11 @@ from torch_rsst.masking.mask_sets import (
     unwrap,
     without_wrappers,
 )
-from torch_rsst.masking.masked_parameter import restore, stored_products
+from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import CompactionWarning, MissingNameError, refuse
+from torch_rsst.utils.module_state import deep_copy
 
 
 def compact(
@@ -102,8 +102,8 @@ def compact(
     check_compactable(bare, groups)
     probe = Probe(bare, example_inputs)
     removals, constants, kept_whole, dead = _choose(bare, groups, round_to, probe)
-    memo = _shared(bare, removals) | stored_products(bare)
-    small = copy.deepcopy(bare, memo)
+    memo = _shared(bare, removals)
+    small = deep_copy(bare, memo)
     without = bare_biases(small)
     for emitted, units in constants:
         emitted.add_to(small, units)
@@ -192,7 +192,7 @@ def _is_full(ref: ParameterRef) -> bool:
 
 def check_compactable(model: nn.Module, groups: Groups) -> None:
     """Raise unless the groups are those of this model, and it can be copied and cut."""
-    weights, refs, buffers = named_weights(model), named_refs(model), named_buffers(model)
+    weights, refs = named_weights(model), named_refs(model)
     remedy = "Find the groups of this very model: find_groups(model)."
     check_groups(weights, groups)
     if sharded := next((name for name, w in weights.items() if is_sharded(w)), None):
@@ -215,11 +215,9 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
                 untie = "Untie it, or leave these groups out."
                 refuse(ValueError, subject, "parameters of one module", got, untie)
         for member in layer.buffers:
-            module, key = buffers.get(member.parameter, (None, ""))
-            buffer = None if module is None else module._buffers[key]
-            size = member.unit_of.numel()
-            if buffer is None or buffer.ndim <= member.dim or buffer.shape[member.dim] != size:
-                got = "none" if buffer is None else f"shape {tuple(buffer.shape)}"
+            shape, size = buffer_shape(model, member.parameter), member.unit_of.numel()
+            if shape is None or len(shape) <= member.dim or shape[member.dim] != size:
+                got = "none" if shape is None else f"shape {shape}"
                 expected = f"a buffer {member.parameter!r} of size {size} along dim {member.dim}"
                 refuse(ValueError, subject, expected, got, remedy)
 

@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_rsst.discovery.examples import guesses
-from torch_rsst.discovery.probe import run_on, undisturbed
+from torch_rsst.discovery.probe import run_on
 from torch_rsst.masking.mask_sets import unwrap
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.module_state import undisturbed
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery import family
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member
-from torch_rsst.groups.surgery import Removal, module_at, named_buffers
+from torch_rsst.groups.surgery import Removal, buffer_shape, module_at
 from torch_rsst.masking.mask_sets import named_weights, without_wrappers
 from torch_rsst.utils.errors import message, refuse
 
@@ -129,11 +129,12 @@ def removals_of(stage: Any, model: nn.Module) -> list[Removal]:
         KeyError, ValueError: for a stage of another model, or none at all.
     """
     sizes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
-    for name, (module, key) in named_buffers(model).items():
-        buffer = module._buffers[key]
-        assert buffer is not None, "named_buffers() lists those that exist"
-        sizes[name] = tuple(buffer.shape)
-    removals = [_removal(layer, sizes) for layer in _get(stage, "layers", list)]
+    layers = _get(stage, "layers", list)
+    for table in (table for layer in layers for table in _get(layer, "buffers", list)):
+        name = _get(table, "parameter", str)
+        if (shape := buffer_shape(model, name)) is not None:
+            sizes.setdefault(name, shape)
+    removals = [_removal(layer, sizes) for layer in layers]
     for removal in removals:
         _check_units(model, removal.layer)
     return removals

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from torch_rsst.discovery.adapter import Call
-from torch_rsst.discovery.probe import run_call, undisturbed
+from torch_rsst.discovery.probe import run_call
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.groups.surgery import module_at
 from torch_rsst.masking.live_weight import product
 from torch_rsst.masking.mask_sets import named_refs
 from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.utils.module_state import undisturbed
 
 
 @dataclass(frozen=True, eq=False)

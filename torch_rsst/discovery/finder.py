@@ -123,11 +123,13 @@ def _ask_adapters(
             if answer is not None:
                 refused.append(replace(answer, layer=name, kind=kind))
     for adapter in ADAPTERS:
-        if isinstance(adapter, WholeModelAdapter) and adapter.kind in kinds:
+        if isinstance(adapter, WholeModelAdapter) and set(adapter.kinds) & set(kinds):
             taken = {(m.parameter, m.dim) for layer in layers for m in layer.members}
             answers = adapter.survey(model, probe.example_inputs, taken)
-            refused.extend(answers.refused)
+            refused.extend(item for item in answers.refused if item.kind in kinds)
             for found in answers.layers:
+                if found.kind not in kinds:
+                    continue
                 if (reason := _tied(found, refs)) is None:
                     layers.append(found)
                 else:
@@ -231,9 +233,7 @@ def _require(
     else:
         remedy = (
             f"Adapters exist for {', '.join(known)}; the documentation shows, under Extending, how "
-            "to add one. Neurons are found between the two linear layers of a module: nest a longer "
-            "chain, as Sequential(Sequential(Linear, ReLU, Linear), ReLU, Linear). Single weights can "
-            "be pruned in any model: global_unstructured."
+            "to add one. Single weights can be pruned in any model: global_unstructured."
         )
     refuse(
         ValueError,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,6 +28,7 @@ from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.groups.surgery import Removal, cut, module_at
 from torch_rsst.masking.live_weight import MASK
 from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.utils.module_state import deep_copy, undisturbed
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Probe:
         key = (type(adapter), _signature(module), _signature_of_call(call))
         if key not in self._verdicts:
             # Modules of one signature differ in nothing but the values of their tensors.
-            with torch.random.fork_rng(devices=_cuda_devices(module)):
+            with undisturbed(module):
                 self._verdicts[key] = _check(module, adapter, layer, call)
         return self._verdicts[key]
 
@@ -217,7 +216,7 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
     differs = False
     for gone in choices(layer.units, adapter.least):
         removal = Removal(layer, gone)
-        masked = copy.deepcopy(whole)
+        masked = deep_copy(whole)
         silence(masked, [removal])
         expected = _outputs(masked, call)
         differs = differs or not agree(before, expected)
@@ -232,6 +231,8 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
             text = "it does not run without some of its units, as where its forward fixes how many it has"
             return Verdict(fixed=f"{text} ({one_line(error)})")
         if not agree(expected, got):
+            if bool(gone.all()) and layer.units > 1:
+                return Verdict(least=1)
             reason = "its output without some of its units differs"
             return Verdict(refused=_why_mixed(module, layer, given) or reason)
     # On few tokens, no unit may be active at all: larger inputs show a difference if any can.
@@ -312,10 +313,6 @@ def _fact(value: Any) -> Any:
     return id(value)
 
 
-def _cuda_devices(module: nn.Module) -> set[torch.device]:
-    return {p.device for p in module.parameters() if p.device.type == "cuda"}
-
-
 def _other(value: Any) -> Any:
     """Other random numbers of the same spread; what is no tensor of floats stays."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -338,37 +335,3 @@ def _failure(module: nn.Module, call: Call) -> Exception | None:
     except Exception as failure:
         return failure
     return None
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What a forward pass may set on a module: tensors, numbers, texts, and what lists of these hold."""
-    public = {k: v for k, v in vars(module).items() if not k.startswith("_") or _is_plain(v)}
-    kept = {k: v for k, v in public.items() if _is_plain(v)}
-    return kept | {k: copy.copy(v) for k, v in public.items() if type(v) in (list, dict, set)}
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (Tensor, int, float, str, bool, tuple, type(None)))
-
-
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients; put back modes, RNG, buffers and attributes."""
-    modes = [(m, m.training) for m in module.modules()]
-    attributes = [(m, _plain_attributes(m), dict(m._buffers)) for m, _ in modes]
-    dice = random.getstate()
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(module)):
-            module.eval()
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        random.setstate(dice)
-        for m, plain, own_buffers in attributes:
-            m.__dict__.update(plain)
-            m._buffers.update(own_buffers)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

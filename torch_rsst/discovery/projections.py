@@ -14,12 +14,6 @@ from torch_rsst.groups.groups import Member
 from torch_rsst.groups.surgery import replace_module
 from torch_rsst.masking.live_weight import ORIG
 
-_ACTIVATIONS = (
-    "torch.nn.modules.activation",
-    "timm.layers.activations",
-    "timm.layers.activations_me",
-    "transformers.activations",
-)
 _HEADS = (
     "num_heads",
     "num_attention_heads",
@@ -159,15 +153,14 @@ def empty(module: nn.Module, pair: Sequence[Projection], *, packed: bool = False
         packed: whether it splits what the first of two puts out.
 
     Returns:
-        the bias alone where the module runs two projections, activations and dropout in a row; else the
-        module, in which the bias takes the place of the last projection.
+        the module, in which the bias takes the place of the last projection; the bias alone where that is
+        the last thing that the module runs in a row.
     """
     last = pair[-1]
     if isinstance(module, nn.TransformerEncoderLayer):
         return module  # its fused path reads weights, and runs on empty ones
     layers = {p.layer for p in pair}
-    rest = [m for m in module.modules() if m not in layers and m is not module]
-    if type(module) is nn.Sequential and all(map(_is_elementwise, rest)):
+    if type(module) is nn.Sequential and list(module.children())[-1:] == [last.layer]:
         return BiasOnly(last.layer)
     along = (*_Shared, nn.Conv1d, nn.Conv2d)
     for path, part in list(module.named_modules()):
@@ -218,9 +211,3 @@ def _is_depthwise(module: nn.Module, features: int) -> bool:
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return False
     return module.groups == module.in_channels == module.out_channels == features
-
-
-def _is_elementwise(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
-        return True
-    return type(module).__module__ in _ACTIVATIONS and not own_parameters(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,13 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from torch_rsst.groups.surgery import Removal
 from torch_rsst.masking.mask_sets import named_weights
-from torch_rsst.masking.masked_parameter import restore, stored_products
+from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.parameter_ref import masked_refs
+from torch_rsst.utils.module_state import deep_copy, drop_caches
 
 
 def randomized(module: nn.Module) -> nn.Module:
     """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
-    module = copy.deepcopy(module, stored_products(module))
+    module = deep_copy(module)
     module.eval()  # which returns nothing in some classes
     restore(masked_refs(module.modules()))
     if any(is_half(p) for p in module.parameters()):
@@ -38,6 +38,7 @@ def randomized(module: nn.Module) -> nn.Module:
                 norm.running_mean.add_(noise(norm.running_mean) * 0.1)
                 assert norm.running_var is not None
                 norm.running_var.mul_(1.0 + 0.2 * noise(norm.running_var).abs())
+    drop_caches(module)
     return module
 
 
@@ -54,6 +55,7 @@ def silence(module: nn.Module, removals: Iterable[Removal]) -> None:
             for member in removal.layer.members:
                 weight = weights[member.parameter]
                 weight.masked_fill_(member.spread(removal.gone, weight, fill=False), 0.0)
+    drop_caches(module)
 
 
 def choices(units: int, least: int) -> Iterator[Tensor]:

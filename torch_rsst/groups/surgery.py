@@ -18,6 +18,8 @@ from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.masking.live_weight import MASK, ORIG, product
 from torch_rsst.masking.mask_sets import named_refs, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.module_state import drop_caches
 
 Kept = dict[int, Tensor]
 """Dimension → the indices along it that stay."""
@@ -47,8 +49,8 @@ class Shortened:
 def cut(model: nn.Module, removals: Sequence[Removal]) -> dict[nn.Parameter, Shortened]:
     """Cut units out of every parameter, mask and buffer that they take part in; in place.
 
-    Layers of PyTorch note their new sizes (``out_features``, ``num_features`` …). Gradients are cut
-    along.
+    Layers of PyTorch note their new sizes (``out_features``, ``num_features`` …), other modules those
+    that the removals list among their buffers. Gradients are cut along.
 
     Returns:
         what replaced each parameter that is smaller now.
@@ -62,6 +64,11 @@ def cut(model: nn.Module, removals: Sequence[Removal]) -> dict[nn.Parameter, Sho
             touched[ref.module] = None
     homes = named_buffers(model)
     for name, kept in kept_indices((m for r in removals for m in r.layer.buffers), removals):
+        if name not in homes:
+            number = noted_size(model, name)
+            assert number is not None, "groups are those of this model"
+            number.set(kept[0].numel())
+            continue
         module, key = homes[name]
         buffer = module._buffers[key]
         assert buffer is not None, "named_buffers() lists those that exist"
@@ -72,6 +79,7 @@ def cut(model: nn.Module, removals: Sequence[Removal]) -> dict[nn.Parameter, Sho
     if touched and OWNERS:
         for module in model.modules():
             update_size_attributes(module, OWNERS)
+    drop_caches(model)
     return shortened
 
 
@@ -113,6 +121,59 @@ def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
+@dataclass(frozen=True, eq=False)
+class NotedSize:
+    """A number that a module keeps as an attribute, or as an item of a list or tuple.
+
+    Among the buffers of groups it stands for a tensor of that many entries.
+    """
+
+    module: nn.Module
+    attribute: str
+    item: int | None = None
+
+    @property
+    def value(self) -> int | None:
+        """The number; None where there is none."""
+        held = vars(self.module).get(self.attribute)
+        if self.item is not None:
+            items = held if isinstance(held, (list, tuple)) else ()
+            held = items[self.item] if self.item < len(items) else None
+        return held if type(held) is int else None
+
+    def set(self, value: int) -> None:
+        """Change the number."""
+        if self.item is None:
+            setattr(self.module, self.attribute, value)
+            return
+        held = vars(self.module)[self.attribute]
+        items = [value if i == self.item else v for i, v in enumerate(held)]
+        setattr(self.module, self.attribute, type(held)(items))
+
+
+def noted_size(model: nn.Module, name: str) -> NotedSize | None:
+    """The number noted under a name, ``norm.num_groups`` or ``block.splits.1``; None where there is none."""
+    modules = {without_wrappers(path): module for path, module in model.named_modules()}
+    path, _, last = name.rpartition(".")
+    if path in modules:
+        found = NotedSize(modules[path], last)
+    else:
+        path, _, attribute = path.rpartition(".")
+        if path not in modules or not last.isdecimal():
+            return None
+        found = NotedSize(modules[path], attribute, int(last))
+    return None if found.value is None else found
+
+
+def buffer_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
+    """The shape of a buffer, or what stands for one; None where there is neither."""
+    module, key = named_buffers(model).get(name, (None, ""))
+    if module is not None and (buffer := module._buffers[key]) is not None:
+        return tuple(buffer.shape)
+    number = noted_size(model, name)
+    return None if number is None or number.value is None else (number.value,)
+
+
 def _shorten(ref: ParameterRef, kept: Kept, shortened: dict[nn.Parameter, Shortened]) -> None:
     old = ref.original
     if old not in shortened:  # a tied one is replaced by one, wherever it stands
@@ -150,6 +211,35 @@ def _batch_norm(layer: nn.Module) -> dict[str, object]:
     return {"num_features": next(t.numel() for t in known if t.ndim)}
 
 
+def _group_norm(layer: nn.Module) -> dict[str, object]:
+    assert isinstance(layer, nn.GroupNorm)
+    channels = product(layer, "weight").numel()
+    groups, rest = divmod(layer.num_groups * channels, layer.num_channels)
+    if rest:
+        expected = f"channels that go by whole groups of {layer.num_channels // layer.num_groups}"
+        remedy = (
+            "Channels of one group are normalized together: find_groups makes one unit of them."
+        )
+        refuse(ValueError, "GroupNorm", expected, f"{channels} channels left", remedy)
+    return {"num_groups": groups, "num_channels": channels}
+
+
+def _recurrent(layer: nn.Module) -> dict[str, object]:
+    assert isinstance(layer, (nn.RNNBase, nn.RNNCellBase))
+    is_cell = isinstance(layer, nn.RNNCellBase)
+    suffix = "" if is_cell else "_l0"
+    rows, columns = product(layer, f"weight_ih{suffix}").shape
+    gates = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
+    name = next(c.__name__ for c in type(layer).__mro__ if c.__module__ == "torch.nn.modules.rnn")
+    sizes: dict[str, object] = {"input_size": columns, "hidden_size": rows // gates.get(name, 1)}
+    if not is_cell:
+        assert isinstance(layer, nn.RNNBase)
+        if layer.proj_size:
+            sizes["proj_size"] = product(layer, "weight_hr_l0").shape[0]
+        sizes["_flat_weights"] = [product(layer, name) for name in layer._flat_weights_names]
+    return sizes
+
+
 def _layer_norm(layer: nn.Module) -> dict[str, object]:
     return {"normalized_shape": tuple(product(layer, "weight").shape)}
 
@@ -160,6 +250,9 @@ SIZES: dict[type[nn.Module], Sizes] = {
     _ConvNd: _convolution,
     _NormBase: _batch_norm,
     nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent,
     nn.PReLU: lambda layer: {"num_parameters": product(layer, "weight").numel()},
     nn.Embedding: lambda layer: {"embedding_dim": product(layer, "weight").shape[1]},
 }

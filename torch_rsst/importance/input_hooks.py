@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,10 +16,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torch_rsst.distributed.dtensor import local, placed_like
+from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member
 from torch_rsst.masking.mask_sets import named_refs
 from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.utils import module_state
 from torch_rsst.utils.errors import refuse
 
 
@@ -201,38 +201,18 @@ def undisturbed(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]
         model: without wrappers.
         masks: bool, by dense name; parameters without one run wholly alive.
     """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    stored = [(module, dict(vars(module))) for module in modules if _stores_products(module)]
-    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    gradients = torch.is_grad_enabled()
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
     with ExitStack() as stack:
-        stack.callback(_put_back, modules, modes, stored)
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.callback(random.setstate, random.getstate())
-        if (numpy := sys.modules.get("numpy")) is not None:
-            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.enter_context(module_state.undisturbed(model, managed=sharded))
+        stack.enter_context(torch.set_grad_enabled(gradients))
         if "torch._dynamo" in sys.modules:  # compiled code would not call our hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Weights that autocast has converted are those under other masks, or outside of a graph.
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(_masked_by(model, masks))
         torch.clear_autocast_cache()
-        model.eval()
         yield
-
-
-def _stores_products(module: nn.Module) -> bool:
-    """Whether a stock pruning hook keeps the product of a weight and its mask in a module."""
-    return any(isinstance(value, Tensor) for value in vars(module).values())
-
-
-def _put_back(
-    modules: list[nn.Module], modes: list[bool], stored: list[tuple[nn.Module, dict[str, Any]]]
-) -> None:
-    for module, before in stored:
-        vars(module).update({k: v for k, v in before.items() if isinstance(v, Tensor)})
-    for module, mode in zip(modules, modes, strict=True):
-        module.training = mode
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
-from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores, masked_refs
+from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.masking.saved_masks import is_writable
 
@@ -251,12 +251,6 @@ def zero(original: nn.Parameter, mask: Tensor | None) -> None:
     """Set a parameter to 0 where its mask is 0."""
     with torch.no_grad():
         local(original).masked_fill_(local(_dead(original, mask)), 0.0)
-
-
-def stored_products(model: nn.Module) -> dict[int, Tensor]:
-    """A memo for copies of a model: products that stock hooks have stored, which are no leaves."""
-    stored = [(s.module.__dict__.get(s.name)) for s in masked_refs(model.modules())]
-    return {id(t): t.detach().clone() for t in stored if isinstance(t, Tensor)}
 
 
 def _is_full(mask: Tensor | None) -> bool:

@@ -31,6 +31,8 @@ class WholeModelAdapter(Adapter):
     """
 
     whole_model: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("channels", "neurons")
+    """What its units may be."""
 
     def find(self, module: nn.Module) -> None:
         """No single module holds such units."""

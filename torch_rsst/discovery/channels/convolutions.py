@@ -20,6 +20,7 @@ from torch_rsst.discovery.channels.verify import Trials
 from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.discovery.probe import run_on
 from torch_rsst.discovery.trial import one_line, randomized
+from torch_rsst.masking.mask_sets import named_weights
 
 KIND = "channels"
 LARGE = 300_000_000
@@ -42,7 +43,7 @@ class ConvolutionChannels(WholeModelAdapter):
     def survey(self, model: nn.Module, example_inputs: Any, taken: Collection[Place]) -> Survey:
         """See :class:`torch_rsst.discovery.channels.base.WholeModelAdapter`."""
         convolutions = [m for m in model.modules() if isinstance(m, _ConvNd)]
-        if not any(not _is_patch_embedding(m) for m in convolutions):
+        if all(map(_is_patch_embedding, convolutions)) and not _feed_others(model, taken):
             return Survey()
         if any(parameter.is_meta for parameter in model.parameters()):
             return _refused(
@@ -54,7 +55,7 @@ class ConvolutionChannels(WholeModelAdapter):
             if isinstance(traced, str):
                 return _refused(convolutions, f"it cannot be run ({traced}); pass example_inputs")
             ledger, trials = traced
-            layers, refused = layers_of(ledger, type(self).__name__, taken)
+            layers, refused, trials.candidates = layers_of(ledger, type(self).__name__, taken)
             exact = trials.exact(layers)
         return Survey(tuple(exact), (*refused, *trials.refused))
 
@@ -63,6 +64,27 @@ def _is_patch_embedding(convolution: _ConvNd) -> bool:
     """Whether it cuts its input into patches, as vision transformers begin."""
     size = convolution.kernel_size
     return convolution.stride == size and max(size) > 1
+
+
+def _feed_others(model: nn.Module, taken: Collection[Place]) -> bool:
+    """Whether outputs of linear or recurrent layers may be units that other kinds do not hold.
+
+    Told by widths, as following a transformer whose residual stream alone is left would be for nothing.
+    """
+    weights = {name: w for name, w in named_weights(model).items() if w.ndim == 2}
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return True
+    taking = {w.shape[1] for name, w in weights.items() if (name, 1) not in taken}
+    normalized = {
+        weight.shape[-1]
+        for module in model.modules()
+        if not isinstance(module, (_NormBase, nn.PReLU, nn.GroupNorm))
+        for weight in module.parameters(recurse=False)
+        if (weight.ndim == 1 and getattr(module, "bias", None) is None)
+        or isinstance(module, nn.LayerNorm)
+    }
+    giving = {w.shape[0] for name, w in weights.items() if (name, 0) not in taken}
+    return any(not wide % given for given in giving - normalized if given > 1 for wide in taking)
 
 
 def _refused(convolutions: list[_ConvNd], reason: str) -> Survey:
@@ -90,6 +112,7 @@ def _traced(model: nn.Module, example_inputs: Any) -> tuple[Ledger, Trials] | st
             except Exception as failure:
                 error = error if trials else one_line(failure)
                 continue
+            run.settle()
             trials = trials or Trials(copy, run.call, run.trains)
             if run.trains or not ledger.unseen:
                 return ledger, trials
@@ -127,6 +150,7 @@ class _Run:
         self.example = example
         self.trains = False
         self.error = ""
+        self.statistics: dict[Tensor, Tensor] = {}
 
     def call(self, model: nn.Module) -> Any:
         """The outputs of a model for copies of the inputs."""
@@ -134,25 +158,23 @@ class _Run:
         return run_on(model, copied)
 
     def training(self) -> Any:
-        """In training mode, where parts of the model may run that do not otherwise; if it can.
-
-        The statistics of batch norms become those of this run, so that no channel drowns.
-        """
+        """In training mode, where parts of the model may run that do not otherwise; if it can."""
         norms = [m for m in self.model.modules() if isinstance(m, _NormBase)]
-        momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
         try:
             out = self.call(self.model.train())
-            self.trains = True
-            return out
         except Exception as failure:
             self.error = one_line(failure)
             return None
-        finally:
-            self.model.eval()
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+        self.trains = True
+        self.statistics = {b: b.clone() for n in norms for b in n.buffers() if b.ndim}
+        return out
+
+    def settle(self) -> None:
+        """Let the statistics of batch norms be those of the run in training mode: no channel drowns."""
+        for buffer, value in self.statistics.items():
+            buffer.copy_(value)
 
     def evaluating(self) -> Any:
         """In eval mode."""

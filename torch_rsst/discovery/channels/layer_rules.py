@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_rsst.discovery.channels.labels import varying, vector
 from torch_rsst.discovery.channels.walk import INPUT, STEM, UNNAMED, Arguments, Walk, rule
@@ -12,6 +12,7 @@ from torch_rsst.discovery.channels.walk import INPUT, STEM, UNNAMED, Arguments, 
 POSITIONS = "they are normalized as positions"
 KERNEL = "they are positions of a kernel"
 WHOLE = "whole groups of a grouped convolution go"
+AT_ONCE = "they are normalized in groups"
 MIXED = "they meet in a product of activations, as those of an attention do"
 
 
@@ -176,8 +177,25 @@ def layer_norm(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
 
 @rule("native_group_norm", "group_norm")
 def group_norm(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
-    """Channels of one group are normalized together."""
-    walk.put(out if isinstance(out, Tensor) else out[0], walk.labels(arguments["input"]).fields)
-    for key in ("input", "weight", "bias"):
+    """Channels of one group are normalized together, and go together."""
+    x, groups = arguments["input"], arguments.get("group", arguments.get("num_groups"))
+    fed = walk.along(x, 1, POSITIONS)
+    for key in ("weight", "bias"):
         if (own := arguments.get(key)) is not None:
-            walk.freeze(walk.labels(own).fields, "they are joined by GroupNorm")
+            walk.meet(fed, walk.along(own, 0, UNNAMED), INPUT if fed is None else UNNAMED)
+    walk.put(out if isinstance(out, Tensor) else out[0], walk.labels(x).fields)
+    if fed is None:
+        return
+    together = fed.reshape(groups, -1)
+    if groups == 1:
+        walk.freeze([fed], "they are joined by GroupNorm")
+        return
+    walk.ledger.tie(together[:, :1], together, AT_ONCE)
+    layer = walk.running[-1] if walk.running else None
+    if isinstance(layer, nn.GroupNorm):
+        walk.note("num_channels", fed, sure=True)
+        walk.note("num_groups", together[:, 0], sure=True)
+        return
+    for key, value in walk.numbers():
+        if value == groups:
+            walk.ledger.note(key, together[:, 0], sure=False)

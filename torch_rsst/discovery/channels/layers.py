@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.base import Place
-from torch_rsst.discovery.channels.ledger import Axis, Ledger
+from torch_rsst.discovery.channels.ledger import NOBODY, Axis, Ledger
 from torch_rsst.discovery.channels.walk import INPUT, OUTPUT, SILENT_REASONS, TOGETHER
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 
@@ -27,7 +27,7 @@ class _Parts:
         ledger: whose parts they are.
         roots: of every atom.
         frozen: root → why the part can never go.
-        producing: roots of the parts that a convolution puts out.
+        producing: roots of the parts that a layer puts out.
     """
 
     ledger: Ledger
@@ -38,7 +38,7 @@ class _Parts:
     @classmethod
     def of(cls, ledger: Ledger) -> _Parts:
         roots = ledger.roots()
-        producing = {r for axis in _convolutions(ledger) for r in _on(axis, roots).tolist()}
+        producing = {r for axis in _giving(ledger) for r in _on(axis, roots).tolist()}
         return cls(ledger, roots, ledger.why_frozen(roots), frozenset(producing))
 
     def signatures(self) -> dict[int, Signature]:
@@ -53,10 +53,14 @@ class _Parts:
         return {root: tuple(signature) for root, signature in found.items()}
 
 
+Candidates = Mapping[str, Sequence[Member]]
+"""Name of a layer → numbers that may count its units."""
+
+
 def layers_of(
     ledger: Ledger, family: str, taken: Collection[Place]
-) -> tuple[list[GroupLayer], list[Unsupported]]:
-    """The layers of channels in a ledger, and which cannot be offered.
+) -> tuple[list[GroupLayer], list[Unsupported], Candidates]:
+    """The layers of channels in a ledger, which cannot be offered, and what may count their units.
 
     Units with entries on the same axes make a layer, named after a convolution that puts them out.
 
@@ -80,19 +84,27 @@ def layers_of(
         numbers.update(number for number, _ in signature)
         units.extend(roots)
     found, refused = [], list(_refusals(parts))
+    candidates: dict[str, Sequence[Member]] = {}
     for name, (numbers, units) in layers.items():
         if len(units) > 1:
             axes = [ledger.axes[number] for number in sorted(numbers)]
-            found.append(_layer(parts, name, axes, units, family))
+            layer, unit_of_root = _layer(parts, name, axes, units, family)
+            noted = tuple(_counted(parts, unit_of_root, sure=True))
+            found.append(replace(layer, buffers=(*layer.buffers, *noted)))
+            candidates[name] = list(_counted(parts, unit_of_root, sure=False))
         else:
             refused.append(Unsupported(TOGETHER, name, "channels"))
     if not found and not refused and not taken:
         refused = list(_refusals(parts, silent=(OUTPUT, INPUT)))
-    return found, refused
+    return found, refused, candidates
 
 
 def _convolutions(ledger: Ledger) -> Iterator[Axis]:
     return (axis for axis in ledger.axes if axis.start in ledger.convolves)
+
+
+def _giving(ledger: Ledger) -> Iterator[Axis]:
+    return (axis for axis in ledger.axes if axis.start in ledger.gives)
 
 
 def _on(axis: Axis, values: Tensor) -> Tensor:
@@ -114,7 +126,8 @@ def _free_name(parts: _Parts, signature: Signature, used: Collection[str]) -> st
 
 def _layer(
     parts: _Parts, name: str, axes: Sequence[Axis], roots: Sequence[int], family: str
-) -> GroupLayer:
+) -> tuple[GroupLayer, Tensor]:
+    """A layer, and the unit of every root."""
     ledger = parts.ledger
     unit_of_root = torch.full((ledger.atoms,), NO_UNIT)
     unit_of_root[torch.tensor(roots)] = torch.arange(len(roots))
@@ -126,7 +139,19 @@ def _layer(
         unit_of = unit_of_root[_on(axis, parts.roots)]
         member = Member(axis.tensor, axis.dim, unit_of, ranked, consumes)
         (buffers if axis.buffer else members).append(member)
-    return GroupLayer(name, "channels", len(roots), tuple(members), tuple(buffers), family)
+    kind = "channels" if any(axis.start in ledger.convolves for axis in axes) else "neurons"
+    layer = GroupLayer(name, kind, len(roots), tuple(members), tuple(buffers), family)
+    return layer, unit_of_root
+
+
+def _counted(parts: _Parts, unit_of_root: Tensor, *, sure: bool) -> Iterator[Member]:
+    """The numbers that count, or may count, units."""
+    for note in parts.ledger.notes.values():
+        named = note.labels != NOBODY
+        unit_of = torch.full(note.labels.shape, NO_UNIT)
+        unit_of[named] = unit_of_root[parts.roots[note.labels[named]]]
+        if note.sure is sure and bool((unit_of != NO_UNIT).any()):
+            yield Member(note.name, 0, unit_of, ranked=False)
 
 
 def _refusals(parts: _Parts, silent: Collection[str] = SILENT_REASONS) -> Iterator[Unsupported]:

@@ -33,6 +33,21 @@ class Axis:
     buffer: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Note:
+    """A number that a module keeps, and the label of everything that it may count.
+
+    Attributes:
+        name: of the number, within the model.
+        labels: as many as the number says.
+        sure: whether it does count them; otherwise trying tells.
+    """
+
+    name: str
+    labels: Tensor
+    sure: bool
+
+
 @dataclass
 class Ledger:
     """Atoms, what ties them, what freezes them, and what their axes do. Filled while a model runs."""
@@ -47,6 +62,8 @@ class Ledger:
     """Atoms that begin an axis of columns that take channels in."""
     unseen: set[str] = field(default_factory=set)
     """Parameters that no operator has used."""
+    notes: dict[tuple[str, int], Note] = field(default_factory=dict)
+    """By name and first label."""
     reasons: list[str] = field(default_factory=list)
     _ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _frozen: list[Tensor] = field(default_factory=list)
@@ -73,6 +90,12 @@ class Ledger:
             self.freeze(torch.maximum(one[alone], other[alone]), reason)
             one, other = one[~alone], other[~alone]
         self._ties.append((one, other))
+
+    def note(self, name: str, labels: Tensor, *, sure: bool) -> None:
+        """Say what a number may count."""
+        key = (name, int(labels[0]))
+        if key not in self.notes or (sure and not self.notes[key].sure):
+            self.notes[key] = Note(name, labels.clone(), sure)
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Say why atoms can never go."""

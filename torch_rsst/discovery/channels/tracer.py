@@ -16,6 +16,7 @@ from torch_rsst.discovery.channels import entry_rules, layer_rules, moving_rules
 from torch_rsst.discovery.channels.ledger import Ledger
 from torch_rsst.discovery.channels.walk import OUTPUT, RULES, Walk, tensors_in, unknown
 from torch_rsst.masking.mask_sets import without_wrappers
+from torch_rsst.utils.module_state import kept_state
 
 RULE_FILES = (entry_rules, layer_rules, moving_rules)
 """Imported for the rules that they register."""
@@ -65,9 +66,9 @@ def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) 
     Args:
         model: dense.
         ledger: to write to; the parameters and buffers of the model are entered first.
-        runs: call the model. What one of them raises is raised here, after what it has done.
+        runs: call the model, whose state is put back. What one of them raises is raised here, after what it has done.
     """
-    walk = Walk(ledger)
+    walk = Walk(ledger, paths={m: without_wrappers(p) for p, m in model.named_modules()})
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     ledger.unseen.update(names.values())
     for name, parameter in model.named_parameters():
@@ -77,7 +78,8 @@ def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) 
         fields = ledger.enter(without_wrappers(name), buffer, buffer=True)
         walk.put(buffer, fields, weight=True)
     for run in runs:
-        with torch.no_grad(), running_modules(model, walk.running), _Follow(walk, names):
+        running = running_modules(model, walk.running)
+        with kept_state(model), torch.no_grad(), running, _Follow(walk, names):
             out = run()
         for tensor in tensors_in([out]):
             walk.freeze(walk.labels(tensor).fields, OUTPUT)

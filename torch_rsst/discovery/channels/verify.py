@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Unsupported
+from torch_rsst.discovery.channels.layers import Candidates
 from torch_rsst.discovery.channels.tracer import running_modules
 from torch_rsst.discovery.trial import agree, choices, one_line, silence, tensors_of
 from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.groups.surgery import Removal, cut
+from torch_rsst.utils.module_state import deep_copy
 
 DIFFERS = "its output without some of its channels differs"
 MOST_TRIALS = 64
@@ -36,12 +37,14 @@ class Trials:
         whole: a dense copy with random weights, in eval mode.
         run: calls a model with the example inputs.
         trains: whether the model also runs in training mode.
+        candidates: numbers that modules keep and that may count the units of a layer.
         refused: what cannot be cut, and why.
     """
 
     whole: nn.Module
     run: Callable[[nn.Module], Any]
     trains: bool
+    candidates: Candidates = field(default_factory=dict)
     refused: list[Unsupported] = field(default_factory=list)
     _made: int = 0
 
@@ -52,6 +55,9 @@ class Trials:
         """
         if not layers or (failure := self._failure(layers)) is None:
             return list(layers)
+        noted = self._with_numbers(layers, failure)
+        if noted is not None:
+            return self.exact(noted)
         if len(layers) == 1 or self._made >= MOST_TRIALS:
             return self._refuse(layers, failure)
         suspects, others = _divided(layers, failure)
@@ -61,6 +67,27 @@ class Trials:
             return self._refuse(found, failure)
         return found
 
+    def _with_numbers(
+        self, layers: Sequence[GroupLayer], failure: Failure
+    ) -> list[GroupLayer] | None:
+        """The layers with the numbers kept by the module that failed, if that gets it further."""
+        prefix = f"{failure.place}." if failure.place else ""
+        noted = []
+        for layer in layers:
+            known = {member.parameter for member in layer.buffers}
+            more = []
+            for member in self.candidates.get(layer.name, ()):
+                attribute = member.parameter.removeprefix(prefix)
+                here = member.parameter.startswith(prefix) and attribute.count(".") <= 1
+                if here and failure.place is not None and member.parameter not in known:
+                    more.append(member)
+                    known.add(member.parameter)
+            noted.append(replace(layer, buffers=(*layer.buffers, *more)))
+        if all(len(a.buffers) == len(b.buffers) for a, b in zip(layers, noted, strict=True)):
+            return None
+        again = self._failure(noted)
+        return noted if again is None or again != failure else None
+
     def _refuse(self, layers: Sequence[GroupLayer], failure: Failure) -> list[GroupLayer]:
         self.refused += [Unsupported(failure.reason, layer.name, layer.kind) for layer in layers]
         return []
@@ -69,7 +96,7 @@ class Trials:
         """Why the layers cannot be cut exactly, or None where they can."""
         self._made += 1
         for trains, removals in zip((self.trains, False), _removals(layers), strict=True):
-            small = copy.deepcopy(self.whole)
+            small = deep_copy(self.whole)
             running: list[nn.Module] = []
             try:
                 cut(small, removals)
@@ -81,7 +108,7 @@ class Trials:
                 reason = f"its forward fixes how many it has ({one_line(error)})"
                 return Failure(reason, _path_of(running[-1], small) if running else "")
             del small
-            masked = copy.deepcopy(self.whole)
+            masked = deep_copy(self.whole)
             silence(masked, removals)
             if not agree(self._outputs(masked), got, self._tolerance()):
                 return Failure(DIFFERS)

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_rsst.discovery.channels.labels import Labels, compressed, varying, vector
 from torch_rsst.discovery.channels.ledger import Ledger
-from torch_rsst.groups.surgery import OWNERS, sizes_of
+from torch_rsst.groups.surgery import OWNERS, SIZES, sizes_of
 
 UNLABELED = Labels()
 OUTPUT = "they are outputs of the model"
@@ -33,10 +33,13 @@ class Walk:
     Attributes:
         ledger: that rules write to.
         running: the modules that are running, the innermost last.
+        paths: of all modules.
     """
 
     ledger: Ledger
     running: list[nn.Module] = field(default_factory=list)
+    paths: Mapping[nn.Module, str] = field(default_factory=dict)
+    _numbers: dict[nn.Module, list[tuple[str, int]]] = field(default_factory=dict)
     _labels: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     _weighted: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
@@ -53,6 +56,38 @@ class Walk:
             fields = list(fields)
             self.freeze([f for f in fields if not varying(f)], TOGETHER)
             self._labels[tensor] = Labels(tuple(f for f in fields if varying(f)), weight, wild)
+            if not weight:
+                self._note_sizes(fields)
+
+    def _note_sizes(self, fields: Iterable[Tensor]) -> None:
+        """The running module may keep the number of channels that it works on."""
+        for labels in fields:
+            if len(varying(labels)) == 1:
+                for name, size in self.numbers():
+                    if size == labels.numel():
+                        self.ledger.note(name, labels.flatten(), sure=False)
+
+    def note(self, attribute: str, labels: Tensor | None, *, sure: bool) -> None:
+        """Say what a number that the running module keeps counts."""
+        if labels is not None and (path := self.paths.get(self.running[-1])) is not None:
+            name = f"{path}.{attribute}" if path else attribute
+            self.ledger.note(name, labels, sure=sure)
+
+    def numbers(self) -> list[tuple[str, int]]:
+        """The names and values of the numbers that the running module keeps, but for layers of PyTorch."""
+        module = self.running[-1] if self.running else None
+        if module is None or isinstance(module, tuple(SIZES)):
+            return []
+        if module not in self._numbers:
+            named = [(k, v) for k, v in vars(module).items() if k[:1] != "_"]
+            for key, items in list(named):
+                if isinstance(items, (list, tuple)):
+                    named += [(f"{key}.{i}", item) for i, item in enumerate(items)]
+            prefix = f"{self.paths[module]}." if self.paths.get(module) else ""
+            self._numbers[module] = [
+                (prefix + key, value) for key, value in named if type(value) is int and value > 1
+            ]
+        return self._numbers[module]
 
     def weigh(self, given: Iterable[Tensor], out: Iterable[Tensor]) -> None:
         """Note that weights have gone into what is made of tensors into which they went."""
