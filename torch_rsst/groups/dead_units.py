@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.masking.blocks import acting, add_along
+from torch_rsst.masking.mask_sets import mask_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +35,11 @@ def dead_units(
     Args:
         layer: whose units are looked at.
         weights: by dense name.
-        masks: nonzero where alive, by dense name; missing: all alive.
+        masks: by dense name; missing: all alive.
     """
     acts = {
         member: acting_entries(
-            member, weights[member.parameter], masks.get(member.parameter), layer
+            member, weights[member.parameter], mask_of(weights, masks, member.parameter), layer
         )
         for member in layer.members
     }
