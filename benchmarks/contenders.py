@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,12 @@ def selection(layers: nn.ModuleList) -> Callable[[], list[Tensor]]:
 
 def yardstick(layers: nn.ModuleList) -> Callable[[], None]:
     """Multiply weights and masks with all memory at hand: what one pass over a masked model takes."""
-    weights = [next(layer.parameters()).detach() for layer in layers]
+    return yardstick_of([next(layer.parameters()) for layer in layers])
+
+
+def yardstick_of(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """The same of these parameters."""
+    weights = [parameter.detach() for parameter in parameters]
     masks, products = ([torch.ones_like(weight) for weight in weights] for _ in range(2))
 
     def multiply() -> None:

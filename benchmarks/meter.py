@@ -69,6 +69,13 @@ class Meter:
             thread.join()
         return max(samples) - before
 
+    def beyond(self, work: Callable[[], Any]) -> int:
+        """The most memory that ``work`` takes beyond what it returns and leaves behind, in bytes."""
+        returned: list[Any] = []
+        before = self.held()
+        peak = self.peak(lambda: returned.append(work()))
+        return peak - max(0, self.held() - before)
+
     def _wait(self) -> None:
         if self._on_cuda:
             torch.cuda.synchronize(self.device)

@@ -78,12 +78,21 @@ def assert_recounted(model: nn.Module, groups: Groups, refill: dict[str, Tensor]
         _assert_penalty(found, everything)
         dropped = sum(not any(stays for _, _, stays in entries) for entries in every)
         assert found.dropped == (None if refill is None else dropped)
-    ranked_names = {m.parameter for layer in groups.layers for m in layer.ranked}
-    names = {m.parameter for layer in groups.layers for m in layer.members} | set(refill or ())
-    assert report.elements == len(facts.of(ranked_names))
-    assert report.zeros == sum(map(zero, facts.of(ranked_names)))
-    assert report.element_sparsity == pytest.approx(report.zeros / report.elements)
-    _assert_penalty(report, facts.of(names))
+    masks = extract_mask(model)
+    members = {m.parameter for layer in groups.layers for m in layer.members}
+    counted = {m.parameter for layer in groups.layers for m in layer.ranked} | (
+        masks.keys() - members
+    )
+    assert report.elements == len(facts.of(counted))
+    assert report.zeros == sum(map(zero, facts.of(counted)))
+    assert report.element_sparsity == pytest.approx(report.zeros / max(report.elements, 1))
+    _assert_penalty(report, facts.of(members | masks.keys() | set(refill or ())))
+    for found, name in zip(report.parameters, masks, strict=True):
+        entries = facts.of([name])
+        assert (found.name, found.in_units) == (name, name in members)
+        assert (found.elements, found.zeros) == (len(entries), sum(map(zero, entries)))
+        assert found.masked == sum(not alive for _, alive, _ in entries)
+        _assert_penalty(found, entries)
     for kind in report.kinds:
         layers = [layer for layer in report.layers if layer.kind == kind]
         assert report.units(kind) == sum(layer.units for layer in layers)
@@ -119,6 +128,7 @@ def test_every_number_is_recounted_on_masked_and_on_plain_zeros(seed, share, ref
     apply_mask(model, random_masks(model, seed, share))
     refill = regroup(model, groups, amount=0.5) if refilled else None
     assert_recounted(model, groups, refill)
+    assert_recounted(model, Groups(()), refill)
     remove_all(model, freeze_zeros=False)
     assert extract_mask(model) == {}
     assert_recounted(model, groups, refill)
@@ -284,6 +294,63 @@ def test_a_model_that_is_one_layer_has_a_row_with_a_name():
     model = mlp()
     text = str(sparsity_report(model, find_groups(model)))
     assert text.splitlines()[2].startswith("(model)")
+
+
+# Parameters that no unit has a part in
+
+
+def test_a_model_without_units_has_a_report_of_its_masked_parameters():
+    model = nn.LSTM(2, 3)
+    masks = {"weight_ih_l0": torch.arange(24).view(12, 2) < 6}
+    apply_mask(model, masks)
+    report = sparsity_report(model)
+    (found,) = report.parameters
+    assert (found.name, found.in_units) == ("weight_ih_l0", False)
+    assert (found.elements, found.masked, found.zeros) == (24, 18, 18)
+    assert (report.layers, report.elements, report.element_sparsity) == ((), 24, 0.75)
+    _, _, row, _, total = str(report).splitlines()
+    assert row.split() == ["weight_ih_l0", "weights", "24", "75.0%", "0", "0.00e+00"]
+    assert total.split()[:1] + total.split()[3:5] == ["total", "24", "75.0%"]
+    assert report.to_dict()["parameters"][0]["masked"] == 18
+    assert sparsity_report(nn.Linear(2, 2)).parameters == ()
+
+
+def test_the_text_lists_masked_parameters_that_no_layer_counts():
+    model = mlp()
+    apply_mask(model, {name: mask.clone() for name, mask in wholly_alive(model).items()})
+    report = sparsity_report(model, find_groups(model))
+    assert [p.name for p in report.parameters] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    rows = [line.split()[0] for line in str(report).splitlines()[2:-3]]
+    assert rows == ["(model)", "2.bias"]
+
+
+def test_masks_of_other_values_are_named():
+    model = mlp()
+    apply_mask(model, wholly_alive(model))
+    model[0].weight_mask[0, 0] = 0.5
+    with pytest.raises(ValueError, match=r"mask of '0.weight': expected zeros and ones"):
+        sparsity_report(model, find_groups(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_number_is_recounted_in_other_dtypes(dtype):
+    model = mlp().to(dtype)
+    groups = find_groups(mlp())
+    apply_mask(model, random_masks(model, 0, 0.3))
+    assert_recounted(model, groups, regroup(model, groups))
+
+
+def test_what_is_masked_may_be_inf_and_what_is_in_several_blocks_is_counted_once(monkeypatch):
+    monkeypatch.setattr("torch_rsst.masking.blocks._BLOCK", 6)
+    model = mlp()
+    groups = find_groups(model)
+    masks = random_masks(model, 1, 0.4) | {"0.weight": torch.arange(32).view(8, 4) % 3 != 0}
+    apply_mask(model, masks)
+    with torch.no_grad():
+        model[0].weight_orig[0, 0] = torch.inf
+    refill = regroup(model, groups)
+    assert_recounted(model, groups, refill)
+    assert_recounted(model, groups, None)
 
 
 def test_groups_and_masks_of_another_model_are_errors():

@@ -41,7 +41,7 @@ from torch_rsst.groups.surgery import (
 )
 from torch_rsst.masking.live_weight import product
 from torch_rsst.masking.mask_sets import (
-    extract_mask,
+    ModelMasks,
     named_refs,
     named_weights,
     unwrap,
@@ -238,7 +238,7 @@ def _choose(
     model: nn.Module, groups: Groups, round_to: int, probe: Probe
 ) -> tuple[list[Removal], list[tuple[Constants, Tensor]], list[_Whole], int]:
     """Which units go, what some of them still emit, which stay though they are dead; how many are dead."""
-    weights, masks = named_weights(model), extract_mask(model)
+    weights, masks = named_weights(model), ModelMasks(model)
     removals, emitted, stay, count = [], [], [], 0
     for layer in groups.layers:
         dead = dead_units(layer, weights, masks)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
+from torch_rsst.groups.groups import GroupLayer, Member
+from torch_rsst.masking.blocks import acting, add_along
+from torch_rsst.masking.mask_sets import mask_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,36 +35,29 @@ def dead_units(
     Args:
         layer: whose units are looked at.
         weights: by dense name.
-        masks: bool, by dense name; missing: all alive.
+        masks: by dense name; missing: all alive.
     """
+    acts = {
+        member: acting_entries(
+            member, weights[member.parameter], mask_of(weights, masks, member.parameter), layer
+        )
+        for member in layer.members
+    }
+    silent = ~_any(acts.values(), layer)
     giving = [member for member in layer.ranked if not member.consumes]
-    silent = _all_zero(layer, layer.members, weights, masks)
-    unfed = _all_zero(layer, giving, weights, masks) if giving else silent
+    unfed = ~_any((acts[member] for member in giving), layer) if giving else silent
     return DeadUnits(silent, unfed & ~silent)
 
 
-def _all_zero(
-    layer: GroupLayer,
-    members: Iterable[Member],
-    weights: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
+def acting_entries(
+    member: Member, weight: Tensor, mask: Tensor | None, layer: GroupLayer
 ) -> Tensor:
-    zero = torch.ones(layer.units, dtype=torch.bool)
-    for member in members:
-        zero &= ~_heard(member, weights[member.parameter], masks.get(member.parameter), layer.units)
-    return zero
+    """How many entries of each unit act: are alive and not 0."""
+    along = member.zeros_along(weight)
+    for index, block in acting(weight, mask):
+        add_along(block.bool(), member.dim, index, along)
+    return member.per_unit(along, layer.units, weight)
 
 
-def _heard(member: Member, weight: Tensor, mask: Tensor | None, units: int) -> Tensor:
-    """Per unit, whether some entry of it acts: is alive and not 0."""
-    others = [d for d in range(weight.ndim) if d != member.dim]
-    values = weight.abs()
-    if mask is not None:
-        alive = mask.to(device=weight.device, dtype=weight.dtype)
-        # What is masked may be inf or NaN, which 0 would not silence.
-        values = values.mul_(alive) if bool(values.sum().isfinite()) else values.where(mask, 0.0)
-    along = (values.amax(others) if others else values) != 0
-    owned = member.unit_of != NO_UNIT
-    used = torch.zeros(units)
-    used.index_add_(0, member.unit_of[owned], along.cpu()[owned].float())
-    return used != 0
+def _any(counts: Iterable[Tensor], layer: GroupLayer) -> Tensor:
+    return torch.stack([torch.zeros(layer.units, dtype=torch.float64), *counts]).sum(0) > 0

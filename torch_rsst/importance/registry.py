@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.importance.data_importance import ActivationL1, ActivationL2, DataImportance, Taylor
-from torch_rsst.masking.mask_sets import alive_in
+from torch_rsst.masking.mask_sets import mask_of
 from torch_rsst.utils.errors import refuse, unknown_choice
 
 Importance: TypeAlias = Callable[[GroupLayer, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
@@ -43,11 +43,11 @@ def remain(layer: GroupLayer, weights: Mapping[str, Tensor], masks: Mapping[str,
     """
     score = torch.zeros(layer.units, dtype=torch.float64)
     for member in layer.ranked:
-        name = member.parameter
-        if name in masks:
-            score += member.sum_per_unit(alive_in(weights, masks, name), layer.units)
+        weight, mask = weights[member.parameter], mask_of(weights, masks, member.parameter)
+        if mask is None:
+            score += member.size_per_unit(weight, layer.units)
         else:
-            score += member.size_per_unit(weights[name], layer.units)
+            score += member.count_per_unit(mask, layer.units)
     return score
 
 
@@ -63,11 +63,8 @@ def magnitude(
     """
     score = torch.zeros(layer.units, dtype=torch.float64)
     for member in layer.ranked:
-        weight = weights[member.parameter]
-        if member.parameter in masks:
-            dead = ~alive_in(weights, masks, member.parameter)
-            weight = weight.masked_fill(dead, 0.0)
-        score += member.sum_per_unit(weight.abs(), layer.units)
+        weight, mask = weights[member.parameter], mask_of(weights, masks, member.parameter)
+        score += member.sum_per_unit(weight, layer.units, mask=mask, of=Tensor.abs_)
     return score
 
 

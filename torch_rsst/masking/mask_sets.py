@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.distributed.dtensor import is_sharded, local, placed_like, sharded_like, total
+from torch_rsst.distributed.dtensor import Ranks, local, placed_like
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.distributed.replicas import agreed, replica_group
+from torch_rsst.masking.blocks import Scratch, block_indices
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, dense_name, masked_refs
@@ -101,12 +102,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
         ValueError: where a mask holds values other than 0 and 1.
     """
     if isinstance(model_or_state_dict, nn.Module):
-        found = {
-            name: placed_like(mask, places[0].original)
-            for name, places in named_refs(model_or_state_dict).items()
-            for mask in [next((ref.mask for ref in places if ref.mask is not None), None)]
-            if mask is not None
-        }
+        found: Mapping[str, Tensor] = _mask_buffers(model_or_state_dict)
     elif isinstance(model_or_state_dict, Mapping) and all(
         isinstance(key, str) for key in model_or_state_dict
     ):
@@ -116,6 +112,40 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
         remedy = "Pass the model or model.state_dict()."
         refuse(TypeError, "extract_mask", "a model or state dict", got, remedy)
     return {name: as_bool(mask, name) for name, mask in found.items()}
+
+
+class ModelMasks(Mapping[str, Tensor]):
+    """The masks of a model, not copied before they are asked for: then they are bool.
+
+    Code that can read any dtype gets the buffers themselves from :func:`mask_of`.
+
+    Raises:
+        ValueError: where a mask holds values other than 0 and 1.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = _mask_buffers(model)
+        for name, mask in self.buffers.items():
+            check_binary(mask, name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.buffers[name].bool()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.buffers)
+
+    def __len__(self) -> int:
+        return len(self.buffers)
+
+
+def _mask_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The mask buffers themselves, by dense name, distributed as their parameters are."""
+    return {
+        name: placed_like(mask, places[0].original)
+        for name, places in named_refs(model).items()
+        for mask in [next((ref.mask for ref in places if ref.mask is not None), None)]
+        if mask is not None
+    }
 
 
 def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
@@ -164,6 +194,16 @@ def as_bool(mask: Tensor, name: str) -> Tensor:
     """A 0/1 tensor of any dtype as a new bool tensor.
 
     Raises:
+        TypeError, ValueError: as :func:`check_binary` does.
+    """
+    check_binary(mask, name)
+    return mask.clone() if mask.dtype == torch.bool else mask.bool()
+
+
+def check_binary(mask: Tensor, name: str) -> Tensor:
+    """The mask itself, whatever its dtype.
+
+    Raises:
         TypeError: unless given a tensor.
         ValueError: for other values than 0 and 1.
     """
@@ -174,24 +214,22 @@ def as_bool(mask: Tensor, name: str) -> Tensor:
     if mask.is_meta:
         got, remedy = "a mask on the meta device", "Materialize the model first."
         refuse(ValueError, subject, "values", got, remedy)
-    if mask.dtype == torch.bool:
-        return mask.clone()
-    alive = mask != 0
-    if not _is_binary(mask):
+    if mask.dtype != torch.bool and not _is_binary(mask):
         remedy = "Compare with a threshold first: mask > 0.5."
         refuse(ValueError, subject, "zeros and ones", "other values", remedy)
-    return alive
+    return mask
 
 
 def _is_binary(mask: Tensor) -> bool:
     """Whether a mask holds nothing but 0 and 1, on all ranks."""
-    part = local(mask)
-    rest = torch.addcmul(
-        part, part, part, value=-1
-    )  # m − m²; comparing takes several times as long
-    if not is_sharded(mask):
-        return not rest.numel() or not bool(rest.abs().amax() != 0)
-    return not int(total(sharded_like(rest != 0, mask)))
+    part = local(mask).detach()
+    rest, odd = Scratch(part, part.dtype), part.new_zeros(())
+    for index in block_indices(part):
+        own = part[index]
+        # m − m²; comparing takes several times as long
+        torch.addcmul(own, own, own, value=-1, out=rest.shaped(own))
+        odd = odd.maximum(rest.shaped(own).abs_().amax())
+    return not int(Ranks.of([mask]).add_up((odd != 0).int()))
 
 
 def as_masks(masks: Mapping[str, Tensor]) -> Masks:
@@ -201,6 +239,11 @@ def as_masks(masks: Mapping[str, Tensor]) -> Masks:
         TypeError: unless given a mapping from strings to tensors.
         ValueError: for other values than 0 and 1.
     """
+    return {name: as_bool(mask, name) for name, mask in _binary(masks).items()}
+
+
+def _binary(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A mask set as it is; raises as :func:`as_masks` does."""
     wrong = (
         [f"the name {name!r}" for name in masks if not isinstance(name, str)]
         if isinstance(masks, Mapping)
@@ -209,7 +252,7 @@ def as_masks(masks: Mapping[str, Tensor]) -> Masks:
     if wrong:
         remedy = "A mask set maps parameter names to tensors."
         refuse(TypeError, "masks", "a mask set", wrong[0], remedy)
-    return {name: as_bool(mask, name) for name, mask in masks.items()}
+    return {name: check_binary(mask, name) for name, mask in masks.items()}
 
 
 def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = False) -> None:
@@ -252,8 +295,8 @@ def _sites_to_mask(
     model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool
 ) -> list[tuple[ParameterRef, Tensor]]:
     refs = named_refs(model)
-    chosen = list(as_masks(masks).items())
-    resolved = {name: _resolve(name, refs) for name, _ in chosen}
+    chosen = _binary(masks)
+    resolved = {name: _resolve(name, refs) for name in chosen}
     if strict and (left := masked_names(model) - set(resolved.values())):
         refuse(
             MissingNameError,
@@ -262,13 +305,20 @@ def _sites_to_mask(
             f"none for {listing(sorted(left))}",
             "Add them, or pass strict=False to leave them as they are.",
         )
+    overwritten = {_address(ref.mask) for ref in masked_refs(unwrap(model).modules())}
     work: list[tuple[ParameterRef, Tensor]] = []
-    for name, mask in chosen:
+    for name, mask in chosen.items():
+        if _address(mask) in overwritten:
+            mask = mask.clone()  # a buffer of the model, which may be written before it is read
         for ref in refs[resolved[name]]:
             check_ref(ref.module, ref.name)
             _check_shape(name, mask, ref)
             work.append((ref, mask))
     return work
+
+
+def _address(mask: Tensor | None) -> int:
+    return 0 if mask is None else local(mask).untyped_storage().data_ptr()
 
 
 def _resolve(name: str, refs: Mapping[str, list[ParameterRef]]) -> str:
@@ -312,9 +362,9 @@ def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, T
         ValueError: where the shapes of the two masks of a name differ.
     """
     penalized: Masks = {}
-    alive = as_masks(current_mask)
-    for name, refill in as_masks(refill_mask).items():
-        go = ~refill
+    alive = _binary(current_mask)
+    for name, refill in _binary(refill_mask).items():
+        go = refill.logical_not()
         if name in alive:
             current = alive[name]
             if current.shape != go.shape:
@@ -325,28 +375,35 @@ def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, T
                     f"shape {tuple(go.shape)}",
                     "Both masks must come from the same model.",
                 )
-            go &= placed_like(current, go)
+            go &= placed_like(current.bool(), go)
         penalized[name] = go
     return penalized
 
 
+def mask_of(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The mask of ``name`` as it lies in memory, in whatever dtype; None where there is none.
+
+    On the weight's device and ranks.
+    """
+    stored = masks.buffers if isinstance(masks, ModelMasks) else masks
+    return placed_like(stored[name], weights[name]) if name in stored else None
+
+
 def alive_in(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], name: str) -> Tensor:
-    """The mask of ``name``, all ones where there is none, on the weight's device and ranks."""
-    weight = weights[name]
-    if name not in masks:
-        return torch.ones_like(weight, dtype=torch.bool)
-    return placed_like(masks[name], weight)
+    """The mask of ``name`` as bool, all ones where there is none, on the weight's device and ranks."""
+    mask = mask_of(weights, masks, name)
+    return torch.ones_like(weights[name], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Masks:
-    """Masks as bool, on their weights' devices.
+    """Masks as bool, on their weights' devices; they share memory with what is given, where they can.
 
     Raises:
         KeyError: for a name without a weight.
         ValueError: for another shape or other values than 0 and 1.
     """
     checked: Masks = {}
-    for name, alive in as_masks(masks).items():
+    for name, mask in _binary(masks).items():
         if name not in weights:
             refuse(
                 MissingNameError,
@@ -355,11 +412,11 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> M
                 "no such name",
                 f"It has {listing(weights)}.",
             )
-        if alive.shape != weights[name].shape:
+        if mask.shape != weights[name].shape:
             expected = f"the parameter's shape {tuple(weights[name].shape)}"
             remedy = "Take the masks from the same model."
-            refuse(ValueError, f"mask of {name!r}", expected, f"shape {tuple(alive.shape)}", remedy)
-        checked[name] = placed_like(alive, weights[name])
+            refuse(ValueError, f"mask of {name!r}", expected, f"shape {tuple(mask.shape)}", remedy)
+        checked[name] = placed_like(mask.bool(), weights[name])
     return checked
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.distributed.fsdp import rename_parameter
+from torch_rsst.masking.blocks import as_bytes
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
@@ -41,7 +42,7 @@ class NewMasks:
 
         def write(outs: Sequence[Tensor]) -> None:
             for out, alive in zip(outs, tensors, strict=True):
-                out.copy_(placed_like(alive, out))
+                local(out).copy_(as_bytes(local(placed_like(alive, out))))
 
         return cls(write)
 

@@ -262,12 +262,12 @@ def measure_norms(
         for member in layer.members:
             if (p := penalized.get(member.parameter)) is None:
                 continue
-            count = member.sum_per_unit(p, layer.units)
+            count = member.count_per_unit(p, layer.units)
             if not bool(count.any()):
                 continue  # the same on all ranks
             entries += count
-            square = weights[member.parameter].double().square().masked_fill(~p, 0.0)
-            squares += member.sum_per_unit(square, layer.units)
+            weight = weights[member.parameter]
+            squares += member.sum_per_unit(weight, layer.units, mask=p, of=Tensor.square_)
         per_layer.append(UnitNorms(entries.to(torch.int32), squares.sqrt().float()))
     some = any(bool(layer.entries.any()) for layer in per_layer)
     return tuple(per_layer) if some else ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_, or_
 from typing import Literal, TypeAlias
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import total
 from torch_rsst.distributed.replicas import replica_group
-from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
+from torch_rsst.groups.groups import Group, GroupLayer, Groups, Member, as_groups, check_groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward, LossFn
 from torch_rsst.importance.measuring import measured
 from torch_rsst.importance.registry import (
@@ -23,9 +25,9 @@ from torch_rsst.importance.registry import (
 )
 from torch_rsst.masking.mask_sets import (
     Masks,
+    ModelMasks,
     alive_in,
     check_masks,
-    extract_mask,
     named_weights,
     unwrap,
 )
@@ -162,8 +164,9 @@ def regroup(
     plan = RegroupPlan(importance, scope, fillback_rate, min_keep, round_to, ungrouped)
     groups = as_groups(groups)
     weights = named_weights(model)
-    given = extract_mask(model) if current_mask is None else current_mask
-    current = check_masks(weights, given)
+    current: Mapping[str, Tensor] = (
+        ModelMasks(model) if current_mask is None else check_masks(weights, current_mask)
+    )
     if amount is not None:
         check_amount(amount)
     check_groups(weights, groups)
@@ -259,23 +262,27 @@ def refill_from(
     plan: RegroupPlan,
 ) -> Masks:
     """Lay a decision out over the entries of all members and masked parameters."""
-    refill: Masks = {}
-    grouped: Masks = {}  # entries that lie in some group
+    places: dict[str, list[tuple[Member, Tensor]]] = {}
     for layer, kept in zip(groups.layers, decision.kept, strict=True):
         for member in layer.members:
-            name, weight = member.parameter, weights[member.parameter]
-            stays, owned = member.spread(kept, weight), member.owned(weight)
+            places.setdefault(member.parameter, []).append((member, kept))
+    for name in current:
+        places.setdefault(name, [])
+
+    def laid_out(name: str, units: Sequence[tuple[Member, Tensor]]) -> Tensor:
+        weight = weights[name]
+        stays = [member.spread(kept, weight) for member, kept in units]
+        if not all(member.leaves_some for member, _ in units):
             # A dropped unit wins where the units of two dimensions overlap.
-            refill[name] = refill[name] & stays if name in refill else stays
-            grouped[name] = grouped[name] | owned if name in grouped else owned
-    for name in [*refill, *(name for name in current if name not in refill)]:
-        alive = alive_in(weights, current, name)
-        free = ~grouped[name] if name in grouped else torch.ones_like(alive)
-        rest = alive
+            return reduce(and_, stays[1:], stays[0].contiguous())
+        owned = [member.owned(weight) for member, _ in units]
+        free = ~reduce(or_, owned) if owned else torch.ones_like(weight, dtype=torch.bool)
+        rest = alive_in(weights, current, name)
         if plan.ungrouped == "element" and name in current and int(total(free)) > 0:
-            rest = _without_smallest(weights[name], alive & free, amount, name)
-        refill[name] = torch.where(free, rest, refill[name]) if name in refill else rest
-    return refill
+            rest = _without_smallest(weight, rest & free, amount, name)
+        return torch.where(free, rest, reduce(and_, stays)) if stays else rest.clone()
+
+    return {name: laid_out(name, units) for name, units in places.items()}
 
 
 def _without_smallest(weight: Tensor, alive: Tensor, amount: Amount | None, name: str) -> Tensor:

@@ -11,25 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.distributed.dtensor import total
 from torch_rsst.groups.groups import KINDS, Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.masking.mask_sets import (
-    Masks,
-    alive_in,
+    ModelMasks,
     check_masks,
-    extract_mask,
+    mask_of,
     named_weights,
-    penalty_mask,
 )
 from torch_rsst.regrouping.history import DecisionLog
 from torch_rsst.regrouping.keep_units import ScopeBudget
+from torch_rsst.report.entry_counts import EntryCounts, count_entries, summed
 from torch_rsst.report.explanation import Explanation, explain_unit, last_decisions
 from torch_rsst.utils.errors import refuse, unknown_choice
 from torch_rsst.utils.tables import aligned
 
 
-@dataclass(frozen=True)
-class LayerReport:
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What is counted of every part of a model."""
+
+    elements: int
+    zeros: int
+    penalized: int
+    penalized_norm: float
+    kept_norm: float
+
+    @property
+    def element_sparsity(self) -> float:
+        """The share of the counted entries that are masked or exactly 0."""
+        return self.zeros / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport(Counts):
     """One layer of units.
 
     Attributes:
@@ -53,28 +67,40 @@ class LayerReport:
     gone: int
     gone_units: tuple[int, ...]
     alive_share: tuple[float, ...]
-    elements: int
-    zeros: int
-    penalized: int
-    penalized_norm: float
-    kept_norm: float
     dropped: int | None
 
-    @property
-    def element_sparsity(self) -> float:
-        """The share of ranked entries that are masked or exactly 0."""
-        return self.zeros / self.elements if self.elements else 0.0
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterReport(Counts):
+    """One masked parameter.
+
+    Attributes:
+        name: its dense name.
+        in_units: whether units have a part in it, so that the report of their layer counts it too.
+        elements: its entries.
+        masked: how many of them are masked.
+        zeros: how many are masked or exactly 0.
+        penalized: entries in P.
+        penalized_norm: the L2 norm of the weights in P.
+        kept_norm: the L2 norm of the weights that are alive and meant to stay.
+    """
+
+    name: str
+    in_units: bool
+    masked: int
 
 
-@dataclass(frozen=True)
-class SparsityReport:
+@dataclass(frozen=True, kw_only=True)
+class SparsityReport(Counts):
     """What is gone, what is meant to go, per layer and in total.
 
     ``str(report)`` is a table; ``report.to_dict()`` holds plain Python for JSON.
 
     Attributes:
         layers: per layer of units.
-        elements: ranked entries of the model, each counted once.
+        parameters: every masked parameter.
+        elements: entries that are counted, each once: ranked ones, and those of masked parameters in
+            which no unit has a part.
         zeros: how many of them are masked or exactly 0.
         penalized: entries in P.
         penalized_norm: the L2 norm of the weights in P.
@@ -84,18 +110,9 @@ class SparsityReport:
     """
 
     layers: tuple[LayerReport, ...]
-    elements: int
-    zeros: int
-    penalized: int
-    penalized_norm: float
-    kept_norm: float
+    parameters: tuple[ParameterReport, ...]
     budgets: tuple[ScopeBudget, ...]
     decisions: DecisionLog | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def element_sparsity(self) -> float:
-        """The share of ranked entries that are masked or exactly 0."""
-        return self.zeros / self.elements if self.elements else 0.0
 
     @property
     def penalized_norm_ratio(self) -> float:
@@ -200,9 +217,16 @@ class SparsityReport:
         """
         data = asdict(replace(self, decisions=None))
         del data["decisions"]
+        data |= {key: list(data[key]) for key in ("layers", "parameters", "budgets")}
         if decisions:
             names = [(layer.name, layer.kind) for layer in self.layers]
             data["decisions"] = self.decisions and last_decisions(self.decisions, names)
+        for part in (data, *data["layers"], *data["parameters"]):
+            for norm in ("penalized_norm", "kept_norm"):
+                part[norm] = _finite(part[norm])
+        for layer in data["layers"]:
+            layer["alive_share"] = list(layer["alive_share"])
+            layer["gone_units"] = list(layer["gone_units"])
         return {
             "element_sparsity": self.element_sparsity,
             "penalized_norm_ratio": _finite(self.penalized_norm_ratio),
@@ -215,19 +239,6 @@ class SparsityReport:
                 for kind in self.kinds
             },
             **data,
-            "penalized_norm": _finite(self.penalized_norm),
-            "kept_norm": _finite(self.kept_norm),
-            "layers": [
-                {
-                    **asdict(layer),
-                    "alive_share": list(layer.alive_share),
-                    "gone_units": list(layer.gone_units),
-                    "penalized_norm": _finite(layer.penalized_norm),
-                    "kept_norm": _finite(layer.kept_norm),
-                }
-                for layer in self.layers
-            ],
-            "budgets": [asdict(budget) for budget in self.budgets],
         }
 
     def __repr__(self) -> str:
@@ -252,13 +263,13 @@ def _check_unit(unit: object, layer: LayerReport) -> None:
 
 def sparsity_report(
     model: nn.Module,
-    groups: Groups | Iterable[Group] | Iterable[GroupLayer],
+    groups: Groups | Iterable[Group] | Iterable[GroupLayer] | None = None,
     *,
     refill_mask: Mapping[str, Tensor] | None = None,
     budgets: Sequence[ScopeBudget] = (),
     decisions: DecisionLog | None = None,
 ) -> SparsityReport:
-    """Count what is gone in a model, layer by layer.
+    """Count what is gone in a model: layer by layer of units, and in every masked parameter.
 
     Example:
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
@@ -269,11 +280,12 @@ def sparsity_report(
         (2, 0.25)
 
     Every number is counted on the weights as they act: an entry is zero where it is masked or
-    exactly 0, whether or not a mask is still attached.
+    exactly 0, whether or not a mask is still attached. A parameter in which no unit has a part is
+    listed where it is masked, and left out where it is not.
 
     Args:
         model: dense or pruned; not changed.
-        groups: from :func:`find_groups`.
+        groups: from :func:`find_groups`; None for a model without units.
         refill_mask: what is meant to stay; the penalized set P is what is alive outside it.
         budgets: from a round, for units requested and realized.
         decisions: from rounds, for :meth:`SparsityReport.explain`; ``rsst.report()`` passes them.
@@ -281,120 +293,94 @@ def sparsity_report(
     Raises:
         KeyError, ValueError: for groups or masks of another model.
     """
-    groups = as_groups(groups)
-    weights = named_weights(model)
-    check_groups(weights, groups)
+    layers = as_groups(() if groups is None else groups).layers
+    weights, current = named_weights(model), ModelMasks(model)
+    check_groups(weights, Groups(layers))
     refill = None if refill_mask is None else check_masks(weights, refill_mask)
-    entries = _Entries(weights, extract_mask(model), refill)
-    ranked = dict.fromkeys(m.parameter for layer in groups.layers for m in layer.ranked)
-    members = dict.fromkeys(m.parameter for layer in groups.layers for m in layer.members)
-    everything = dict.fromkeys([*members, *(refill or {})])
+    dims: dict[str, set[int]] = {}
+    for member in (member for layer in layers for member in layer.members):
+        dims.setdefault(member.parameter, set()).add(member.dim)
+    counts = {
+        name: count_entries(
+            weights[name],
+            mask_of(weights, current, name),
+            (refill or {}).get(name),
+            dims.get(name, ()),
+        )
+        for name in dict.fromkeys([*dims, *(refill or {}), *current])
+    }
+    counted = {member.parameter for layer in layers for member in layer.ranked}
+    counted |= {name for name in current if name not in dims}
+    everything, sizes = summed(counts.values()), summed(counts[name] for name in counted)
     return SparsityReport(
-        layers=tuple(_layer_report(layer, entries) for layer in groups.layers),
-        elements=sum(weights[name].numel() for name in ranked),
-        zeros=sum(weights[name].numel() - int(total(entries.nonzero(name))) for name in ranked),
-        penalized=sum(int(total(entries.penalized(name))) for name in everything),
-        penalized_norm=entries.norm(everything, penalized=True),
-        kept_norm=entries.norm(everything, penalized=False),
+        **{**everything, "elements": sizes["elements"], "zeros": sizes["zeros"]},
+        layers=tuple(
+            _layer_report(layer, weights, counts, with_refill=refill is not None)
+            for layer in layers
+        ),
+        parameters=tuple(
+            ParameterReport(
+                **summed([counts[name]]),
+                name=name,
+                in_units=name in dims,
+                masked=counts[name].masked,
+            )
+            for name in current
+        ),
         budgets=tuple(budgets),
         decisions=decisions,
     )
 
 
-class _Entries:
-    """Facts about every entry of a parameter, by dense name."""
-
-    def __init__(self, weights: Mapping[str, Tensor], current: Masks, refill: Masks | None) -> None:
-        self.weights, self.current, self.refill = weights, current, refill
-        self.penalty = {} if refill is None else penalty_mask(current, refill)
-
-    def nonzero(self, name: str) -> Tensor:
-        return (self.weights[name] != 0) & alive_in(self.weights, self.current, name)
-
-    def penalized(self, name: str) -> Tensor:
-        found = self.penalty.get(name)
-        return torch.zeros_like(self.weights[name], dtype=torch.bool) if found is None else found
-
-    def norm(self, names: Iterable[str], *, penalized: bool) -> float:
-        squares = 0.0
-        for name in names:
-            p = self.penalized(name)
-            where = p if penalized else alive_in(self.weights, self.current, name) & ~p
-            squares += float(total(self.weights[name].double().masked_fill(~where, 0.0).square()))
-        return math.sqrt(squares)
-
-
-def _layer_report(layer: GroupLayer, entries: _Entries) -> LayerReport:
-    size = torch.zeros(layer.units, dtype=torch.float64)
-    ranked, every, stays = size.clone(), size.clone(), size.clone()
+def _layer_report(
+    layer: GroupLayer,
+    weights: Mapping[str, Tensor],
+    counts: Mapping[str, EntryCounts],
+    *,
+    with_refill: bool,
+) -> LayerReport:
+    size, ranked, every, stays = torch.zeros(4, layer.units, dtype=torch.float64)
     for member in layer.members:
-        name = member.parameter
-        nonzero = entries.nonzero(name)
-        count = member.sum_per_unit(nonzero, layer.units)
-        every += count
+        weight, found = weights[member.parameter], counts[member.parameter]
+        of_unit = member.size_per_unit(weight, layer.units)
+        nonzero = member.per_unit(found.nonzero_along[member.dim], layer.units, weight)
+        every += nonzero
         if member.ranked:
-            ranked += count
-            size += member.sum_per_unit(torch.ones_like(nonzero), layer.units)
-        if entries.refill is not None:
-            refill = alive_in(entries.weights, entries.refill, name)
-            stays += member.sum_per_unit(refill, layer.units)
-    names = [member.parameter for member in layer.members]
+            ranked += nonzero
+            size += of_unit
+        staying = found.staying_along.get(member.dim)
+        stays += of_unit if staying is None else member.per_unit(staying, layer.units, weight)
+    together = summed(counts[member.parameter] for member in layer.members)
+    gone = every == 0
     return LayerReport(
+        **{**together, "elements": int(size.sum()), "zeros": int((size - ranked).sum())},
         name=layer.name,
         kind=layer.kind,
         units=layer.units,
-        gone=int((every == 0).sum()),
-        gone_units=tuple((every == 0).nonzero().flatten().tolist()),
+        gone=int(gone.sum()),
+        gone_units=tuple(gone.nonzero().flatten().tolist()),
         alive_share=tuple((ranked / size.clamp(min=1)).tolist()),
-        elements=int(size.sum()),
-        zeros=int((size - ranked).sum()),
-        penalized=sum(int(total(entries.penalized(name))) for name in names),
-        penalized_norm=entries.norm(names, penalized=True),
-        kept_norm=entries.norm(names, penalized=False),
-        dropped=None if entries.refill is None else int((stays == 0).sum()),
+        dropped=int((stays == 0).sum()) if with_refill else None,
     )
+
+
+_HEADER = (
+    *("layer", "kind", "units", "gone", "elements", "sparsity", "penalized", "|P|/|kept|", "to go"),
+)
 
 
 def _table(report: SparsityReport) -> str:
-    header = (
-        "layer",
-        "kind",
-        "units",
-        "gone",
-        "elements",
-        "sparsity",
-        "penalized",
-        "|P|/|kept|",
-        "to go",
-    )
+    layers, dropped = report.layers, [layer.dropped for layer in report.layers]
+    to_go = "" if None in dropped or not layers else sum(n or 0 for n in dropped)
+    units, gone = sum(layer.units for layer in layers), sum(layer.gone for layer in layers)
     rows = [
-        (
-            layer.name or "(model)",
-            layer.kind,
-            f"{layer.units}",
-            f"{layer.gone}",
-            f"{layer.elements}",
-            f"{layer.element_sparsity:.1%}",
-            f"{layer.penalized}",
-            _ratio(layer.penalized_norm, layer.kept_norm),
-            "" if layer.dropped is None else f"{layer.dropped}",
-        )
-        for layer in report.layers
+        _row(each, each.name or "(model)", each.kind, each.units, each.gone, to_go=each.dropped)
+        for each in layers
     ]
-    totals = (
-        "total",
-        "",
-        f"{sum(layer.units for layer in report.layers)}",
-        f"{sum(layer.gone for layer in report.layers)}",
-        f"{report.elements}",
-        f"{report.element_sparsity:.1%}",
-        f"{report.penalized}",
-        _ratio(report.penalized_norm, report.kept_norm),
-        ""
-        if any(r.dropped is None for r in report.layers)
-        else f"{sum(r.dropped or 0 for r in report.layers)}",
+    rows += [_row(each, each.name, "weights") for each in report.parameters if not each.in_units]
+    lines = aligned(
+        [_HEADER, *rows, _row(report, "total", "", units, gone, to_go=to_go)], left={0, 1}
     )
-    lines = aligned([header, *rows, totals], left={0, 1})
     rule = "─" * len(lines[0])
     text = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
     text += [
@@ -405,5 +391,11 @@ def _table(report: SparsityReport) -> str:
     return "\n".join(text)
 
 
-def _ratio(penalized: float, kept: float) -> str:
-    return f"{penalized / kept:.2e}" if kept else "-"
+def _row(
+    counts: Counts, name: str, kind: str, *units_and_gone: object, to_go: object = None
+) -> tuple[str, ...]:
+    units, gone = units_and_gone or ("", "")
+    ratio = f"{counts.penalized_norm / counts.kept_norm:.2e}" if counts.kept_norm else "-"
+    share = f"{counts.element_sparsity:.1%}"
+    cells = (name, kind, units, gone, counts.elements, share, counts.penalized, ratio)
+    return tuple(map(str, (*cells, "" if to_go is None else to_go)))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_rsst.groups.groups import Groups
-from torch_rsst.masking.mask_sets import Masks, check_masks
+from torch_rsst.masking.mask_sets import Masks, as_masks, check_masks
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.regrouping.history import DecidedRound
 from torch_rsst.regrouping.keep_units import ScopeBudget
@@ -58,8 +58,8 @@ class RoundState:
         return cls(
             index=state["index"],
             open=state["open"],
-            current_mask=check_masks(weights, state["current_mask"]),
-            refill_mask=check_masks(weights, state["refill_mask"]),
+            current_mask=check_masks(weights, as_masks(state["current_mask"])),
+            refill_mask=check_masks(weights, as_masks(state["refill_mask"])),
             budgets=tuple(ScopeBudget(**budget) for budget in state["budgets"]),
             pruner=state["pruner"],
         )
@@ -134,7 +134,7 @@ class RoundsState:
             next_index=state["next_index"],
             finalized=state["finalized"],
             snapshot=Snapshot.from_state(state["snapshot"]),
-            masks=check_masks(weights, state["masks"]),
+            masks=check_masks(weights, as_masks(state["masks"])),
             round=None if saved is None else round_,
             decisions=[DecidedRound.from_state(d, groups) for d in state.get("decisions", ())],
         )
