@@ -20,6 +20,7 @@ from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
+from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.masking.saved_masks import is_writable
@@ -170,7 +171,10 @@ def _mask_buffer(ref: ParameterRef) -> Tensor:
         return torch.empty_like(original, requires_grad=False)
     if is_sharded(original) and not is_sharded(mask):
         return placed_like(mask, original).clone()  # masked before it was sharded
-    return mask if is_writable(mask) else mask.clone(memory_format=torch.contiguous_format)
+    if not is_writable(mask):
+        return mask.clone(memory_format=torch.contiguous_format)
+    # A backward pass that is still to come needs the mask of its forward pass.
+    return mask.clone() if is_in_graph(mask) else mask
 
 
 def find_hook(ref: ParameterRef) -> tuple[int, BasePruningMethod] | None:
