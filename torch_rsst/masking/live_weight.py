@@ -11,9 +11,11 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from torch_rsst.masking.mask_values import warn_if_averaged
 from torch_rsst.masking.masked_product import masked
 
 ORIG, MASK = "_orig", "_mask"
@@ -31,6 +33,8 @@ def product(module: nn.Module, name: str) -> Tensor:
     original = getattr(module, name + ORIG, None)
     mask = getattr(module, name + MASK, None)
     if original is not None and mask is not None:
+        if type(mask) is Tensor and not torch.compiler.is_compiling():
+            warn_if_averaged(mask, f"'{name}' of {type(module).__name__}")
         return masked(original, mask, sparse=getattr(module, "sparse", False) is True)
     plain = module._parameters.get(name)
     if plain is None:

@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.distributed.dtensor import is_sharded, local, placed_like, sharded_like, total
+from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.mask_values import AVERAGED, is_binary
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, dense_name, masked_refs
 from torch_rsst.utils.errors import MissingNameError, closest, listing, refuse
@@ -115,7 +116,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
         got = type(model_or_state_dict).__name__
         remedy = "Pass the model or model.state_dict()."
         refuse(TypeError, "extract_mask", "a model or state dict", got, remedy)
-    return {name: as_bool(mask, name) for name, mask in found.items()}
+    return {name: as_bool(mask, name, remedy=AVERAGED) for name, mask in found.items()}
 
 
 def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
@@ -160,8 +161,15 @@ def dense_keys(state: Mapping[str, Any]) -> dict[str, str]:
     return inner
 
 
-def as_bool(mask: Tensor, name: str) -> Tensor:
+def as_bool(
+    mask: Tensor, name: str, *, remedy: str = "Compare with a threshold first: mask > 0.5."
+) -> Tensor:
     """A 0/1 tensor of any dtype as a new bool tensor.
+
+    Args:
+        mask: the tensor.
+        name: of its parameter, for messages.
+        remedy: what to do about other values.
 
     Raises:
         TypeError: unless given a tensor.
@@ -169,29 +177,17 @@ def as_bool(mask: Tensor, name: str) -> Tensor:
     """
     subject = f"mask of {name!r}"
     if not isinstance(mask, Tensor):
-        remedy = "A mask set maps parameter names to tensors."
-        refuse(TypeError, subject, "a tensor", type(mask).__name__, remedy)
+        given, way_out = type(mask).__name__, "A mask set maps parameter names to tensors."
+        refuse(TypeError, subject, "a tensor", given, way_out)
     if mask.is_meta:
-        got, remedy = "a mask on the meta device", "Materialize the model first."
-        refuse(ValueError, subject, "values", got, remedy)
+        got, way_out = "a mask on the meta device", "Materialize the model first."
+        refuse(ValueError, subject, "values", got, way_out)
     if mask.dtype == torch.bool:
         return mask.clone()
     alive = mask != 0
-    if not _is_binary(mask):
-        remedy = "Compare with a threshold first: mask > 0.5."
+    if not is_binary(mask):
         refuse(ValueError, subject, "zeros and ones", "other values", remedy)
     return alive
-
-
-def _is_binary(mask: Tensor) -> bool:
-    """Whether a mask holds nothing but 0 and 1, on all ranks."""
-    part = local(mask)
-    rest = torch.addcmul(
-        part, part, part, value=-1
-    )  # m − m²; comparing takes several times as long
-    if not is_sharded(mask):
-        return not rest.numel() or not bool(rest.abs().amax() != 0)
-    return not int(total(sharded_like(rest != 0, mask)))
 
 
 def as_masks(masks: Mapping[str, Tensor]) -> Masks:

@@ -20,6 +20,7 @@ from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
+from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
@@ -109,6 +110,7 @@ class MaskHook(_Masked):
 
     def _apply_to(self, ref: ParameterRef, importance_scores: Tensor | None) -> None:
         scores = check_scores(ref, importance_scores)
+        check_binary(ref.mask, ref)
         default = torch.ones_like(ref.original) if ref.mask is None else ref.mask.clone()
         mask = self._new_mask(scores, default.detach(), given=importance_scores is not None)
         install([ref], NewMasks.of([mask != 0]))
@@ -233,6 +235,8 @@ def restore(
         hold_zeros: freezes what was masked, as the last step.
     """
     masked = [(ref.original, ref.mask) for ref in refs]  # tied ones may differ in their masks
+    for ref in refs:
+        check_binary(ref.mask, ref)
     with torch.no_grad(), AllOrNothing(refs) as undo:
         undo.append(frozen_now(refs))
         for ref in refs:
