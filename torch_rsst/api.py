@@ -58,6 +58,7 @@ from torch_rsst.stock.stock import (
 )
 from torch_rsst.utils.errors import (
     CompactionWarning,
+    FractionalMaskWarning,
     InertPenaltyWarning,
     RoundWarning,
     RSSTWarning,
@@ -72,6 +73,7 @@ __all__ = [
     "CustomFromMask",
     "Explanation",
     "Fillback",
+    "FractionalMaskWarning",
     "GlobalL1",
     "Group",
     "GroupLayer",

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torch_rsst.distributed.dtensor import is_sharded, placed_like
+from torch_rsst.masking.mask_values import warn_if_averaged
+from torch_rsst.masking.masked_product import masked
 
 ORIG, MASK = "_orig", "_mask"
 
@@ -32,23 +33,13 @@ def product(module: nn.Module, name: str) -> Tensor:
     original = getattr(module, name + ORIG, None)
     mask = getattr(module, name + MASK, None)
     if original is not None and mask is not None:
-        # Not masked_fill: its result is contiguous, whatever memory format the weight has.
-        return torch.where(dead_entries(mask, original), 0.0, original)
+        if type(mask) is Tensor and not torch.compiler.is_compiling():
+            warn_if_averaged(mask, f"'{name}' of {type(module).__name__}")
+        return masked(original, mask, sparse=getattr(module, "sparse", False) is True)
     plain = module._parameters.get(name)
     if plain is None:
         raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
     return plain
-
-
-def dead_entries(mask: Tensor, original: Tensor) -> Tensor:
-    """Where ``mask`` is 0, distributed as ``original`` is at the moment.
-
-    Within a forward pass FSDP2 puts the whole parameter in place of a rank's part; the mask, which
-    stays in parts, is gathered then.
-    """
-    if is_sharded(mask) or is_sharded(original):
-        return placed_like(mask == 0, original)
-    return torch.eq(mask, original.new_zeros(()))
 
 
 def is_live(module: nn.Module, name: str) -> bool:

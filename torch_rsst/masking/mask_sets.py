@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.distributed.dtensor import Ranks, local, placed_like
+from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.distributed.replicas import agreed, replica_group
-from torch_rsst.masking.blocks import Scratch, block_indices
 from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.mask_values import AVERAGED, is_binary
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, dense_name, masked_refs
 from torch_rsst.utils.errors import MissingNameError, closest, listing, refuse
@@ -111,7 +111,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
         got = type(model_or_state_dict).__name__
         remedy = "Pass the model or model.state_dict()."
         refuse(TypeError, "extract_mask", "a model or state dict", got, remedy)
-    return {name: as_bool(mask, name) for name, mask in found.items()}
+    return {name: as_bool(mask, name, remedy=AVERAGED) for name, mask in found.items()}
 
 
 class ModelMasks(Mapping[str, Tensor]):
@@ -126,7 +126,7 @@ class ModelMasks(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module) -> None:
         self.buffers = _mask_buffers(model)
         for name, mask in self.buffers.items():
-            check_binary(mask, name)
+            _checked(mask, name, AVERAGED)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[name].bool()
@@ -190,17 +190,24 @@ def dense_keys(state: Mapping[str, Any]) -> dict[str, str]:
     return inner
 
 
-def as_bool(mask: Tensor, name: str) -> Tensor:
+def as_bool(
+    mask: Tensor, name: str, *, remedy: str = "Compare with a threshold first: mask > 0.5."
+) -> Tensor:
     """A 0/1 tensor of any dtype as a new bool tensor.
 
+    Args:
+        mask: the tensor.
+        name: of its parameter, for messages.
+        remedy: what to do about other values.
+
     Raises:
-        TypeError, ValueError: as :func:`check_binary` does.
+        TypeError, ValueError: unless given a tensor of zeros and ones.
     """
-    check_binary(mask, name)
+    _checked(mask, name, remedy)
     return mask.clone() if mask.dtype == torch.bool else mask.bool()
 
 
-def check_binary(mask: Tensor, name: str) -> Tensor:
+def _checked(mask: Tensor, name: str, remedy: str) -> Tensor:
     """The mask itself, whatever its dtype.
 
     Raises:
@@ -209,27 +216,14 @@ def check_binary(mask: Tensor, name: str) -> Tensor:
     """
     subject = f"mask of {name!r}"
     if not isinstance(mask, Tensor):
-        remedy = "A mask set maps parameter names to tensors."
-        refuse(TypeError, subject, "a tensor", type(mask).__name__, remedy)
+        given, way_out = type(mask).__name__, "A mask set maps parameter names to tensors."
+        refuse(TypeError, subject, "a tensor", given, way_out)
     if mask.is_meta:
-        got, remedy = "a mask on the meta device", "Materialize the model first."
-        refuse(ValueError, subject, "values", got, remedy)
-    if mask.dtype != torch.bool and not _is_binary(mask):
-        remedy = "Compare with a threshold first: mask > 0.5."
+        got, way_out = "a mask on the meta device", "Materialize the model first."
+        refuse(ValueError, subject, "values", got, way_out)
+    if mask.dtype != torch.bool and not is_binary(mask):
         refuse(ValueError, subject, "zeros and ones", "other values", remedy)
     return mask
-
-
-def _is_binary(mask: Tensor) -> bool:
-    """Whether a mask holds nothing but 0 and 1, on all ranks."""
-    part = local(mask).detach()
-    rest, odd = Scratch(part, part.dtype), part.new_zeros(())
-    for index in block_indices(part):
-        own = part[index]
-        # m − m²; comparing takes several times as long
-        torch.addcmul(own, own, own, value=-1, out=rest.shaped(own))
-        odd = odd.maximum(rest.shaped(own).abs_().amax())
-    return not int(Ranks.of([mask]).add_up((odd != 0).int()))
 
 
 def as_masks(masks: Mapping[str, Tensor]) -> Masks:

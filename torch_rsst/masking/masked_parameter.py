@@ -21,6 +21,8 @@ from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.masking.blocks import as_bytes
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
+from torch_rsst.masking.mask_values import check_binary
+from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.masking.saved_masks import is_writable
@@ -107,6 +109,7 @@ class MaskHook(_Masked):
 
     def _apply_to(self, ref: ParameterRef, importance_scores: Tensor | None) -> None:
         scores = check_scores(ref, importance_scores)
+        check_binary(ref.mask, ref)
         default = torch.ones_like(ref.original) if ref.mask is None else ref.mask.clone()
         mask = self._new_mask(scores, default.detach(), given=importance_scores is not None)
         install([ref], NewMasks.of([mask != 0]))
@@ -166,7 +169,10 @@ def _mask_buffer(ref: ParameterRef) -> Tensor:
         return torch.empty_like(original, requires_grad=False)
     if is_sharded(original) and not is_sharded(mask):
         return placed_like(mask, original).clone()  # masked before it was sharded
-    return mask if is_writable(mask) else mask.clone(memory_format=torch.contiguous_format)
+    if not is_writable(mask):
+        return mask.clone(memory_format=torch.contiguous_format)
+    # A backward pass that is still to come needs the mask of its forward pass.
+    return mask.clone() if is_in_graph(mask) else mask
 
 
 def find_hook(ref: ParameterRef) -> tuple[int, BasePruningMethod] | None:
@@ -225,6 +231,8 @@ def restore(
         hold_zeros: freezes what was masked, as the last step.
     """
     masked = [(ref.original, ref.mask) for ref in refs]  # tied ones may differ in their masks
+    for ref in refs:
+        check_binary(ref.mask, ref)
     with torch.no_grad(), AllOrNothing(refs) as undo:
         undo.append(frozen_now(refs))
         for ref in refs:

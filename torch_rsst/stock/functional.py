@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch_rsst.distributed.replicas import agreed
 from torch_rsst.importance.registry import Importance
 from torch_rsst.masking.freezing import freeze_latents
+from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import NewMasks, install
 from torch_rsst.masking.optimizer_state import reset_moments as reset_entries
 from torch_rsst.masking.parameter_ref import (
@@ -125,6 +126,7 @@ def _distinct_sites(parameters: Iterable[Parameter]) -> list[ParameterRef]:
         if ref in refs:
             remedy = "List every parameter once: twice, its entries would be counted twice."
             refuse(ValueError, f"parameter {ref}", "to be listed once", "it twice", remedy)
+        check_binary(ref.mask, ref)
         refs[ref] = None
     if not refs:
         refuse(ValueError, "parameters", "at least one", "none", "Name the parameters to prune.")

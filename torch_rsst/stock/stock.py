@@ -19,6 +19,7 @@ from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import ORIG, make_live, make_plain
+from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import MaskHook, find_hook, restore, zero
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
@@ -39,6 +40,7 @@ def _safe(function: F) -> F:
             _refuse_shards(module, name)
             reshard([module])
         mask = ref.mask
+        check_binary(mask, ref)
         with AllOrNothing([ref]) as undo, place_kept(ref):
             undo.append(frozen_now([ref]))
             result = function(module, name, *args, **kwargs)

@@ -19,6 +19,10 @@ class RoundWarning(RSSTWarning):
     """The rounds were driven in a way that will not give what was asked for."""
 
 
+class FractionalMaskWarning(RSSTWarning):
+    """A mask of a model holds other values than 0 and 1, as averaging of buffers leaves them."""
+
+
 class UnfrozenZerosWarning(RSSTWarning):
     """Masks were removed, and nothing holds their zeros under further training."""
 

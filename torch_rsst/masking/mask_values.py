@@ -1,0 +1,69 @@
+"""Masks hold zeros and ones: what averaging (EMA, SWA) has made of them is found and named."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from torch_rsst.distributed.dtensor import Ranks, local
+from torch_rsst.masking.blocks import Scratch, block_indices
+from torch_rsst.utils.errors import FractionalMaskWarning, message, refuse
+
+AVERAGED = (
+    "Averaging buffers (EMA, SWA) makes fractions of masks: leave buffers out of the average "
+    "(use_buffers=False) or average before pruning, and set the masks again with "
+    "torch_rsst.apply_mask(model, masks), from the trained model or a checkpoint."
+)
+
+
+def is_binary(mask: Tensor) -> bool:
+    """Whether a mask holds nothing but 0 and 1, on all ranks."""
+    part = local(mask).detach()
+    rest, odd = Scratch(part, part.dtype), part.new_zeros(())
+    for index in block_indices(part):
+        own = part[index]
+        # m − m²; comparing takes several times as long
+        torch.addcmul(own, own, own, value=-1, out=rest.shaped(own))
+        odd = odd.maximum(rest.shaped(own).abs_().amax())
+    return not int(Ranks.of([mask]).add_up((odd != 0).int()))
+
+
+def check_binary(mask: Tensor | None, subject: object) -> None:
+    """Raise a ValueError for a mask of a model that holds other values than 0 and 1."""
+    if mask is not None and not mask.is_meta and mask.dtype != torch.bool and not is_binary(mask):
+        refuse(ValueError, f"mask of {subject}", "zeros and ones", "other values", AVERAGED)
+
+
+# By the id of a mask: a reference that removes the entry, and the version that was looked at.
+_seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+
+def warn_if_averaged(mask: Tensor, subject: str) -> None:
+    """Look at the values of a mask once for each version of it, and warn of fractions.
+
+    Costs a look-up while nothing has written to the mask. Writes through ``.data`` count no version.
+    """
+    key = id(mask)
+    known = _seen.get(key)
+    if mask.is_inference() or (known is not None and known[1] == mask._version):
+        return
+    if mask.is_meta or torch._C._are_functorch_transforms_active():
+        return
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return
+    _seen[key] = (weakref.ref(mask, lambda _: _seen.pop(key, None)), mask._version)
+    with torch.no_grad(), _disable_current_modes():
+        binary = mask.dtype == torch.bool or is_binary(mask)
+    if not binary:
+        text = message(
+            f"mask of {subject}", expected="zeros and ones", got="other values", remedy=AVERAGED
+        )
+        warnings.warn(
+            f"{text} Until then entries above 0 count as alive.",
+            FractionalMaskWarning,
+            stacklevel=2,
+        )
