@@ -93,7 +93,7 @@ def test_memory_grows_with_the_batch_the_optimizer_and_the_average():
     assert plain.total == sum((plain.model, plain.gradients, plain.optimizer, plain.activations))
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["run", "--help"], ["compact", "-h"]])
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["report", "-h"], ["compact", "-h"]])
 def test_help_and_version_import_no_torch(args):
     code = (
         "import sys\n"

@@ -52,13 +52,13 @@ def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
 
 
 def data_source(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
-    """What to measure importance on, for the importances that are measured."""
+    """The arguments that an importance needs which is measured on data; none for others."""
     if not config.measures:
         return {}
     source: dict[str, Any] = {
         "batches": lambda: trainer.loaders.samples(config.importance_batches),
         "forward": lambda model, batch: model(batch[0]),
     }
-    if config.importance == "taylor":
+    if config.needs_loss:
         source["loss_fn"] = lambda output, batch: nn.functional.cross_entropy(output, batch[1])
     return source

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from torch_rsst.schedules import resolve_schedule
+import tyro
+
+from torch_rsst.schedules import ALIASES, SCHEDULES, resolve_schedule
 from torch_rsst.utils.amounts import check_count, check_fraction
 from torch_rsst.utils.errors import refuse
 
 Kind = Literal["heads", "neurons", "channels"]
 
-# Data importances are measured on batches; the others look at weights alone.
-MEASURED = ("activation_l1", "activation_l2", "taylor")
+
+def _importances() -> Any:
+    from torch_rsst import importance  # imports torch, which --help alone does not need
+
+    return importance
+
+
+def _one_of_importances(default: str) -> str:
+    return f"(one of: {', '.join(_importances().IMPORTANCES)}; default: {default})"
+
+
+def _one_of_schedules(default: str) -> str:
+    return f"(one of: {', '.join(SCHEDULES)}; default: {default})"
+
+
+def _replace_alias(options: Any, field: str, aliases: Mapping[str, str]) -> None:
+    if isinstance(name := getattr(options, field), str):
+        object.__setattr__(options, field, aliases.get(name, name))
+
+
+def _named(choices: Any) -> Any:
+    """An option that takes a name of a registry, read when the help is shown."""
+    return tyro.conf.arg(metavar="NAME", help_behavior_hint=choices)
 
 
 @dataclass(frozen=True)
@@ -31,17 +55,14 @@ class PruningOptions:
     """Share of all units that is to go, rounded to whole units: of 3 heads in a layer, 2."""
     round_to: int = 1
     """Keep so many units in each layer that their number is a multiple of this."""
-    importance: Literal["magnitude", "remain", "activation_l1", "activation_l2", "taylor"] = (
-        "magnitude"
-    )
-    """How units are scored; the last three are measured on training images."""
+    importance: Annotated[str, _named(_one_of_importances)] = "magnitude"
+    """How units are scored: by their weights, or by what they put out for training images."""
     importance_batches: int = 8
-    """Batches that activation_l1, activation_l2 and taylor are measured on."""
+    """Batches of training images, for importances that need data."""
     scope: Literal["layer", "type", "global"] = "layer"
     """What units compete with: their layer, their type, or everything."""
-    schedule: str = "exp_custom_exponents"
-    """How the penalty grows over a round: linear, quadratic, cubic, exponential, exp_custom or
-    exp_custom_exponents (RSST)."""
+    schedule: Annotated[str, _named(_one_of_schedules)] = "late_exponential"
+    """How the penalty grows over a round (RSST)."""
     strength: float = 0.5
     """Strength of the penalty at the end of a round (RSST)."""
     mode: Literal["auto", "coupled", "decoupled"] = "auto"
@@ -51,13 +72,25 @@ class PruningOptions:
     rewind: Literal["none", "init"] = "none"
     """Put surviving weights back to those of the dense model after each choice of a mask."""
 
+    def __post_init__(self) -> None:
+        """Replace aliases by the names that are shown, so that both describe the same run."""
+        _replace_alias(self, "schedule", ALIASES)
+        if self.importance != type(self).importance:
+            _replace_alias(self, "importance", _importances().ALIASES)
+
     @property
     def measures(self) -> bool:
         """Whether units are scored on data."""
-        return self.importance in MEASURED
+        return next(_importances().data_parts(self.importance), None) is not None
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether they are scored by gradients of the loss."""
+        return any(part.needs_gradient for part in _importances().data_parts(self.importance))
 
     def check(self) -> None:
         """Raise unless every option is in its range."""
+        _importances().resolve_importance(self.importance)
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             got = " ".join(self.kinds) or "none"
             remedy = "Try --kinds heads neurons."
