@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from timm.models.davit import ChannelAttention, ChannelAttentionV2, WindowAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
@@ -61,8 +61,12 @@ class DavitChannelGroups(HeadAdapter):
 
     classes = (ChannelAttentionV2,)
     parts = (*produces("qkv", 3), *consumes())
-    heads_at = "groups"
+    scaled = ("groups",)
     slim = (SlimChannelAttentionV2,)
+
+    def units_of(self, module: nn.Module) -> int:
+        """See :class:`HeadAdapter`."""
+        return int(module.groups)
 
 
 for _adapter in (DavitAttention(), DavitChannelGroups()):
