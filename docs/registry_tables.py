@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from torch_rsst.discovery import head_attributes as head_names
+from torch_rsst.discovery import separate_attention
 from torch_rsst.importance import ALIASES as OTHER_IMPORTANCES
 from torch_rsst.importance import IMPORTANCES, data_parts
 from torch_rsst.schedules import ALIASES as OTHER_SCHEDULES
@@ -49,6 +51,31 @@ def importances() -> str:
         also = _also(name, OTHER_IMPORTANCES)
         rows.append([f"`{name}`", also, _first_sentence(importance), ", ".join(needs)])
     return _table(["importance", "also called", "score of a unit", "needs"], rows)
+
+
+def head_attributes() -> str:
+    """The attributes by which an attention's heads are counted, and what becomes of them."""
+    rows = [
+        ("the number of heads, or of query heads", head_names.HEADS, "set to what is left"),
+        ("the number of key/value heads", head_names.KEY_VALUE_HEADS, "set to what is left"),
+        ("the width of all heads together", head_names.TOTAL_WIDTHS, "set to what is left"),
+        ("the width of one head", head_names.HEAD_WIDTHS, "stays"),
+    ]
+    cells = [(what, ", ".join(f"`{n}`" for n in names), then) for what, names, then in rows]
+    return _table(["what it holds", "attributes", "when heads are cut"], cells)
+
+
+def attention_layers() -> str:
+    """The names of layers by which attention with separate projections is known."""
+    rows = {
+        "queries": separate_attention.QUERIES,
+        "keys": separate_attention.KEYS,
+        "values": separate_attention.VALUES,
+        "keys and values in one layer": separate_attention.KEYS_AND_VALUES,
+        "output": separate_attention.OUTPUTS,
+    }
+    cells = [(what, ", ".join(f"`{name}`" for name in names)) for what, names in rows.items()]
+    return _table(["linear layer", "names"], cells)
 
 
 def options(*configs: type) -> str:

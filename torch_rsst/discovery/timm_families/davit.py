@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.models.davit import ChannelAttention, ChannelAttentionV2, WindowAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
@@ -64,7 +66,7 @@ class DavitChannelGroups(HeadAdapter):
     scaled = ("groups",)
     slim = (SlimChannelAttentionV2,)
 
-    def units_of(self, module: nn.Module) -> int:
+    def units_of(self, module: Any) -> int:
         """See :class:`HeadAdapter`."""
         return int(module.groups)
 
