@@ -61,8 +61,8 @@ def test_a_dry_run_tells_what_the_run_comes_to(where, tmp_path, monkeypatch, cap
         assert f"{cost.multiply_adds:,}" in out
     for kind, counts in receipt["units"].items():
         layers = [layer for layer in found.layers if layer.kind == kind]
-        assert sum(layer.units for layer in layers) == counts["before"]
-        assert sum(layer.stay for layer in layers) == counts["after"]
+        assert sum(layer.before for layer in layers) == counts["before"]
+        assert sum(layer.after for layer in layers) == counts["after"]
 
 
 def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys):
