@@ -1,4 +1,4 @@
-"""The library's part of a run: its units, its rounds, what importance is measured on."""
+"""The pruning of a run: its units, its rounds, the data for its importance."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch_rsst.rounds.engine import Rounds
 
 
 def find_units(config: RunConfig, trainer: Trainer) -> Groups:
-    """The units of the model that may go.
+    """The units of the model that may be removed.
 
     Raises:
-        ValueError: where it has none of them.
+        ValueError: where there are none.
     """
     example = trainer.example.to(trainer.accelerator.device)
     return torch_rsst.find_groups(trainer.bare, config.kinds, example_inputs=example)
 
 
 def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
-    """The rounds that the options describe."""
+    """RSST or Refill with the options of the run."""
     common: dict[str, Any] = {
         "optimizer": trainer.optimizer,
         "steps_per_round": config.epochs * trainer.steps_per_epoch,

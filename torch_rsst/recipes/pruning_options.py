@@ -1,4 +1,4 @@
-"""What a run prunes, and how."""
+"""The options for pruning."""
 
 from __future__ import annotations
 
@@ -44,33 +44,33 @@ class PruningOptions:
     """What is pruned, and how."""
 
     method: Literal["rsst", "refill"] = "rsst"
-    """rsst: a growing penalty, then a cut that costs nothing. refill: mask at once, train on."""
+    """rsst: a growing penalty, then a cut that costs nothing. refill: mask at once, then train."""
     kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
-    """Which units may go; all three: those of them that the model has."""
+    """Kinds of units to prune, of those that the model has."""
     rounds: int = 4
-    """Rounds of rank, regroup, train."""
+    """Rounds of ranking, regrouping and training."""
     amount: float = 0.2
-    """Share of the weights still alive that each ranking prunes."""
+    """Share of the alive weights that each round prunes."""
     regroup_amount: float = 0.5
-    """Share of all units that is to go, rounded to whole units: of 3 heads in a layer, 2."""
+    """Share of all units to remove, rounded to whole units: 2 of 3 heads in a layer."""
     round_to: int = 1
-    """Keep so many units in each layer that their number is a multiple of this."""
+    """Keep a number of units in each layer that is a multiple of this."""
     importance: Annotated[str, _named(_one_of_importances)] = "magnitude"
-    """How units are scored: by their weights, or by what they put out for training images."""
+    """How units are scored: by their weights, or by their outputs on training images."""
     importance_batches: int = 8
     """Batches of training images, for importances that need data."""
     scope: Literal["layer", "type", "global"] = "layer"
-    """What units compete with: their layer, their type, or everything."""
+    """Which units are compared: those of a layer, of a type, or all."""
     schedule: Annotated[str, _named(_one_of_schedules)] = "late_exponential"
     """How the penalty grows over a round (RSST)."""
     strength: float = 0.5
     """Strength of the penalty at the end of a round (RSST)."""
     mode: Literal["auto", "coupled", "decoupled"] = "auto"
-    """Whether the penalty goes through the gradient (RSST); auto: only for plain SGD."""
+    """coupled adds the penalty to gradients, decoupled shrinks weights after the step, auto is coupled for SGD (RSST)."""
     fillback_rate: float = 0.0
-    """Share of what would go that is given back (Refill)."""
+    """Share of the removed units that is given back (Refill)."""
     rewind: Literal["none", "init"] = "none"
-    """Put surviving weights back to those of the dense model after each choice of a mask."""
+    """init: set the weights back to those of the dense model after each choice of a mask."""
 
     def __post_init__(self) -> None:
         """Replace aliases by the names that are shown, so that both describe the same run."""
