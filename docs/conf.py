@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from torch_rsst import __version__
+from torch_rsst.recipes import config, data_options, pruning_options, training_options
+
+sys.path.append(str(Path(__file__).parent))
+import registry_tables
 
 project = "torch-rsst"
 copyright = "the torch-rsst authors"
@@ -23,7 +29,19 @@ exclude_patterns = ["_build"]
 
 # Pages
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "substitution"]
+# What is registered in the package: {{ schedules }} on a line of its own becomes the table.
+myst_substitutions = {
+    "schedules": registry_tables.schedules(),
+    "importances": registry_tables.importances(),
+    "head_attributes": registry_tables.head_attributes(),
+    "attention_layers": registry_tables.attention_layers(),
+    "pruning_options": registry_tables.options(pruning_options.PruningOptions),
+    "data_options": registry_tables.options(data_options.DataOptions),
+    "training_options": registry_tables.options(training_options.TrainingOptions),
+    "run_options": registry_tables.options(config.RunConfig),
+    "compact_options": registry_tables.options(config.CompactConfig),
+}
 myst_heading_anchors = 3
 
 # API pages
@@ -49,15 +67,14 @@ nitpick_ignore_regex = [
         r"(torch|nn|dist|prune|collections|numbers|fractions|types|typing|pathlib|hypothesis|st"
         r"|matplotlib)\..*",
     ),
-    (r"py:class", r"Tensor|Masks|torch_rsst\.\w+\.(T|_\w+)"),
-    (r"py:class", r"torch_rsst\.masked_parameter\._Masked"),
-    # Rooms that have no page: what they give is in the docstrings.
-    (r"py:class", r"torch_rsst\.(candidates|digit_search|order_keys|shards|workers)\..*"),
+    (r"py:class", r"Tensor|Masks|torch_rsst\.[\w.]+\.(T|Index|_\w+)"),
+    # Packages that have no page.
+    (r"py:class", r"torch_rsst\.(selection|distributed|utils)\..*"),
     (
         r"py:class",
         r"torch_rsst\.discovery\.(channels|probe|adapter|head_parts)\..*|dict\[~typing.*",
     ),
-    (r"py:mod", r"torch_rsst"),
+    (r"py:mod", r"torch_rsst(\.importance\.registry)?"),
 ]
 
 # Doctests: pages and docstrings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -38,6 +40,19 @@ def test_head_map_of_a_kind_that_is_not_there_is_an_error():
 def test_schedule_starts_anew_in_every_round():
     figure = torch_rsst.plot.schedule("linear", steps=4, rounds=2, strength=1.0)
     assert figure.axes[0].lines[0].get_ydata().tolist() == [0.25, 0.5, 0.75, 1.0] * 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "title"),
+    [
+        ("exp_custom_exponents", "Penalty: late_exponential, strength 0.3"),
+        (torch_rsst.schedules.Polynomial(4, 0.2), "Penalty: Polynomial(power=4, strength=0.2)"),
+        (math.sqrt, "Penalty: sqrt"),
+    ],
+)
+def test_schedule_is_titled_by_the_name_that_is_shown(schedule, title):
+    figure = torch_rsst.plot.schedule(schedule, steps=4, strength=0.3)
+    assert figure.axes[0].get_title() == title
 
 
 @pytest.mark.parametrize("dim", [0, 1])

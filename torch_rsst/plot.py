@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.report.sparsity import SparsityReport
-from torch_rsst.schedules import Schedule, resolve_schedule
+from torch_rsst.schedules import Schedule, name_of, resolve_schedule
 
 _ALIVE = "viridis"
 _STAYS, _GONE = "tab:blue", "tab:red"
@@ -92,7 +92,8 @@ def schedule(
     axes.set_xlabel("optimizer step" + (" (lines: rounds)" if rounds > 1 else ""))
     axes.set_ylabel("strength λ")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"Penalty: {curve}")
+    named = f", strength {strength:g}" if isinstance(schedule, str) else ""
+    axes.set_title(f"Penalty: {name_of(schedule)}{named}")
     return figure
 
 

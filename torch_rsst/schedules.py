@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -73,32 +73,32 @@ def strength_at(schedule: Schedule, t: float) -> float:
     return check_number(schedule(t), subject, above=0, or_equal=True, remedy=remedy)
 
 
-_linear = partial(Polynomial, 1)
-_quadratic = partial(Polynomial, 2)
-_cubic = partial(Polynomial, 3)
-_late = partial(NormalizedExponential, 4)
-
 SCHEDULES: dict[str, Callable[[float], Schedule]] = {
-    "linear": _linear,
-    "x": _linear,
-    "quadratic": _quadratic,
-    "x^2": _quadratic,
-    "cubic": _cubic,
-    "x^3": _cubic,
+    "linear": partial(Polynomial, 1),
+    "quadratic": partial(Polynomial, 2),
+    "cubic": partial(Polynomial, 3),
     "exponential": Exponential,
-    "exp": Exponential,
-    "normalized_exponential": _late,
-    "exp_custom_exponents": _late,
-    "exp_custom": partial(NormalizedExponential, 1),
+    "normalized_exponential": partial(NormalizedExponential, 1),
+    "late_exponential": partial(NormalizedExponential, 4),
 }
 """Name → constructor that takes the strength. Add a schedule with one line."""
 
+ALIASES = {
+    "x": "linear",
+    "x^2": "quadratic",
+    "x^3": "cubic",
+    "exp": "exponential",
+    "exp_custom": "normalized_exponential",
+    "exp_custom_exponents": "late_exponential",
+}
+"""Name in the research code → name."""
+
 
 def resolve_schedule(schedule: str | Schedule, strength: float = 0.5) -> Schedule:
-    """The schedule of a name, at the given strength; a callable is returned as it is.
+    """The schedule of a name or alias, at the given strength; a callable is returned as it is.
 
-    >>> resolve_schedule("linear", strength=0.4)
-    Polynomial(power=1, strength=0.4)
+    >>> resolve_schedule("linear", strength=0.4) == resolve_schedule("x", strength=0.4)
+    True
 
     Raises:
         ValueError: for an unknown name or a strength that is negative or not finite.
@@ -106,10 +106,32 @@ def resolve_schedule(schedule: str | Schedule, strength: float = 0.5) -> Schedul
     """
     strength = check_number(strength, "strength", above=0, or_equal=True, remedy="Try 0.5.")
     if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
+        name = ALIASES.get(schedule, schedule)
+        if name not in SCHEDULES:
             raise ValueError(unknown_choice("schedule", schedule, SCHEDULES))
-        return SCHEDULES[schedule](strength)
+        return SCHEDULES[name](strength)
     if not callable(schedule):
         remedy = "A callable takes t in (0, 1] and returns λ."
         refuse(TypeError, "schedule", "a name or a callable", repr(schedule), remedy)
     return schedule
+
+
+def name_of(schedule: str | Schedule) -> str:
+    """The name under which messages and figures show a schedule.
+
+    >>> name_of("exp_custom_exponents"), name_of(NormalizedExponential(power=4, strength=0.1))
+    ('late_exponential', 'late_exponential')
+
+    Args:
+        schedule: a name, an alias or a callable. One that is not registered is shown by its repr where
+            it is a dataclass, else by the name of its function or class.
+    """
+    if isinstance(schedule, str):
+        return ALIASES.get(schedule, schedule)
+    strength = getattr(schedule, "strength", 0.5)
+    for name, constructor in SCHEDULES.items():
+        if constructor(strength) == schedule:
+            return name
+    if is_dataclass(schedule):
+        return repr(schedule)
+    return str(getattr(schedule, "__qualname__", type(schedule).__qualname__))

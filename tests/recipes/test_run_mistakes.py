@@ -188,7 +188,7 @@ def test_labels_that_no_class_has_leave_nothing_behind(tmp_path, capsys):
     assert "num_classes: expected more than 2, which is a label in the data, got 2" in error
     assert "Pass --num-classes 3 or more." in error
     error = refused(capsys, tmp_path / "run", *args)
-    assert "num_classes: expected a number: this data set does not tell, got none" in error
+    assert "num_classes: expected a number, which this data set does not hold, got none" in error
 
 
 def test_shards_that_hold_less_than_they_say_are_an_error(tmp_path, capsys):

@@ -61,8 +61,8 @@ def test_a_dry_run_tells_what_the_run_comes_to(where, tmp_path, monkeypatch, cap
         assert f"{cost.multiply_adds:,}" in out
     for kind, counts in receipt["units"].items():
         layers = [layer for layer in found.layers if layer.kind == kind]
-        assert sum(layer.units for layer in layers) == counts["before"]
-        assert sum(layer.stay for layer in layers) == counts["after"]
+        assert sum(layer.before for layer in layers) == counts["before"]
+        assert sum(layer.after for layer in layers) == counts["after"]
 
 
 def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys):
@@ -93,7 +93,7 @@ def test_memory_grows_with_the_batch_the_optimizer_and_the_average():
     assert plain.total == sum((plain.model, plain.gradients, plain.optimizer, plain.activations))
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["run", "--help"], ["compact", "-h"]])
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["report", "-h"], ["compact", "-h"]])
 def test_help_and_version_import_no_torch(args):
     code = (
         "import sys\n"

@@ -8,26 +8,29 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torch_rsst._version import __version__
 from torch_rsst.cli.terminal import (
     Terminal,
     flag,
+    is_main_process,
     notes,
     print_forecast,
     print_savings,
     print_summary,
     print_warning,
-    speaks,
 )
 from torch_rsst.utils.errors import message, refuse
+
+if TYPE_CHECKING:
+    from torch_rsst.recipes.config import CompactConfig, RunConfig
 
 _EXTRA = (
     "torch-rsst: the command line needs more packages ({missing}): pip install 'torch-rsst[cli]'"
@@ -58,48 +61,47 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_EXTRA.format(missing=error.name), file=sys.stderr)
     except _WrongInput as error:
         print(f"torch-rsst: {error}", file=sys.stderr)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:  # before a run listens to it, or the second one
+    except KeyboardInterrupt:  # before a run handles it, or the second one
         print("torch-rsst: stopped at once", file=sys.stderr)
         return _INTERRUPTED
     return _WRONG
 
 
-# What the library raises for input that the user can put right.
+# What the library raises for wrong input.
 _MISTAKES = (TypeError, ValueError, KeyError, OSError)
 
 
-class _WrongInput(Exception):  # noqa: N818 - carries a message for the user, not a fault of ours
-    """Something that the user can put right."""
+class _WrongInput(Exception):  # noqa: N818 - a message for the user, not a bug
+    """Wrong options, files or data; the text is printed."""
+
+
+@contextmanager
+def _reported(*errors: type[Exception]) -> Iterator[None]:
+    """Turn these errors into one line for the user."""
+    try:
+        yield
+    except BrokenPipeError:  # of an output that is closed, not of a file
+        raise
+    except errors as error:
+        raise _WrongInput(_one_line(error)) from error
+
+
+@contextmanager
+def _warnings_to(show: Callable[..., None]) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _parse(args: Sequence[str]) -> Callable[[], int]:
     """The command that the arguments name, ready to be called."""
-    import tyro
-
     from torch_rsst.recipes.config import CompactConfig, ReportConfig, RunConfig
 
-    def parse(default: RunConfig) -> RunConfig | ReportConfig | CompactConfig:
-        run = Annotated[RunConfig, tyro.conf.subcommand("run", default=default)]
-        report = Annotated[ReportConfig, tyro.conf.subcommand("report")]
-        compact = Annotated[CompactConfig, tyro.conf.subcommand("compact")]
-        description = "Structured sparsity for vision transformers and CNNs: RSST and Refill."
-        commands = run | report | compact
-        told = io.StringIO()
-        try:
-            with redirect_stderr(told):
-                return tyro.cli(
-                    commands, prog="torch-rsst", description=description, args=list(args)
-                )
-        except SystemExit as stop:
-            if stop.code:
-                raise _WrongInput(_without_frame(told.getvalue())) from None
-            raise
-
-    try:
-        config = parse(RunConfig())
+    with _reported(TypeError, ValueError, OSError):
+        config = _read(args, RunConfig())
         if isinstance(config, ReportConfig):
             return partial(_report, config.folder)
         if isinstance(config, CompactConfig):
@@ -110,114 +112,107 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
 
             # A resumed run keeps its own options; naming another value is an error, found later.
             own = RunFolder(config.output).read_config()
-            return partial(_run, parse(replace(own, output=config.output, resume=True)))
+            return partial(_run, _read(args, replace(own, output=config.output, resume=True)))
         if config.config is not None:
-            config = parse(replace(RunConfig.named(config.config), config=config.config))
-        assert isinstance(config, RunConfig)
+            config = _read(args, replace(RunConfig.named(config.config), config=config.config))
         if config.write_config is not None:
             return partial(_write_config, config)
         return partial(_dry_run if config.dry_run else _run, config)
-    except BrokenPipeError:
+
+
+def _read(args: Sequence[str], default: RunConfig) -> Any:
+    """The options of the command in the arguments; those of ``run`` start from a default."""
+    import tyro
+
+    from torch_rsst.recipes.config import CompactConfig, ReportConfig, RunConfig
+
+    run = Annotated[RunConfig, tyro.conf.subcommand("run", default=default)]
+    report = Annotated[ReportConfig, tyro.conf.subcommand("report")]
+    compact = Annotated[CompactConfig, tyro.conf.subcommand("compact")]
+    description = "Structured sparsity for vision transformers and CNNs: RSST and Refill."
+    commands: Any = run | report | compact
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(commands, prog="torch-rsst", description=description, args=list(args))
+    except SystemExit as stop:
+        if stop.code:
+            raise _WrongInput(_without_frame(printed.getvalue())) from None
         raise
-    except (TypeError, ValueError, OSError) as error:
-        raise _WrongInput(_one_line(error)) from error
 
 
 def _without_frame(text: str) -> str:
-    """What the parser says, in one line: it draws boxes."""
-    words = " ".join(re.sub(r"[─-╿]+", " ", text).split())
-    words = words.replace("Invalid choice invalid choice", "Invalid choice")  # said twice
-    return words.removeprefix("Parsing error ").removeprefix("Unrecognized options ")
+    """The parser's message in one line, without the box that it draws and with its title once."""
+    line = " ".join(re.sub(r"[─-╿]+", " ", text).split())
+    line = line.replace("Invalid choice invalid choice", "Invalid choice")
+    return line.removeprefix("Parsing error ").removeprefix("Unrecognized options ")
 
 
-def _check_only_resumes(config: Any) -> None:
-    beside = [name for name in ("config", "dry_run", "write_config") if getattr(config, name)]
-    if beside:
-        expected, remedy = (
-            "nothing else to do",
-            "A resumed run keeps its own options: leave it away.",
-        )
-        got = ", ".join(map(flag, beside))
-        refuse(ValueError, "--resume", expected, got, remedy)
+def _check_only_resumes(config: RunConfig) -> None:
+    if beside := [name for name in ("config", "dry_run", "write_config") if getattr(config, name)]:
+        remedy = "A resumed run keeps its own options: leave it away."
+        refuse(ValueError, "--resume", "nothing else to do", ", ".join(map(flag, beside)), remedy)
 
 
-def _write_config(config: Any) -> int:
+def _write_config(config: RunConfig) -> int:
     from torch_rsst.utils.files import write_text
 
-    try:
+    path = config.write_config
+    assert path is not None
+    with _reported(TypeError, ValueError, OSError):
         config.check()
-        if config.write_config.exists():
+        if path.exists():
             remedy = "Pass another name."
-            refuse(FileExistsError, str(config.write_config), "a new file", "an old one", remedy)
-        config.write_config.parent.mkdir(parents=True, exist_ok=True)
-        write_text(config.write_config, config.to_yaml())
-    except (TypeError, ValueError, OSError) as error:
-        raise _WrongInput(_one_line(error)) from error
-    print(f"Start it with: torch-rsst run --config {config.write_config}")
+            refuse(FileExistsError, str(path), "a new file", "an old one", remedy)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, config.to_yaml())
+    print(f"Start it with: torch-rsst run --config {path}")
     return 0
 
 
-def _dry_run(config: Any) -> int:
+def _dry_run(config: RunConfig) -> int:
     from torch_rsst.recipes.forecast import forecast
 
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = print_warning  # type: ignore[assignment] # takes less apart
-            found = forecast(config)
-    except _MISTAKES as error:
-        raise _WrongInput(_one_line(error)) from error
-    if speaks():
+    with _reported(*_MISTAKES), _warnings_to(print_warning):
+        found = forecast(config)
+    if is_main_process():
         print_forecast(found, config)
         for note in notes(config):
             print(note)
     return 0
 
 
-def _run(config: Any) -> int:
+def _run(config: RunConfig) -> int:
     from torch_rsst.recipes.experiment import Experiment
     from torch_rsst.recipes.images import BadImages
     from torch_rsst.recipes.run_folder import RunFolder
     from torch_rsst.recipes.training import Diverged, Interrupted, StoppedElsewhere
 
     folder = RunFolder(config.output)
+    again = f"torch-rsst run --resume --output {config.output}"
     if config.resume and folder.report.is_file():
-        try:
+        with _reported(*_MISTAKES):
             folder.check_same(config)
-        except _MISTAKES as error:
-            raise _WrongInput(_one_line(error)) from error
         return _report(config.output)
     stop = _StopOnCtrlC()
     try:
-        with stop, warnings.catch_warnings(), Terminal(config) as terminal:
-            warnings.showwarning = terminal.warn  # type: ignore[assignment] # takes less apart
-            try:
+        with stop, Terminal(config) as terminal, _warnings_to(terminal.warn):
+            with _reported(*_MISTAKES):
                 experiment = Experiment(config, terminal, stop.asked)
-            except _MISTAKES as error:
-                raise _WrongInput(_one_line(error)) from error
             terminal.plan(experiment)
-            results = experiment.run()
+            with _reported(Diverged, BadImages):
+                results = experiment.run()
     except Interrupted:
-        if speaks():
-            print(
-                f"Stopped. Continue with: torch-rsst run --resume --output {config.output}",
-                file=sys.stderr,
-            )
+        if is_main_process():
+            print(f"Stopped. Continue with: {again}", file=sys.stderr)
         return _INTERRUPTED
     except StoppedElsewhere:
         return _WRONG
-    except (Diverged, BadImages) as error:
-        raise _WrongInput(_one_line(error)) from error
     except OSError as error:
-        again = f"torch-rsst run --resume --output {config.output}"
-        raise _WrongInput(
-            message(
-                str(config.output),
-                expected="to write there",
-                got=str(error),
-                remedy=f"Check free space and permissions, then: {again}",
-            )
-        ) from error
-    if speaks():
+        remedy = f"Check free space and permissions, then: {again}"
+        text = message(str(folder.path), expected="to write there", got=str(error), remedy=remedy)
+        raise _WrongInput(text) from error
+    if is_main_process():
         print_summary(config.output, results)
     return 0
 
@@ -226,34 +221,27 @@ def _report(path: Path) -> int:
     from torch_rsst.recipes.run_folder import RunFolder
 
     folder = RunFolder(path)
-    try:
+    with _reported(ValueError, KeyError, OSError):
         results, receipt = folder.read_report(), folder.read_receipt()
-    except (ValueError, KeyError, OSError) as error:
-        raise _WrongInput(_one_line(error)) from error
     print_summary(path, results, offer=receipt is None)
     if receipt is not None:
         print_savings(receipt, folder.compact)
     return 0
 
 
-def _compact(config: Any) -> int:
+def _compact(config: CompactConfig) -> int:
     from torch_rsst.recipes.compacting import compact_run
     from torch_rsst.recipes.run_folder import RunFolder
 
-    folder = RunFolder(config.folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = print_warning  # type: ignore[assignment] # takes less apart
-            receipt = compact_run(config)
-    except (*_MISTAKES, RuntimeError) as error:
-        raise _WrongInput(_one_line(error)) from error
-    print_savings(receipt, folder.compact if config.output is None else config.output)
+    with _reported(*_MISTAKES, RuntimeError), _warnings_to(print_warning):
+        receipt = compact_run(config)
+    print_savings(receipt, config.output or RunFolder(config.folder).compact)
     return 0
 
 
 def _one_line(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, OSError) and error.errno is not None:  # the system's words, not ours
+    if isinstance(error, OSError) and error.errno is not None:  # the message is the system's
         text += ". Pass another folder, or check its permissions."
     return " ".join(text.split())
 

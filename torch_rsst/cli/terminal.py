@@ -1,4 +1,4 @@
-"""What people see of a run on the terminal: bars, lines, tables."""
+"""The terminal output of a run: progress bars, lines and tables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 
-def speaks() -> bool:
-    """Whether this is the process that talks: under torchrun, the first one."""
+def is_main_process() -> bool:
+    """Whether this process prints: under torchrun, the first one."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -28,7 +28,7 @@ class Terminal:
         )
 
         self._config = config
-        self._console = Console(highlight=False, quiet=not speaks())
+        self._console = Console(highlight=False, quiet=not is_main_process())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         left = TextColumn("{task.fields[left]}")
         self._progress = Progress(*columns, left, console=self._console, transient=True)
@@ -46,14 +46,14 @@ class Terminal:
             self._progress.stop()
 
     def plan(self, experiment: Any) -> None:
-        """Say what is about to happen."""
+        """Print what the run will do, and start the bars."""
         config = self._config
         parameters = sum(p.numel() for p in experiment.model.parameters())
         self._console.print(
             f"{experiment.trainer.name} of {parameters:,} parameters: {experiment.groups}. "
             f"{config.method} over "
             f"{config.rounds} rounds on {experiment.trainer.accelerator.device}; "
-            f"everything goes to {config.output}/"
+            f"all files are written to {config.output}/"
         )
         for note in notes(config):
             self._console.print(note)
@@ -86,7 +86,7 @@ class Terminal:
         """One step was made."""
         self._progress.advance(self._bar)
         self._made += 1
-        # By all the time since the start, so that evaluating and loading count.
+        # The time since the start includes evaluation and loading.
         seconds = (time.monotonic() - self._started) / self._made * (self._to_make - self._made)
         left = f"about {timedelta(seconds=round(seconds))} left"
         self._progress.update(self._whole, advance=1, left=left)
@@ -148,7 +148,7 @@ def print_forecast(found: Any, config: Any) -> None:
     )
     table = Table("layer", "kind", "units", "stay", title="units, by the weights as they are now")
     for layer in found.layers:
-        table.add_row(layer.layer or "(model)", layer.kind, f"{layer.units}", f"{layer.stay}")
+        table.add_row(layer.name or "(model)", layer.kind, f"{layer.before}", f"{layer.after}")
     console.print(table)
     table = Table("", "dense", "compacted", title="of the model")
     table.add_row("parameters", f"{found.before.parameters:,}", f"{found.after.parameters:,}")

@@ -157,13 +157,6 @@ def foreign(module: nn.Module, known: Iterable[str]) -> str | None:
     return None
 
 
-def removed_heads(module: nn.Module, removal: Removal, name: str = "num_heads") -> int:
-    """Lower a module's number of heads by those that were cut; returns what is left."""
-    left = int(getattr(module, name)) - removal.count
-    setattr(module, name, left)
-    return left
-
-
 __all__ = [
     "ADAPTERS",
     "KINDS",
@@ -177,6 +170,5 @@ __all__ = [
     "least_left",
     "own_parameters",
     "register",
-    "removed_heads",
     "rows",
 ]

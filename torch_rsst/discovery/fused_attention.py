@@ -11,10 +11,10 @@ from torch_rsst.discovery.adapter import (
     Unsupported,
     columns,
     foreign,
-    removed_heads,
     rows,
 )
 from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.discovery.head_attributes import head_count, reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, head_rows
 from torch_rsst.groups.surgery import Removal
 
@@ -32,8 +32,8 @@ class FusedAttention(Adapter):
     def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
         qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
-        heads = getattr(module, "num_heads", None)
-        if not (_is_projection(qkv) and _is_projection(proj) and isinstance(heads, int)):
+        heads = head_count(module)
+        if not (_is_projection(qkv) and _is_projection(proj)) or heads is None:
             return None
         given, width = _widths(qkv)[0], _widths(proj)[1]
         if not heads and not width:
@@ -61,9 +61,7 @@ class FusedAttention(Adapter):
         """See :class:`torch_rsst.discovery.Adapter`."""
         proj = module.proj
         assert isinstance(proj, (nn.Linear, nn.Conv2d))
-        if hasattr(module, "attn_dim"):
-            setattr(module, "attn_dim", _widths(proj)[1])  # noqa: B010 - mypy knows no attributes
-        return module if removed_heads(module, removal) else BiasOnly(proj)
+        return module if reduce_head_attributes(module, removal) else BiasOnly(proj)
 
 
 def _is_projection(layer: object) -> TypeGuard[nn.Linear | nn.Conv2d]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import Adapter, Unsupported
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.discovery.head_attributes import head_count, reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal, module_at, named_buffers
 from torch_rsst.masking.mask_sets import named_weights
@@ -110,10 +111,8 @@ class HeadAdapter(Adapter):
     """The modules that it knows."""
     parts: ClassVar[tuple[Part, ...]] = ()
     """What is dealt out to heads; the first one is the layer whose input is the module's, if any is."""
-    heads_at: ClassVar[str] = "num_heads"
-    """The attribute that counts the units."""
     scaled: ClassVar[tuple[str, ...]] = ()
-    """Further numbers that shrink in proportion; dotted where a child notes them."""
+    """Attributes that become smaller in proportion, beside those of :mod:`head_attributes`."""
     output: ClassVar[str] = "proj"
     """The layer whose bias is left once there are no heads."""
     slim: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -127,7 +126,7 @@ class HeadAdapter(Adapter):
 
     def units_of(self, module: nn.Module) -> int:
         """How many units a module has."""
-        return int(getattr(module, self.heads_at))
+        return head_count(module) or 0
 
     def why_not(self, module: nn.Module) -> str | None:
         """Why the units of a module of this family cannot be removed exactly, or None."""
@@ -154,12 +153,10 @@ class HeadAdapter(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        before = removal.layer.units
         if self.recalls:
             recall(module, removal.gone)
-        for name in dict.fromkeys((self.heads_at, *self.scaled)):
-            _scale(module, name, before - removal.count, before)
-        if removal.count == before and self.least == 0:
+        left = reduce_head_attributes(module, removal, self.scaled)
+        if left == 0 and self.least == 0:
             return self.emptied(module)
         return self.slimmed(module)
 
@@ -186,17 +183,6 @@ class HeadAdapter(Adapter):
 
 def _forward(cls: type[nn.Module]) -> object:
     return cls.forward
-
-
-def _scale(module: nn.Module, name: str, left: int, before: int) -> None:
-    path, _, attribute = name.rpartition(".")
-    try:
-        owner = module.get_submodule(path)
-    except AttributeError:
-        return  # an optional part that this module lacks
-    value = getattr(owner, attribute, None)
-    if isinstance(value, int) and value % before == 0:
-        setattr(owner, attribute, value // before * left)
 
 
 def recall(module: nn.Module, gone: Tensor) -> None:

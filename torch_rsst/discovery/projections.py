@@ -10,19 +10,11 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import columns, own_parameters, rows
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
+from torch_rsst.discovery.head_attributes import is_attention
 from torch_rsst.groups.groups import Member
 from torch_rsst.groups.surgery import replace_module
 from torch_rsst.masking.live_weight import ORIG
 
-_HEADS = (
-    "num_heads",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "n_heads",
-    "n_head",
-    "head_dim",
-)
-"""A module that notes one of these is an attention: its layers put out queries, keys and values."""
 _Shared = (nn.modules.batchnorm._BatchNorm, nn.PReLU)
 
 
@@ -61,7 +53,7 @@ def projections(module: nn.Module) -> list[Projection]:
     each, where nothing else in the module maps features.
     """
     containers = (nn.ModuleList, nn.ModuleDict)  # compute nothing themselves
-    if isinstance(module, containers) or any(hasattr(module, name) for name in _HEADS):
+    if isinstance(module, containers) or is_attention(module):
         return []
     children = list(module.named_children())
     direct = _among(children)

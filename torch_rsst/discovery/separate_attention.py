@@ -14,8 +14,6 @@ KEYS = ("k", "k_proj", "key", "key_proj", "to_k", "wk")
 VALUES = ("v", "v_proj", "value", "value_proj", "to_v", "wv")
 KEYS_AND_VALUES = ("kv", "kv_proj", "to_kv", "wkv")
 OUTPUTS = ("proj", "out_proj", "o_proj", "to_out", "to_out.0", "out", "wo", "fc_out")
-HEADS = ("num_kv_heads", "num_key_value_heads", "n_kv_heads", "num_heads", "n_heads", "heads")
-SCALED = (*HEADS, "attn_dim", "inner_dim", "all_head_size", "kv_dim")
 
 
 class SeparateAttention(HeadAdapter):
@@ -24,13 +22,6 @@ class SeparateAttention(HeadAdapter):
     Where a module notes fewer key/value heads than query heads, a unit is one of those with all the
     query heads that it serves. A linear layer of the module that is none of these makes it unknown.
     """
-
-    scaled = SCALED
-
-    def units_of(self, module: nn.Module) -> int:
-        """See :class:`HeadAdapter`."""
-        counts = (getattr(module, name, None) for name in HEADS)
-        return next((count for count in counts if isinstance(count, int)), 0)
 
     def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""

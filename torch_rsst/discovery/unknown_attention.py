@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported
-
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+from torch_rsst.discovery.head_attributes import head_count
 
 
 class UnknownAttention(Adapter):
@@ -19,8 +18,7 @@ class UnknownAttention(Adapter):
 
     def find(self, module: nn.Module) -> Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        heads = next((getattr(module, name) for name in _HEADS if hasattr(module, name)), None)
         projections = [m for m in module.children() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        if not isinstance(heads, int) or not heads or not projections:
+        if not head_count(module) or not projections:
             return None
         return Unsupported(f"no adapter knows the attention of {type(module).__name__}")

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.distributed.dtensor import placed_like
+from torch_rsst.distributed.dtensor import local, placed_like
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.masking.live_weight import MASK, ORIG
@@ -18,6 +18,8 @@ from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, dense_name
 from torch_rsst.utils.errors import MissingNameError, closest, listing, refuse
 
 Masks: TypeAlias = dict[str, Tensor]
+
+THRESHOLD = "Compare with a threshold first: mask > 0.5."
 
 # What DataParallel and DistributedDataParallel, torch.compile and FSDP put around a module.
 _OUTER_PREFIX = "module."
@@ -190,9 +192,7 @@ def dense_keys(state: Mapping[str, Any]) -> dict[str, str]:
     return inner
 
 
-def as_bool(
-    mask: Tensor, name: str, *, remedy: str = "Compare with a threshold first: mask > 0.5."
-) -> Tensor:
+def as_bool(mask: Tensor, name: str, *, remedy: str = THRESHOLD) -> Tensor:
     """A 0/1 tensor of any dtype as a new bool tensor.
 
     Args:
@@ -246,7 +246,7 @@ def _binary(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if wrong:
         remedy = "A mask set maps parameter names to tensors."
         refuse(TypeError, "masks", "a mask set", wrong[0], remedy)
-    return {name: check_binary(mask, name) for name, mask in masks.items()}
+    return {name: _checked(mask, name, THRESHOLD) for name, mask in masks.items()}
 
 
 def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Compact the model of a finished run: what ``torch-rsst compact`` does."""
+"""``torch-rsst compact``: compact the model of a finished run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from torch_rsst.utils.errors import listing, refuse
 
 
 def compact_run(config: CompactConfig) -> dict[str, Any]:
-    """Cut what is gone, compare on the held-out data, measure, and save.
+    """Cut units that are gone, compare on the held-out data, measure, and save.
 
     Returns:
         the receipt, with ``accuracy`` in percent and the number of ``images``.
 
     Raises:
         OSError, ValueError: for a folder that holds no finished run, an option out of its range, an
-            output folder that holds something else, or images that are not there any more.
-        RuntimeError: where the smaller model puts out something else than the masked one.
+            output folder that holds something else, or images that do not exist any more.
+        RuntimeError: where the outputs of the smaller and of the masked model differ.
     """
     check_count(config.images, "images", at_least=1)
     run = RunFolder(config.folder)
@@ -61,7 +61,7 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
 
 
 def _moved(own: RunConfig, config: CompactConfig) -> RunConfig:
-    # By its name: "auto" would be a folder once there is one.
+    # With the data set by its name: "auto" means a folder once there is data_dir.
     moved = replace(own, dataset=own.source, data_dir=config.data_dir)
     moved.check()
     return moved
@@ -70,7 +70,7 @@ def _moved(own: RunConfig, config: CompactConfig) -> RunConfig:
 def _held_out(config: RunConfig, model: nn.Module, results: Mapping[str, Any]) -> DataLoader[Any]:
     images = open_images(config, processes=1)
     if images.labels != results["classes"]:
-        expected = f"the classes that the model tells apart: {_classes(results['classes'])}"
+        expected = f"the classes of the model: {_classes(results['classes'])}"
         remedy = "Pass --data-dir with the images of the run."
         got = _classes(images.labels)
         refuse(ValueError, "images", expected, got, remedy)
@@ -84,7 +84,7 @@ def _classes(labels: list[str] | int) -> str:
 
 
 def _first(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
-    """The first images that are held out."""
+    """The first held-out images."""
     found: list[Tensor] = []
     for images, _ in batches:
         found.append(images[: count - sum(map(len, found))])
@@ -94,7 +94,7 @@ def _first(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
 
 
 def _accuracies(models: list[nn.Module], batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
-    """Of each model, in percent, on the same batches."""
+    """The accuracy of each model in percent, on the same batches."""
     right, seen = torch.zeros(len(models), dtype=torch.float64), 0
     with torch.inference_mode():
         for images, labels in batches:

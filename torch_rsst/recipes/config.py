@@ -1,4 +1,4 @@
-"""The options of each command: frozen dataclasses, which are the command line and ``config.yaml``."""
+"""The options of each command: frozen dataclasses, from the command line or ``config.yaml``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch_rsst.recipes.pruning_options import PruningOptions
 from torch_rsst.recipes.training_options import TrainingOptions
 from torch_rsst.utils.errors import listing, message, refuse, unknown_choice
 
-# What a resumed run may change: where it runs, not what it computes.
+# Options that a resumed run may change: they do not change what it computes.
 _FREE_ON_RESUME = ("output", "device", "workers", "data_dir")
 # Data sets whose images come in an order that depends on how many processes read them.
 _STREAMS = ("wds/", "hfids/", "tfds/")
-# What to do, rather than what the run is: not written down.
+# Options that say what to do now; config.yaml leaves them out.
 _ORDERS = ("resume", "config", "dry_run", "write_config")
 _ONLY_WITH = {
     "rsst": ("schedule", "strength", "mode"),
@@ -55,14 +55,14 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
     """Start from the options in this YAML file, or of this recipe: digits, vit-cifar10, vit-cifar100,
     resnet18-channels or deit-imagenet. Options beside it win."""
     dry_run: bool = False
-    """Say what would be done, and train nothing."""
+    """Show what would be done, and train nothing."""
     write_config: Path | None = None
     """Write all options to this YAML file, and train nothing."""
 
     def check(self) -> None:
         """Raise unless every option is in its range.
 
-        Not at construction, so that the command line can say it in its own words.
+        Not at construction: defaults and files are read before they are checked.
 
         Raises:
             TypeError, ValueError: with the option, what is expected and the remedy.
@@ -74,7 +74,7 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
             part.check(self)
 
     def without_effect(self) -> dict[str, str]:
-        """Options that differ from their defaults but act elsewhere only → what makes them idle."""
+        """Options that differ from their defaults but have no effect → the option that is the reason."""
         other = "refill" if self.method == "rsst" else "rsst"
         idle = dict.fromkeys(_ONLY_WITH[other], f"--method {self.method}")
         if self.source == "digits":
@@ -87,7 +87,7 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
         return {name: why for name, why in idle.items() if getattr(self, name) != defaults[name]}
 
     def to_yaml(self) -> str:
-        """The options that make the run what it is, as YAML."""
+        """The options that the results depend on, and where they are written, as YAML."""
         kept = {key: value for key, value in asdict(self).items() if key not in _ORDERS}
         plain = TypeAdapter(dict[str, Any]).dump_python(kept, mode="json")
         text: str = yaml.safe_dump(plain, sort_keys=False)
@@ -95,10 +95,10 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
 
     @classmethod
     def from_yaml(cls, text: str, source: Path) -> RunConfig:
-        """Read options back; what is left out has its default.
+        """Read options; those that are missing have their defaults.
 
         Raises:
-            TypeError, ValueError: for a file that is no mapping of known options, or has wrong ones.
+            TypeError, ValueError: for a file that is not a mapping of known options, or has wrong values.
         """
         try:
             options: Any = yaml.safe_load(text)
@@ -112,7 +112,7 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
         try:
             config = TypeAdapter(cls).validate_python(dict(options))
             config.check()
-        except ValidationError as error:  # says of everything that is wrong; the first will do
+        except ValidationError as error:  # lists everything that is wrong
             first = error.errors()[0]
             got = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
             raise ValueError(_bad_file(source, got)) from error
@@ -166,20 +166,20 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class CompactConfig:
-    """Cut what is gone out of the model of a finished run, and measure what that saves."""
+    """Cut units that are gone out of the model of a finished run, and measure what that saves."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The run's output folder."""
     output: Path | None = None
     """Folder for the smaller model; by default the folder "compact" in that of the run."""
     round_to: int = 1
-    """Leave units of each layer such that their number is a multiple of this."""
+    """Keep a number of units in each layer that is a multiple of this."""
     export: bool = False
     """Also write a torch.export program, which runs without this library."""
     images: int = 512
-    """Held-out images to compare outputs, count work and measure times on, at most."""
+    """Largest number of held-out images on which outputs are compared and times measured."""
     data_dir: Path | None = None
-    """Where the images are now, if not where the run had them."""
+    """Folder of the images, if they have been moved since the run."""
 
 
 def _bad_file(source: Path, got: str) -> str:

@@ -1,4 +1,4 @@
-"""Which images a run trains on, and what is done to them."""
+"""The options for images and their augmentation."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ class DataOptions:
     for each class. torchvision/NAME: a data set of torchvision, such as torchvision/CIFAR10. Or a name for
     timm's readers: wds/…, hfds/…, hfids/…, tfds/…, torch/…"""
     data_dir: Path | None = None
-    """Where the images are, or are to be downloaded to."""
+    """Folder of the images, or where to download them."""
     train_split: str = "train"
-    """Name of the part to train on; for web shards also a pattern such as 'train-{0000..0099}.tar|100000'."""
+    """Name of the training part; for web shards also a pattern such as 'train-{0000..0099}.tar|100000'."""
     val_split: str = "validation"
-    """Name of the part to evaluate on."""
+    """Name of the held-out part."""
     download: bool = False
-    """Let the data set download itself, where it can."""
+    """Download the data set, where it supports that."""
     num_classes: int | None = None
-    """How many classes there are, where the data does not tell (web shards)."""
+    """Number of classes, for data that does not hold it (web shards)."""
     image_size: int | None = None
-    """Pixels of a side; by default what the model was made for."""
+    """Height and width in pixels; by default those that the model was trained with."""
     workers: int | None = None
-    """Processes that load images; by default 4, or as many as there are processors; none for digits."""
+    """Processes that load images; by default 4, or the number of processors if that is less, and none for digits."""
     crop_scale: float = 0.08
-    """Smallest share of an image's area that random crops take (not of digits)."""
+    """Smallest share of an image's area in a random crop (not for digits)."""
     flip: float = 0.5
-    """Chance of a horizontal flip (not of digits)."""
+    """Probability of a horizontal flip (not for digits)."""
     color_jitter: float = 0.4
-    """How much brightness, contrast and saturation change (not of digits)."""
+    """How much brightness, contrast and saturation change (not for digits)."""
     auto_augment: str | None = None
-    """A policy of timm, such as rand-m9-mstd0.5-inc1 (not of digits)."""
+    """A policy of timm, such as rand-m9-mstd0.5-inc1 (not for digits)."""
     random_erasing: float = 0.0
-    """Chance of a random patch being erased (not of digits)."""
+    """Probability that a random patch is erased (not for digits)."""
     mixup: float = 0.0
     """Alpha of mixup; 0: off."""
     cutmix: float = 0.0
     """Alpha of CutMix; 0: off."""
     label_smoothing: float = 0.0
-    """Share of a label that is spread over all classes."""
+    """Label smoothing, as in torch.nn.CrossEntropyLoss."""
 
     @property
     def source(self) -> str:
-        """The data set that is meant."""
+        """The data set, with auto resolved."""
         automatic = "digits" if self.data_dir is None else "folder"
         return automatic if self.dataset == "auto" else self.dataset
 
@@ -60,7 +60,7 @@ class DataOptions:
         return self.mixup > 0.0 or self.cutmix > 0.0
 
     def check(self) -> None:
-        """Raise unless every option is in its range; whether the data is there is seen later."""
+        """Raise unless every option is in its range; whether the data exists is checked later."""
         if self.source != "digits" and self.data_dir is None:
             expected = f"where the images of --dataset {self.dataset} are"
             remedy = "Pass --data-dir FOLDER."

@@ -1,4 +1,4 @@
-"""The embedded default: scikit-learn's 1,797 handwritten digits and a small timm ViT for them."""
+"""The default data and model: scikit-learn's 1,797 handwritten digits and a small timm ViT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUILD: dict[str, Any] = {
         "weight_init": "jax",  # the default is tuned for widths of hundreds and learns slowly here
     },
 }
-"""How the model is built; goes with it when it is saved."""
+"""How the model is built; saved with it."""
 
 
 def model() -> nn.Module:
@@ -40,7 +40,7 @@ def model() -> nn.Module:
 def datasets(size: int = SIZE) -> tuple[TensorDataset, TensorDataset]:
     """Training and held-out data: images (1, size, size) float32, normalized, and labels int64.
 
-    The held-out quarter is the same whatever the seed of a run.
+    The held-out quarter does not depend on the seed of a run.
     """
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
@@ -57,7 +57,7 @@ def datasets(size: int = SIZE) -> tuple[TensorDataset, TensorDataset]:
 
 
 class Shifted(Dataset[tuple[Tensor, Tensor]]):
-    """Digits shifted by up to an eighth of their size; what comes in is background."""
+    """Digits shifted by up to an eighth of their size, and filled with background."""
 
     def __init__(self, digits: TensorDataset) -> None:
         images = digits.tensors[0]

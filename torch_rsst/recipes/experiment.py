@@ -28,10 +28,10 @@ _ZERO = 0.01
 
 
 class Observer(Protocol):
-    """Is told what happens; shows it or not."""
+    """Gets the progress of a run, to show it."""
 
     def stage(self, stage: Stage, steps: int, done: int) -> None:
-        """A stage of ``steps`` steps begins, ``done`` of them made before."""
+        """A stage of ``steps`` steps begins; ``done`` of them were made before."""
 
     def step(self) -> None:
         """One optimizer step was made."""
@@ -42,7 +42,7 @@ class Observer(Protocol):
 
 @dataclass
 class Progress:
-    """Where the run is: what a checkpoint holds beside model, optimizer and rounds."""
+    """The progress of a run: what a checkpoint holds beside model, optimizer and rounds."""
 
     stage: str = "dense"
     step: int = 0
@@ -86,7 +86,7 @@ class Experiment:
             raise
 
     def _claim_folder(self) -> None:
-        """Open the folder on the process that writes; the others go on or stop with it."""
+        """Open the folder on the process that writes; the others continue or stop with it."""
         problem: Exception | None = None
         if self.writes:
             try:
@@ -109,11 +109,11 @@ class Experiment:
         before, now = state.get("images"), self.trainer.images.contents
         if isinstance(before, dict) and before != now:
             remedy = "Put the images back as they were, or start a new run."
-            expected = f"the images that the run began with, {_told(before)}"
-            refuse(ValueError, "images", expected, _told(now), remedy)
+            expected = f"the images that the run began with, {_described(before)}"
+            refuse(ValueError, "images", expected, _described(now), remedy)
         try:
             self._restore(state)
-        except Exception as error:  # whatever does not fit, this is not our checkpoint
+        except Exception as error:  # of many kinds, for a checkpoint of something else
             raise self.folder.bad_checkpoint(error) from error
 
     @property
@@ -130,36 +130,36 @@ class Experiment:
         return epochs * self.trainer.steps_per_epoch + self.progress.step
 
     def run(self) -> dict[str, Any]:
-        """Do what is left to do, then free the folder.
+        """Train the stages that are left, then unlock the folder.
 
         Returns:
             the results, as in ``report.json``.
 
         Raises:
             Interrupted: when asked to stop; the checkpoint is written.
-            Diverged: when the loss is no number any more.
+            Diverged: when the loss is not finite.
             BadImages: for images that cannot be read, or have no class.
             OSError: where the folder cannot be written.
         """
-        vain = together = False
+        failed_early = in_step = False
         try:
             results = self._run()
-            together = True
+            in_step = True
             return results
         except Interrupted:
-            together = True  # all processes are
+            in_step = True  # all processes stop at the same step
             raise
         except BadImages:
-            # Found only as they were read. Nothing stays that a corrected command would stumble over.
-            vain = not self.records and not self.config.resume
+            # Found only when they were read. A corrected command needs an empty folder.
+            failed_early = not self.records and not self.config.resume
             raise
         finally:
-            self._close(withdraw=vain, together=together)
+            self._close(withdraw=failed_early, in_step=in_step)
 
-    def _close(self, *, withdraw: bool = False, together: bool = False) -> None:
-        if together:  # a process that leaves while another is at work now and then aborts in gloo
+    def _close(self, *, withdraw: bool = False, in_step: bool = False) -> None:
+        if in_step:  # gloo may abort where a process ends while another still works
             self.trainer.accelerator.wait_for_everyone()
-        if together or self.config.log:
+        if in_step or self.config.log:
             self.trainer.accelerator.end_training()
         if self.writes:
             if withdraw:
@@ -211,7 +211,7 @@ class Experiment:
     def _after_step(self, done: int) -> None:
         self.progress.step = done
         self.observer.step()
-        if done % self.trainer.steps_per_epoch:  # at the end of an epoch its record comes first
+        if done % self.trainer.steps_per_epoch:  # at the end of an epoch it is recorded first
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
@@ -223,7 +223,7 @@ class Experiment:
         self.progress.stage, self.progress.step = stage, 0
         self._save()
 
-    # What is written down
+    # Records and results
 
     def _record_epoch(self, stage: Stage, epoch: Epoch, rnd: Round | None) -> None:
         record: dict[str, Any] = {
@@ -305,7 +305,7 @@ class Experiment:
         content = save(tensors, {"format": "pt"})
         write_atomically(self.folder.weights, lambda file: file.write(content))
         self._present(report, results)
-        self.folder.write_report(results)  # last: it is what says that the run has finished
+        self.folder.write_report(results)  # last: it marks the run as finished
         self.folder.checkpoint.unlink(missing_ok=True)
 
     def _present(self, report: SparsityReport, results: dict[str, Any]) -> None:
@@ -366,7 +366,7 @@ class Experiment:
         self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
 
 
-def _told(contents: dict[str, Any]) -> str:
+def _described(contents: dict[str, Any]) -> str:
     parts = {key: value for key, value in contents.items() if key != "classes"}
     classes = contents["classes"]
     named = f"classes {listing(classes)}" if isinstance(classes, list) else f"{classes} classes"
@@ -376,7 +376,7 @@ def _told(contents: dict[str, Any]) -> str:
 
 
 def sparsity_of(kind: str) -> str:
-    """The name under which results hold the share of a kind of units that is gone."""
+    """The key in the results of the share of a kind of units that is gone."""
     return f"{kind.removesuffix('s')}_sparsity"
 
 

@@ -1,4 +1,4 @@
-"""What a run would do: its dry run, which trains nothing and writes nothing."""
+"""The dry run: what a run would do. Nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 import torch_rsst
 from torch_rsst.compaction.cost import Cost, measure_cost
+from torch_rsst.compaction.planning import PlannedLayer
 from torch_rsst.groups.groups import Groups
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.pruning import data_source, find_units, make_rounds
@@ -20,24 +21,14 @@ from torch_rsst.utils.errors import RSSTWarning
 
 
 @dataclass(frozen=True)
-class PlannedUnits:
-    """One layer of units: how many there are, and how many would stay by the weights of today."""
-
-    layer: str
-    kind: str
-    units: int
-    stay: int
-
-
-@dataclass(frozen=True)
 class Memory:
-    """Bytes that training takes, of one process.
+    """Bytes that training takes in one process.
 
     Attributes:
         model: weights, their masks and the products of both.
-        gradients: of all weights.
-        optimizer: its state, and the average of weights where there is one.
-        activations: kept for the backward pass of one batch.
+        gradients: gradients of all weights.
+        optimizer: the state of the optimizer, and the moving average of weights, if there is one.
+        activations: activations that are kept for the backward pass of one batch.
     """
 
     model: int
@@ -47,31 +38,31 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all four."""
         return self.model + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What would become of a model.
+    """What a run would do.
 
     Attributes:
-        name: of the model.
-        device: to train on.
-        images: to train on, and how many are held out.
-        classes: of images.
-        layers: what would become of each layer of units.
-        before: parameters and multiply-adds of one image, dense.
-        after: the same when compacted.
-        steps: optimizer steps: dense, of all rounds, of fine-tuning.
-        memory: that training takes.
+        name: the name of the model.
+        device: where it is trained.
+        images: the numbers of images to train on and of held-out images.
+        classes: the number of classes.
+        layers: each layer of units, with how many there are and how many would stay.
+        before: parameters and multiply-adds of one image, of the dense model.
+        after: the same of the compacted model.
+        steps: optimizer steps of the dense stage, of all rounds and of fine-tuning.
+        memory: the memory that training takes.
     """
 
     name: str
     device: str
     images: tuple[int, int]
     classes: int
-    layers: tuple[PlannedUnits, ...]
+    layers: tuple[PlannedLayer, ...]
     before: Cost
     after: Cost
     steps: tuple[int, int, int]
@@ -79,14 +70,15 @@ class Forecast:
 
 
 def forecast(config: RunConfig) -> Forecast:
-    """Build model and data, choose units by the weights as they are, and count.
+    """Build model and data, choose units by the present weights, and count.
 
-    Raises whatever the run itself would raise before its first step.
+    Raises:
+        Exception: as the run itself would before its first step.
     """
     config.check()
     trainer = Trainer(config)
     groups = find_units(config, trainer)
-    make_rounds(config, trainer, groups)  # for what it refuses
+    make_rounds(config, trainer, groups)  # raises where the options do not fit
     model, device = trainer.bare, trainer.accelerator.device
     image = trainer.example[:1].to(device)
     small = _smaller(config, trainer, groups)
@@ -109,7 +101,7 @@ def forecast(config: RunConfig) -> Forecast:
 
 
 def _smaller(config: RunConfig, trainer: Trainer, groups: Groups) -> nn.Module:
-    """What compaction would leave, if the units that score lowest today were those that go."""
+    """The compacted model, if the units that score lowest now were removed."""
     model = copy.deepcopy(trainer.bare)
     fillback = config.fillback_rate if config.method == "refill" else 0.0
     refill = torch_rsst.regroup(
@@ -124,21 +116,21 @@ def _smaller(config: RunConfig, trainer: Trainer, groups: Groups) -> nn.Module:
     )
     torch_rsst.apply_mask(model, refill)
     with warnings.catch_warnings():
-        # What cannot be folded depends on the weights: it says nothing of those after training.
+        # Warnings about what cannot be cut depend on the weights, which training changes.
         warnings.simplefilter("ignore", RSSTWarning)
         example = trainer.example.to(trainer.accelerator.device)
         return torch_rsst.compact(model, groups, example_inputs=example)
 
 
-def _layers(model: nn.Module, small: nn.Module, groups: Groups) -> tuple[PlannedUnits, ...]:
+def _layers(model: nn.Module, small: nn.Module, groups: Groups) -> tuple[PlannedLayer, ...]:
     before, after = (dict(m.named_parameters()) for m in (model, small))
     layers = []
     for layer in groups.layers:
         member = layer.ranked[0]
-        kept = after.get(member.parameter)  # a layer of which nothing stays may have none
+        kept = after.get(member.parameter)  # None where no unit stays
         wide = before[member.parameter].shape[member.dim]
         share = 0.0 if kept is None else kept.shape[member.dim] / wide
-        layers.append(PlannedUnits(layer.name, layer.kind, layer.units, round(share * layer.units)))
+        layers.append(PlannedLayer(layer.name, layer.kind, layer.units, round(share * layer.units)))
     return tuple(layers)
 
 
@@ -166,7 +158,7 @@ def _memory(config: RunConfig, trainer: Trainer, groups: Groups) -> Memory:
 
 
 def _activations(config: RunConfig, trainer: Trainer) -> int:
-    """What autograd keeps of one batch, counted on two images."""
+    """Bytes that autograd keeps for one batch, measured on two images."""
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Images by name: digits, a folder, a data set of torchvision, or whatever timm's readers read."""
+"""Images by name: digits, a folder, a data set of torchvision, or one of timm's readers."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _TORCHVISION = "torchvision/"
 _READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")  # of timm
 
 
-class BadImages(ValueError):  # noqa: N818 - of the data, not a fault of ours
+class BadImages(ValueError):  # noqa: N818 - wrong data, not a bug
     """Images that cannot be read, or are labeled as none of the classes."""
 
     def __init__(self, text: str) -> None:
-        # What a loading process raises comes back wrapped into its traceback.
+        # An error of a loading process arrives with its traceback as text.
         super().__init__(text.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """What a run trains on and is judged by; images are not transformed before :meth:`prepared`.
+    """The images of a run; they are not transformed before :meth:`prepared`.
 
     Attributes:
-        train: to train on.
-        held_out: to evaluate on.
-        classes: how many there are.
-        names: of the classes, in order, where the data tells.
-        channels: of an image.
+        train: the images to train on.
+        held_out: the images to evaluate on.
+        classes: the number of classes.
+        names: the names of the classes, in order, where the data has them.
+        channels: the channels of an image.
     """
 
     train: Dataset[Any]
@@ -53,28 +53,28 @@ class Images:
 
     @property
     def labels(self) -> list[str] | int:
-        """The classes: their names, or how many there are."""
+        """The names of the classes, or their number."""
         return list(self.names) or self.classes
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What a resumed run must find again: classes, and how many images there are."""
-        if self.streams:  # which are counted by the process
+        """What must be equal in a resumed run: classes and numbers of images."""
+        if self.streams:  # each process counts its share
             return {"classes": self.labels}
         counts = (len(part) for part in (self.train, self.held_out))  # type: ignore[arg-type]
         return {"classes": self.labels, **dict(zip(("train", "held_out"), counts, strict=True))}
 
     @property
     def streams(self) -> bool:
-        """Whether images come in an order of their own, and cannot be asked for by number."""
+        """Whether images come in an order of their own, and cannot be read by index."""
         return isinstance(self.train, IterableDataset)
 
     def prepared(self, config: RunConfig, form: Mapping[str, Any]) -> Images:
-        """The same with transforms.
+        """The images with transforms.
 
         Args:
-            config: says how to augment.
-            form: what the model takes, as :func:`timm.data.resolve_data_config` tells.
+            config: the options for augmentation.
+            form: size and normalization, from :func:`timm.data.resolve_data_config`.
         """
         if config.source == "digits":
             train, held_out = digits.datasets(form["input_size"][-1])
@@ -83,16 +83,16 @@ class Images:
         evaluating = create_transform(
             **shape, crop_pct=form["crop_pct"], crop_mode=form["crop_mode"]
         )
-        # Data sets of torchvision give gray images as such; models take three channels.
+        # Some data sets of torchvision have gray images; models take three channels.
         self.train.transform = Compose([_in_color, _augmenting(config, shape)])  # type: ignore[attr-defined]
         self.held_out.transform = Compose([_in_color, evaluating])  # type: ignore[attr-defined]
         return self
 
 
 class Files(Dataset[Any]):
-    """Images of one of timm's readers; what cannot be read is an error that names the file.
+    """Images of one of timm's readers; a file that cannot be read is an error that names it.
 
-    timm's own data set takes the next image instead: then accuracies are of other images than meant.
+    timm's own data set reads the next image instead, which changes what an accuracy is measured on.
     """
 
     def __init__(self, reader: Any) -> None:
@@ -138,10 +138,10 @@ def _augmenting(config: RunConfig, shape: Mapping[str, Any]) -> Any:
 
 
 def open_images(config: RunConfig, *, processes: int) -> Images:
-    """Find the images that a run is about.
+    """Open the images of a run.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: where they are not there.
+        FileNotFoundError, NotADirectoryError: where they do not exist.
         ValueError: for an unknown data set, or classes that do not match.
         ModuleNotFoundError: where a reader needs a package that is missing.
     """
@@ -217,15 +217,15 @@ def _open(config: RunConfig, root: Path, *, training: bool, processes: int) -> D
     if isinstance(dataset, ImageDataset):
         return Files(reader)
     if not training and hasattr(reader, "dist_num_replicas"):
-        # Shares of shards are not equal, and some images would be left out or counted twice: every
-        # process reads all, and judges its share of the batches.
+        # Shards hold unequal numbers of images, and some would be left out or counted twice: every
+        # process reads all, and evaluates its share of the batches.
         reader.dist_rank, reader.dist_num_replicas = 0, 1
     return dataset
 
 
 @contextmanager
 def _without_logs() -> Iterator[None]:
-    """Readers log what they miss; where it is needed, they also raise, and that is shown."""
+    """Silence the log of timm's readers: the errors that they raise are shown."""
     logger = logging.getLogger("timm.data")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -236,7 +236,7 @@ def _without_logs() -> Iterator[None]:
 
 
 def _part(root: Path, split: str, *, training: bool) -> Path:
-    """The folder of a part: by its name, or by another name of the held-out part."""
+    """The folder of a part, by its name or by another name of the held-out part."""
     names = [split] if training or split != _HELD_OUT[0] else _HELD_OUT
     for name in names:
         for found in (root / name, root / f"{name}.tar"):
@@ -295,7 +295,7 @@ def _of_torchvision(config: RunConfig, root: Path, *, training: bool) -> Dataset
 
 
 def _classes(dataset: Any) -> list[str]:
-    """The names of the classes, as far as a data set tells; else none."""
+    """The names of the classes of a data set; empty where it has none."""
     reader = getattr(dataset, "reader", None)
     known = getattr(reader, "class_to_idx", None) or getattr(dataset, "classes", None) or []
     return sorted(map(str, known))
@@ -304,7 +304,7 @@ def _classes(dataset: Any) -> list[str]:
 def _check_classes(config: RunConfig, found: int | None) -> int:
     given = config.num_classes
     if found is None and given is None:
-        expected, remedy = "a number: this data set does not tell", "Pass --num-classes."
+        expected, remedy = "a number, which this data set does not hold", "Pass --num-classes."
         refuse(ValueError, "num_classes", expected, "none", remedy)
     if found is not None and given is not None and found != given:
         expected, remedy = f"{found}, as the data has", "Leave --num-classes away."

@@ -1,4 +1,4 @@
-"""Batches in an order that a resumed run repeats, whatever loads them."""
+"""Batches in an order that a resumed run repeats, with any number of workers."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _WORKERS = 4
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed PyTorch, NumPy and Python by some numbers, such as that of a step."""
+    """Seed PyTorch, NumPy and Python from some numbers, such as that of a step."""
     mixed = 0
     for number in numbers:
-        mixed = (mixed * 1_000_003 + number + 1) % (2**32 - 5)  # a prime: no two steps in step
+        mixed = (mixed * 1_000_003 + number + 1) % (2**32 - 5)  # a prime
     random.seed(mixed)
     np.random.seed(mixed)
-    # torch.manual_seed notes a call for each kind of device that has not started, a millisecond each time.
+    # torch.manual_seed queues a call for each kind of device that is not initialized: a millisecond each time.
     torch.default_generator.manual_seed(mixed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(mixed)
 
 
 class Checked(Dataset[Any]):
-    """A data set of which every image can be read and is of one of the classes, or is an error."""
+    """A data set that raises for an image that cannot be read or is of none of the classes."""
 
     def __init__(self, dataset: Dataset[Any], classes: int) -> None:
         self._dataset, self._classes = dataset, classes
@@ -64,7 +64,7 @@ class Checked(Dataset[Any]):
 
 
 class Seeded(Checked):
-    """A data set whose augmentation depends on seed, epoch and index alone.
+    """A data set whose augmentation depends on seed, epoch and index only.
 
     So it is the same for any number of workers and processes, and after a resume.
     """
@@ -83,9 +83,9 @@ class Seeded(Checked):
 
 
 class Loaders:
-    """The batches of a run: an epoch to train on, and what is held out.
+    """The batches of a run: epochs of training images, and held-out images.
 
-    A batch is shared out over processes, so that it is as large, and an epoch as long, on any number.
+    A batch is split over the processes: its size and the length of an epoch do not depend on their number.
     """
 
     def __init__(self, config: RunConfig, images: Images, accelerator: Accelerator) -> None:
@@ -109,20 +109,20 @@ class Loaders:
         """Batches of an epoch."""
         if not self._images.streams:
             return len(self._train)
-        # The length of a stream is that of the share of one process.
+        # The length of a stream counts the share of one process.
         return len(self._images.train) // self._share  # type: ignore[arg-type]
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch on this process's device, from one on."""
+        """The batches of an epoch on this process's device, from batch ``first`` on."""
         if not self._images.streams:
-            self._train.set_epoch(number)  # hidden once batches are skipped
-            self._augmented.set_epoch(number)  # Accelerate may tell the sampler alone
+            self._train.set_epoch(number)  # lost once batches are skipped
+            self._augmented.set_epoch(number)  # Accelerate may set it for the sampler only
             yield from skip_first_batches(self._train, first) if first else self._train
             return
         self._images.train.set_epoch(number)  # type: ignore[attr-defined]
-        seed_everything(self._config.seed, number)  # of which the workers make theirs
+        seed_everything(self._config.seed, number)  # from which the workers derive theirs
         found = 0
-        # What comes before is read and left: only so the rest is the same.
+        # The batches before it are read and dropped: only then the rest is the same.
         for found, (images, labels) in enumerate(islice(self._train, len(self)), 1):
             if found > first:
                 check_labels(int(labels.min()), int(labels.max()), self._images.classes)
@@ -134,7 +134,7 @@ class Loaders:
             refuse(BadImages, self._config.source, expected, got, remedy)
 
     def held_out(self) -> Iterator[Batch]:
-        """What is held out: the share of this process."""
+        """The share of this process of the held-out batches."""
         accelerator, streams, number = self._accelerator, self._images.streams, -1
         for number, (images, labels) in enumerate(self._held_out):
             check_labels(int(labels.min()), int(labels.max()), self._images.classes)
@@ -146,7 +146,7 @@ class Loaders:
             refuse(BadImages, self._config.source, expected, "none readable", remedy)
 
     def samples(self, batches: int) -> Iterator[Batch]:
-        """Training batches to measure importance on: the share of this process, always the same."""
+        """The share of this process of the training batches to measure importance on; always the same."""
         if self._images.streams:
             yield from islice(self.epoch(0), batches)
             return
@@ -165,7 +165,7 @@ class Loaders:
 
     def _own_part(self, dataset: Dataset[Any]) -> Dataset[Any]:
         processes, own = self._accelerator.num_processes, self._accelerator.process_index
-        if processes == 1 or isinstance(dataset, IterableDataset):  # which shares out by itself
+        if processes == 1 or isinstance(dataset, IterableDataset):  # which splits itself
             return dataset
         return Subset(dataset, range(own, len(dataset), processes))  # type: ignore[arg-type]
 
@@ -190,7 +190,7 @@ def held_out_loader(
     part: Dataset[Any] | None = None,
     batch_size: int | None = None,
 ) -> DataLoader[Any]:
-    """Batches of what is held out, or of a part of it, on the CPU."""
+    """Batches of the held-out images, or of a part of them, on the CPU."""
     dataset, workers = images.held_out if part is None else part, _workers(config)
     if images.streams:
         workers = _of_stream(dataset, workers, 1)
@@ -207,9 +207,9 @@ def _workers(config: RunConfig) -> int:
 
 
 def _of_stream(dataset: Any, workers: int, processes: int) -> int:
-    """How many processes may read a stream: each takes at least one shard, if there are shards.
+    """How many processes may read a stream: each reads at least one shard, if there are shards.
 
-    At least one: readers draw random numbers as they go, not from those of the model.
+    At least one: a reader draws random numbers, which must not come from the generator of the model.
     """
     known = getattr(getattr(dataset, "reader", None), "split_info", None)
     shards = getattr(known, "filenames", None)
@@ -223,7 +223,7 @@ def _of_stream(dataset: Any, workers: int, processes: int) -> int:
 
 
 def check_batch_size(config: RunConfig, images: Images, processes: int) -> None:
-    """Raise unless batches can be shared out and there are images enough for one step."""
+    """Raise unless batches can be split and there are enough images for one step."""
 
     def refuse_batch_size(expected: str, remedy: str) -> None:
         refuse(ValueError, "batch_size", expected, config.batch_size, remedy)
@@ -236,7 +236,7 @@ def check_batch_size(config: RunConfig, images: Images, processes: int) -> None:
             "an even number on each process, to mix images", "Pass another --batch-size."
         )
     found = len(images.train)  # type: ignore[arg-type]
-    if images.streams:  # which count the share of one process
+    if images.streams:  # the length counts the share of one process
         found *= processes
     if config.batch_size * config.accumulation > found:
         times = f" by {config.accumulation} (--accumulation)" if config.accumulation > 1 else ""

@@ -1,4 +1,4 @@
-"""The model of a run: one of timm, by name."""
+"""The model of a run: a timm model, by name."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DIGITS = "vit_digits"
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A model, how it is built, and what it takes.
+    """A model, how it is built, and the images that it expects.
 
     Attributes:
-        model: on the CPU.
-        name: of it.
+        model: the model, on the CPU.
+        name: its name.
         build: for :func:`torch_rsst.save_compact`: builds it again, without pretrained weights.
-        form: size and normalization of images, as :func:`timm.data.resolve_data_config` tells.
+        form: size and normalization of images, from :func:`timm.data.resolve_data_config`.
     """
 
     model: nn.Module
@@ -73,7 +73,7 @@ def choose_model(config: RunConfig, images: Images) -> Chosen:
 
 
 def _try(model: nn.Module, name: str, size: tuple[int, ...], classes: int) -> None:
-    """Raise where a model does not turn images of a size into a score for each class."""
+    """Raise unless a model maps images of a size to a score for each class."""
     try:
         with torch.inference_mode():
             outputs = model.eval()(torch.zeros(2, *size))
@@ -107,7 +107,7 @@ def _options(config: RunConfig, name: str, images: Images) -> dict[str, Any]:
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
     origin = timm.get_pretrained_cfg(name)
-    # Others take images of any size, and no such argument.
+    # Other models take images of any size, and have no such argument.
     if config.image_size and origin is not None and origin.fixed_input_size:
         options["img_size"] = config.image_size
     return options

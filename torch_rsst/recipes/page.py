@@ -1,4 +1,4 @@
-"""The report as a page for people: ``report.html`` in the run's folder."""
+"""The report as a page to read: ``report.html`` in the run's folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.utils.files import write_text
 
 _CAPTIONS = {
-    "accuracy_and_sparsity": "Accuracy over epochs; what is masked and gone after each round.",
+    "accuracy_and_sparsity": "Accuracy over epochs; shares that are masked and gone after each round.",
     "heads": "Each head's share of weights that are alive.",
     "neurons": "Each neuron's share of weights that are alive.",
     "channels": "Each channel's share of weights that are alive.",
@@ -31,11 +31,11 @@ def write_page(
     """Render the results with the pictures that the folder holds.
 
     Args:
-        folder: to write to.
+        folder: the folder of the run.
         config: the options of the run.
         results: as in ``report.json``.
         records: as in ``metrics.jsonl``.
-        receipt: of the smaller model, if there is one.
+        receipt: the receipt of the compacted model, if there is one.
     """
     environment = Environment(
         loader=PackageLoader("torch_rsst.recipes", "."), autoescape=True, undefined=StrictUndefined

@@ -1,4 +1,4 @@
-"""The library's part of a run: its units, its rounds, what importance is measured on."""
+"""The pruning of a run: its units, its rounds, the data for its importance."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch_rsst.rounds.engine import Rounds
 
 
 def find_units(config: RunConfig, trainer: Trainer) -> Groups:
-    """The units of the model that may go.
+    """The units of the model that may be removed.
 
     Raises:
-        ValueError: where it has none of them.
+        ValueError: where there are none.
     """
     example = trainer.example.to(trainer.accelerator.device)
     return torch_rsst.find_groups(trainer.bare, config.kinds, example_inputs=example)
 
 
 def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
-    """The rounds that the options describe."""
+    """RSST or Refill with the options of the run."""
     common: dict[str, Any] = {
         "optimizer": trainer.optimizer,
         "steps_per_round": config.epochs * trainer.steps_per_epoch,
@@ -52,13 +52,13 @@ def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
 
 
 def data_source(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
-    """What to measure importance on, for the importances that are measured."""
+    """The arguments that an importance needs which is measured on data; none for others."""
     if not config.measures:
         return {}
     source: dict[str, Any] = {
         "batches": lambda: trainer.loaders.samples(config.importance_batches),
         "forward": lambda model, batch: model(batch[0]),
     }
-    if config.importance == "taylor":
+    if config.needs_loss:
         source["loss_fn"] = lambda output, batch: nn.functional.cross_entropy(output, batch[1])
     return source

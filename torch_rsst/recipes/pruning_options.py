@@ -1,18 +1,42 @@
-"""What a run prunes, and how."""
+"""The options for pruning."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from torch_rsst.schedules import resolve_schedule
+import tyro
+
+from torch_rsst.schedules import ALIASES, SCHEDULES, resolve_schedule
 from torch_rsst.utils.amounts import check_count, check_fraction
 from torch_rsst.utils.errors import refuse
 
 Kind = Literal["heads", "neurons", "channels"]
 
-# Data importances are measured on batches; the others look at weights alone.
-MEASURED = ("activation_l1", "activation_l2", "taylor")
+
+def _importances() -> Any:
+    from torch_rsst import importance  # imports torch, which --help alone does not need
+
+    return importance
+
+
+def _one_of_importances(default: str) -> str:
+    return f"(one of: {', '.join(_importances().IMPORTANCES)}; default: {default})"
+
+
+def _one_of_schedules(default: str) -> str:
+    return f"(one of: {', '.join(SCHEDULES)}; default: {default})"
+
+
+def _replace_alias(options: Any, field: str, aliases: Mapping[str, str]) -> None:
+    if isinstance(name := getattr(options, field), str):
+        object.__setattr__(options, field, aliases.get(name, name))
+
+
+def _named(choices: Any) -> Any:
+    """An option that takes a name of a registry, read when the help is shown."""
+    return tyro.conf.arg(metavar="NAME", help_behavior_hint=choices)
 
 
 @dataclass(frozen=True)
@@ -20,44 +44,53 @@ class PruningOptions:
     """What is pruned, and how."""
 
     method: Literal["rsst", "refill"] = "rsst"
-    """rsst: a growing penalty, then a cut that costs nothing. refill: mask at once, train on."""
+    """rsst: a growing penalty, then a cut that costs nothing. refill: mask at once, then train."""
     kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
-    """Which units may go; all three: those of them that the model has."""
+    """Kinds of units to prune, of those that the model has."""
     rounds: int = 4
-    """Rounds of rank, regroup, train."""
+    """Rounds of ranking, regrouping and training."""
     amount: float = 0.2
-    """Share of the weights still alive that each ranking prunes."""
+    """Share of the alive weights that each round prunes."""
     regroup_amount: float = 0.5
-    """Share of all units that is to go, rounded to whole units: of 3 heads in a layer, 2."""
+    """Share of all units to remove, rounded to whole units: 2 of 3 heads in a layer."""
     round_to: int = 1
-    """Keep so many units in each layer that their number is a multiple of this."""
-    importance: Literal["magnitude", "remain", "activation_l1", "activation_l2", "taylor"] = (
-        "magnitude"
-    )
-    """How units are scored; the last three are measured on training images."""
+    """Keep a number of units in each layer that is a multiple of this."""
+    importance: Annotated[str, _named(_one_of_importances)] = "magnitude"
+    """How units are scored: by their weights, or by their outputs on training images."""
     importance_batches: int = 8
-    """Batches that activation_l1, activation_l2 and taylor are measured on."""
+    """Batches of training images, for importances that need data."""
     scope: Literal["layer", "type", "global"] = "layer"
-    """What units compete with: their layer, their type, or everything."""
-    schedule: str = "exp_custom_exponents"
-    """How the penalty grows over a round: linear, quadratic, cubic, exponential, exp_custom or
-    exp_custom_exponents (RSST)."""
+    """Which units are compared: those of a layer, of a type, or all."""
+    schedule: Annotated[str, _named(_one_of_schedules)] = "late_exponential"
+    """How the penalty grows over a round (RSST)."""
     strength: float = 0.5
     """Strength of the penalty at the end of a round (RSST)."""
     mode: Literal["auto", "coupled", "decoupled"] = "auto"
-    """Whether the penalty goes through the gradient (RSST); auto: only for plain SGD."""
+    """coupled adds the penalty to gradients, decoupled shrinks weights after the step, auto is coupled for SGD (RSST)."""
     fillback_rate: float = 0.0
-    """Share of what would go that is given back (Refill)."""
+    """Share of the removed units that is given back (Refill)."""
     rewind: Literal["none", "init"] = "none"
-    """Put surviving weights back to those of the dense model after each choice of a mask."""
+    """init: set the weights back to those of the dense model after each choice of a mask."""
+
+    def __post_init__(self) -> None:
+        """Replace aliases by the names that are shown, so that both describe the same run."""
+        _replace_alias(self, "schedule", ALIASES)
+        if self.importance != type(self).importance:
+            _replace_alias(self, "importance", _importances().ALIASES)
 
     @property
     def measures(self) -> bool:
         """Whether units are scored on data."""
-        return self.importance in MEASURED
+        return next(_importances().data_parts(self.importance), None) is not None
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether they are scored by gradients of the loss."""
+        return any(part.needs_gradient for part in _importances().data_parts(self.importance))
 
     def check(self) -> None:
         """Raise unless every option is in its range."""
+        _importances().resolve_importance(self.importance)
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             got = " ".join(self.kinds) or "none"
             remedy = "Try --kinds heads neurons."

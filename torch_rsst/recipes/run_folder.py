@@ -1,4 +1,4 @@
-"""The output folder of a run: what it holds, and writes that a crash cannot tear."""
+"""The output folder of a run: its files, each of which is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,25 +24,6 @@ from torch_rsst.saving.compact_folder import read_description
 from torch_rsst.utils.errors import listing, message, refuse
 from torch_rsst.utils.files import check_links, write_atomically, write_text
 
-RESULTS = (
-    "method",
-    "model",
-    "build",
-    "input_size",
-    "classes",
-    "dense_accuracy",
-    "accuracy_before_cut",
-    "accuracy_after_cut",
-    "accuracy_first_zero",
-    "accuracy",
-    "element_sparsity",
-    "parameters",
-    "multiply_adds",
-    "seconds",
-    "sparsity",
-)
-"""What ``report.json`` holds at least."""
-
 _NUMBERS = (
     "dense_accuracy",
     "accuracy_before_cut",
@@ -53,9 +34,23 @@ _NUMBERS = (
     "multiply_adds",
     "seconds",
 )
+RESULTS = (
+    "method", "model", "build", "input_size", "classes", "accuracy_first_zero", "sparsity", *_NUMBERS,
+)  # fmt: skip
+"""What ``report.json`` holds at least."""
 
 RECEIPT = ("accuracy", "images", "latency_ms", "max_error", "multiply_adds", "parameters", "units")
 """What the receipt of a run's smaller model holds at least."""
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """A path in the folder of a run."""
+
+    name: str
+
+    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
+        return folder.path / self.name
 
 
 @dataclass(frozen=True)
@@ -64,50 +59,25 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The options."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """A JSON line per epoch and per round."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def weights(self) -> Path:
-        """Final weights and masks."""
-        return self.path / "model.safetensors"
-
-    @property
-    def report(self) -> Path:
-        """The results."""
-        return self.path / "report.json"
-
-    @property
-    def page(self) -> Path:
-        """The results for people."""
-        return self.path / "report.html"
-
-    @property
-    def pictures(self) -> Path:
-        """The folder of pictures."""
-        return self.path / "pictures"
-
-    @property
-    def compact(self) -> Path:
-        """The folder of the smaller model."""
-        return self.path / "compact"
-
-    @property
-    def log(self) -> Path:
-        """The folder of TensorBoard's files."""
-        return self.path / "log"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where an unfinished run continues."""
-        return self.path / "checkpoint.pt"
+    config = _Inside("config.yaml")
+    """The options."""
+    metrics = _Inside("metrics.jsonl")
+    """A JSON line per epoch and per round."""
+    weights = _Inside("model.safetensors")
+    """Final weights and masks."""
+    report = _Inside("report.json")
+    """The results."""
+    page = _Inside("report.html")
+    """The results as a page to read."""
+    pictures = _Inside("pictures")
+    """The folder of pictures."""
+    compact = _Inside("compact")
+    """The folder of the smaller model."""
+    log = _Inside("log")
+    """The folder of TensorBoard's files."""
+    checkpoint = _Inside("checkpoint.pt")
+    """Where an unfinished run continues."""
+    _lock_file = _Inside(".lock")
 
     def open(self, config: RunConfig) -> None:
         """Claim the folder for a run, new or resumed.
@@ -135,28 +105,24 @@ class RunFolder:
             for torn in self.path.glob(".*.tmp"):
                 torn.unlink()
             if not config.resume:
-                self._check_empty()  # again: somebody may have been faster
+                self._check_empty()  # again: another process may have been faster
                 write_text(self.config, config.to_yaml())
         except BaseException:
             self.close()
             raise
 
     def withdraw(self) -> None:
-        """Take back what a run has written that came to nothing."""
+        """Delete what a run has written that failed before its first record."""
         self.config.unlink(missing_ok=True)
         shutil.rmtree(self.log, ignore_errors=True)
 
     def close(self) -> None:
-        """Let other processes have the folder."""
-        # The file goes while it is still locked: later, somebody else may have locked it. (Windows
-        # keeps locked files; there it stays behind.)
+        """Unlock the folder for other processes."""
+        # The file is deleted while it is still locked: later, another process may have locked it.
+        # (Windows does not delete locked files; there it stays.)
         with suppress(OSError):
             self._lock_file.unlink()
         self._lock.release()
-
-    @property
-    def _lock_file(self) -> Path:
-        return self.path / ".lock"
 
     @cached_property
     def _lock(self) -> FileLock:
@@ -214,7 +180,7 @@ class RunFolder:
             )
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
-        """Replace the metrics by these records."""
+        """Write the metrics anew, with all records."""
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     def write_report(self, report: dict[str, Any]) -> None:
@@ -314,8 +280,8 @@ class RunFolder:
         return state
 
     def bad_checkpoint(self, error: Exception) -> ValueError:
-        """What to say of a checkpoint that cannot be read or does not fit."""
-        # The first sentence: PyTorch goes on to recommend loading what may execute code.
+        """The error for a checkpoint that cannot be read or does not fit."""
+        # The first sentence only: PyTorch goes on to recommend weights_only=False, which executes code.
         reason = str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
         return ValueError(
             message(

@@ -27,28 +27,28 @@ from torch_rsst.recipes.models import choose_model
 from torch_rsst.utils.errors import closest, message, refuse
 
 
-class Interrupted(Exception):  # noqa: N818 - the user's wish, not a fault
+class Interrupted(Exception):  # noqa: N818 - not an error
     """The run was asked to stop; everything needed to continue is saved."""
 
 
-class StoppedElsewhere(Exception):  # noqa: N818 - another process says why
-    """Another process of the run cannot go on."""
+class StoppedElsewhere(Exception):  # noqa: N818 - the other process prints the reason
+    """Another process of the run cannot continue."""
 
 
 class Diverged(Exception):  # noqa: N818 - an outcome of training
-    """The loss is no number any more."""
+    """The loss is not finite."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with one learning-rate curve.
+    """A part of training with one learning-rate schedule.
 
     Attributes:
         name: ``"dense"``, ``"round 0"`` …, ``"finetune"``.
-        epochs: its length.
+        epochs: the number of epochs.
         first_epoch: epochs of the run before it; seeds the order of data.
-        peak: learning rate relative to the configured one.
-        warmup: epochs over which it rises.
+        peak: peak learning rate, as a share of the configured one.
+        warmup: epochs of warmup.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch came to."""
+    """The result of an epoch."""
 
     number: int
     loss: float
@@ -71,8 +71,8 @@ class Epoch:
 class Trainer:
     """Model, optimizer and data of a run.
 
-    Random numbers are seeded anew for every batch and image, by their numbers: a resumed run goes on
-    exactly without having saved the state of any generator.
+    Random generators are seeded for every batch and image from their numbers: a resumed run continues
+    exactly, although no state of a generator is saved.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -99,9 +99,9 @@ class Trainer:
 
     @property
     def losses(self) -> list[float]:
-        """Of the steps of an epoch that has begun, each the mean of all processes, which ask together.
+        """The losses of the steps made in this epoch, averaged over processes. A collective call.
 
-        A checkpoint holds them, so that the loss of an epoch is that of all its steps after a resume, too.
+        A checkpoint holds them, so that the loss of a resumed epoch is the mean over all its steps.
         """
         if not self._losses:
             return []
@@ -114,16 +114,16 @@ class Trainer:
 
     @property
     def outcome(self) -> nn.Module:
-        """The model that is evaluated and kept: the average, where there is one."""
+        """The model that is evaluated and saved: the moving average, if there is one."""
         average: nn.Module | None = self.average and self.average.module
         return self.bare if average is None else average
 
     def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
-        """A new optimizer as the run has it, for another model."""
+        """A new optimizer like that of the run, for another model."""
         return _optimizer(self.config, model)
 
     def masks_changed(self) -> None:
-        """Give the average the masks that the model has now."""
+        """Apply the present masks of the model to the moving average."""
         if self.average is not None:
             torch_rsst.apply_mask(self.average.module, torch_rsst.extract_mask(self.bare))
 
@@ -134,7 +134,7 @@ class Trainer:
 
         Args:
             stage: what to train.
-            start_step: steps of it already made.
+            start_step: steps of the stage made before.
             after_step: called with the number of steps made; may raise to stop.
         """
         schedule = self._schedule(stage)
@@ -168,8 +168,8 @@ class Trainer:
         )
 
     def evaluate(self) -> float:
-        """Accuracy on the held-out images, in percent; of all processes, the same on each."""
-        # Not through wrappers: processes may have different numbers of batches.
+        """Accuracy on the held-out images in percent, over all processes. A collective call."""
+        # Without DistributedDataParallel: processes may have different numbers of batches.
         model = self.outcome.eval()
         right = torch.zeros(2, dtype=torch.float64)
         with torch.inference_mode(), self.accelerator.autocast():
@@ -182,16 +182,16 @@ class Trainer:
         return float(100.0 * correct / max(seen, 1.0))
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy with labels, or with the shares of classes in mixed images."""
+        """Cross entropy with labels, or with class probabilities of mixed images."""
         smoothing = self.config.label_smoothing if labels.dim() == 1 else 0.0
         return nn.functional.cross_entropy(outputs, labels, label_smoothing=smoothing)
 
     def _steps(self, epoch: int, first: int) -> Iterator[_Step]:
         """The optimizer steps of an epoch, without the ``first`` ones."""
-        together = self.config.accumulation
-        batches = self.loaders.epoch(epoch, first * together)
+        each = self.config.accumulation
+        batches = self.loaders.epoch(epoch, first * each)
         for number in range(first, self.steps_per_epoch):
-            yield _Step(epoch, number, islice(batches, together))
+            yield _Step(epoch, number, islice(batches, each))
 
     def _step(self, step: _Step) -> Tensor:
         losses = []
@@ -208,7 +208,7 @@ class Trainer:
                     self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.clip_grad)
                 self._stepper.step()
                 self._stepper.zero_grad()
-            losses.append(loss.detach())  # kept on the device: reading it would wait for the step
+            losses.append(loss.detach())  # stays on the device: reading it would synchronize
         if self.average is not None:
             self.average.update_parameters(self.bare)
         return torch.stack(losses).mean()
@@ -235,7 +235,7 @@ class Trainer:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One optimizer step: its epoch, its number in it, and its batches, to be drawn once."""
+    """One optimizer step: its epoch, its number in the epoch, and an iterator over its batches."""
 
     epoch: int
     number: int
@@ -252,14 +252,14 @@ def _accelerator(config: RunConfig) -> Accelerator:
     if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         expected, remedy = "a GPU that computes in bf16", "Pass --precision fp16 or fp32."
         refuse(ValueError, "precision", expected, "another", remedy)
-    if config.log and not is_tensorboard_available():  # Accelerate would go on without a word
+    if config.log and not is_tensorboard_available():  # Accelerate would train without logging
         raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return Accelerator(
-        # Without an accelerator, Accelerate forms a group of processes only if told so.
+        # Without an accelerator, Accelerate makes a process group only with cpu=True.
         cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         gradient_accumulation_steps=config.accumulation,

@@ -1,4 +1,4 @@
-"""Which model a run trains, and how."""
+"""The options for the model and its training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from torch_rsst.utils.amounts import check_count, check_fraction, check_number
 from torch_rsst.utils.errors import refuse
 
-_LARGEST_SEED = 2**31 - 1  # seeds of single steps are made from it
+_LARGEST_SEED = 2**31 - 1  # seeds of steps are calculated from it
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class TrainingOptions:
     model: str = "auto"
     """A model of timm by name. auto: vit_digits, a small one for the digits."""
     pretrained: bool = False
-    """Start from timm's weights, which are downloaded."""
+    """Start from timm's pretrained weights, which are downloaded."""
     drop_path: float = 0.0
-    """Rate of stochastic depth, where the model has it."""
+    """Rate of stochastic depth, for models that have it."""
     dense_epochs: int = 40
     """Epochs before the first round."""
     epochs: int = 12
@@ -28,42 +28,42 @@ class TrainingOptions:
     finetune_epochs: int = 10
     """Epochs after the cut."""
     batch_size: int = 32
-    """Images that are run at once, of all processes together."""
+    """Images of a batch, over all processes."""
     accumulation: int = 1
-    """Batches whose gradients make one step."""
+    """Batches whose gradients are accumulated for one step."""
     optimizer: str = "adamw"
     """An optimizer of timm by name: adamw, sgd, lamb, lion, …"""
     learning_rate: float = 3e-3
-    """Peak learning rate of the dense stage; rounds and fine-tuning use a part of it."""
+    """Peak learning rate of the dense stage; rounds and fine-tuning use a share of it."""
     round_learning_rate: float = 0.7
-    """That of rounds, relative to it."""
+    """Peak learning rate of the rounds, as a share of that of the dense stage."""
     finetune_learning_rate: float = 0.15
-    """That of fine-tuning, relative to it."""
+    """Peak learning rate of fine-tuning, as a share of that of the dense stage."""
     weight_decay: float = 0.05
     """Weight decay; biases and norms have none."""
     momentum: float = 0.9
     """Momentum, for optimizers that have one."""
     lr_schedule: Literal["cosine", "tanh", "poly", "step", "multistep", "none"] = "cosine"
-    """How the learning rate falls over each stage; none: it stays."""
+    """Learning-rate schedule of each stage; none: constant."""
     warmup_epochs: float = 1.0
-    """Epochs of the dense stage over which the learning rate rises, at most half of them."""
+    """Epochs of warmup in the dense stage, at most half of its epochs."""
     clip_grad: float | None = None
-    """Largest norm of the gradients; what is longer is scaled down."""
+    """Clip the norm of the gradients at this."""
     ema: float = 0.0
-    """Decay of the moving average of weights that is evaluated and kept; 0: off."""
+    """Decay of a moving average of the weights, which is then evaluated and saved; 0: off."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Numbers to compute in; fp16 scales the loss and needs a GPU."""
+    """Precision of the computation; fp16 scales the loss and needs a GPU."""
     compile: bool = False
     """Train through torch.compile."""
     deterministic: bool = False
-    """Use only operations that give the same bits every time."""
+    """Use deterministic algorithms only."""
     seed: int = 0
     """Seed of weights, data order and augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    """Device to train on; auto: a GPU if there is one."""
 
     def check(self) -> None:
-        """Raise unless every option is in its range; whether the model exists is seen later."""
+        """Raise unless every option is in its range; whether the model exists is checked later."""
         for name, least in (("dense_epochs", 0), ("epochs", 1), ("finetune_epochs", 0)):
             check_count(getattr(self, name), name, at_least=least)
         check_count(self.batch_size, "batch_size", at_least=1)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.models.davit import ChannelAttention, ChannelAttentionV2, WindowAttention
 from torch import Tensor
 
@@ -61,8 +63,12 @@ class DavitChannelGroups(HeadAdapter):
 
     classes = (ChannelAttentionV2,)
     parts = (*produces("qkv", 3), *consumes())
-    heads_at = "groups"
+    scaled = ("groups",)
     slim = (SlimChannelAttentionV2,)
+
+    def units_of(self, module: Any) -> int:
+        """See :class:`HeadAdapter`."""
+        return int(module.groups)
 
 
 for _adapter in (DavitAttention(), DavitChannelGroups()):

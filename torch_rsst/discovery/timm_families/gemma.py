@@ -18,8 +18,6 @@ class GemmaVisionAttention(HeadAdapter):
         *produces("v_proj.linear"),
         *consumes("o_proj.linear"),
     )
-    heads_at = "num_kv_heads"
-    scaled = ("num_heads",)
     output = "o_proj.linear"
 
 

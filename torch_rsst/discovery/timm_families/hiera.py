@@ -14,7 +14,6 @@ class HieraAttention(HeadAdapter):
 
     classes = (MaskUnitAttention,)
     parts = (*produces("qkv", 3), *consumes())
-    heads_at = "heads"
     scaled = ("dim_out",)
     least = 1
 

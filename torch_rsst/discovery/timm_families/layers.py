@@ -75,8 +75,6 @@ class TimmRopeAttention(HeadAdapter):
         *produces("gate"),
         *consumes(),
     )
-    heads_at = "num_kv_heads"
-    scaled = ("num_heads", "attn_dim", "kv_dim")
     slim = (SlimAttentionRope,)
     recalls = True
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 
-from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, removed_heads, rows
+from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, rows
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.discovery.head_attributes import reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal
 
@@ -46,7 +47,7 @@ class MaxVitAttention(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        if not removed_heads(module, removal, "n_heads"):
+        if not reduce_head_attributes(module, removal):
             merge = module.merge
             assert isinstance(merge, nn.Linear)
             return BiasOnly(merge)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, removed_heads, rows
+from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, rows
 from torch_rsst.discovery.become import become
 from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.discovery.head_attributes import reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal
 
@@ -97,7 +98,7 @@ class TorchvisionSwinAttention(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        if not removed_heads(module, removal):
+        if not reduce_head_attributes(module, removal):
             proj = module.proj
             assert isinstance(proj, nn.Linear)
             return BiasOnly(proj)

@@ -8,11 +8,10 @@ from transformers.pytorch_utils import Conv1D
 
 from torch_rsst.discovery.adapter import Adapter
 from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.discovery.head_attributes import head_width, reduce_head_attributes
 from torch_rsst.discovery.transformers_families.parts import (
     Answer,
-    head_dim_of,
     is_of_transformers,
-    note_heads,
     returns_weights,
 )
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows
@@ -31,7 +30,7 @@ class Conv1DAttention(Adapter):
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
         packed, last = _layers(module, "c_attn", "c_proj")
-        width = head_dim_of(module)
+        width = head_width(module)
         if packed is None or last is None or not width or hasattr(module, "q_attn"):
             return None
         features = last.weight.shape[0]
@@ -46,9 +45,7 @@ class Conv1DAttention(Adapter):
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
         _update_size_attributes(module, "c_attn", "c_proj")
-        width = head_dim_of(module)
-        heads = int(module.c_proj.weight.shape[0]) // width  # type: ignore[union-attr,index]
-        note_heads(module, queries=heads, keys=heads, head_dim=width)
+        reduce_head_attributes(module, removal)
         return module
 
 

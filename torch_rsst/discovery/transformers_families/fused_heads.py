@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, rows
+from torch_rsst.discovery.head_attributes import head_width, reduce_head_attributes
 from torch_rsst.discovery.transformers_families.parts import (
     Answer,
-    head_dim_of,
     is_of_transformers,
-    note_heads,
     returns_weights,
     shared_rows,
 )
@@ -34,7 +33,7 @@ class FusedHeads(Adapter):
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
         packed, last = getattr(module, "qkv_proj", None), getattr(module, "o_proj", None)
-        width, keys = head_dim_of(module), getattr(module, "num_key_value_heads", 0)
+        width, keys = head_width(module), getattr(module, "num_key_value_heads", 0)
         if not (is_of_transformers(module) and isinstance(last, nn.Linear) and width and keys):
             return None
         queries = last.in_features // width
@@ -49,12 +48,11 @@ class FusedHeads(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        width, last = head_dim_of(module), module.o_proj
+        last = module.o_proj
         assert isinstance(last, nn.Linear)
-        queries, keys = last.in_features // width, removal.layer.units - removal.count
-        note_heads(module, queries=queries, keys=keys, head_dim=width)
+        reduce_head_attributes(module, removal)
         config: Any = copy.copy(module.config)
-        config.num_attention_heads = queries
+        config.num_attention_heads = last.in_features // head_width(module)
         module.config = config
         return module
 
@@ -68,7 +66,7 @@ class StackedHeads(Adapter):
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
         packed, last = getattr(module, "Wqkv", None), getattr(module, "Wo", None)
-        width = head_dim_of(module)
+        width = head_width(module)
         if not (is_of_transformers(module) and isinstance(packed, nn.Linear) and width):
             return None
         if not isinstance(last, nn.Linear) or packed.out_features != 3 * last.in_features:
@@ -80,8 +78,7 @@ class StackedHeads(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        width, heads = head_dim_of(module), removal.layer.units - removal.count
-        note_heads(module, queries=heads, keys=heads, head_dim=width)
+        reduce_head_attributes(module, removal)
         return module
 
 
@@ -94,7 +91,7 @@ class InterleavedHeads(Adapter):
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
         packed, last = getattr(module, "query_key_value", None), getattr(module, "dense", None)
-        width = head_dim_of(module)
+        width = head_width(module)
         if not (is_of_transformers(module) and isinstance(packed, nn.Linear) and width):
             return None
         if not isinstance(last, nn.Linear) or packed.out_features != 3 * last.in_features:
@@ -107,6 +104,5 @@ class InterleavedHeads(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        width, heads = head_dim_of(module), removal.layer.units - removal.count
-        note_heads(module, queries=heads, keys=heads, head_dim=width)
+        reduce_head_attributes(module, removal)
         return module

@@ -16,10 +16,6 @@ _PACKAGES = (
     "transformers",
     "transformers_modules",
 )  # the latter holds code that comes with weights
-_HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-_QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
-_WIDTHS = ("all_head_size", "inner_dim", "split_size")
 
 Answer = GroupLayer | Unsupported | None
 
@@ -51,12 +47,6 @@ def is_of_transformers(module: nn.Module) -> bool:
     return any(cls.__module__.split(".")[0] in _PACKAGES for cls in type(module).__mro__)
 
 
-def head_dim_of(module: nn.Module) -> int:
-    """The width of one head, as an attention notes it; 0 where it does not."""
-    noted = (getattr(module, name, None) for name in _HEAD_DIMS)
-    return next((value for value in noted if isinstance(value, int)), 0)
-
-
 def may_be_emptied(module: nn.Module) -> bool:
     """Whether an attention that is gone can be left out: it keeps no cache, and returns a pair."""
     returned = inspect.signature(type(module).forward).return_annotation
@@ -73,18 +63,6 @@ def returns_weights(module: nn.Module) -> Unsupported | None:
         "its eager implementation returns the weights of every head; where the model has another, "
         "call model.set_attn_implementation('sdpa') first, and set it back once the model is compacted"
     )
-
-
-def note_heads(module: nn.Module, *, queries: int, keys: int, head_dim: int) -> None:
-    """Set what an attention notes about its heads, where it notes it."""
-    for names, value in (
-        (_QUERY_HEADS, queries),
-        (_KEY_HEADS, keys),
-        (_WIDTHS, queries * head_dim),
-    ):
-        for name in names:
-            if isinstance(module.__dict__.get(name), int):
-                setattr(module, name, value)
 
 
 def shared_rows(units: int, each: int) -> Tensor:

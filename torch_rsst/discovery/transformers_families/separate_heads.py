@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, holds, rows
+from torch_rsst.discovery.head_attributes import head_width, reduce_head_attributes
 from torch_rsst.discovery.transformers_families.parts import (
     Answer,
     NoHeads,
     NothingAttended,
-    head_dim_of,
     is_of_transformers,
     may_be_emptied,
-    note_heads,
     returns_weights,
     shared_rows,
 )
@@ -92,7 +91,7 @@ class SeparateHeads(Adapter):
         """See :class:`torch_rsst.discovery.Adapter`."""
         attention = attention_of(module)
         assert attention is not None
-        _note(attention)
+        reduce_head_attributes(attention.holder, removal)
         if attention.last.in_features:
             return module
         if not attention.path:
@@ -120,7 +119,7 @@ class SomeHeads(Adapter):
         """See :class:`torch_rsst.discovery.Adapter`."""
         attention = attention_of(module)
         assert attention is not None
-        _note(attention)
+        reduce_head_attributes(attention.holder, removal)
         return module
 
 
@@ -164,7 +163,7 @@ def _is_mixed(attention: Attention) -> bool:
 
 def _units(attention: Attention) -> GroupLayer | Unsupported | None:
     q, k, v = attention.layers
-    width = head_dim_of(attention.holder)
+    width = head_width(attention.holder)
     if not q.out_features:
         return None
     if _takes_biases(attention.holder) and not hasattr(attention.holder, _MAKES_BIASES):
@@ -212,14 +211,3 @@ def _per_head(attention: Attention, unit_of: Tensor) -> Iterator[Member]:
 
 def _takes_biases(holder: nn.Module) -> bool:
     return "position_bias" in inspect.signature(type(holder).forward).parameters
-
-
-def _note(attention: Attention) -> None:
-    q, k, _ = attention.layers
-    width = head_dim_of(attention.holder)
-    note_heads(
-        attention.holder,
-        queries=q.out_features // width,
-        keys=k.out_features // width,
-        head_dim=width,
-    )
