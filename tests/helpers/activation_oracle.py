@@ -14,9 +14,10 @@ import torch_rsst
 from torch_rsst import find_groups, measure_importance
 from torch_rsst.groups.groups import GroupLayer, Groups
 from torch_rsst.groups.surgery import module_at
+from torch_rsst.importance import Variance
 from torch_rsst.masking.mask_sets import named_weights
 
-NAMES = ["activation_l1", "activation_l2", "taylor"]
+NAMES = ["activation_l1", "activation_l2", "taylor", "variance"]
 
 
 def loss_fn(output: Any, batch: Any) -> Tensor:
@@ -43,7 +44,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
 
 def one_unit(model: nn.Module, layer: GroupLayer, unit: int, batches: Any, call: Any) -> list[Any]:
-    """(values, gradients) of a unit at each layer that takes it in, for each batch and call."""
+    """(values, gradients) of a unit at each of its consumers, for each batch and call."""
     seen = []
     for member in layer.members:
         if not member.consumes:
@@ -72,11 +73,45 @@ def one_unit(model: nn.Module, layer: GroupLayer, unit: int, batches: Any, call:
     return seen
 
 
+def expected_loss(
+    model: nn.Module, layer: GroupLayer, unit: int, batches: Any, call: Any, *, centered: bool
+) -> float:
+    """Σ over consumers and features of Var(a)·‖w‖², or E[a²]·‖w‖²: one feature after the other."""
+    total = []
+    for member in (m for m in layer.members if m.consumes):
+        module = module_at(model, member.parameter.rpartition(".")[0])
+        axis = 1 if isinstance(module, nn.Conv2d) else -1
+        seen: list[Tensor] = []
+        handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs, to=seen: to.append(
+                (args[0] if args else kwargs["input"]).clone()  # some are written to later
+            ),
+            with_kwargs=True,
+        )
+        with torch.no_grad():
+            for batch in batches:
+                call(model, batch)
+        handle.remove()
+        for feature in (member.unit_of == unit).nonzero().flatten().tolist():
+            parts = [x.select(axis, feature).double().flatten().tolist() for x in seen]
+            values = [value for part in parts for value in part]
+            mean = math.fsum(values) / len(values) if centered else 0.0
+            spread = math.fsum((value - mean) ** 2 for value in values) / len(values)
+            weights = module.weight.select(member.dim, feature).double().flatten().tolist()
+            total.append(spread * math.fsum(w * w for w in weights))
+    return math.fsum(total)
+
+
 def by_oracle(
-    name: str, model: nn.Module, layer: GroupLayer, batches: Any, call: Any
+    name: Any, model: nn.Module, layer: GroupLayer, batches: Any, call: Any
 ) -> list[float]:
     dense, scores = dense_copy(model), []
     for unit in range(layer.units):
+        if name == "variance" or isinstance(name, Variance):
+            centered = isinstance(name, Variance) and bool(name.reconstruct)
+            arguments = (dense, layer, unit, batches, call)
+            scores.append(expected_loss(*arguments, centered=centered))
+            continue
         seen = one_unit(dense, layer, unit, batches, call)
         values = [v for activation, _ in seen for v in activation.double().flatten().tolist()]
         slopes = [g for _, gradient in seen for g in gradient.double().flatten().tolist()]
@@ -98,7 +133,7 @@ def check_against_oracle(
     call: Any = None,
     tolerance: float = 1e-9,
 ) -> None:
-    for name in NAMES:
+    for name in (*NAMES, Variance(reconstruct=True)):
         got = measured(model, groups, name, batches, **({} if call is None else {"forward": call}))
         for layer in groups.layers:
             reference = oracle_model or model
@@ -111,7 +146,7 @@ def check_against_oracle(
 
 
 def literal() -> tuple[nn.Sequential, Groups]:
-    """Three neurons: x, 2x and −x, of which the last is never heard; loss = sum of outputs."""
+    """Three neurons: x, 2x and −x, of which the last puts out nothing for x > 0; loss = sum of outputs."""
     model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0], [2.0], [-1.0]]))

@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 import torch_rsst
 from torch_rsst import find_groups, measure_importance, regroup
 from torch_rsst.groups.groups import GroupLayer, Groups, Member
-from torch_rsst.importance import DataImportance
+from torch_rsst.importance import DataImportance, Variance
 from torch_rsst.masking.mask_sets import named_weights
 from torch_rsst.testing import models_with_groups
 
 
 class Residual(nn.Module):
-    """Channels that two convolutions, a skip and a classifier take in."""
+    """Channels that go to two convolutions, a skip and a classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_heads_and_neurons_against_one_unit_at_a_time(tiny_transformer, with_mas
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
-def test_channels_that_several_layers_take_in_against_one_unit_at_a_time(with_masks):
+def test_channels_with_several_consumers_against_one_unit_at_a_time(with_masks):
     torch.manual_seed(0)
     model = Residual().double()
     channel = torch.arange(6)
@@ -106,7 +106,7 @@ def encoder(layers: int = 1) -> tuple[nn.TransformerEncoder, Groups]:
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
-def test_attention_that_hands_its_output_weight_to_a_function(with_masks):
+def test_attention_that_passes_its_output_weight_to_a_function(with_masks):
     model, groups = encoder()
     assert {layer.kind for layer in groups.layers} == {"heads", "neurons"}
     if with_masks:
@@ -119,7 +119,7 @@ def test_attention_that_hands_its_output_weight_to_a_function(with_masks):
     check_against_oracle(model, groups, batches, oracle_model=slow)
 
 
-def test_fused_paths_of_an_encoder_do_not_hide_its_units():
+def test_an_encoder_with_nested_tensors_has_its_units_recorded():
     model, groups = encoder()
     model.enable_nested_tensor = True
     padding = torch.tensor([[False] * 4, [False, False, True, True]])
@@ -189,6 +189,11 @@ def test_any_model_against_one_unit_at_a_time(
         ("l2", [math.sqrt(14 / 3), math.sqrt(56 / 3), 0.0]),
         ("taylor", [60.0, 12.0, 0.0]),
         ("saliency", [60.0, 12.0, 0.0]),
+        ("variance", [14 / 3 * 100, 56 / 3, 0.0]),
+        ("auto", [14 / 3 * 100, 56 / 3, 0.0]),
+        (Variance(), [14 / 3 * 100, 56 / 3, 0.0]),
+        (Variance(reconstruct=False), [14 / 3 * 100, 56 / 3, 0.0]),
+        (Variance(reconstruct=True), [2 / 3 * 100, 8 / 3, 0.0]),
     ],
 )
 def test_literal_scores(name, scores):
@@ -265,7 +270,7 @@ def test_models_that_stock_pruning_has_masked():
     check_against_oracle(model, groups, [tokens(0, 5, 4)], oracle_model=same, tolerance=1e-5)
 
 
-def test_a_layer_that_is_used_twice_is_heard_twice():
+def test_a_layer_that_is_called_twice_is_recorded_twice():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -280,7 +285,7 @@ def test_a_layer_that_is_used_twice_is_heard_twice():
     check_against_oracle(model, find_groups(model), [tokens(0, 3, 4).double()])
 
 
-def test_tied_weights_are_heard_at_both_places():
+def test_tied_weights_are_recorded_at_both_places():
     model = nn.Sequential(mlp(4, 6), nn.Linear(2, 4), mlp(4, 6))
     model[2][0].weight, model[2][2].weight = model[0][0].weight, model[0][2].weight
     layer = find_groups(model[0]).layers[0]
@@ -308,7 +313,7 @@ def test_frozen_parameters_and_outer_modes_do_not_matter():
         assert all(torch.allclose(got[k], expected[k], rtol=1e-12) for k in expected)
 
 
-def test_checkpointed_parts_are_heard_once():
+def test_checkpointed_parts_are_recorded_once():
     class Checkpointed(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(super().forward, x, use_reentrant=False)
@@ -357,7 +362,7 @@ def test_inputs_that_are_written_to_later_keep_their_gradients():
     check_against_oracle(model, groups, [tokens(0, 3, 4).double()])
 
 
-def test_inputs_by_keyword_and_weights_handed_to_functions():
+def test_inputs_by_keyword_and_weights_passed_to_functions():
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -215,11 +215,11 @@ def test_the_error_of_a_tensor_that_does_not_fit_is_the_models_own():
     refused(RuntimeError, "mat1 and mat2", batches=[torch.zeros(2, 5)])
 
 
-def test_units_that_no_layer_takes_in():
+def test_units_without_a_consumer():
     groups = [head_layer("0.weight", rows=8, num_heads=2, projections=1)]
     text = (
-        "activations of 0.weight (2 heads): expected a member that takes the units in, got none. Mark "
-        "the weight of the layer that takes the units in with consumes=True, as find_groups does"
+        "activations of 0.weight (2 heads): expected a member that consumes the units, got none. Mark "
+        "the weight of the layer that consumes the units with consumes=True, as find_groups does"
     )
     refused(ValueError, text, groups=groups, batches=BATCHES)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,15 @@ from torch import Tensor, nn
 
 from torch_rsst import Groups, head_layer
 from torch_rsst.groups.groups import GroupLayer, Member
-from torch_rsst.importance import IMPORTANCES, magnitude, remain, resolve_importance, score_units
+from torch_rsst.importance import (
+    ALIASES,
+    IMPORTANCES,
+    importance_names,
+    magnitude,
+    remain,
+    resolve_importance,
+    score_units,
+)
 from torch_rsst.masking.mask_sets import extract_mask, named_weights
 from torch_rsst.testing import models_with_groups
 
@@ -85,6 +95,15 @@ def test_half_precision_weights_are_summed_in_float64() -> None:
     layer = head_layer("w", rows=2, num_heads=2, projections=1)
     weights = {"w": torch.ones(2, 5000, dtype=torch.bfloat16)}
     assert magnitude(layer, weights, {}).tolist() == [5000.0, 5000.0]
+
+
+@pytest.mark.parametrize("page", ["importance.md", "theory.md"])
+def test_the_tables_of_the_docs_list_every_name(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    start = text.index("| `importance` |")
+    table = text[start : text.index("\n\n", start)]
+    listed = re.findall(r'`"(\w+)"`', "\n".join(row.split("|")[1] for row in table.splitlines()))
+    assert {*importance_names(), *ALIASES} == set(listed)
 
 
 def test_names_and_callables_resolve() -> None:

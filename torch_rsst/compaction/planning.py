@@ -25,7 +25,8 @@ from torch_rsst.discovery.adapter import least_left
 from torch_rsst.groups.dead_units import dead_units
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
 from torch_rsst.groups.surgery import Removal
-from torch_rsst.importance.registry import Importance, name_of
+from torch_rsst.importance.registry import name_of
+from torch_rsst.importance.weights import Importance
 from torch_rsst.masking.mask_sets import extract_mask, named_weights, unwrap
 from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.parameter_ref import masked_refs

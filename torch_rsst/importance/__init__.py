@@ -1,23 +1,31 @@
 """Importance: a layer of units → one score per unit, from weights or from data. The lowest go first."""
 
-from torch_rsst.importance.data_importance import ActivationL1, ActivationL2, DataImportance, Taylor
-from torch_rsst.importance.registry import (
-    ALIASES,
-    IMPORTANCES,
+from torch_rsst.importance.combinations import (
     Combination,
-    Importance,
     RankAverage,
     WeightedSum,
+    choose_importance,
     data_parts,
-    magnitude,
-    name_of,
     rank_average,
-    remain,
-    resolve_importance,
-    score_units,
     weighted_sum,
     with_measured,
 )
+from torch_rsst.importance.data_importance import (
+    ActivationL1,
+    ActivationL2,
+    DataImportance,
+    FeatureSums,
+    Taylor,
+    Variance,
+)
+from torch_rsst.importance.registry import (
+    ALIASES,
+    IMPORTANCES,
+    importance_names,
+    name_of,
+    resolve_importance,
+)
+from torch_rsst.importance.weights import Importance, magnitude, remain, score_units
 
 __all__ = [
     "ALIASES",
@@ -26,11 +34,15 @@ __all__ = [
     "ActivationL2",
     "Combination",
     "DataImportance",
+    "FeatureSums",
     "Importance",
     "RankAverage",
     "Taylor",
+    "Variance",
     "WeightedSum",
+    "choose_importance",
     "data_parts",
+    "importance_names",
     "magnitude",
     "name_of",
     "rank_average",

@@ -1,4 +1,4 @@
-"""What a model is run on for importances that need data: batches, how to run them, their loss."""
+"""The data that importances need: batches, how the model is run on one, and its loss."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class DataSource:
-    """What a model is run on, and how."""
+    """Batches, how the model is run on one (``forward``), and its loss (``loss_fn``)."""
 
     batches: Batches | None = None
     forward: Forward | None = None
     loss_fn: LossFn | None = None
 
     def check(self, name: str, statistics: Collection[DataImportance], rounds: int = 1) -> None:
-        """Raise unless this is what an importance needs; no batch is drawn.
+        """Raise unless an importance finds what it needs here, and nothing else; no batch is drawn.
 
         Args:
             name: of the importance.
@@ -80,7 +80,7 @@ class DataSource:
         return iter(drawn)
 
     def output(self, model: nn.Module, batch: Any) -> Any:
-        """What the model makes of a batch."""
+        """The output of the model for a batch."""
         if self.forward is not None:
             return self.forward(model, batch)
         if isinstance(batch, Tensor):

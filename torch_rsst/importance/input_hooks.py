@@ -1,4 +1,4 @@
-"""Listening to the inputs of the layers that take units in, while a model runs undisturbed."""
+"""Hooks that record the inputs of the layers that consume units, while a model runs in eval mode."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch_rsst.utils.errors import refuse
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """The part that the units of a layer have in the input of a layer that takes them in.
+    """The features that the units of one layer have in the input of a layer that consumes them.
 
     Attributes:
         layer: the position of the units' layer among the groups.
@@ -41,65 +41,72 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class HookedInput:
-    """A layer that takes units in.
+    """The input of a layer that consumes units.
 
     Attributes:
-        name: of its weight.
+        name: of the layer's weight.
         ref: its module and weight.
-        axis: the dimension of its input along which the features lie, from the end.
+        dim: the dimension of the weight that meets the input.
+        axis: the dimension of the input along which the features lie, from the end.
         size: how many features there are.
         shares: which of them belong to which units.
     """
 
     name: str
     ref: ParameterRef
+    dim: int
     axis: int
     size: int
     shares: tuple[Share, ...]
 
 
 Record: TypeAlias = Callable[[HookedInput, Tensor], Tensor]
-"""``(hooked, input) → what the layer gets in its place``."""
+"""``(hooked, input) → the input that the layer is called with``."""
 
 
 def hooked_inputs(model: nn.Module, groups: Groups) -> list[HookedInput]:
-    """Where to listen to all units; tied weights are listened to at all their places.
+    """The inputs at which the outputs of all units can be recorded; of tied weights, at all their places.
 
     Raises:
-        ValueError: for a layer of units none of whose members takes them in.
+        ValueError: for a layer of units none of whose members consumes them.
     """
     refs = named_refs(model)
     shares: dict[str, list[tuple[Member, Share]]] = {}
     for position, layer in enumerate(groups.layers):
-        for member in _taking(layer, refs):
+        for member in _consumers(layer, refs):
             owned = member.unit_of != NO_UNIT
             share = Share(position, owned.nonzero().flatten(), member.unit_of[owned])
             shares.setdefault(member.parameter, []).append((member, share))
     return [
         HookedInput(
-            name, ref, _axis(ref.module), found[0][0].unit_of.numel(), tuple(s for _, s in found)
+            name,
+            ref,
+            found[0][0].dim,
+            _axis(ref.module),
+            found[0][0].unit_of.numel(),
+            tuple(share for _, share in found),
         )
         for name, found in shares.items()
         for ref in refs[name]
     ]
 
 
-def _taking(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> list[Member]:
+def _consumers(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> list[Member]:
     """The members whose entries meet the input of their module."""
-    taking = [
+    consumers = [
         member
         for member in layer.members
         if member.consumes
         and member.dim == _input_dim(refs[member.parameter][0].module, member.dim)
     ]
-    if not taking:
+    if not consumers:
         remedy = (
-            "Mark the weight of the layer that takes the units in with consumes=True, as find_groups "
+            "Mark the weight of the layer that consumes the units with consumes=True, as find_groups "
             "does; magnitude and remain need none."
         )
-        expected = "a member that takes the units in"
+        expected = "a member that consumes the units"
         refuse(ValueError, f"activations of {layer}", expected, "none", remedy)
-    return taking
+    return consumers
 
 
 def _input_dim(module: nn.Module, dim: int) -> int:
@@ -115,10 +122,10 @@ def _axis(module: nn.Module) -> int:
 
 @contextmanager
 def recorded(inputs: Sequence[HookedInput], record: Record) -> Iterator[None]:
-    """Let ``record`` take in, and replace, the input of each hooked whenever it is used.
+    """Call ``record`` with each of these inputs whenever a layer receives it; its result replaces the input.
 
-    A layer that is called is listened to by a hook. The weight of one that is not (attention that hands it
-    to a function) is listened to where ``F.linear`` or ``F.multi_head_attention_forward`` gets it.
+    Modules that are called have a forward pre-hook. Where a module is not called and its weight is passed to
+    ``F.linear`` or ``F.multi_head_attention_forward``, as in attention, these functions are intercepted.
     """
     within: set[int] = set()
     with ExitStack() as stack:
@@ -148,7 +155,7 @@ def recorded(inputs: Sequence[HookedInput], record: Record) -> Iterator[None]:
 
 
 class _Functions(TorchFunctionMode):
-    """Listens to weights that are handed to functions."""
+    """Records the inputs that are passed to functions together with the weight of a consumer."""
 
     def __init__(self, inputs: Sequence[HookedInput], record: Record, within: set[int]) -> None:
         super().__init__()
@@ -178,28 +185,31 @@ class _Functions(TorchFunctionMode):
         return made
 
     def _hooked(self, weight: Any) -> HookedInput | None:
-        """Whose weight it is; None within a call of its module, which has been listened to."""
+        """The input that a weight belongs to; None within a call of its module, which has a hook."""
         hooked: HookedInput | None = self._inputs.get(id(weight))
         if hooked is None and isinstance(weight, Tensor):
             hooked = self._products.get(weight)
         return None if hooked is None or id(hooked.ref.original) in self._within else hooked
 
     def _attend(self, hooked: HookedInput, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """The function has no seam before its output layer: that is left out, and applied here."""
+        """Run attention with an identity as its output layer, then apply that layer here.
+
+        The function offers no other way to see the input of its output layer.
+        """
         weight, bias = given["out_proj_weight"], given["out_proj_bias"]
-        nothing = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-        changed = {**given, "out_proj_weight": nothing, "out_proj_bias": None}
+        identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        changed = {**given, "out_proj_weight": identity, "out_proj_bias": None}
         attended, weights = F.multi_head_attention_forward(**changed)
         return F.linear(self._record(hooked, attended), weight, bias), weights
 
 
 @contextmanager
 def undisturbed(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a model run in eval mode under masks; everything is as before afterwards.
+    """Run a model in eval mode under masks; afterwards everything is as before.
 
     Args:
         model: without wrappers.
-        masks: bool, by dense name; parameters without one run wholly alive.
+        masks: bool, by dense name; a parameter without one is wholly alive.
     """
     gradients = torch.is_grad_enabled()
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
@@ -208,7 +218,7 @@ def undisturbed(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]
         stack.enter_context(torch.set_grad_enabled(gradients))
         if "torch._dynamo" in sys.modules:  # compiled code would not call our hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        # Weights that autocast has converted are those under other masks, or outside of a graph.
+        # Its copies of weights were made under other masks, or outside of a graph.
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(_masked_by(model, masks))
         torch.clear_autocast_cache()
@@ -217,7 +227,7 @@ def undisturbed(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]
 
 @contextmanager
 def _masked_by(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put other masks in force for a while, by values alone: no module is changed."""
+    """Use other masks for a while, by writing values: no module is changed."""
     changed: list[tuple[Tensor, Tensor]] = []
 
     def set_to(tensor: Tensor, value: Tensor) -> None:
@@ -227,7 +237,7 @@ def _masked_by(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         for name, places in named_refs(model).items():
             for ref in places:
-                # By .data: graphs that are waiting for backward are not told, nor need they be.
+                # By .data: no version counter moves, so that a graph which waits for backward stays valid.
                 if (mask := ref.mask) is not None:
                     own = local(mask.data)
                     alive = placed_like(masks[name], mask) if name in masks else None

@@ -1,7 +1,7 @@
-"""Runs a model on batches and adds up what its units put out, for importances that need data.
+"""Runs a model on batches and scores its units, for importances that need data.
 
-A unit is listened to where it is taken in: at the inputs of its members with ``consumes=True``. One batch
-is held at a time; what stays is a float64 sum per unit. Modes, hooks, gradients, masks and random
+The output of a unit is recorded at the inputs of its members with ``consumes=True``. One batch is held at
+a time; what is kept is a float64 sum for each input feature. Modes, hooks, gradients, masks and random
 states are put back, whatever happens.
 """
 
@@ -15,19 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_rsst.distributed.dtensor import Ranks, gathered, is_sharded
+from torch_rsst.distributed.dtensor import Ranks
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward, LossFn
+from torch_rsst.importance.combinations import choose_importance, data_parts, with_measured
 from torch_rsst.importance.data_importance import DataImportance
-from torch_rsst.importance.input_hooks import HookedInput, hooked_inputs, recorded, undisturbed
-from torch_rsst.importance.registry import (
-    Importance,
-    data_parts,
-    name_of,
-    resolve_importance,
-    with_measured,
+from torch_rsst.importance.input_hooks import hooked_inputs, recorded, undisturbed
+from torch_rsst.importance.recorder import (
+    InputSums,
+    Recorder,
+    add_over_ranks,
+    check_recorded,
+    feature_sums,
+    weight_norms,
 )
+from torch_rsst.importance.registry import name_of, resolve_importance
+from torch_rsst.importance.weights import Importance
 from torch_rsst.masking.mask_sets import check_masks, extract_mask, named_weights, unwrap
 from torch_rsst.utils.errors import refuse
 
@@ -39,10 +43,12 @@ class MeasuredImportance:
     Attributes:
         name: of the importance.
         scored: each layer with its scores.
+        relative: see :class:`DataImportance`.
     """
 
     name: str
     scored: tuple[tuple[GroupLayer, Tensor], ...]
+    relative: bool = False
 
     def __call__(
         self, layer: GroupLayer, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
@@ -82,7 +88,7 @@ def measure_importance(
     loss_fn: LossFn | None = None,
     current_mask: Mapping[str, Tensor] | None = None,
 ) -> Importance:
-    """Run a model on batches once, and keep what an importance reads from them.
+    """Run a model on batches once, and keep the scores of its units.
 
     Example:
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
@@ -95,8 +101,8 @@ def measure_importance(
         tensor(6)
         tensor(4)
 
-    What it returns goes wherever a callable importance does: to :func:`regroup` and
-    :func:`torch_rsst.plan`, for as many budgets as you like. It does not follow the model's weights.
+    The result can be passed wherever a callable importance can: to :func:`regroup` and
+    :func:`torch_rsst.plan`, for as many budgets as you like. It does not change with the model's weights.
 
     The model is run as it is, without wrappers of ``DistributedDataParallel`` and ``torch.compile``, in eval
     mode and under the masks. Modes, hooks, gradients and random states are as before afterwards. In a
@@ -106,7 +112,7 @@ def measure_importance(
     Args:
         model: is run; not changed.
         groups: from :func:`find_groups`, or a selection of its items.
-        importance: one that needs data, or a combination in which one does.
+        importance: one that needs data, or a combination in which one does; ``"auto"`` is ``"variance"``.
         batches: what ``model(batch)`` takes: an iterable, drawn once, or a function that returns one.
         forward: ``(model, batch) → output``, for batches that ``model(batch)`` does not take.
         loss_fn: ``(output, batch) → loss``, for importances that need a gradient; not used by others.
@@ -117,10 +123,11 @@ def measure_importance(
 
     Raises:
         ValueError: without batches or a needed ``loss_fn``; for values that are not finite; for units
-            that no layer was seen to take in.
+            whose consumers did not run.
         TypeError: for batches that the model does not take.
     """
     data, found = DataSource(batches, forward, loss_fn), as_groups(groups)
+    importance = choose_importance(importance, data=True)
     weights = named_weights(model)
     check_groups(weights, found)
     given = extract_mask(model) if current_mask is None else current_mask
@@ -156,20 +163,22 @@ def measured(
     statistics = tuple(data_parts(importance))
     if not statistics:
         return resolve_importance(importance)
+    weights = named_weights(model)
     with torch.inference_mode(False):
-        totals = agreed(
+        inputs = agreed(
             replicas, lambda: _run(model, groups, statistics, data, current), lambda _: ()
-        ).over_ranks(replicas, Ranks.of(named_weights(model).values()))
-    totals.check(groups)
+        )
+        add_over_ranks(inputs, replicas, Ranks.of(weights.values()))
+        check_recorded(inputs, groups)
+        norms = weight_norms(inputs, weights, current)
     scored = [
         MeasuredImportance(
             name_of(statistic),
             tuple(
-                (layer, statistic.score(sums[row].clone(), count.clone()))
-                for layer, sums, count in zip(
-                    groups.layers, totals.sums, totals.counts, strict=True
-                )
+                (layer, statistic.unit_scores([*feature_sums(inputs, i, row, norms)], layer.units))
+                for i, layer in enumerate(groups.layers)
             ),
+            statistic.relative,
         )
         for row, statistic in enumerate(statistics)
     ]
@@ -182,13 +191,11 @@ def _run(
     statistics: tuple[DataImportance, ...],
     data: DataSource,
     current: Mapping[str, Tensor],
-) -> _Totals:
-    """What all batches add up to on this rank."""
-    totals = _Totals.of(groups, len(statistics))
-    gradients = any(statistic.needs_gradient for statistic in statistics)
-    recorder = _Recorder(groups, statistics, totals, gradients)
-    inputs = hooked_inputs(model, groups)
-    with undisturbed(model, current), torch.set_grad_enabled(gradients):
+) -> list[InputSums]:
+    """The sums over all batches of this rank."""
+    recorder = Recorder(groups, hooked_inputs(model, groups), statistics)
+    inputs = [each.hooked for each in recorder.inputs]
+    with undisturbed(model, current), torch.set_grad_enabled(recorder.gradients):
         batches = data.draw()
         with recorded(inputs, recorder.record):
             for number, batch in enumerate(batches):
@@ -197,167 +204,13 @@ def _run(
     if recorder.batch < 0:
         remedy = "An iterator is used up by its first use: pass a list, a DataLoader or a function."
         refuse(ValueError, "batches", "at least one", "none", remedy)
-    if gradients:
-        recorder.check_felt()
-    return totals
+    if recorder.gradients:
+        recorder.check_used()
+    return recorder.inputs
 
 
-def _run_batch(model: nn.Module, batch: Any, data: DataSource, recorder: _Recorder) -> None:
-    """A function of its own, so that outputs and graph are gone when the next batch comes."""
+def _run_batch(model: nn.Module, batch: Any, data: DataSource, recorder: Recorder) -> None:
+    """A function of its own, so that outputs and graph are freed before the next batch is drawn."""
     output = data.output(model, batch)
     if recorder.gradients:
         recorder.take_gradients(data.loss(output, batch, recorder.batch))
-
-
-@dataclass(frozen=True, eq=False)
-class _Totals:
-    """Sums per layer (statistics × units) and counts of entries (units), float64."""
-
-    sums: tuple[Tensor, ...]
-    counts: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, groups: Groups, statistics: int) -> _Totals:
-        sizes = [layer.units for layer in groups.layers]
-        return cls(
-            tuple(torch.zeros(statistics, n, dtype=torch.float64) for n in sizes),
-            tuple(torch.zeros(n, dtype=torch.float64) for n in sizes),
-        )
-
-    def over_ranks(self, replicas: dist.ProcessGroup | None, shards: Ranks) -> _Totals:
-        """The sums over all ranks that hold replicas or shards of the model."""
-        if (replicas is None and shards.mesh is None) or not self.sums:
-            return self
-        flat = torch.cat([t.flatten() for t in (*self.sums, *self.counts)])
-        if replicas is not None:
-            device = torch.device("cuda" if "nccl" in dist.get_backend(replicas) else "cpu")
-            flat = flat.to(device)
-            dist.all_reduce(flat, group=replicas)
-        flat = shards.add_up(flat).cpu()
-        parts = iter(torch.split(flat, [t.numel() for t in (*self.sums, *self.counts)]))
-        sums = tuple(next(parts).view_as(t) for t in self.sums)
-        return _Totals(sums, tuple(next(parts) for _ in self.counts))
-
-    def check(self, groups: Groups) -> None:
-        """Raise for units that were never heard."""
-        for layer, count in zip(groups.layers, self.counts, strict=True):
-            if bool((count == 0).any()):
-                taking = sorted({m.parameter for m in layer.members if m.consumes})
-                which = (count == 0).nonzero().flatten().tolist()
-                refuse(
-                    ValueError,
-                    f"activations of {layer}",
-                    "some",
-                    f"none for unit(s) {which[:5]} at {', '.join(taking)}",
-                    "Pass a forward that runs this layer and batches that are not empty, or leave its "
-                    "groups out. A weight that is used neither by its module nor by F.linear cannot be "
-                    "listened to.",
-                )
-
-
-class _Recorder:
-    """Adds up what is heard."""
-
-    def __init__(
-        self,
-        groups: Groups,
-        statistics: tuple[DataImportance, ...],
-        totals: _Totals,
-        gradients: bool,
-    ) -> None:
-        self.groups, self.statistics, self.totals = groups, statistics, totals
-        self.gradients, self.batch = gradients, -1
-        self._waiting: list[tuple[HookedInput, Tensor]] = []  # for their gradients
-        self._felt: set[int] = set()  # layers on which a loss depends
-        self._paused = False
-
-    def record(self, hooked: HookedInput, activation: Tensor) -> Tensor:
-        """Take in the input of a layer; returns what the layer gets in its place."""
-        if not self.gradients:
-            self._add(hooked, activation, None)
-            return activation
-        # A tensor of its own: its gradient is that through this layer alone, and nobody writes to it.
-        own = activation.clone()
-        if torch.is_grad_enabled() and not own.requires_grad:
-            own.requires_grad_()
-        if not self._paused:
-            self._waiting.append((hooked, own))
-        return own
-
-    def take_gradients(self, loss: Tensor) -> None:
-        """Add up what has been heard since the last loss."""
-        waiting, self._waiting = self._waiting, []
-        inputs = [own for _, own in waiting if own.requires_grad]
-        self._paused = True  # checkpointed parts of the model run once more
-        try:
-            found = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
-        finally:
-            self._paused = False
-        gradients = iter(found)
-        for hooked, own in waiting:
-            gradient = next(gradients) if own.requires_grad else None
-            if gradient is not None:
-                self._felt.update(share.layer for share in hooked.shares)
-            self._add(hooked, own, torch.zeros_like(own) if gradient is None else gradient)
-
-    def check_felt(self) -> None:
-        """Raise for layers on which no loss depends."""
-        for position, layer in enumerate(self.groups.layers):
-            if position not in self._felt and bool(self.totals.counts[position].any()):
-                remedy = (
-                    "Do not detach what the loss is made of, or leave the groups of this layer out."
-                )
-                subject, expected = f"gradients of {layer}", "a loss that depends on its units"
-                got = "losses that do not"
-                refuse(ValueError, subject, expected, got, remedy)
-
-    @torch.no_grad()
-    def _add(self, hooked: HookedInput, activation: Tensor, gradient: Tensor | None) -> None:
-        value = _plain(activation)
-        slope = None if gradient is None else _plain(gradient)
-        others = [d for d in range(value.ndim) if d != hooked.axis % value.ndim]
-        size = value.shape[hooked.axis]
-        self._check_size(hooked, size)
-        positions = value.numel() // size if size else 0
-        for share in hooked.shares:
-            self.totals.counts[share.layer].index_add_(
-                0, share.unit, torch.full(share.unit.shape, float(positions), dtype=torch.float64)
-            )
-        # On Apple's GPUs there is no float64.
-        wide = torch.float32 if value.device.type == "mps" else torch.float64
-        for row, statistic in enumerate(self.statistics):
-            entries = statistic.entries(value, slope if statistic.needs_gradient else None)
-            if entries.shape != value.shape:
-                subject = f"entries of {type(statistic).__name__}"
-                expected, got = f"shape {tuple(value.shape)}", f"shape {tuple(entries.shape)}"
-                remedy = "Return one number for each entry of the activation."
-                refuse(ValueError, subject, expected, got, remedy)
-            along = entries.sum(others, dtype=wide) if others else entries.to(wide)
-            along = along.cpu().double()
-            for share in hooked.shares:
-                mine = along[share.index]
-                self._check_finite(share.layer, mine)
-                self.totals.sums[share.layer][row].index_add_(0, share.unit, mine)
-
-    def _check_size(self, hooked: HookedInput, size: int) -> None:
-        if size != hooked.size:
-            subject = f"input of {hooked.name!r}"
-            expected, got = f"{hooked.size} features", f"{size} along dim {hooked.axis}"
-            remedy = "Find the groups of this very model: find_groups(model)."
-            refuse(ValueError, subject, expected, got, remedy)
-
-    def _check_finite(self, layer: int, values: Tensor) -> None:
-        if not bool(values.isfinite().all()):
-            subject = f"activations of {self.groups.layers[layer]}, batch {self.batch}"
-            remedy = (
-                "Look at this batch, or where training diverged; float16 overflows beyond 65504."
-            )
-            got = "NaN or infinity"
-            refuse(ValueError, subject, "finite numbers", got, remedy)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Detached, whole where ranks hold parts, float32 where it is of 16 bits."""
-    tensor = tensor.detach()
-    tensor = gathered(tensor) if is_sharded(tensor) else tensor
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,76 +1,20 @@
-"""Importance: a layer of units → one score per unit. The lowest go first.
+"""The names of importances. This is the one place that a new one is added to.
 
-An importance is any callable ``(layer, weights, masks) → scores``. Those that look at weights alone are
-functions, written as users would write theirs. Those that look at data are a
-:class:`torch_rsst.importance.data_importance.DataImportance`; :mod:`torch_rsst.importance.measuring` runs the model and makes
-such callables of them.
-A :class:`Combination` makes one of several. Scores accumulate in float64.
+The choices of the command line, the texts of errors and the tests of completeness read it.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, Literal, TypeAlias, TypeVar
+from dataclasses import is_dataclass
 
-import torch
-from torch import Tensor
-
-from torch_rsst.groups.groups import GroupLayer
-from torch_rsst.importance.data_importance import ActivationL1, ActivationL2, DataImportance, Taylor
-from torch_rsst.masking.mask_sets import mask_of
+from torch_rsst.importance.data_importance import ActivationL1, ActivationL2, Taylor, Variance
+from torch_rsst.importance.weights import Importance, magnitude, remain
 from torch_rsst.utils.errors import refuse, unknown_choice
 
-Importance: TypeAlias = Callable[[GroupLayer, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
-"""``(layer, weights, masks) → scores``: weights by dense name, bool masks (missing: all alive),
-one score per unit of the layer."""
-
-Normalize: TypeAlias = Literal["sum", "max"] | None
-NORMALIZATIONS = ("sum", "max")
-
-
-def remain(layer: GroupLayer, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
-    """The number of alive ranked entries of each unit.
-
-    Example:
-        >>> layer = torch_rsst.head_layer("weight", rows=4, num_heads=2, projections=1)
-        >>> weights = {"weight": torch.ones(4, 1)}
-        >>> masks = {"weight": torch.tensor([[True], [True], [True], [False]])}
-        >>> remain(layer, weights, masks)
-        tensor([2., 1.], dtype=torch.float64)
-    """
-    score = torch.zeros(layer.units, dtype=torch.float64)
-    for member in layer.ranked:
-        weight, mask = weights[member.parameter], mask_of(weights, masks, member.parameter)
-        if mask is None:
-            score += member.size_per_unit(weight, layer.units)
-        else:
-            score += member.count_per_unit(mask, layer.units)
-    return score
-
-
-def magnitude(
-    layer: GroupLayer, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
-) -> Tensor:
-    """The sum of |w| over the alive ranked entries of each unit.
-
-    Example:
-        >>> layer = torch_rsst.head_layer("weight", rows=2, num_heads=2, projections=1)
-        >>> magnitude(layer, {"weight": torch.tensor([[3.0], [-5.0]])}, {})
-        tensor([3., 5.], dtype=torch.float64)
-    """
-    score = torch.zeros(layer.units, dtype=torch.float64)
-    for member in layer.ranked:
-        weight, mask = weights[member.parameter], mask_of(weights, masks, member.parameter)
-        score += member.sum_per_unit(weight, layer.units, mask=mask, of=Tensor.abs_)
-    return score
-
-
 IMPORTANCES: dict[str, Importance] = {
-    "remain": remain,
     "magnitude": magnitude,
+    "remain": remain,
+    "variance": Variance(),
     "activation_l1": ActivationL1(),
     "activation_l2": ActivationL2(),
     "taylor": Taylor(),
@@ -80,18 +24,37 @@ IMPORTANCES: dict[str, Importance] = {
 ALIASES = {"l1": "activation_l1", "l2": "activation_l2", "saliency": "taylor"}
 """Other name → name."""
 
+AUTO = "auto"
+"""The name that stands for the best importance there is data for, see :func:`choose_importance`."""
+
+
+def importance_names() -> list[str]:
+    """Every name that ``importance=`` takes, without aliases.
+
+    >>> importance_names()[:3]
+    ['auto', 'magnitude', 'remain']
+    """
+    return [AUTO, *IMPORTANCES]
+
+
+def auto_name(data: bool) -> str:
+    """What ``"auto"`` stands for: ``"variance"`` where there is data, else ``"magnitude"``."""
+    return "variance" if data else "magnitude"
+
 
 def resolve_importance(importance: str | Importance) -> Importance:
     """The importance of a name; a callable is returned as it is.
+
+    ``"auto"`` is that without data; see :func:`choose_importance`.
 
     Raises:
         ValueError: for an unknown name.
         TypeError: for neither a name nor a callable.
     """
     if isinstance(importance, str):
-        name = ALIASES.get(importance, importance)
+        name = auto_name(data=False) if importance == AUTO else ALIASES.get(importance, importance)
         if name not in IMPORTANCES:
-            raise ValueError(unknown_choice("importance", importance, IMPORTANCES))
+            raise ValueError(unknown_choice("importance", importance, importance_names()))
         return IMPORTANCES[name]
     if isinstance(importance, type) or not callable(importance):
         remedy = "A callable takes (layer, weights, masks) and returns one score per unit."
@@ -113,206 +76,3 @@ def name_of(importance: str | Importance) -> str:
     if is_dataclass(found):
         return repr(found)
     return str(getattr(found, "__qualname__", type(found).__qualname__))  # repr may hold an address
-
-
-T = TypeVar("T", bound="Combination")
-
-
-@dataclass(frozen=True, repr=False)
-class Combination(ABC):
-    """An importance made of others; of data too, where one of them is.
-
-    A subclass says how: see :meth:`combine`.
-
-    Attributes:
-        parts: names or callables.
-    """
-
-    parts: tuple[str | Importance, ...]
-
-    def __post_init__(self) -> None:
-        if not self.parts:
-            remedy = "Name at least one."
-            expected, subject = "importances to combine", type(self).__name__
-            refuse(ValueError, subject, expected, "none", remedy)
-        for part in self.parts:
-            resolve_importance(part)
-
-    @abstractmethod
-    def combine(self, scores: Tensor, alive: Tensor) -> Tensor:
-        """One score per unit.
-
-        Args:
-            scores: a row per part, a column per unit, float64; 0 for dead units.
-            alive: bool, which units are alive.
-        """
-
-    def __call__(
-        self, layer: GroupLayer, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The combined scores of one layer."""
-        alive = remain(layer, weights, masks)
-        parts = [resolve_importance(part) for part in self.parts]
-        rows = [score_units(part, layer, weights, masks, alive) for part in parts]
-        return self.combine(torch.stack(rows), alive > 0)
-
-    def with_parts(self: T, parts: tuple[str | Importance, ...]) -> T:
-        """The same combination of other parts."""
-        return replace(self, parts=parts)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(name_of, self.parts))})"
-
-
-@dataclass(frozen=True, repr=False)
-class WeightedSum(Combination):
-    """See :func:`weighted_sum`."""
-
-    weights: tuple[float, ...]
-    normalize: Normalize
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for part, weight in zip(self.parts, self.weights, strict=True):
-            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                subject = f"weighted_sum: weight of {name_of(part)!r}"
-                remedy = "Weigh it by a number, such as 1.0."
-                refuse(ValueError, subject, "a finite number", repr(weight), remedy)
-        if self.normalize is not None and self.normalize not in NORMALIZATIONS:
-            choices = NORMALIZATIONS
-            raise ValueError(unknown_choice("weighted_sum: normalize", self.normalize, choices))
-
-    def combine(self, scores: Tensor, alive: Tensor) -> Tensor:
-        """See :class:`Combination`."""
-        if self.normalize is not None:
-            sizes = scores.abs()
-            norm = sizes.sum(1, keepdim=True) if self.normalize == "sum" else sizes.amax(1, True)
-            scores = scores / torch.where(norm > 0, norm, 1.0)
-        return torch.tensor(self.weights, dtype=torch.float64) @ scores
-
-    def __repr__(self) -> str:
-        weighed = zip(map(name_of, self.parts), self.weights, strict=True)
-        return f"weighted_sum({dict(weighed)}, normalize={self.normalize!r})"
-
-
-@dataclass(frozen=True, repr=False)
-class RankAverage(Combination):
-    """See :func:`rank_average`."""
-
-    def combine(self, scores: Tensor, alive: Tensor) -> Tensor:
-        """See :class:`Combination`."""
-        living = scores[:, alive]
-        ranks = torch.zeros_like(scores)
-        for row, values in zip(ranks, living, strict=True):
-            _, place, count = values.unique(return_inverse=True, return_counts=True)
-            # Of c equal scores after s lower ones, each has the middle of the ranks s + 1 … s + c.
-            middle = count.cumsum(0) - (count - 1) / 2
-            row[alive] = middle[place].double() / max(1, values.numel())
-        return ranks.mean(0)
-
-    def __repr__(self) -> str:
-        return f"rank_average({', '.join(map(name_of, self.parts))})"
-
-
-def weighted_sum(parts: Mapping[Any, float], *, normalize: Normalize = "sum") -> WeightedSum:
-    """Σ weight · score.
-
-    Example:
-        >>> mixed = weighted_sum({"magnitude": 1.0, "remain": 0.5}, normalize="max")
-        >>> layer = torch_rsst.head_layer("weight", rows=2, num_heads=2, projections=1)
-        >>> mixed(layer, {"weight": torch.tensor([[1.0], [4.0]])}, {})
-        tensor([0.7500, 1.5000], dtype=torch.float64)
-
-    Args:
-        parts: importance (name or callable) → its weight.
-        normalize: how the scores of a part are made comparable with those of others, in each layer:
-            divided by their ``"sum"`` or their largest (``"max"``); None takes them as they are.
-
-    Raises:
-        TypeError, ValueError: for an unknown importance, none at all, or a weight that is no number.
-    """
-    if not isinstance(parts, Mapping):
-        remedy = "Such as {'magnitude': 1.0, 'taylor': 0.5}."
-        got = type(parts).__name__
-        refuse(TypeError, "weighted_sum", "a dict", got, remedy)
-    return WeightedSum(tuple(parts), tuple(parts.values()), normalize)
-
-
-def rank_average(*parts: str | Importance) -> RankAverage:
-    """The mean of the ranks that units have by each importance.
-
-    Example:
-        >>> mixed = rank_average("magnitude", "remain")
-        >>> layer = torch_rsst.head_layer("weight", rows=2, num_heads=2, projections=1)
-        >>> mixed(layer, {"weight": torch.tensor([[1.0], [4.0]])}, {})
-        tensor([0.6250, 0.8750], dtype=torch.float64)
-
-    Ranks are those among the living units of a layer, divided by how many these are: the best has 1.
-    Equal scores share the mean of their ranks.
-
-    Args:
-        parts: names or callables.
-
-    Raises:
-        TypeError, ValueError: for an unknown importance, or none at all.
-    """
-    return RankAverage(parts)
-
-
-def data_parts(importance: str | Importance) -> Iterator[DataImportance]:
-    """The importances within one that need data, in order."""
-    found = resolve_importance(importance)
-    if isinstance(found, DataImportance):
-        yield found
-    elif isinstance(found, Combination):
-        for part in found.parts:
-            yield from data_parts(part)
-
-
-def with_measured(importance: str | Importance, measured: Iterator[Importance]) -> Importance:
-    """An importance in which callables that hold scores stand in for those that need data.
-
-    Args:
-        importance: see :func:`data_parts`.
-        measured: what stands in for each of these, in the same order.
-    """
-    found = resolve_importance(importance)
-    if isinstance(found, DataImportance):
-        return next(measured)
-    if isinstance(found, Combination) and next(data_parts(found), None) is not None:
-        return found.with_parts(tuple(with_measured(part, measured) for part in found.parts))
-    return found
-
-
-def score_units(
-    importance: Importance,
-    layer: GroupLayer,
-    weights: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
-    alive: Tensor,
-) -> Tensor:
-    """The checked scores of one layer, float64 on the CPU; dead units score exactly 0.
-
-    Args:
-        importance: the callable.
-        layer: whose units are scored.
-        weights: by dense name.
-        masks: bool, by dense name; missing: all alive.
-        alive: the number of alive ranked entries of each unit.
-
-    Raises:
-        ValueError: for scores of another shape, or NaN for a unit that is alive.
-    """
-    scores = torch.as_tensor(importance(layer, weights, masks)).detach().cpu().double()
-    subject = f"importance of {layer}"
-    if scores.shape != (layer.units,):
-        remedy = "Return one score per unit of the layer."
-        refuse(
-            ValueError, subject, f"shape ({layer.units},)", f"shape {tuple(scores.shape)}", remedy
-        )
-    scores = scores.masked_fill(alive == 0, 0.0)
-    if bool(scores.isnan().any()):
-        remedy = "A NaN has no rank; look for the step at which training diverged."
-        got = f"NaN for unit(s) {scores.isnan().nonzero().flatten().tolist()[:5]}"
-        refuse(ValueError, subject, "numbers", got, remedy)
-    return scores

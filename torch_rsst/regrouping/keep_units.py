@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class ScoredLayer:
     scores: Tensor
     alive: Tensor
     sizes: Tensor
+
+    def normalized(self) -> ScoredLayer:
+        """With scores that sum to 1, unless all are 0."""
+        total = self.scores.sum()
+        return replace(self, scores=self.scores / torch.where(total > 0, total, 1.0))
 
     @property
     def sort_keys(self) -> Tensor:

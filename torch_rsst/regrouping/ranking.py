@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from torch_rsst.groups.groups import Groups
-from torch_rsst.importance.registry import remain
+from torch_rsst.importance.weights import remain
 from torch_rsst.masking.mask_sets import Masks, alive_in, named_refs
 from torch_rsst.masking.parameter_ref import (
     Parameter,

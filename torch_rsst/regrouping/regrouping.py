@@ -15,14 +15,10 @@ from torch_rsst.distributed.dtensor import total
 from torch_rsst.distributed.replicas import replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, Member, as_groups, check_groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward, LossFn
+from torch_rsst.importance.combinations import choose_importance
 from torch_rsst.importance.measuring import measured
-from torch_rsst.importance.registry import (
-    Importance,
-    name_of,
-    remain,
-    resolve_importance,
-    score_units,
-)
+from torch_rsst.importance.registry import name_of, resolve_importance
+from torch_rsst.importance.weights import Importance, remain, score_units
 from torch_rsst.masking.mask_sets import (
     Masks,
     ModelMasks,
@@ -136,8 +132,9 @@ def regroup(
         amount: the fraction of *all* units of a scope, dead ones included, that are absent from the
             refill mask; an int counts units per scope. None takes the budget from the density:
             ``round(d + fillback_rate · (n − d))`` units stay, d = Σ alive ranked entries / size.
-        importance: ``"magnitude"``, ``"remain"``; with ``batches``, ``"activation_l1"``,
-            ``"activation_l2"`` or ``"taylor"``; or a callable, see :mod:`torch_rsst.importance.registry`.
+        importance: a name from :data:`torch_rsst.importance.IMPORTANCES`, such as ``"magnitude"`` or, with
+            ``batches``, ``"variance"``; ``"auto"``, which is ``"variance"`` with ``batches`` and
+            ``"magnitude"`` without; or a callable, see :mod:`torch_rsst.importance`.
         scope: what units compete with: those of their ``"layer"``, of their ``"type"``, or all
             (``"global"``; scores are then compared per ranked entry).
         current_mask: what is alive now; the model's own masks by default.
@@ -161,6 +158,7 @@ def regroup(
             for data that the importance lacks or has no use for.
         TypeError: for batches that the model does not take.
     """
+    importance = choose_importance(importance, data=batches is not None)
     plan = RegroupPlan(importance, scope, fillback_rate, min_keep, round_to, ungrouped)
     groups = as_groups(groups)
     weights = named_weights(model)
@@ -199,7 +197,10 @@ def score_layers(
 ) -> list[ScoredLayer]:
     """Score the units of every layer."""
     importance = resolve_importance(plan.importance)
-    return [_score(importance, layer, weights, current) for layer in groups.layers]
+    scored = [_score(importance, layer, weights, current) for layer in groups.layers]
+    if plan.scope != "layer" and getattr(importance, "relative", False):
+        return [layer.normalized() for layer in scored]
+    return scored
 
 
 def choose(

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance.batches import DataSource
+from torch_rsst.importance.combinations import data_parts
 from torch_rsst.importance.measuring import check_source, measured
-from torch_rsst.importance.registry import data_parts, name_of
+from torch_rsst.importance.registry import name_of
 from torch_rsst.masking.freezing import freeze_latents
 from torch_rsst.masking.mask_sets import (
     Masks,

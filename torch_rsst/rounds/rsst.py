@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_rsst.groups.groups import Group, GroupLayer, Groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward, LossFn
-from torch_rsst.importance.registry import Importance, remain
+from torch_rsst.importance.weights import Importance, remain
 from torch_rsst.masking.mask_sets import Masks, named_weights
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.penalty.hooks import Mode, Optimizers

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.prune import BasePruningMethod
 
 from torch_rsst.distributed.replicas import agreed
-from torch_rsst.importance.registry import Importance
+from torch_rsst.importance.weights import Importance
 from torch_rsst.masking.freezing import freeze_latents
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import NewMasks, install

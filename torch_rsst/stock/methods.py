@@ -10,7 +10,8 @@ from torch import Tensor
 
 from torch_rsst.distributed.dtensor import placed_like, total
 from torch_rsst.groups.groups import head_layer
-from torch_rsst.importance.registry import Importance, remain, resolve_importance, score_units
+from torch_rsst.importance.registry import resolve_importance
+from torch_rsst.importance.weights import Importance, remain, score_units
 from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.masked_parameter import MaskHook
 from torch_rsst.masking.parameter_ref import ParameterRef
@@ -72,7 +73,7 @@ class HeadRegroup(MaskHook):
         num_heads: heads of each projection.
         projections: projections stacked along ``dim``; 3 for a fused qkv, 1 for a single one.
         dim: the dimension that is dealt out to heads.
-        importance: ``"remain"``, ``"magnitude"`` or a callable, see :mod:`torch_rsst.importance.registry`.
+        importance: ``"remain"``, ``"magnitude"`` or a callable, see :mod:`torch_rsst.importance`.
     """
 
     def __init__(
