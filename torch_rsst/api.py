@@ -30,6 +30,7 @@ from torch_rsst.discovery import find_groups
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, Member, head_layer
 from torch_rsst.importance.measuring import measure_importance
 from torch_rsst.masking.checkpoints import load_dense_state_dict, prepare_from_state_dict
+from torch_rsst.masking.dense_weights import dense_weights
 from torch_rsst.masking.freezing import freeze_masked
 from torch_rsst.masking.mask_sets import (
     apply_mask,
@@ -103,6 +104,7 @@ __all__ = [
     "compact",
     "convert_optimizer_state",
     "custom_from_mask",
+    "dense_weights",
     "discovery",
     "extract_mask",
     "fillback",

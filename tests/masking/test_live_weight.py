@@ -58,7 +58,7 @@ def test_a_failing_call_leaves_the_class(monkeypatch):
     def failing(ref):
         raise MemoryError
 
-    monkeypatch.setattr(masked_parameter, "_set_hook", failing)
+    monkeypatch.setattr(masked_parameter, "set_hook", failing)
     layer = nn.Linear(3, 2)
     with pytest.raises(MemoryError):
         half_masked(layer)

@@ -197,7 +197,7 @@ def _masked_by_stock() -> nn.Module:
 
 @pytest.mark.parametrize("make", [_dense, _masked_by_us, _masked_by_stock])
 @pytest.mark.parametrize(
-    "point", ["_mask_buffer", "_reparametrize", "make_live", "_set_hook", "_rename"]
+    "point", ["_mask_buffer", "reparametrize", "make_live", "set_hook", "_rename"]
 )
 @pytest.mark.parametrize("when", ["first", "second"])
 def test_a_failure_anywhere_in_install_changes_nothing(
@@ -240,7 +240,7 @@ def test_an_interrupt_is_rolled_back_too(
 
     layer = layer_of(3.0, 1.0)
     before = fingerprint(layer)
-    monkeypatch.setattr(masked_parameter, "_set_hook", interrupt)
+    monkeypatch.setattr(masked_parameter, "set_hook", interrupt)
     with pytest.raises(KeyboardInterrupt):
         mask(ParameterRef(layer, "weight"), 1, 0)
     assert fingerprint(layer) == before
@@ -442,7 +442,7 @@ def test_handles_of_other_hooks_work_after_a_rollback(monkeypatch: pytest.Monkey
     layer = layer_of(3.0, 1.0)
     handle = layer.register_forward_pre_hook(lambda *_: None)
     with monkeypatch.context() as patch:
-        patch.setattr(masked_parameter, "_set_hook", failing)
+        patch.setattr(masked_parameter, "set_hook", failing)
         with pytest.raises(InjectedError):
             mask(ParameterRef(layer, "weight"), 1, 0)
     handle.remove()

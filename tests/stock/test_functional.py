@@ -310,7 +310,7 @@ def test_a_failing_installation_changes_nothing(
 
     model = net()
     before = fingerprint(model)
-    original, seen = masked_parameter._set_hook, []
+    original, seen = masked_parameter.set_hook, []
 
     def failing_late(ref: Any) -> Any:
         seen.append(ref)
@@ -318,7 +318,7 @@ def test_a_failing_installation_changes_nothing(
             raise MemoryError
         return original(ref)
 
-    monkeypatch.setattr(masked_parameter, "_set_hook", failing_late)
+    monkeypatch.setattr(masked_parameter, "set_hook", failing_late)
     with pytest.raises(MemoryError):
         prune(model, 0.5)
     assert fingerprint(model) == before

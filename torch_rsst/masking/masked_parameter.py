@@ -145,8 +145,8 @@ def install(refs: Sequence[ParameterRef], new: NewMasks) -> None:
         with AllOrNothing(changed, written=refs) as undo:
             undo.append(frozen_now(dense))
             for ref, mask in changing:
-                _reparametrize(ref, mask)
-            hooks = [_set_hook(ref) for ref in changed]
+                reparametrize(ref, mask)
+            hooks = [set_hook(ref) for ref in changed]
             new.write(list(masks.values()))
             for ref, hook in zip(changed, hooks, strict=True):
                 hook(ref.module, ())
@@ -183,7 +183,8 @@ def find_hook(ref: ParameterRef) -> tuple[int, BasePruningMethod] | None:
     return None
 
 
-def _reparametrize(ref: ParameterRef, mask: Tensor) -> None:
+def reparametrize(ref: ParameterRef, mask: Tensor) -> None:
+    """``name_orig``, ``name_mask`` and the live ``name``; no hook."""
     if not ref.is_masked:
         _rename(ref.module._parameters, ref.name, ref.name + ORIG)
         rename_parameter(ref.module, ref.name, ref.name + ORIG)
@@ -193,7 +194,7 @@ def _reparametrize(ref: ParameterRef, mask: Tensor) -> None:
     make_live(ref.module, ref.name)
 
 
-def _set_hook(ref: ParameterRef) -> _Masked:
+def set_hook(ref: ParameterRef) -> _Masked:
     """Leave one hook of ours, alone or behind the stock methods that came before."""
     found = find_hook(ref)
     if found is not None and isinstance(found[1], MaskHook):
@@ -237,7 +238,7 @@ def restore(
         undo.append(frozen_now(refs))
         for ref in refs:
             found = find_hook(ref)
-            _make_plain(ref)
+            set_plain(ref, ref.original)
             if found is not None:
                 del ref.module._forward_pre_hooks[found[0]]
         for original, mask in masked:
@@ -252,7 +253,7 @@ def restore(
 def make_permanent(ref: ParameterRef) -> None:
     """Undo the reparametrization in place: the parameter keeps its identity, place and gradient."""
     original, mask = ref.original, ref.mask
-    _make_plain(ref)
+    set_plain(ref, original)
     zero(original, mask)
 
 
@@ -274,9 +275,9 @@ def _dead(original: nn.Parameter, mask: Tensor | None) -> Tensor:
     return placed_like(mask == 0, original)
 
 
-def _make_plain(ref: ParameterRef) -> None:
-    """The parameter under its dense name, at its place; no mask, no property, no stored product."""
-    module, original = ref.module, ref.original
+def set_plain(ref: ParameterRef, parameter: nn.Parameter) -> None:
+    """A parameter under its dense name, at its place; no mask, no property, no stored product."""
+    module = ref.module
     rename_parameter(module, ref.name + ORIG, ref.name)
     make_plain(module, ref.name)
     module.__dict__.pop(ref.name, None)
@@ -284,4 +285,4 @@ def _make_plain(ref: ParameterRef) -> None:
     with place_kept(ref):
         del module._parameters[ref.name + ORIG]
         # Through setattr, which recurrent layers listen to.
-        setattr(module, ref.name, original)
+        setattr(module, ref.name, parameter)

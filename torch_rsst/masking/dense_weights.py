@@ -1,0 +1,359 @@
+"""Plain parameters in place of masked ones for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from torch_rsst.distributed.dtensor import is_sharded
+from torch_rsst.distributed.fsdp import reshard
+from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
+from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.masking.mask_values import check_binary
+from torch_rsst.masking.masked_parameter import find_hook, reparametrize, set_hook, set_plain
+from torch_rsst.masking.masked_product import masked
+from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
+from torch_rsst.masking.rollback import AllOrNothing
+from torch_rsst.utils.errors import listing, refuse, unknown_choice
+
+MaskedWrites: TypeAlias = Literal["error", "drop", "keep"]
+MASKED_WRITES = ("error", "drop", "keep")
+
+
+def dense_weights(
+    model: nn.Module, *, masked_writes: MaskedWrites = "error"
+) -> AbstractContextManager[nn.Module]:
+    """Replace every masked parameter by a plain one, zero where it is masked, within a ``with`` block.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> torch_rsst.apply_mask(layer, {"weight": torch.tensor([[True, False]])})
+        >>> with torch_rsst.dense_weights(layer):
+        ...     [name for name, _ in layer.named_parameters()]
+        ['weight', 'bias']
+        >>> [name for name, _ in layer.named_parameters()]
+        ['weight_orig', 'bias']
+
+    For inference at the speed of a dense model, and for code that needs a parameter called ``weight``:
+    merging adapters, ``convert_sync_batchnorm``, ``torch.nn.init``, surgery on weights. Inside, the modules are of
+    their original classes, without ``weight_orig``, ``weight_mask`` and pruning hook; copies made
+    inside are dense models.
+
+    On leaving, the masks are put back: in the same modules, and in modules that have taken their place,
+    which are found by the parameter or by their name. Values that were written to entries
+    that are alive go to ``weight_orig``, as does the gradient. A parameter that was assigned
+    inside becomes ``weight_orig`` itself.
+
+    Args:
+        model: the model, wrapped or not; changed in place.
+        masked_writes: what becomes of values other than 0 in masked entries: ``"error"`` raises on
+            leaving; ``"drop"`` forgets them, ``weight_orig`` keeps what it has there; ``"keep"`` puts them into
+            ``weight_orig``, under the mask.
+
+    Returns:
+        a context manager that gives the model. Where the block or leaving it raises, parameters,
+        buffers and submodules are what they were at the start of the block. It takes a copy of the
+        masked weights, and one of all other parameters and buffers, for as long as it lasts.
+
+    Raises:
+        TypeError: unless given a module.
+        ValueError: for another ``masked_writes``, for parameters that are distributed over several ranks, or masks with other
+            values than 0 and 1.
+        RuntimeError: for a block in another one for the same modules; by an optimizer that updates masked parameters and steps inside;
+            on leaving, for values written to masked entries under ``"error"``, for masks that were
+            set inside, or where a masked parameter is gone or has another shape.
+    """
+    if masked_writes not in MASKED_WRITES:
+        raise ValueError(unknown_choice("masked_writes", masked_writes, MASKED_WRITES))
+    unwrap(model)
+    return _DenseWeights(model, masked_writes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a masked parameter was, and what else masking had left there."""
+
+    path: str
+    ref: ParameterRef
+    hook: tuple[int, BasePruningMethod] | None
+    live: bool
+    orders: tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]
+
+    @classmethod
+    def of(cls, path: str, ref: ParameterRef) -> _Place:
+        registries = _registries(ref.module)
+        orders: Any = tuple(tuple(registry) for registry in registries)
+        return cls(path, ref, find_hook(ref), is_live(ref.module, ref.name), orders)
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.ref.name}" if self.path else self.ref.name
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """A masked parameter, the plain one that stands for it, and its places."""
+
+    original: nn.Parameter
+    mask: Tensor
+    plain: nn.Parameter
+    places: list[_Place]
+
+
+@dataclass(frozen=True, eq=False)
+class _Return:
+    """A plain parameter that becomes a masked one again, and the modules that hold it now."""
+
+    dense: _Dense
+    parameter: nn.Parameter
+    name: str
+    refs: list[ParameterRef]
+
+    @property
+    def target(self) -> nn.Parameter:
+        own = self.parameter is self.dense.plain
+        return self.dense.original if own else self.parameter
+
+    @property
+    def written(self) -> Tensor:
+        """Masked entries that are not 0."""
+        return (self.parameter.detach() != 0) & (self.dense.mask.to(self.parameter.device) == 0)
+
+
+_active: list[_DenseWeights] = []
+
+
+class _DenseWeights(AbstractContextManager[nn.Module]):
+    """What :func:`dense_weights` returns. A class, as :class:`AllOrNothing` is one."""
+
+    def __init__(self, model: nn.Module, masked_writes: MaskedWrites) -> None:
+        self._model, self._masked_writes = model, masked_writes
+
+    def __enter__(self) -> nn.Module:
+        self._root = unwrap(self._model)
+        self._modules = dict(self._root.named_modules())
+        reshard(self._modules.values())
+        self._check()
+        self._guard = AllOrNothing(
+            [ParameterRef(module, "") for module in self._modules.values()], written=[]
+        )
+        undo = self._guard.__enter__()
+        undo += _values_back(self._root)
+        self._undo = undo
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._dense = self._swapped()
+            self._hook = register_optimizer_step_pre_hook(self._refuse_step)
+        except BaseException as error:
+            self._guard.__exit__(type(error), error, error.__traceback__)
+            raise
+        _active.append(self)
+        return self._model
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _active.remove(self)
+        self._hook.remove()
+        try:
+            if kind is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._put_back(self._returns())
+        except BaseException as refused:
+            self._guard.__exit__(type(refused), refused, refused.__traceback__)
+            raise
+        self._guard.__exit__(kind, error, trace)
+
+    def _check(self) -> None:
+        own = set(map(id, self._modules.values()))
+        if any(id(module) in own for each in _active for module in each._modules.values()):
+            remedy = "Use the block that is there: its parameters are plain already."
+            refuse(RuntimeError, "dense_weights", "no other block for this model", "one", remedy)
+        for ref in masked_refs(self._modules.values()):
+            if is_sharded(ref.original):
+                remedy = "Gather the model first, or read weights as DTensors through `weight`."
+                got = "one that is distributed over several ranks"
+                refuse(ValueError, f"parameter {ref}", "a whole tensor", got, remedy)
+            check_binary(ref.mask, ref)
+
+    def _swapped(self) -> list[_Dense]:
+        """Put plain parameters in place of all masked ones; those that are tied stay tied."""
+        found: dict[tuple[int, int], _Dense] = {}
+        for path, module in self._modules.items():
+            for ref in masked_refs([module]):
+                original, mask = ref.original, ref.mask
+                assert mask is not None, "masked_refs() lists masked refs"
+                key = (id(original), id(mask))
+                if key not in found:
+                    plain = nn.Parameter(masked(original, mask).detach(), original.requires_grad)
+                    plain.grad = original.grad
+                    found[key] = _Dense(original, mask, plain, [])
+                found[key].places.append(_Place.of(path, ref))
+        for dense in found.values():
+            for place in dense.places:
+                set_plain(place.ref, dense.plain)
+                if place.hook is not None:
+                    del place.ref.module._forward_pre_hooks[place.hook[0]]
+        return list(found.values())
+
+    def _refuse_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        own = {id(p) for dense in self._dense for p in (dense.original, dense.plain)}
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            remedy = "Leave the `with` block first: only then are masks obeyed."
+            got = f"a step of {type(optimizer).__name__}"
+            refuse(RuntimeError, "dense_weights", "no training inside", got, remedy)
+
+    def _returns(self) -> list[_Return]:
+        """Which parameters get their masks back, and where; nothing is touched."""
+        tree = dict(self._root.named_modules())
+        places = [place for dense in self._dense for place in dense.places]
+        holders = _holders([*tree.values(), *(place.ref.module for place in places)])
+        owner = {id(dense.plain): dense for dense in self._dense}
+        found: dict[int, _Return] = {}
+        for dense in self._dense:
+            for place in dense.places:
+                parameter = _now(place, dense.plain, tree, holders)
+                refs = holders[id(parameter)]
+                of = owner.get(id(parameter), dense)
+                each = found.setdefault(id(parameter), _Return(of, parameter, place.name, refs))
+                if each.dense is not of:
+                    got = f"one parameter for {each.name!r} and {place.name!r}"
+                    remedy = "Tie weights before they are masked: tied ones share a mask."
+                    refuse(RuntimeError, "dense_weights", "a mask for each", got, remedy)
+        for each in found.values():
+            _check_return(each)
+        wrong = [each.name for each in found.values() if bool(each.written.any())]
+        if wrong and self._masked_writes == "error":
+            got = f"other values in {listing(wrong)}"
+            remedy = (
+                "Pass masked_writes='drop' to forget them, 'keep' to hold them under the mask, or "
+                "call remove_all(model) before to give the masks up."
+            )
+            refuse(RuntimeError, "dense_weights", "zeros in masked entries", got, remedy)
+        return list(found.values())
+
+    def _put_back(self, returns: Iterable[_Return]) -> None:
+        saved = {
+            (id(place.ref.module), place.ref.name): place
+            for dense in self._dense
+            for place in dense.places
+        }
+        for each in returns:
+            mask, target = each.dense.mask.to(each.parameter), each.target
+            self._undo.append(partial(_set_data, target, target.detach().clone()))
+            _set_data(target, self._value(each, mask))
+            if each.parameter.grad is not None:
+                target.grad = masked(each.parameter.grad, mask)
+            for ref in each.refs:
+                _mask_again(ref, target, mask, saved.get((id(ref.module), ref.name)))
+
+    def _value(self, each: _Return, mask: Tensor) -> Tensor:
+        """Alive entries as they are now; masked ones as they were, but for what is to be kept."""
+        taken = mask != 0
+        if self._masked_writes == "keep":
+            taken |= each.written
+        value = each.parameter.detach()
+        return torch.where(taken, value, each.dense.original.to(value))
+
+
+def _registries(module: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]:
+    return module._parameters, module._buffers, module._forward_pre_hooks
+
+
+def _values_back(model: nn.Module) -> list[Any]:
+    """What gives parameters and buffers their values again; masked parameters are not written to."""
+    refs = masked_refs(model.modules())
+    kept = {id(t) for ref in refs for t in (ref.original, ref.mask)}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in kept]
+    return [partial(_set_data, t, t.detach().clone()) for t in tensors]
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    if tensor.dtype == value.dtype and tensor.device == value.device and not tensor.is_inference():
+        tensor.copy_(value)
+    else:
+        tensor.data = value
+
+
+def _holders(modules: Iterable[nn.Module]) -> dict[int, list[ParameterRef]]:
+    """By the id of each parameter: the modules that hold it."""
+    found: dict[int, list[ParameterRef]] = {}
+    for module in dict.fromkeys(modules):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append(ParameterRef(module, name))
+    return found
+
+
+def _now(
+    place: _Place,
+    plain: nn.Parameter,
+    tree: Mapping[str, nn.Module],
+    holders: Mapping[int, list[ParameterRef]],
+) -> nn.Parameter:
+    """The parameter that is at a place now: in the same module, in one of its name, or elsewhere."""
+    own = place.ref.module
+    module = own if any(own is each for each in tree.values()) else tree.get(place.path)
+    parameter = None if module is None else module._parameters.get(place.ref.name)
+    if parameter is not None:
+        return parameter
+    if any(ref.module is not own for ref in holders.get(id(plain), ())):
+        return plain
+    remedy = "Work on a copy (copy.deepcopy inside the block), or call remove_all(model) before."
+    expected, got = "a parameter there on leaving", "none"
+    refuse(RuntimeError, f"dense_weights: {place.name!r}", expected, got, remedy)
+
+
+def _check_return(each: _Return) -> None:
+    subject = f"dense_weights: {each.name!r}"
+    if each.parameter.shape != each.dense.mask.shape:
+        got = f"shape {tuple(each.parameter.shape)}"
+        expected = f"shape {tuple(each.dense.mask.shape)} as before"
+        remedy = "Change shapes after remove_all(model), or with compact()."
+        refuse(RuntimeError, subject, expected, got, remedy)
+    for ref in each.refs:
+        if ref.name.endswith(ORIG) or isinstance(ref.module, ParametrizationList):
+            got = "one that was masked or parametrized inside"
+            remedy = "Mask and parametrize outside of the `with` block."
+            refuse(RuntimeError, subject, "a plain parameter on leaving", got, remedy)
+
+
+def _mask_again(
+    ref: ParameterRef, parameter: nn.Parameter, mask: Tensor, place: _Place | None
+) -> None:
+    module = ref.module
+    module._parameters[ref.name] = parameter
+    reparametrize(ref, mask)
+    if place is None:
+        set_hook(ref)
+    else:
+        if place.hook is not None:
+            module._forward_pre_hooks[place.hook[0]] = place.hook[1]
+        for registry, order in zip(_registries(module), place.orders, strict=True):
+            _reorder(registry, order)
+        if not place.live:
+            make_plain(module, ref.name)
+    hook = find_hook(ref)
+    if hook is not None:
+        hook[1](module, ())  # renews what it has stored
+
+
+def _reorder(registry: dict[Any, Any], order: Iterable[Any]) -> None:
+    """Keys that were there before come first, as they stood."""
+    before = [key for key in order if key in registry]
+    for key in [*before, *(key for key in list(registry) if key not in before)]:
+        registry[key] = registry.pop(key)
