@@ -43,7 +43,7 @@ class MeasuredImportance:
     Attributes:
         name: of the importance.
         scored: each layer with its scores.
-        relative: see :class:`DataImportance`.
+        relative: see :class:`torch_rsst.importance.DataImportance`.
     """
 
     name: str

@@ -132,7 +132,7 @@ def regroup(
         amount: the fraction of *all* units of a scope, dead ones included, that are absent from the
             refill mask; an int counts units per scope. None takes the budget from the density:
             ``round(d + fillback_rate · (n − d))`` units stay, d = Σ alive ranked entries / size.
-        importance: a name from :data:`torch_rsst.importance.IMPORTANCES`, such as ``"magnitude"`` or, with
+        importance: a name from ``torch_rsst.importance.IMPORTANCES``, such as ``"magnitude"`` or, with
             ``batches``, ``"variance"``; ``"auto"``, which is ``"variance"`` with ``batches`` and
             ``"magnitude"`` without; or a callable, see :mod:`torch_rsst.importance`.
         scope: what units compete with: those of their ``"layer"``, of their ``"type"``, or all
