@@ -211,9 +211,7 @@ def test_images_of_other_classes_are_refused(tmp_path, capsys):
     capsys.readouterr()
     assert exit_code("compact", output) == 2
     error = capsys.readouterr().err
-    assert (
-        "expected the classes of the model: 'cat', 'dog', got 'dog', 'zebra'" in error
-    )
+    assert "expected the classes of the model: 'cat', 'dog', got 'dog', 'zebra'" in error
     assert not (output / "compact").exists()
 
 
