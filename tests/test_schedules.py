@@ -4,10 +4,12 @@ import math
 import pickle
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from registry_tables import formula
 
+import torch_rsst
 from torch_rsst.schedules import (
     ALIASES,
     SCHEDULES,
@@ -79,6 +81,25 @@ def test_names_of_the_research_code_are_aliases(alias: str) -> None:
     assert name_of(alias) == ALIASES[alias] in SCHEDULES
     assert alias not in SCHEDULES
     assert resolve_schedule(alias, 0.3) == resolve_schedule(name_of(alias), 0.3)
+
+
+@pytest.mark.parametrize("alias", [*ALIASES])
+def test_rounds_that_were_saved_with_an_alias_continue_with_the_name(alias: str) -> None:
+    def rounds(schedule: str) -> torch_rsst.RSST:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+        groups = torch_rsst.find_groups(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return torch_rsst.RSST(
+            model, groups, optimizer=optimizer, steps_per_round=2, rounds=2, schedule=schedule
+        )
+
+    saved = rounds(alias)
+    first = next(iter(saved))
+    resumed = rounds(ALIASES[alias])
+    resumed.load_state_dict(saved.state_dict())
+    again = next(iter(resumed))
+    assert (again.index, again.pruner.strength) == (first.index, first.pruner.strength)
 
 
 def test_what_is_not_registered_is_shown_by_its_repr_or_its_own_name() -> None:

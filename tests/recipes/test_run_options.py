@@ -375,6 +375,20 @@ def test_any_options_survive_yaml(options):
     assert RunConfig.from_yaml(own.to_yaml(), Path("own.yaml")) == own
 
 
+def test_an_old_file_with_aliases_describes_the_same_run():
+    from torch_rsst.recipes.config import RunConfig
+
+    old = "schedule: exp_custom_exponents\nimportance: l1\n"
+    own, named = (
+        RunConfig.from_yaml(old, Path("config.yaml")),
+        RunConfig(importance="activation_l1"),
+    )
+    assert own == named == RunConfig(schedule="exp_custom_exponents", importance="l1")
+    assert own.differences(named) == {}
+    assert "schedule: late_exponential\n" in own.to_yaml()
+    assert "importance: activation_l1\n" in own.to_yaml()
+
+
 def test_what_is_written_is_read_back(tmp_path, capsys):
     """``--config`` gives what ``--write-config`` wrote, options beside it win, and nothing is written over."""
     from torch_rsst.cli.main import _parse
