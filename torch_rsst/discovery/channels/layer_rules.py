@@ -16,8 +16,9 @@ AT_ONCE = "they are normalized in groups"
 MIXED = "they meet in a product of activations, as those of an attention do"
 
 
-def _takes(walk: Walk, fed: Tensor | None, columns: Tensor | None) -> None:
-    walk.meet(fed, columns, INPUT if fed is None else UNNAMED)
+def _takes(walk: Walk, fed: Tensor | None, columns: Tensor | None, wild: bool = False) -> None:
+    if not wild:  # as wide as is asked for, as the first hidden state of a recurrent layer
+        walk.meet(fed, columns, INPUT if fed is None else UNNAMED)
     if columns is not None:
         walk.ledger.takes.add(int(columns[0]))
 
@@ -129,7 +130,7 @@ def contract(
             else:
                 walk.freeze([field], "a product of matrices joins them")
     weight = 0 if known[0].weight else 1
-    _takes(walk, inners[1 - weight], inners[weight])
+    _takes(walk, inners[1 - weight], inners[weight], known[1 - weight].wild)
     of_weight = walk.labels((x, y)[weight]).fields
     rows = [f for f in kept if any(int(f.flatten()[0]) == int(g.flatten()[0]) for g in of_weight)]
     _gives(walk, rows[0].flatten() if rows else None, None, convolves=False)
