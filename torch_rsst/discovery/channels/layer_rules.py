@@ -7,7 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_rsst.discovery.channels.labels import varying, vector
-from torch_rsst.discovery.channels.walk import INPUT, STEM, UNNAMED, Arguments, Walk, rule
+from torch_rsst.discovery.channels.walk import (
+    INPUT,
+    STEM,
+    UNNAMED,
+    Arguments,
+    Walk,
+    rule,
+    tensors_in,
+)
 
 POSITIONS = "they are normalized as positions"
 KERNEL = "they are positions of a kernel"
@@ -67,6 +75,28 @@ def convolution(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> Non
     walk.emit(out, put_out, 1)
 
 
+@rule("torchvision::deform_conv2d")
+def deformable_convolution(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """A convolution whose positions are made of other activations."""
+    x, parts = arguments["input"], arguments["offset_groups"]
+    for key in ("offset", "mask"):
+        walk.freeze(walk.labels(arguments[key]).fields, "they say where a convolution looks")
+    fed = walk.along(x, 1, "a convolution mixes them as positions")
+    if fed is not None and parts > 1:
+        together = fed.reshape(parts, -1)
+        walk.ledger.tie(together[:1], together, "they are moved in groups")
+    convolution(walk, name, {**arguments, "transposed": False}, out)
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def regions(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """Regions of a feature map, in all channels."""
+    walk.freeze(walk.labels(arguments["rois"]).fields, "they say where regions lie")
+    fed = walk.along(arguments["input"], 1, f"{name.rpartition('::')[2]} mixes them as positions")
+    for tensor in tensors_in(out):
+        walk.emit(tensor, fed, 1)
+
+
 def _in_groups(
     walk: Walk, fed: Tensor | None, first: Tensor | None, groups: int, width: int
 ) -> Tensor | None:
@@ -110,7 +140,7 @@ def contract(
 ) -> None:
     """The last dimension of ``x`` and ``inner`` of ``y`` are summed over; ``outer`` becomes the last."""
     known = walk.labels(x), walk.labels(y)
-    if known[0].weight == known[1].weight:
+    if known[0].weight and known[1].weight:
         walk.freeze([*known[0].fields, *known[1].fields], MIXED)
         walk.put(out, [])
         return
@@ -129,6 +159,10 @@ def contract(
                 kept.append(field)
             else:
                 walk.freeze([field], "a product of matrices joins them")
+    if not any(k.weight for k in known):
+        walk.freeze([i for i in inners if i is not None], MIXED)
+        walk.put(out, kept)
+        return
     weight = 0 if known[0].weight else 1
     _takes(walk, inners[1 - weight], inners[weight], known[1 - weight].wild)
     of_weight = walk.labels((x, y)[weight]).fields
