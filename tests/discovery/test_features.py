@@ -37,6 +37,49 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
+def flattened(net: Any, x: Tensor) -> Tensor:
+    x = F.max_pool2d(net.c2(net.c1(x).relu()).relu(), 2)
+    return net.f3(net.f2(net.f1(x.view(-1, x[0].numel())).relu()).relu())
+
+
+def read_in_order(net: Any, x: Tensor) -> Tensor:
+    x = net.c2(net.c1(x).relu()).relu()
+    x = x.permute(0, 3, 1, 2).flatten(2)
+    return net.last(net.rnn(x)[0])
+
+
+def keeping_numbers(net: Any, x: Tensor) -> Tensor:
+    x = F.group_norm(net.first(net.stem(x)), net.count).relu()
+    x = x.view(len(x), net.width, -1).cumsum(-1).view(x.shape)
+    left, right = net.inner(x).split(net.sizes, 1)
+    return net.last(torch.cat([left.relu(), right.tanh()], 1))
+
+
+def functional(net: Any, x: Tensor) -> Tensor:
+    x = F.conv2d(F.conv2d(x, net.a, padding=1).relu(), net.b, padding=1).relu()
+    return F.conv2d(F.conv2d(x, net.c, padding=1).relu(), net.d, padding=1)
+
+
+def regions(net: Any, x: Tensor) -> Tensor:
+    from torchvision.ops import roi_align
+
+    x = net.first(x).relu()
+    x = net.deformed(x, net.offsets(x)).relu()
+    return net.last(roi_align(x, [torch.tensor([[0.0, 0, 4, 4]]).to(x)] * len(x), 3))
+
+
+def unshuffled(net: Any, x: Tensor) -> Tensor:
+    return net.last(F.pixel_unshuffle(net.first(x), 2))
+
+
+def multiplied(net: Any, x: Tensor) -> Tensor:
+    return net.last((net.mix @ net.first(x).flatten(2)).unflatten(2, x.shape[2:]))
+
+
+def summed_by_einsum(net: Any, x: Tensor) -> Tensor:
+    return net.last(torch.einsum("oc,bchw->bohw", net.mix, net.first(x)))
+
+
 def conv(given: int, taken: int, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(given, taken, 3, padding=1, **options)
 
@@ -56,12 +99,8 @@ def test_hidden_features_of_long_chains_are_units() -> None:
 
 
 def test_chains_behind_flattened_convolutions_are_followed() -> None:
-    def run(net: Any, x: Tensor) -> Tensor:
-        x = F.max_pool2d(net.c2(net.c1(x).relu()).relu(), 2)
-        return net.f3(net.f2(net.f1(x.view(-1, x[0].numel())).relu()).relu())
-
     net = Net(
-        run,
+        flattened,
         c1=conv(1, 3),
         c2=conv(3, 4),
         f1=nn.Linear(36, 9),
@@ -128,49 +167,27 @@ def test_sizes_of_norms_without_parameters_are_followed() -> None:
 def test_channels_into_recurrent_layers_and_their_hidden_units(
     kind: type[nn.RNNBase], options: dict[str, Any]
 ) -> None:
-    def run(net: Any, x: Tensor) -> Tensor:
-        x = net.c2(net.c1(x).relu()).relu()
-        x = x.permute(0, 3, 1, 2).flatten(2)
-        return net.last(net.rnn(x)[0])
-
     rnn = kind(4 * 6, 5, batch_first=True, **options)
     width = 5 * (1 + bool(options))
-    net = Net(run, c1=conv(1, 3), c2=conv(3, 4), rnn=rnn, last=nn.Linear(width, 2))
+    net = Net(read_in_order, c1=conv(1, 3), c2=conv(3, 4), rnn=rnn, last=nn.Linear(width, 2))
     found = assert_contract(
         net, inputs(2, 1, 6, 4), kinds=["channels", "neurons"], example_inputs=True
     )
     assert units_of(found) == {"c2": 4, "rnn": 5}
 
 
-def test_a_projection_of_recurrent_outputs_is_followed() -> None:
-    def run(net: Any, x: Tensor) -> Tensor:
-        return net.last(net.rnn(x)[0])
-
-    net = Net(run, rnn=nn.LSTM(3, 6, proj_size=4, batch_first=True), last=nn.Linear(4, 2))
-    found = assert_contract(net, inputs(2, 5, 3), kinds=["neurons"])
-    assert sorted(units_of(found).values()) == [4, 6]
-
-
 def test_numbers_that_a_module_keeps_are_found_by_trying() -> None:
-    def run(net: Any, x: Tensor) -> Tensor:
-        x = F.group_norm(net.first(net.stem(x)), net.count).relu()
-        x = x.view(len(x), net.width, -1).cumsum(-1).view(x.shape)
-        left, right = net.inner(x).split(net.sizes, 1)
-        return net.last(torch.cat([left.relu(), right.tanh()], 1))
-
-    net = Net(run, stem=conv(3, 3), first=conv(3, 8), inner=conv(8, 6), last=conv(6, 2))
+    net = Net(keeping_numbers, stem=conv(3, 3), first=conv(3, 8), inner=conv(8, 6), last=conv(6, 2))
     net.count, net.width, net.sizes = 4, 8, (3, 3)
     found = assert_contract(net, inputs(2, 3, 6, 6), kinds=["channels"], example_inputs=True)
     assert units_of(found) == {"first": 4, "inner": 3}
 
 
 def test_several_convolution_parameters_in_one_module() -> None:
-    def run(net: Any, x: Tensor) -> Tensor:
-        x = F.conv2d(F.conv2d(x, net.a, padding=1).relu(), net.b, padding=1).relu()
-        return F.conv2d(F.conv2d(x, net.c, padding=1).relu(), net.d, padding=1)
-
     shapes = {"a": (4, 1, 3, 3), "b": (5, 4, 3, 3), "c": (6, 5, 3, 3), "d": (2, 6, 3, 3)}
-    inner = Net(run, **{name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()})
+    inner = Net(
+        functional, **{name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    )
     net = nn.Sequential(conv(3, 1), inner)
     found = assert_contract(net, inputs(2, 3, 6, 6), kinds=["channels"], example_inputs=True)
     assert sorted(units_of(found).values()) == [4, 5, 6]
@@ -178,17 +195,17 @@ def test_several_convolution_parameters_in_one_module() -> None:
 
 OPERATORS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any], list[int]]] = {
     "pixel_unshuffle": (
-        lambda net, x: net.last(F.pixel_unshuffle(net.first(x), 2)),
+        unshuffled,
         {"last": conv(16, 2)},
         [4],
     ),
     "a product with a parameter": (
-        lambda net, x: net.last((net.mix @ net.first(x).flatten(2)).unflatten(2, x.shape[2:])),
+        multiplied,
         {"mix": nn.Parameter(torch.randn(5, 4)), "last": conv(5, 2)},
         [4, 5],
     ),
     "einsum": (
-        lambda net, x: net.last(torch.einsum("oc,bchw->bohw", net.mix, net.first(x))),
+        summed_by_einsum,
         {"mix": nn.Parameter(torch.randn(5, 4)), "last": conv(5, 2)},
         [4, 5],
     ),
@@ -206,15 +223,10 @@ def test_channels_are_followed_through(name: str) -> None:
 
 @pytest.mark.needs_timm
 def test_channels_are_followed_through_operators_of_torchvision() -> None:
-    from torchvision.ops import DeformConv2d, roi_align
-
-    def run(net: Any, x: Tensor) -> Tensor:
-        x = net.first(x).relu()
-        x = net.deformed(x, net.offsets(x)).relu()
-        return net.last(roi_align(x, [torch.tensor([[0.0, 0, 4, 4]]).to(x)] * len(x), 3))
+    from torchvision.ops import DeformConv2d
 
     layers = {"offsets": conv(4, 18), "deformed": DeformConv2d(4, 6, 3, padding=1)}
-    net = nn.Sequential(conv(3, 3), Net(run, first=conv(3, 4), last=conv(6, 2), **layers))
+    net = nn.Sequential(conv(3, 3), Net(regions, first=conv(3, 4), last=conv(6, 2), **layers))
     found = assert_contract(net, inputs(2, 3, 6, 6), kinds=["channels"], example_inputs=True)
     assert units_of(found) == {"1.first": 4, "1.deformed": 6}
 
