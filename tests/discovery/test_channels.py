@@ -232,7 +232,7 @@ REFUSED = {
         lambda: mixing(layer_norm, norm=nn.LayerNorm(6)),
         "they are joined by LayerNorm",
     ),
-    "GroupNorm": (lambda: middle(nn.GroupNorm(2, 6)), "they are joined by GroupNorm"),
+    "GroupNorm": (lambda: middle(nn.GroupNorm(1, 6)), "they are joined by GroupNorm"),
     "mean": (lambda: mixing(spatial_attention), "they are joined by mean"),
     "softmax": (lambda: mixing(channel_softmax), "they are joined by softmax"),
     "attention": (

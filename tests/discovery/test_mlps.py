@@ -331,16 +331,6 @@ def test_norms_over_hidden_neurons_are_refused() -> None:
             assert f"its {norm} may join its hidden neurons" in str(raised.value)
 
 
-def test_a_longer_chain_of_layers_is_told_how_to_be_nested() -> None:
-    chain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(
-        ValueError, match=r"got none in this model.*nest a longer chain, as Sequential"
-    ):
-        torch_rsst.find_groups(chain)
-    nested = nn.Sequential(chain[:3], *chain[3:])
-    assert [layer.units for layer in torch_rsst.find_groups(nested).layers] == [5]
-
-
 def test_layers_behind_a_flattening_are_found() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     assert [layer.units for layer in torch_rsst.find_groups(model).layers] == [5]

@@ -26,7 +26,8 @@ from torch_rsst.compaction.folding import Constants, measure_constants
 from torch_rsst.compaction.moved_optimizer import move_optimizer
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
-from torch_rsst.discovery.probe import output_error
+from torch_rsst.discovery.examples import guesses
+from torch_rsst.discovery.probe import output_error, run_on
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.dead_units import dead_units
 from torch_rsst.groups.groups import NO_UNIT, Group, GroupLayer, Groups, as_groups, check_groups
@@ -51,7 +52,7 @@ from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import CompactionWarning, MissingNameError, refuse
-from torch_rsst.utils.module_state import deep_copy
+from torch_rsst.utils.module_state import deep_copy, undisturbed
 
 
 def compact(
@@ -81,7 +82,8 @@ def compact(
         model: masked; not changed. Wrappers (data parallel, compiled) are left out of the result.
         groups: from :func:`find_groups` for this very model.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the model.
-            Given, the outputs of the result are compared with the model's before it is returned.
+            Given, the outputs of the result are compared with the model's before it is returned; so they
+            are on inputs that are guessed where groups were made by hand.
         optimizer: of the model's parameters; changed in place: it goes on with those of the result,
             and the surviving part of its state (momentum, second moments …).
         round_to: leave the units of each layer a multiple of this, padded with dead ones.
@@ -93,8 +95,9 @@ def compact(
 
     Raises:
         TypeError: unless given a module and groups.
-        KeyError, ValueError: for groups of another model, tied or sharded parameters.
-        RuntimeError: where the outputs on ``example_inputs`` differ.
+        KeyError, ValueError: for groups of another model, tied or sharded parameters, groups made by
+            hand that cannot be verified.
+        RuntimeError: where the outputs on the inputs differ.
     """
     bare = unwrap(model)
     groups = as_groups(groups)
@@ -113,6 +116,8 @@ def compact(
     small, shortened = remove(small, removals)
     remember(small, [*(stages_of(bare) or ()), stage])
     restore([ref for ref in masked_refs(small.modules()) if _is_full(ref)])
+    if example_inputs is None and any(not r.layer.family for r in removals if r.count):
+        example_inputs = _example_of(bare)
     if example_inputs is not None:
         _compare(bare, small, example_inputs)
     if optimizer is not None:
@@ -137,7 +142,7 @@ def remove(
     shortened = cut(model, removals)
     for removal in reversed(removals):  # what is inside first: an emptied module loses it
         layer = removal.layer
-        if layer.family:
+        if layer.family and not family(layer.family).whole_model:
             new = family(layer.family).shrink(module_at(model, layer.name), removal)
             model = replace_module(model, layer.name, new)
     return model, shortened
@@ -203,8 +208,7 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
     for layer in groups.layers:
         subject = f"groups of {layer}"
         if layer.family:
-            family(layer.family)
-            if layer.name not in modules:
+            if not family(layer.family).whole_model and layer.name not in modules:
                 refuse(MissingNameError, subject, "a module of the model", "no such module", remedy)
         elif not any(member.consumes for member in layer.members):
             expected, got = "a member that takes the units in (consumes=True)", "none"
@@ -329,11 +333,32 @@ def _give_biases(optimizer: Optimizer, small: nn.Module, layers: Collection[str]
                 group["params"].append(bias)
 
 
+def _example_of(model: nn.Module) -> Any:
+    """Inputs to verify groups on that discovery did not find.
+
+    Raises:
+        ValueError: where none can be guessed.
+    """
+    for example in guesses(model):
+        try:
+            with undisturbed(model):
+                run_on(model, example)
+        except Exception:
+            continue
+        return example
+    remedy = "Pass example_inputs, so that the outputs can be compared."
+    got = "groups made by hand, and a model that runs on no inputs that can be guessed"
+    refuse(ValueError, "compact", "groups that are verified", got, remedy)
+
+
 def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
     error, scale = output_error(model, small, example_inputs)
     precision = max((torch.finfo(p.dtype).eps for p in model.parameters()), default=1e-7)
     if not error <= 1e3 * precision * max(scale, 1.0):
-        remedy = "Please report the model: the groups found are not exact."
+        remedy = (
+            "Groups made by hand may leave out what their units touch: use find_groups(model). "
+            "If it found them, please report the model."
+        )
         got = f"a difference of {error:.3g} at values up to {scale:.3g}"
         refuse(RuntimeError, "compact", "the same outputs", got, remedy)
 

@@ -43,6 +43,19 @@ def guesses(model: nn.Module) -> Iterator[Any]:
     if first is not None:
         for side in _SIDES:
             yield images(first.in_channels, side, side)
+    yield from _features(model, like, generator)
+
+
+def _features(model: nn.Module, like: torch.Tensor, generator: torch.Generator) -> Iterator[Any]:
+    """What a linear or recurrent layer or an embedding takes, where the model begins with one."""
+    kinds = (nn.Linear, nn.RNNBase, nn.Embedding, _ConvNd)
+    first = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    if isinstance(first, nn.Embedding):
+        yield torch.arange(8, device=like.device).view(2, 4) % first.num_embeddings
+    elif isinstance(first, (nn.Linear, nn.RNNBase)):
+        width = first.in_features if isinstance(first, nn.Linear) else first.input_size
+        for shape in ((2, width), (2, 5, width)):
+            yield torch.randn(shape, generator=generator).to(like)
 
 
 def small_guesses(model: nn.Module) -> Iterator[Any]:

@@ -67,11 +67,11 @@ def _is_patch_embedding(convolution: _ConvNd) -> bool:
 
 
 def _feed_others(model: nn.Module, taken: Collection[Place]) -> bool:
-    """Whether outputs of linear or recurrent layers may be units that other kinds do not hold.
+    """Whether outputs of layers that are no convolutions may be units that other kinds do not hold.
 
     Told by widths, as following a transformer whose residual stream alone is left would be for nothing.
     """
-    weights = {name: w for name, w in named_weights(model).items() if w.ndim == 2}
+    weights = {name: w for name, w in named_weights(model).items() if w.ndim > 1}
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return True
     taking = {w.shape[1] for name, w in weights.items() if (name, 1) not in taken}

@@ -7,7 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_rsst.discovery.channels.labels import varying, vector
-from torch_rsst.discovery.channels.walk import INPUT, STEM, UNNAMED, Arguments, Walk, rule
+from torch_rsst.discovery.channels.walk import (
+    INPUT,
+    STEM,
+    UNNAMED,
+    Arguments,
+    Walk,
+    rule,
+    tensors_in,
+)
 
 POSITIONS = "they are normalized as positions"
 KERNEL = "they are positions of a kernel"
@@ -16,8 +24,9 @@ AT_ONCE = "they are normalized in groups"
 MIXED = "they meet in a product of activations, as those of an attention do"
 
 
-def _takes(walk: Walk, fed: Tensor | None, columns: Tensor | None) -> None:
-    walk.meet(fed, columns, INPUT if fed is None else UNNAMED)
+def _takes(walk: Walk, fed: Tensor | None, columns: Tensor | None, wild: bool = False) -> None:
+    if not wild:  # as wide as is asked for, as the first hidden state of a recurrent layer
+        walk.meet(fed, columns, INPUT if fed is None else UNNAMED)
     if columns is not None:
         walk.ledger.takes.add(int(columns[0]))
 
@@ -66,6 +75,28 @@ def convolution(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> Non
     walk.emit(out, put_out, 1)
 
 
+@rule("torchvision::deform_conv2d")
+def deformable_convolution(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """A convolution whose positions are made of other activations."""
+    x, parts = arguments["input"], arguments["offset_groups"]
+    for key in ("offset", "mask"):
+        walk.freeze(walk.labels(arguments[key]).fields, "they say where a convolution looks")
+    fed = walk.along(x, 1, "a convolution mixes them as positions")
+    if fed is not None and parts > 1:
+        together = fed.reshape(parts, -1)
+        walk.ledger.tie(together[:1], together, "they are moved in groups")
+    convolution(walk, name, {**arguments, "transposed": False}, out)
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def regions(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
+    """Regions of a feature map, in all channels."""
+    walk.freeze(walk.labels(arguments["rois"]).fields, "they say where regions lie")
+    fed = walk.along(arguments["input"], 1, f"{name.rpartition('::')[2]} mixes them as positions")
+    for tensor in tensors_in(out):
+        walk.emit(tensor, fed, 1)
+
+
 def _in_groups(
     walk: Walk, fed: Tensor | None, first: Tensor | None, groups: int, width: int
 ) -> Tensor | None:
@@ -109,7 +140,7 @@ def contract(
 ) -> None:
     """The last dimension of ``x`` and ``inner`` of ``y`` are summed over; ``outer`` becomes the last."""
     known = walk.labels(x), walk.labels(y)
-    if known[0].weight == known[1].weight:
+    if known[0].weight and known[1].weight:
         walk.freeze([*known[0].fields, *known[1].fields], MIXED)
         walk.put(out, [])
         return
@@ -128,8 +159,12 @@ def contract(
                 kept.append(field)
             else:
                 walk.freeze([field], "a product of matrices joins them")
+    if not any(k.weight for k in known):
+        walk.freeze([i for i in inners if i is not None], MIXED)
+        walk.put(out, kept)
+        return
     weight = 0 if known[0].weight else 1
-    _takes(walk, inners[1 - weight], inners[weight])
+    _takes(walk, inners[1 - weight], inners[weight], known[1 - weight].wild)
     of_weight = walk.labels((x, y)[weight]).fields
     rows = [f for f in kept if any(int(f.flatten()[0]) == int(g.flatten()[0]) for g in of_weight)]
     _gives(walk, rows[0].flatten() if rows else None, None, convolves=False)

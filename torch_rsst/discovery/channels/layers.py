@@ -53,8 +53,8 @@ class _Parts:
         return {root: tuple(signature) for root, signature in found.items()}
 
 
-Candidates = Mapping[str, Sequence[Member]]
-"""Name of a layer → numbers that may count its units."""
+Candidates = Mapping[str, Sequence[tuple[int, Member]]]
+"""Name of a layer → numbers that may count its units; each with a place among all that it may count."""
 
 
 def layers_of(
@@ -84,12 +84,12 @@ def layers_of(
         numbers.update(number for number, _ in signature)
         units.extend(roots)
     found, refused = [], list(_refusals(parts))
-    candidates: dict[str, Sequence[Member]] = {}
+    candidates: dict[str, Sequence[tuple[int, Member]]] = {}
     for name, (numbers, units) in layers.items():
         if len(units) > 1:
             axes = [ledger.axes[number] for number in sorted(numbers)]
             layer, unit_of_root = _layer(parts, name, axes, units, family)
-            noted = tuple(_counted(parts, unit_of_root, sure=True))
+            noted = (number for _, number in _counted(parts, unit_of_root, sure=True))
             found.append(replace(layer, buffers=(*layer.buffers, *noted)))
             candidates[name] = list(_counted(parts, unit_of_root, sure=False))
         else:
@@ -116,11 +116,14 @@ def _module(axis: Axis) -> str:
 
 
 def _free_name(parts: _Parts, signature: Signature, used: Collection[str]) -> str:
-    """A module that holds the units and names no layer yet: a convolution that puts them out first."""
+    """A module that holds the units and names no layer yet: a convolution that puts them out first.
+
+    Where one module holds many parameters, one of these.
+    """
     ledger = parts.ledger
     axes = [ledger.axes[number] for number, _ in signature]
     axes.sort(key=lambda axis: (axis.start not in ledger.convolves, axis.start not in ledger.gives))
-    names = [_module(axis) for axis in axes]
+    names = [*map(_module, axes), *(axis.tensor for axis in axes if axis.start in ledger.gives)]
     return next((name for name in names if name not in used), names[0])
 
 
@@ -144,14 +147,16 @@ def _layer(
     return layer, unit_of_root
 
 
-def _counted(parts: _Parts, unit_of_root: Tensor, *, sure: bool) -> Iterator[Member]:
-    """The numbers that count, or may count, units."""
+def _counted(parts: _Parts, unit_of_root: Tensor, *, sure: bool) -> Iterator[tuple[int, Member]]:
+    """The numbers that count, or may count, units; each with its place among those of one name."""
+    places: Counter[str] = Counter()
     for note in parts.ledger.notes.values():
+        places[note.name] += 1
         named = note.labels != NOBODY
         unit_of = torch.full(note.labels.shape, NO_UNIT)
         unit_of[named] = unit_of_root[parts.roots[note.labels[named]]]
         if note.sure is sure and bool((unit_of != NO_UNIT).any()):
-            yield Member(note.name, 0, unit_of, ranked=False)
+            yield places[note.name] - 1, Member(note.name, 0, unit_of, ranked=False)
 
 
 def _refusals(parts: _Parts, silent: Collection[str] = SILENT_REASONS) -> Iterator[Unsupported]:

@@ -208,6 +208,15 @@ def pixel_shuffle(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> N
     walk.emit(out, fed, out.ndim - 3)
 
 
+@rule("pixel_unshuffle")
+def pixel_unshuffle(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """Blocks of positions become channels, side by side for each channel."""
+    x, factor = arguments["self"], arguments["downscale_factor"]
+    fed = walk.along(x, x.ndim - 3, UNEVEN)
+    repeated = None if fed is None else fed.repeat_interleave(factor * factor)
+    walk.emit(out, repeated, out.ndim - 3)
+
+
 @rule("cat", "concat")
 def concatenate(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
     """Channels one after the other; along any other dimension they stand or fall together."""

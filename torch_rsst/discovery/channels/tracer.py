@@ -45,9 +45,9 @@ class _Follow(TorchDispatchMode):
             for argument, value in zip(func._schema.arguments, args, strict=False)
         }
         arguments.update(kwargs)
-        apply = RULES.get(name) or RULES.get(name.removesuffix("_"))
-        if namespace != "aten" or apply is None:
-            apply = unknown
+        if namespace != "aten":
+            name = f"{namespace}::{name}"
+        apply = RULES.get(name) or RULES.get(name.removesuffix("_")) or unknown
         apply(self.walk, name.removesuffix("_"), _with_defaults(func, arguments), out)
         self.walk.weigh(given, tensors_in([out]))
         return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.layers import Candidates
 from torch_rsst.discovery.channels.tracer import running_modules
 from torch_rsst.discovery.trial import agree, choices, one_line, silence, tensors_of
-from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, cut
 from torch_rsst.utils.module_state import deep_copy
 
 DIFFERS = "its output without some of its channels differs"
 MOST_TRIALS = 64
+MOST_WAYS = 3
+"""How many of the things that a number may count are tried."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Trials:
             return self._refuse(layers, failure)
         suspects, others = _divided(layers, failure)
         parts = [self.exact(suspects), self.exact(others)]
-        found = [layer for layer in layers if any(layer in part for part in parts)]
+        order = {layer.name: place for place, layer in enumerate(layers)}
+        found = sorted((*parts[0], *parts[1]), key=lambda layer: order[layer.name])
         if all(parts) and (failure := self._failure(found)) is not None:
             return self._refuse(found, failure)
         return found
@@ -70,23 +74,33 @@ class Trials:
     def _with_numbers(
         self, layers: Sequence[GroupLayer], failure: Failure
     ) -> list[GroupLayer] | None:
-        """The layers with the numbers kept by the module that failed, if that gets it further."""
-        prefix = f"{failure.place}." if failure.place else ""
-        noted = []
-        for layer in layers:
-            known = {member.parameter for member in layer.buffers}
-            more = []
-            for member in self.candidates.get(layer.name, ()):
-                attribute = member.parameter.removeprefix(prefix)
-                here = member.parameter.startswith(prefix) and attribute.count(".") <= 1
-                if here and failure.place is not None and member.parameter not in known:
-                    more.append(member)
-                    known.add(member.parameter)
-            noted.append(replace(layer, buffers=(*layer.buffers, *more)))
-        if all(len(a.buffers) == len(b.buffers) for a, b in zip(layers, noted, strict=True)):
-            return None
-        again = self._failure(noted)
-        return noted if again is None or again != failure else None
+        """The layers with numbers that modules keep, if these get it further; None if none do.
+
+        Where a module raised, its own numbers; where the outputs of one layer differ, all or each.
+        """
+        trials: list[Callable[[int, Member], bool]] = []
+        if failure.place is not None:
+            trials = [partial(_kept_by, failure.place, way) for way in range(MOST_WAYS)]
+        elif len(layers) == 1:
+            found = self.candidates.get(layers[0].name, ())
+            trials = [lambda place, _: place == 0, *(partial(_is_number, one) for _, one in found)]
+        for chosen in trials:
+            noted = [
+                replace(layer, buffers=(*layer.buffers, *self._numbers(layer, chosen)))
+                for layer in layers
+            ]
+            same = sum(len(a.buffers) - len(b.buffers) for a, b in zip(noted, layers, strict=True))
+            if same and (again := self._failure(noted)) != failure:
+                return noted if again is None or again.place != failure.place else None
+        return None
+
+    def _numbers(
+        self, layer: GroupLayer, chosen: Callable[[int, Member], bool]
+    ) -> Iterator[Member]:
+        known = {member.parameter for member in layer.buffers}
+        for place, member in self.candidates.get(layer.name, ()):
+            if chosen(place, member) and member.parameter not in known:
+                yield member
 
     def _refuse(self, layers: Sequence[GroupLayer], failure: Failure) -> list[GroupLayer]:
         self.refused += [Unsupported(failure.reason, layer.name, layer.kind) for layer in layers]
@@ -121,6 +135,16 @@ class Trials:
     def _tolerance(self) -> float:
         double = all(p.dtype != torch.float32 for p in self.whole.parameters())
         return 1e-8 if double else 1e-4
+
+
+def _kept_by(path: str, way: int, place: int, number: Member) -> bool:
+    """Whether a module keeps a number, and whether this is the way to take it."""
+    own = number.parameter.removeprefix(f"{path}." if path else "")
+    return place == way and own.count(".") == own.rstrip("0123456789").endswith(".")
+
+
+def _is_number(one: Member, place: int, number: Member) -> bool:
+    return number is one
 
 
 def _path_of(module: nn.Module, model: nn.Module) -> str:

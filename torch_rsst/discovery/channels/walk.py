@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torch_rsst.discovery.adapter import own_parameters
 from torch_rsst.discovery.channels.labels import Labels, compressed, varying, vector
 from torch_rsst.discovery.channels.ledger import Ledger
 from torch_rsst.groups.surgery import OWNERS, SIZES, sizes_of
@@ -61,11 +63,12 @@ class Walk:
 
     def _note_sizes(self, fields: Iterable[Tensor]) -> None:
         """The running module may keep the number of channels that it works on."""
+        sure = bool(self.running) and isinstance(self.running[-1], _NormBase)
         for labels in fields:
             if len(varying(labels)) == 1:
                 for name, size in self.numbers():
                     if size == labels.numel():
-                        self.ledger.note(name, labels.flatten(), sure=False)
+                        self.ledger.note(name, labels.flatten(), sure=sure)
 
     def note(self, attribute: str, labels: Tensor | None, *, sure: bool) -> None:
         """Say what a number that the running module keeps counts."""
@@ -74,9 +77,12 @@ class Walk:
             self.ledger.note(name, labels, sure=sure)
 
     def numbers(self) -> list[tuple[str, int]]:
-        """The names and values of the numbers that the running module keeps, but for layers of PyTorch."""
+        """The names and values of the numbers that the running module keeps.
+
+        Layers of PyTorch with parameters are left out: their sizes are those of the parameters.
+        """
         module = self.running[-1] if self.running else None
-        if module is None or isinstance(module, tuple(SIZES)):
+        if module is None or (isinstance(module, tuple(SIZES)) and own_parameters(module)):
             return []
         if module not in self._numbers:
             named = [(k, v) for k, v in vars(module).items() if k[:1] != "_"]
@@ -141,7 +147,10 @@ Rule = Callable[[Walk, str, Arguments, Any], None]
 """Takes the walk, the operator's name, its arguments by name, and its result."""
 
 RULES: dict[str, Rule] = {}
-"""Name of an operator, without overload and the mark of working in place → its rule."""
+"""Name of an operator, without overload and the mark of working in place → its rule.
+
+Operators of other packages are named with their namespace: ``torchvision::roi_align``.
+"""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -175,7 +184,7 @@ def unknown(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
     for tensor in tensors_in(arguments):
         fields = walk.labels(tensor).fields
         labeled = labeled or bool(fields)
-        walk.freeze(fields, f"they go through {name.removeprefix('aten::')}, which may join them")
+        walk.freeze(fields, f"they go through {name.rpartition('::')[2]}, which may join them")
     made_of_sizes = not labeled and all(walk.labels(t).wild for t in tensors_in(arguments))
     for tensor in tensors_in(out):
         walk.put(tensor, [], wild=made_of_sizes)
