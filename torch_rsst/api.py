@@ -42,7 +42,7 @@ from torch_rsst.masking.removal import remove_all
 from torch_rsst.penalty.regularizer import RegularizedPruner
 from torch_rsst.regrouping.regrouping import regroup
 from torch_rsst.report.explanation import Explanation, UnitDecision
-from torch_rsst.report.sparsity import LayerReport, SparsityReport, sparsity_report
+from torch_rsst.report.sparsity import LayerReport, ParameterReport, SparsityReport, sparsity_report
 from torch_rsst.rounds.rsst import RSST, Refill, Round
 from torch_rsst.saving.compact_folder import load_compact, save_compact
 from torch_rsst.stock.functional import fillback, global_unstructured, head_structured
@@ -83,6 +83,7 @@ __all__ = [
     "LayerReport",
     "LnStructured",
     "Member",
+    "ParameterReport",
     "Plan",
     "PruningContainer",
     "RSSTWarning",
