@@ -1,7 +1,12 @@
-"""``python -m benchmarks``: global pruning, the same on several ranks, and the penalty. See README.md beside this file."""
+"""``python -m benchmarks``: global pruning, the same on several ranks, and the penalty. See README.md beside this file.
+
+``python -m benchmarks passes`` is ``python -m benchmarks.passes``, and so for every table.
+"""
 
 from __future__ import annotations
 
+import runpy
+import sys
 from dataclasses import dataclass
 
 import tyro
@@ -31,4 +36,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    if sys.argv[1:] and sys.argv[1].isidentifier():
+        runpy.run_module(f"benchmarks.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
+    else:
+        main(tyro.cli(Options))

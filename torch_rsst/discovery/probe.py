@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from torch_rsst.groups.surgery import Removal, cut, module_at
 from torch_rsst.masking.live_weight import MASK
 from torch_rsst.masking.mask_sets import named_weights
 from torch_rsst.utils.module_state import deep_copy, undisturbed
+
+Fact = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Probe:
 
     model: nn.Module
     example_inputs: Any = None
-    _verdicts: dict[Any, Verdict] = field(default_factory=dict)
+    _verdicts: dict[Fact, Verdict] = field(default_factory=dict)
+    _fitting: dict[Fact, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any) -> Probe:
@@ -78,15 +82,20 @@ class Probe:
         """
         if any(parameter.is_meta for parameter in module.parameters()):
             return Verdict(refused="its weights are on the meta device, so that it cannot be run")
-        call, error = self._call_of(module, layer, adapter)
+        # Modules of one signature differ in nothing but the values of their tensors.
+        alike = (type(adapter), self._signature(module))
+        if (fitting := self._fitting.get(alike)) is not None:
+            call = next(islice(self.calls(module, layer, adapter), fitting, None), None)
+            if (verdict := self._verdicts.get((alike, _signature_of_call(call)))) is not None:
+                return verdict
+        fitting, call, error = self._call_of(module, layer, adapter)
         if call is None:
             return Verdict(refused=self._why_not_run(module, error))
-        key = (type(adapter), _signature(module), _signature_of_call(call))
-        if key not in self._verdicts:
-            # Modules of one signature differ in nothing but the values of their tensors.
-            with undisturbed(module):
-                self._verdicts[key] = _check(module, adapter, layer, call)
-        return self._verdicts[key]
+        self._fitting[alike] = fitting
+        with undisturbed(module):
+            verdict = _check(module, adapter, layer, call)
+        self._verdicts[alike, _signature_of_call(call)] = verdict
+        return verdict
 
     def _why_not_run(self, module: nn.Module, error: object) -> str:
         if self.example_inputs is None:
@@ -97,7 +106,7 @@ class Probe:
 
     def two_calls(self, module: nn.Module, layer: GroupLayer) -> list[Call]:
         """Two different inputs that the module runs on, or none; of other lengths if these fit."""
-        call, _ = self._call_of(module, layer, family(layer.family) if layer.family else None)
+        _, call, _ = self._call_of(module, layer, family(layer.family) if layer.family else None)
         if call is None:
             return []
         longer = tree_map(_longer, tree_map(_other, call))
@@ -124,13 +133,50 @@ class Probe:
 
     def _call_of(
         self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
-    ) -> tuple[Call | None, object]:
+    ) -> tuple[int, Call | None, object]:
+        """The first call that fits, and its place among all; none, and an error."""
         error: object = "it is not called when the model runs on its example"
-        for call in self.calls(module, layer, adapter):
+        for place, call in enumerate(self.calls(module, layer, adapter)):
             if (failure := _failure(module, call)) is None:
-                return call, None
+                return place, call, None
             error = failure
-        return None, error
+        return -1, None, error
+
+    def _signature(self, module: nn.Module) -> Fact:
+        """What two modules share that differ in the values of their tensors only."""
+        return tuple(
+            (
+                path,
+                type(part),
+                tuple(
+                    (k, _fact(v))
+                    for k, v in sorted(vars(part).items())
+                    if not k.startswith("_") and (type(part), k) not in self._numberings
+                ),
+                tuple((k, _fact(t)) for k, t in part._parameters.items()),
+                tuple((k, _fact(t)) for k, t in part._buffers.items() if not k.endswith(MASK)),
+                tuple(map(id, part._forward_hooks.values())),
+            )
+            for path, part in module.named_modules()
+        )
+
+    @cached_property
+    def _numberings(self) -> set[tuple[type[nn.Module], str]]:
+        """Attributes that hold the number of a module's block, such as ``layer_idx``: no settings.
+
+        They are integers that equal the last number in the path of every module of a class, for more than
+        two numbers.
+        """
+        seen: dict[tuple[type[nn.Module], str], set[tuple[int, int]]] = {}
+        for path, module in self.model.named_modules():
+            numbers = [int(part) for part in path.split(".") if part.isdigit()]
+            for key, value in vars(module).items():
+                if type(value) is int:
+                    pairs = seen.setdefault((type(module), key), set())
+                    pairs.add((value, numbers[-1] if numbers else -1))
+        return {
+            key for key, pairs in seen.items() if len(pairs) > 2 and all(a == b for a, b in pairs)
+        }
 
     @cached_property
     def _recorded(self) -> dict[nn.Module, Call]:
@@ -216,7 +262,8 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
     differs = False
     for gone in choices(layer.units, adapter.least):
         removal = Removal(layer, gone)
-        masked = deep_copy(whole)
+        # Each choice has the units of the one before: so parameters need no copy of their own.
+        masked = deep_copy(whole, {id(parameter): parameter for parameter in whole.parameters()})
         silence(masked, [removal])
         expected = _outputs(masked, call)
         differs = differs or not agree(before, expected)
@@ -281,25 +328,7 @@ def _tokens(module: nn.Module, layer: GroupLayer, *, sequence: bool = True) -> I
     yield (torch.randn(shape, generator=generator).to(weight),), {}
 
 
-Fact = tuple[Any, ...]
-
-
-def _signature(module: nn.Module) -> Fact:
-    """What two modules share that differ in the values of their tensors only."""
-    return tuple(
-        (
-            path,
-            type(part),
-            tuple((k, _fact(v)) for k, v in sorted(vars(part).items()) if not k.startswith("_")),
-            tuple((k, _fact(t)) for k, t in part._parameters.items()),
-            tuple((k, _fact(t)) for k, t in part._buffers.items() if not k.endswith(MASK)),
-            tuple(map(id, part._forward_hooks.values())),
-        )
-        for path, part in module.named_modules()
-    )
-
-
-def _signature_of_call(call: Call) -> Fact:
+def _signature_of_call(call: Call | None) -> Fact:
     return tuple(_fact(value) for value in tree_leaves(call))
 
 

@@ -32,7 +32,7 @@ def randomized(module: nn.Module) -> nn.Module:
         for parameter in dict.fromkeys(module.parameters()):
             if parameter.is_floating_point() and parameter.numel():
                 spread = parameter.std(correction=0).clamp(min=0.05)
-                parameter.add_(noise(parameter) * spread)
+                parameter.add_(noise(parameter).mul_(spread))
         for norm in module.modules():
             if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.running_mean is not None:
                 norm.running_mean.add_(noise(norm.running_mean) * 0.1)
@@ -59,7 +59,7 @@ def silence(module: nn.Module, removals: Iterable[Removal]) -> None:
 
 
 def choices(units: int, least: int) -> Iterator[Tensor]:
-    """Some units in no order that a layout could share, and as many as may go."""
+    """Some units in no order that a layout could share; then as many as may go, those included."""
     shuffled = torch.randperm(units, generator=torch.Generator().manual_seed(0))
     for count in dict.fromkeys((max(1, units // 2), units - least)):
         if 0 < count <= units - least:

@@ -299,6 +299,13 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     Raises:
         KeyError: where there is none.
     """
-    found = {without_wrappers(name): module for name, module in model.named_modules()}
-    module: nn.Module = found[path]
+    module = model
+    for key in path.split(".") if path else ():
+        module = _inside_wrappers(module._modules[key])
     return module
+
+
+def _inside_wrappers(module: nn.Module | None) -> nn.Module:
+    assert module is not None, "the path of a module"
+    inner = next((m for key, m in module._modules.items() if not without_wrappers(f".{key}")), None)
+    return module if inner is None else _inside_wrappers(inner)

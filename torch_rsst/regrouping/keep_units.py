@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torch_rsst.selection.topk import lowest
 from torch_rsst.utils.amounts import Amount, units_to_keep
 
 REASONS = ("score", "fillback_rate", "min_keep", "round_to", "dead")
@@ -139,7 +138,7 @@ def keep_units(
     protected = [_best(key, min_keep) for key in keys]
     droppable = [~mask for mask in protected]
     drop = min(units - requested, sum(int(mask.sum()) for mask in droppable))
-    kept = budgeted = [~mask for mask in lowest(keys, drop, among=droppable)]
+    kept = budgeted = [~mask for mask in _lowest(keys, drop, droppable)]
     if round_to is not None:
         counts = [-(-int(keep.sum()) // round_to) * round_to for keep in kept]
         kept = [keep | _best(key, n) for keep, key, n in zip(kept, keys, counts, strict=True)]
@@ -158,7 +157,19 @@ def _alive_of_size(layers: Sequence[ScoredLayer]) -> dict[int, int]:
     return totals
 
 
-def _best(keys: Tensor, count: int) -> Tensor:
-    """The ``count`` highest, where :func:`lowest` would drop them last."""
-    goes = lowest([keys], max(keys.numel() - count, 0))[0]
-    return ~goes
+def _best(key: Tensor, count: int) -> Tensor:
+    """The ``count`` highest, where :func:`_lowest` would take them last."""
+    every = [torch.ones_like(key, dtype=torch.bool)]
+    return ~_lowest([key], max(key.numel() - count, 0), every)[0]
+
+
+def _lowest(keys: Sequence[Tensor], count: int, among: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The ``count`` lowest of some units. Of equals the earliest.
+
+    Units are so few that sorting them is the fastest.
+    """
+    candidates = _joined(among)
+    order = torch.sort(_joined(keys), stable=True).indices
+    marks = torch.zeros_like(candidates)
+    marks[order[candidates[order]][:count]] = True
+    return torch.split(marks, [key.numel() for key in keys])
