@@ -85,7 +85,7 @@ def test_compact_prints_before_and_after_and_report_repeats_it(run, capsys):
     assert "<td>parameters</td><td>114,778</td><td>58,810</td>" in page
     assert exit_code("report", run) == 0
     again = said(capsys)
-    assert again.endswith(out[out.index("compacted ┌") :])
+    assert again.endswith(out[out.index("│ heads │ 16 │ 8 │") :])
     assert "accuracy, final" in again
     assert "torch-rsst compact" not in again
 

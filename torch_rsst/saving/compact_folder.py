@@ -334,7 +334,7 @@ def _read(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:
-    content: bytes = _safetensors().save(tensors, {"format": "pt"})
+    content: bytes = _safetensors().save(tensors)
     return content
 
 
