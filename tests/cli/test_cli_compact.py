@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from runs import TINY, exit_code
 
 import torch_rsst
 
-pytestmark = pytest.mark.needs_timm
+pytestmark = [
+    pytest.mark.needs_timm,
+    pytest.mark.filterwarnings("always::torch_rsst.UnfrozenZerosWarning"),
+]
 
 QUICK = [
     "--dense-epochs", "1", "--epochs", "1", "--rounds", "2", "--finetune-epochs", "1",
@@ -35,6 +39,13 @@ def run(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     return folder
+
+
+def saved(run):
+    """The state dict in the folder of the smaller model."""
+    from safetensors.torch import load_file
+
+    return load_file(run / "compact" / "model.safetensors")
 
 
 def said(capsys):
@@ -67,14 +78,54 @@ def test_compact_prints_before_and_after_and_report_repeats_it(run, capsys):
     assert "│ multiply-adds per image │ 566,112 │ 284,832 │" in out
     time = receipt["latency_ms"]
     assert f"│ time for 450 images │ {time['before']:.2f} ms │ {time['after']:.2f} ms │" in out
+    assert "before: masks made permanent; after: masks made permanent." in out
     assert f'torch_rsst.load_compact("{run / "compact"}")' in out
+    assert not any("mask" in name for name in saved(run))
     page = (run / "report.html").read_text()
     assert "<td>parameters</td><td>114,778</td><td>58,810</td>" in page
     assert exit_code("report", run) == 0
     again = said(capsys)
-    assert again.endswith(out)
+    assert again.endswith(out[out.index("│ heads │ 16 │ 8 │") :])
     assert "accuracy, final" in again
     assert "torch-rsst compact" not in again
+
+
+def test_the_file_is_as_large_as_its_plain_parameters(run):
+    assert exit_code("compact", run) == 0
+    small = torch_rsst.load_compact(run / "compact")
+    needed = sum(4 * p.numel() for p in small.parameters())
+    assert needed == 4 * 58_810
+    assert (run / "compact" / "model.safetensors").stat().st_size <= 1.02 * needed
+
+
+def test_masks_of_single_weights_are_made_permanent_and_counted(run, capsys, monkeypatch):
+    """Whatever a run leaves masked: what is timed, saved and served are plain parameters."""
+    from torch_rsst.recipes.run_folder import RunFolder
+
+    alive = torch.ones(10, 48, dtype=torch.bool)
+    alive[0, :5] = False
+
+    def read_model(folder, build):
+        model = genuine(folder, build)
+        torch_rsst.apply_mask(model, {"head.weight": alive})
+        return model
+
+    genuine = RunFolder.read_model
+    monkeypatch.setattr(RunFolder, "read_model", read_model)
+    assert exit_code("compact", run) == 0
+    out = said(capsys)
+    assert re.search(
+        r"Warning: compact: \d[\d,]* masked weights of units that stay are ordinary", out
+    )
+    assert "save_compact" not in out
+    assert "after: masks made permanent." in out
+    assert not any("mask" in name for name in saved(run))
+    assert saved(run)["head.weight"][0, :5].tolist() == [0.0] * 5
+    assert exit_code("compact", run, "--keep-masks") == 0
+    out = said(capsys)
+    assert "Warning" not in out
+    assert "after: masks applied in each forward pass." in out
+    assert saved(run)["head.weight_mask"][0, :5].tolist() == [0.0] * 5
 
 
 def test_the_smaller_model_loads_in_a_process_of_its_own(run, tmp_path, capsys):

@@ -81,7 +81,7 @@ def test_element_masks_of_units_that_stay_are_cut_along() -> None:
     masks = torch_rsst.extract_mask(model)
     masks["0.weight"][4, 1] = masks["2.weight"][2, 5] = False
     torch_rsst.apply_mask(model, masks)
-    small = compact(model, groups)
+    small = compact(model, groups, keep_masks=True)
     left = torch_rsst.extract_mask(small)
     assert left.keys() == {"0.weight", "2.weight"}  # the bias's mask had no zeros left
     assert torch.equal(left["0.weight"], masks["0.weight"][2:])
@@ -89,6 +89,70 @@ def test_element_masks_of_units_that_stay_are_cut_along() -> None:
     assert difference(model, small, tokens()) <= 1e-12
     small(tokens()).sum().backward()
     assert float(small[0].weight_orig.grad[2, 1]) == 0.0
+
+
+def with_element_masks() -> tuple[nn.Module, Groups]:
+    """Two units and three single weights masked, one of these in a unit that goes."""
+    model = mlp()
+    groups = find_groups(model)
+    drop(model, groups, 0, 1)
+    masks = torch_rsst.extract_mask(model)
+    masks["0.weight"][4, 1] = masks["2.weight"][2, 5] = masks["2.weight"][2, 0] = False
+    torch_rsst.apply_mask(model, masks | {"2.bias": torch.tensor([True, False, True])})
+    return model, groups
+
+
+def test_the_result_has_plain_parameters_and_a_warning_counts_the_zeros() -> None:
+    model, groups = with_element_masks()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match="^compact: 3 masked weights of units"):
+        small = compact(model, groups, example_inputs=tokens())
+    assert list(dict(small.named_parameters())) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert not list(small.buffers())
+    assert not any(module._forward_pre_hooks for module in small.modules())
+    assert [type(m) for m in small] == [nn.Linear, nn.GELU, nn.Linear]
+    with torch.no_grad():
+        assert (small[0].weight[2, 1], small[2].weight[2, 3], small[2].bias[1]) == (0.0, 0.0, 0.0)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert difference(model, small, tokens()) <= 1e-15
+
+
+def test_keep_masks_decides_without_a_warning_and_an_optimizer_keeps_them() -> None:
+    model, groups = with_element_masks()
+    assert torch_rsst.extract_mask(compact(model, groups, keep_masks=False)) == {}
+    kept = torch_rsst.extract_mask(compact(model, groups, keep_masks=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    small = compact(model, groups, optimizer=optimizer)
+    moved = torch_rsst.extract_mask(small)
+    assert kept.keys() == moved.keys() == {"0.weight", "2.weight", "2.bias"}
+    small(tokens()).sum().backward()
+    optimizer.step()
+    assert small[2].bias[1].item() == 0.0
+    plain = compact(model := with_element_masks()[0], groups, optimizer=(
+        optimizer := torch.optim.SGD(model.parameters(), lr=0.1)), keep_masks=False)  # fmt: skip
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
+        id(p) for p in plain.parameters()
+    ]
+
+
+def test_nothing_under_a_mask_comes_along() -> None:
+    model, groups = with_element_masks()
+    with torch.no_grad():
+        model[0].weight_orig[4, 1] = float("nan")
+        model[2].weight_orig[2, 5] = float("inf")
+    small = compact(model, groups, keep_masks=False)
+    assert difference(model, small, tokens()) <= 1e-15
+
+
+def test_a_bias_made_for_constants_is_trained_as_its_weight_is() -> None:
+    model = mlp(act=nn.Sigmoid(), bias=False)
+    groups = find_groups(model)
+    drop(model, groups, 0)
+    with torch.no_grad():
+        model[0].weight_orig[1] = 0.0
+    assert compact(model, groups)[2].bias.requires_grad
+    model[2].weight_orig.requires_grad_(False)
+    assert not compact(model, groups)[2].bias.requires_grad
 
 
 @pytest.mark.parametrize("act", [nn.GELU(), nn.Sigmoid(), nn.ReLU(), nn.Softplus()])
@@ -112,7 +176,9 @@ def test_folding_into_a_masked_bias_keeps_what_was_folded() -> None:
     torch_rsst.apply_mask(model, {"2.bias": torch.zeros(3, dtype=torch.bool)})
     with torch.no_grad():
         model[0].weight[1] = 0.0
-    assert difference(model, compact(model, groups), tokens()) <= 1e-12
+    for keep in (True, False):
+        small = compact(model, groups, keep_masks=keep)
+        assert difference(model, small, tokens()) <= 1e-12
 
 
 class Normalized(nn.Module):
@@ -188,6 +254,8 @@ def test_masks_of_the_stock_module_are_compacted() -> None:
     assert small[0].out_features == 4
     assert difference(model, small, tokens()) <= 1e-12
     assert len(find_groups(model)) == 8
+    stock.random_unstructured(model[2], "weight", amount=3)
+    assert difference(model, compact(model, groups, keep_masks=False), tokens()) <= 1e-12
 
 
 def test_attention_that_needs_a_head_keeps_one(request: pytest.FixtureRequest) -> None:
@@ -210,8 +278,9 @@ def test_attention_that_needs_a_head_keeps_one(request: pytest.FixtureRequest) -
     assert (groups.layers[0].fixed, groups.layers[0].least) == ("", 1)
     for amount in (0.5, 1.0):
         torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=amount, min_keep=0))
-        assert compact(model, groups, example_inputs=tokens(2, 3, 4)).num_heads == 1
-    assert difference(model, compact(model, groups), tokens(2, 3, 4)) <= 1e-12
+        small = compact(model, groups, example_inputs=tokens(2, 3, 4), keep_masks=False)
+        assert small.num_heads == 1
+    assert difference(model, small, tokens(2, 3, 4)) <= 1e-12
 
 
 def test_optimizers_that_cannot_go_on_are_refused() -> None:
@@ -251,7 +320,7 @@ def test_padding_keeps_dead_units_for_round_widths() -> None:
     groups = find_groups(model)
     drop(model, groups, *range(5))  # 11 are left
     for round_to, width in ((1, 11), (4, 12), (8, 16), (6, 12), (32, 16)):
-        small = compact(model, groups, round_to=round_to)
+        small = compact(model, groups, round_to=round_to, keep_masks=False)
         assert small[0].out_features == width
         assert difference(model, small, tokens()) <= 1e-12
     with pytest.raises(ValueError, match="round_to"):
@@ -319,7 +388,7 @@ def test_a_shift_before_a_padded_convolution_keeps_its_unit_and_says_so() -> Non
 def test_a_convolution_keeps_one_channel_to_run() -> None:
     model, groups = convolutions()
     drop(model, groups, *range(6))
-    small = compact(model, groups)
+    small = compact(model, groups, keep_masks=False)
     assert small[0].out_channels == 1
     assert difference(model, small, tokens(2, 2, 6, 6)) <= 1e-12
 
@@ -347,7 +416,7 @@ def test_a_module_whose_forward_fixes_its_width_stays_whole_and_is_named() -> No
     assert "its forward fixes how many it has" in groups.layers[0].fixed
     drop(model, groups, 1)
     with pytest.warns(CompactionWarning, match="1 of the model .2 heads.: it does not run without"):
-        small = compact(model, groups)
+        small = compact(model, groups, keep_masks=False)
     assert difference(model, small, tokens(2, 3, 4)) == 0.0
 
 
@@ -482,7 +551,7 @@ def test_a_result_that_differs_is_not_returned() -> None:
     members = tuple(m for m in groups.layers[0].members)
     torch_rsst.apply_mask(model, {"3.weight": torch.zeros(3, 6, 1, 1, dtype=torch.bool)})
     layer = GroupLayer("0", "channels", 6, members)
-    assert compact(model, [layer], example_inputs=tokens(2, 2, 6, 6)) is not None
+    assert compact(model, [layer], example_inputs=tokens(2, 2, 6, 6), keep_masks=False) is not None
 
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -524,7 +593,7 @@ def test_whatever_the_masks_the_outputs_stay(data: st.DataObject) -> None:
     torch_rsst.apply_mask(model, masks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompactionWarning)
-        small = compact(model, groups, example_inputs=tokens())
+        small = compact(model, groups, example_inputs=tokens(), keep_masks=data.draw(st.booleans()))
     assert difference(model, small, tokens()) <= 1e-10
     assert all(t.isfinite().all() for t in outputs_of(small, tokens()))
 

@@ -85,6 +85,7 @@ COMPACT = {
     "folder": "test_compact_prints_before_and_after_and_report_repeats_it",
     "output": "test_the_smaller_model_loads_in_a_process_of_its_own",
     "round_to": "test_the_smaller_model_loads_in_a_process_of_its_own",
+    "keep_masks": "test_masks_of_single_weights_are_made_permanent_and_counted",
     "export": "test_the_smaller_model_loads_in_a_process_of_its_own",
     "images": "test_fewer_images_are_compared_and_counted",
     "data_dir": "test_a_folder_is_run_compacted_and_found_again_where_it_was_moved",

@@ -208,7 +208,8 @@ def print_savings(receipt: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    images = receipt["images"]
+    images, timed = receipt["images"], receipt["timed"]
+    one = "image" if images == 1 else "images"
     rows: dict[str, tuple[Any, Callable[[Any], str]]] = {
         "accuracy": (receipt["accuracy"], "{:.2f} %".format),
         **{kind: (counts, "{:,}".format) for kind, counts in receipt["units"].items()},
@@ -217,7 +218,7 @@ def print_savings(receipt: dict[str, Any], folder: Path) -> None:
             receipt["multiply_adds"],
             lambda count: f"{count // images:,}",
         ),
-        f"time for {images} images": (receipt["latency_ms"], "{:.2f} ms".format),
+        f"time for {images} {one}": (receipt["latency_ms"], "{:.2f} ms".format),
     }
     table = Table("", "before", "after", title="compacted")
     for name, (values, text) in rows.items():
@@ -225,7 +226,7 @@ def print_savings(receipt: dict[str, Any], folder: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"Outputs for {images} held-out images differ by at most {receipt['max_error']:.1e}. "
-        f"Times are medians of runs in turns, without masks."
+        f"Outputs for {images} held-out {one} differ by at most {receipt['max_error']:.1e}. "
+        f"Times are medians of runs in turns; before: {timed['before']}; after: {timed['after']}."
     )
     console.print(f'Load it: torch_rsst.load_compact("{folder}")', soft_wrap=True)

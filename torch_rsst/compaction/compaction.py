@@ -24,6 +24,7 @@ from torch_rsst.compaction.cut_record import (
 )
 from torch_rsst.compaction.folding import Constants, measure_constants
 from torch_rsst.compaction.moved_optimizer import move_optimizer
+from torch_rsst.compaction.plain import is_full, warn_of_zeros
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
 from torch_rsst.discovery.examples import guesses
@@ -39,6 +40,7 @@ from torch_rsst.groups.surgery import (
     kept_indices,
     module_at,
     replace_module,
+    select,
 )
 from torch_rsst.masking.live_weight import product
 from torch_rsst.masking.mask_sets import (
@@ -62,6 +64,7 @@ def compact(
     example_inputs: Any = None,
     optimizer: Optimizer | None = None,
     round_to: int = 1,
+    keep_masks: bool | None = None,
 ) -> nn.Module:
     """Cut the dead units out of a masked model: a smaller model with the same outputs.
 
@@ -73,10 +76,11 @@ def compact(
         >>> small[0], small[2]
         (Linear(in_features=4, out_features=4, bias=True), Linear(in_features=4, out_features=4, bias=True))
 
-    A unit is dead where all its entries are masked or exactly 0, or all those that put it out. What a
-    unit without inputs still emits (the activation of its bias, the shift of a batch norm) is moved into the bias of the next layer; where that is not exact the unit stays, and
-    a :class:`torch_rsst.CompactionWarning` names it. Masks with zeros left in them stay masks; others are made
-    permanent. Find the groups of the result anew: :func:`find_groups`.
+    A unit is dead where all its entries are masked or exactly 0, or all entries that compute it. The
+    constant output of a unit without inputs (the activation of its bias, the shift of a batch norm) is
+    added to the bias of the next layer; where that is not exact the unit stays, and a
+    :class:`torch_rsst.CompactionWarning` names it. The result has plain parameters: masked weights of
+    units that stay become zeros. Call :func:`find_groups` again for the groups of the result.
 
     Args:
         model: masked; not changed. Wrappers (data parallel, compiled) are left out of the result.
@@ -87,6 +91,9 @@ def compact(
         optimizer: of the model's parameters; changed in place: it goes on with those of the result,
             and the surviving part of its state (momentum, second moments …).
         round_to: leave the units of each layer a multiple of this, padded with dead ones.
+        keep_masks: True keeps masks that still have zeros, so that these stay 0 in training; False
+            makes all masks permanent, which is faster and half as large; None keeps them where an
+            ``optimizer`` is passed.
 
     Returns:
         a model of the same class, in the mode (training or eval) of ``model``. Modules whose forward
@@ -98,6 +105,9 @@ def compact(
         KeyError, ValueError: for groups of another model, tied or sharded parameters, groups made by
             hand that cannot be verified.
         RuntimeError: where the outputs on the inputs differ.
+
+    Warns:
+        UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights became zeros.
     """
     bare = unwrap(model)
     groups = as_groups(groups)
@@ -105,24 +115,36 @@ def compact(
     check_compactable(bare, groups)
     probe = Probe(bare, example_inputs)
     removals, constants, kept_whole, dead = _choose(bare, groups, round_to, probe)
-    memo = _shared(bare, removals)
+    keep = optimizer is not None if keep_masks is None else keep_masks
+    shared = _cut_tensors(bare, removals)
+    masks = {ref.original: ref.mask for ref in masked_refs(bare.modules()) if ref.mask is not None}
+    memo = {id(tensor): tensor for tensor in shared}
+    if not keep:
+        # Read from the masked model instead. Those of tensors to be cut count as full until then.
+        memo |= {id(m): m.new_ones(()).expand_as(m) if p in shared else m for p, m in masks.items()}
     small = deep_copy(bare, memo)
+    if not keep:
+        restore(masked_refs(small.modules()))
     without = bare_biases(small)
     for emitted, units in constants:
-        emitted.add_to(small, units)
+        emitted.add_to(small, bare, units)
     new_biases = without - bare_biases(small)
     removals = [_with_biases(removal, new_biases) for removal in removals]
     stage = stage_of(removals, new_biases)
     small, shortened = remove(small, removals)
     remember(small, [*(stages_of(bare) or ()), stage])
-    restore([ref for ref in masked_refs(small.modules()) if _is_full(ref)])
+    successors = _successors(bare, small, memo, shortened)
+    zeros = 0 if keep else _zero_masked(masks, successors, shared)
+    restore([ref for ref in masked_refs(small.modules()) if is_full(ref.mask)])
     if example_inputs is None and any(not r.layer.family for r in removals if r.count):
         example_inputs = _example_of(bare)
     if example_inputs is not None:
         _compare(bare, small, example_inputs)
     if optimizer is not None:
-        move_optimizer(optimizer, _successors(bare, small, memo, shortened))
+        move_optimizer(optimizer, successors)
         _give_biases(optimizer, small, new_biases)
+    if keep_masks is None:
+        warn_of_zeros("compact", zeros)
     if kept_whole:
         warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
     elif not dead:
@@ -188,11 +210,6 @@ def _with_biases(removal: Removal, new: Collection[str]) -> Removal:
         return removal
     members = (*removal.layer.members, *added)
     return Removal(replace(removal.layer, members=members), removal.gone)
-
-
-def _is_full(ref: ParameterRef) -> bool:
-    mask = ref.mask
-    return mask is not None and (not mask.numel() or bool(mask.amin() > 0))
 
 
 def check_compactable(model: nn.Module, groups: Groups) -> None:
@@ -268,15 +285,31 @@ def _choose(
     return removals, emitted, stay, count
 
 
-def _shared(model: nn.Module, removals: Sequence[Removal]) -> dict[int, Any]:
-    """A memo that lets a copy share the weights and masks which are to be cut, and so replaced."""
+def _cut_tensors(model: nn.Module, removals: Sequence[Removal]) -> set[Tensor]:
+    """The weights and masks that are to be cut, and so replaced: a copy of the model can share them."""
     refs = named_refs(model)
     members = [member for removal in removals for member in removal.layer.members]
-    shared: list[Tensor | None] = []
-    for name, _ in kept_indices(members, removals):
-        # Not biases, which take up what constant units emit.
-        shared += [t for s in refs[name] if s.original.ndim > 1 for t in (s.original, s.mask)]
-    return {id(tensor): tensor for tensor in shared if tensor is not None}
+    # Not biases, to which constants are added.
+    places = [r for n, _ in kept_indices(members, removals) for r in refs[n] if r.original.ndim > 1]
+    return {t for ref in places for t in (ref.original, ref.mask) if t is not None}
+
+
+def _zero_masked(
+    masks: Mapping[nn.Parameter, Tensor],
+    successors: Mapping[nn.Parameter, Shortened | None],
+    shared: Collection[Tensor],
+) -> int:
+    """Set what is masked to 0 in parameters that were cut, and count the zeros of all; in place."""
+    zeros = 0
+    for original, mask in masks.items():
+        new = successors[original]
+        if new is None or is_full(left := select(mask, new.kept)):
+            continue
+        dead = left == 0
+        zeros += int(dead.count_nonzero())
+        if original in shared:
+            new.parameter.detach().masked_fill_(dead, 0.0)
+    return zeros
 
 
 def _is_alone(layer: GroupLayer) -> bool:

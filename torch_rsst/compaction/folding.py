@@ -35,11 +35,19 @@ class Constants:
     exact: Tensor
     values: tuple[Tensor, ...]
 
-    def add_to(self, model: nn.Module, units: Tensor) -> None:
-        """Add what ``units`` contribute to the biases of the layers that take them in, in place."""
+    def add_to(self, model: nn.Module, masked: nn.Module, units: Tensor) -> None:
+        """Add what ``units`` contribute to the biases of the layers that take them in, in place.
+
+        Args:
+            model: a copy of ``masked``, before anything is cut out of it.
+            masked: has the weights.
+            units: bool tensor; those that are not ``exact`` are left out.
+        """
+        if not bool((units & self.exact).any()):
+            return
         for member, value in zip(_taking(self.layer), self.values, strict=True):
-            if bool((units & self.exact).any()):
-                _add_to_bias(_home(model, member), member, units & self.exact, value)
+            weight = ParameterRef(_home(masked, member), "weight")
+            _add_to_bias(_home(model, member), weight, member, units & self.exact, value)
 
 
 def measure_constants(
@@ -129,23 +137,26 @@ def _does_not_pad(layer: nn.Module) -> bool:
     return layer.padding != "same" and not any(layer.padding)
 
 
-def _add_to_bias(layer: nn.Module, member: Member, units: Tensor, value: Tensor) -> None:
+def _add_to_bias(
+    layer: nn.Module, weight: ParameterRef, member: Member, units: Tensor, value: Tensor
+) -> None:
     owned = member.unit_of != NO_UNIT
     goes = torch.zeros_like(owned)
     goes[owned] = units[member.unit_of[owned]]
     if not bool(value[goes].any()):
         return
     with torch.no_grad():
-        weight = product(layer, "weight").detach()
-        columns = weight.double().flatten(2).sum(2) if weight.ndim > 2 else weight.double()
-        shift = columns[:, goes.to(weight.device)] @ value[goes].to(weight.device)
+        dense = product(weight.module, "weight").detach()
+        columns = dense[:, goes.to(dense.device)].double()
+        if columns.ndim > 2:
+            columns = columns.flatten(2).sum(2)
+        shift = columns @ value[goes].to(dense.device)
         ref = ParameterRef(layer, "bias")
         if ref.is_masked:
             restore([ref])  # entries that were masked take part from now on
         bias = layer._parameters["bias"]
         if bias is None:
-            layer._parameters["bias"] = nn.Parameter(
-                shift.to(weight.dtype), requires_grad=product(layer, "weight").requires_grad
-            )
+            trained = weight.original.requires_grad
+            layer._parameters["bias"] = nn.Parameter(shift.to(dense.dtype), requires_grad=trained)
         else:
             bias.copy_(bias.double() + shift)

@@ -43,7 +43,14 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
     loader = _held_out(own, model, results)
     images = _first(loader, config.images)
     groups = torch_rsst.find_groups(model, own.kinds, example_inputs=images[:2])
-    small = torch_rsst.compact(model, groups, example_inputs=images, round_to=config.round_to)
+    keep_masks = config.keep_masks or None
+    small = torch_rsst.compact(
+        model,
+        groups,
+        example_inputs=images,
+        round_to=config.round_to,
+        keep_masks=keep_masks,
+    )
     before, after = _accuracies([model, small], loader)
     receipt = torch_rsst.save_compact(
         small,
@@ -53,6 +60,7 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
         example_inputs=images,
         build=results["build"],
         export=config.export,
+        keep_masks=keep_masks,
         notes={"accuracy": {"before": before, "after": after}, "images": len(images)},
     )
     if shown:

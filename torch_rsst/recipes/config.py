@@ -174,6 +174,8 @@ class CompactConfig:
     """Folder for the smaller model; by default the folder "compact" in that of the run."""
     round_to: int = 1
     """Keep a number of units in each layer that is a multiple of this."""
+    keep_masks: bool = False
+    """Keep masks of single weights: zeros stay 0 in training, at the cost of time and memory."""
     export: bool = False
     """Also write a torch.export program, which runs without this library."""
     images: int = 512

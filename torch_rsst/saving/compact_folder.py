@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -12,9 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_rsst.compaction.cut_record import of_kind, stages_of
+from torch_rsst.compaction.plain import make_plain
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
 from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.saving.builders import Build, as_build, build_model, guess_builds
 from torch_rsst.saving.description import (
     Description,
@@ -29,6 +30,7 @@ from torch_rsst.saving.likeness import difference, set_all, settings_of
 from torch_rsst.saving.receipt import Receipt, is_rounding, measure
 from torch_rsst.utils.errors import CompactionWarning, message, refuse
 from torch_rsst.utils.files import check_links, digest, digest_of_file, find_written, write_together
+from torch_rsst.utils.module_state import deep_copy
 
 INDEX, WEIGHTS, BUFFERS, PROGRAM = (
     "compact.json",
@@ -48,6 +50,7 @@ def save_compact(
     build: Build | None = None,
     export: bool = False,
     notes: Mapping[str, Any] | None = None,
+    keep_masks: bool | None = None,
 ) -> Receipt:
     """Save what :func:`torch_rsst.compact` returned to a folder that :func:`torch_rsst.load_compact` reads.
 
@@ -79,6 +82,8 @@ def save_compact(
             written.
         export: also write a program of :mod:`torch.export`, which runs without this library.
         notes: plain values of your own for the receipt, such as accuracies.
+        keep_masks: True saves masks that are left as masks; otherwise they are made permanent in what
+            is saved, exported and measured. Pass True or False to do so without a warning.
 
     Returns:
         the receipt, see :func:`torch_rsst.saving.receipt.measure`.
@@ -89,6 +94,9 @@ def save_compact(
         TypeError: for a state dict that holds more than tensors.
         FileExistsError, NotADirectoryError: where one of its files has a name that is written here.
         RuntimeError: where the exported program puts out something else.
+
+    Warns:
+        UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights are saved as zeros.
     """
     bare, path = unwrap(small), Path(folder)
     stages = stages_of(bare)
@@ -100,6 +108,9 @@ def save_compact(
         remedy = "Pass an example, such as torch.randn(1, 3, 224, 224)."
         refuse(ValueError, "export", "example_inputs to trace", "none", remedy)
     _check_target(path)
+    if masked_refs(bare.modules()) and not keep_masks:
+        bare = deep_copy(bare)
+        make_plain(bare, "save_compact", keep_masks)
     description, tensors = take_apart(bare, stages)
     description = _with_build(build, bare, description, tensors, example_inputs)
     if description.build is None:
@@ -126,7 +137,9 @@ def save_compact(
     return receipt
 
 
-def load_compact(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load_compact(
+    folder: str | Path, model: nn.Module | None = None, *, keep_masks: bool | None = None
+) -> nn.Module:
     """Load a model that :func:`torch_rsst.save_compact` saved, bit for bit, in any process.
 
     Example:
@@ -141,29 +154,34 @@ def load_compact(folder: str | Path, model: nn.Module | None = None) -> nn.Modul
         folder: of :func:`torch_rsst.save_compact`.
         model: the dense model, built as the one was that was compacted; a copy of it is cut, its
             weights do not matter. None: built as the folder says.
+        keep_masks: True gives masks that were saved as masks; otherwise they are made permanent. Pass
+            True or False to do so without a warning.
 
     Returns:
         the compacted model on the CPU, or on the device of ``model``; in the mode and of the types
-        that it was saved in. Masks that were left are masks again.
+        that it was saved in.
 
     Raises:
         FileNotFoundError: where the folder was not saved to.
         ValueError: for files that are damaged, for a model that does not fit, for a folder that does
             not say how to build it (or in a way that is not allowed), or with links out of it.
         ModuleNotFoundError: where the package is missing that the model comes from.
+
+    Warns:
+        UnfrozenZerosWarning: for ``keep_masks=None``, where saved masks became zeros.
     """
     path = Path(folder)
     description = read_description(path)
     tensors = _read_tensors(path, description)
     if model is not None:
-        dense = copy.deepcopy(unwrap(model))
+        dense = deep_copy(unwrap(model))
         if any(tensor.is_meta for tensor in (*dense.parameters(), *dense.buffers())):
             got, remedy = "one on the meta device", "Build it on a real device."
             refuse(ValueError, "model", "values", got, remedy)
     else:
         dense = _build(path, description)
     try:
-        return put_together(dense, description, tensors)
+        small = put_together(dense, description, tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         wanted = f"{description.model_class}, built as the one that was compacted"
         remedy = (
@@ -172,6 +190,8 @@ def load_compact(folder: str | Path, model: nn.Module | None = None) -> nn.Modul
         raise ValueError(
             message(str(path), expected=wanted, got=f"({one_line(error)})", remedy=remedy)
         ) from error
+    make_plain(small, "load_compact", keep_masks)
+    return small
 
 
 def read_description(folder: Path) -> Description:
@@ -313,7 +333,7 @@ def _read(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:
-    content: bytes = _safetensors().save(tensors, {"format": "pt"})
+    content: bytes = _safetensors().save(tensors)
     return content
 
 

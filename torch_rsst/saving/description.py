@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch_rsst.masking.checkpoints import prepare_from_state_dict
 from torch_rsst.masking.mask_sets import without_wrappers
 from torch_rsst.saving.builders import Build
 from torch_rsst.saving.likeness import Settings, set_all
+from torch_rsst.saving.receipt import UNNAMED
 from torch_rsst.utils.errors import MissingNameError, listing, message, refuse
 
 FORMAT, VERSION = "torch_rsst.compact", 1
@@ -86,6 +87,7 @@ class Description:
         if data.get("version") != VERSION:
             remedy = "Load it with a newer torch_rsst."
             refuse(ValueError, source, f"version {VERSION}", repr(data.get("version")), remedy)
+        data = {**_LATER, **data}
         for name, (kind, inner) in _KINDS.items():
             value = data.get(name)
             items = value.values() if isinstance(value, dict) else value
@@ -99,7 +101,8 @@ class Description:
                 expected = f"the SHA-256 of {name!r}, 64 hexadecimal digits"
                 got = repr(text)[:80]
                 refuse(ValueError, source, expected, got, remedy)
-        return cls(**{name: data[name] for name in _KINDS})
+        found = cls(**{name: data[name] for name in _KINDS})
+        return replace(found, receipt={"timed": UNNAMED, **found.receipt})
 
 
 _KINDS: dict[str, tuple[Any, Any]] = {
@@ -114,6 +117,14 @@ _KINDS: dict[str, tuple[Any, Any]] = {
     "receipt": (dict, None),
     "files": (dict, str),
     "versions": (dict, str),
+}
+
+
+# What a folder means that does not say it.
+_LATER: dict[str, Any] = {
+    "build": None,
+    **{name: {} for name in ("tied", "settings", "receipt", "versions")},
+    **{name: [] for name in ("frozen", "channels_last")},
 }
 
 
@@ -159,7 +170,7 @@ def take_apart(model: nn.Module, stages: list[Stage]) -> tuple[Description, Tens
     buffers = {name: _copied(b) for name, (m, key) in _hidden_buffers(model).items()
                for b in [m._buffers[key]] if b is not None}  # fmt: skip
     description = Description(
-        f"{type(model).__module__}.{type(model).__qualname__}",
+        _class_name(model),
         None,
         stages,
         model.training,
@@ -249,6 +260,12 @@ def _take_types(
                 if name in channels_last:
                     new = new.contiguous(memory_format=torch.channels_last)
                 tensor.data = new  # the object stays, and with it what is tied to it
+
+
+def _class_name(model: nn.Module) -> str:
+    """The class of a model as its own package calls it, not what this library has made of it."""
+    own = (cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch_rsst."))
+    return next(f"{cls.__module__}.{cls.__qualname__}" for cls in own)
 
 
 def _hidden_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -15,10 +15,15 @@ from torch.utils._pytree import tree_leaves
 from torch_rsst.compaction.cost import count_parameters, measure_cost, measure_latencies
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.masking.mask_sets import extract_mask
+from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.masking.removal import remove_all
 
 Receipt = dict[str, Any]
 """What :func:`measure` returns: plain values, as they stand in ``compact.json``."""
+
+PERMANENT, APPLIED = "masks made permanent", "masks applied in each forward pass"
+UNNAMED = {"before": PERMANENT, "after": "the model as it was saved"}
+"""What was timed for receipts that do not say so."""
 
 _RUNS = 11  # odd: the median is one of them
 
@@ -34,11 +39,17 @@ def measure(small: nn.Module, masked: nn.Module | None, example_inputs: Any) -> 
 
     Returns:
         ``max_error`` and ``largest_output`` over the outputs on the example; ``masks_sha256``, see
-        :func:`hash_masks`; ``parameters``, ``multiply_adds`` and ``latency_ms`` (the median of runs in
-        turns; before: with masks made permanent, so that no mask is multiplied on the way) as
-        ``{"before": …, "after": …}``; and ``measured_on``. None where it was not measured.
+        :func:`hash_masks`; ``parameters``, ``multiply_adds``, ``latency_ms`` (the median of runs in
+        turns) and ``timed`` (what was timed: before, a copy of ``masked`` with its masks made
+        permanent; after, ``small`` as it is) as ``{"before": …, "after": …}``; and ``measured_on``.
+        None where it was not measured.
     """
-    before: dict[str, Any] = {"parameters": None, "multiply_adds": None, "latency_ms": None}
+    before: dict[str, Any] = {
+        "parameters": None,
+        "multiply_adds": None,
+        "latency_ms": None,
+        "timed": None,
+    }
     after: dict[str, Any] = {**before, "parameters": count_parameters(small)}
     error = largest = None
     if masked is not None:
@@ -49,6 +60,7 @@ def measure(small: nn.Module, masked: nn.Module | None, example_inputs: Any) -> 
         for model, time, numbers in zip(models, seconds, (after, before), strict=False):
             numbers["multiply_adds"] = measure_cost(model, example_inputs).multiply_adds
             numbers["latency_ms"] = round(1e3 * time, 4)
+            numbers["timed"] = APPLIED if masked_refs(model.modules()) else PERMANENT
         if masked is not None:
             error, largest = (_finite(v) for v in output_error(masked, small, example_inputs))
     return {

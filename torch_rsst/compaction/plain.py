@@ -1,0 +1,43 @@
+"""Masks made permanent: plain parameters, with zeros where they were masked."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor, nn
+
+from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.parameter_ref import masked_refs
+from torch_rsst.utils.errors import UnfrozenZerosWarning
+
+
+def make_plain(model: nn.Module, subject: str, keep_masks: bool | None) -> None:
+    """Make all masks of a model permanent, in place, unless ``keep_masks``.
+
+    Warns:
+        UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights became zeros.
+    """
+    refs = masked_refs(model.modules())
+    if keep_masks or not refs:
+        return
+    masks = {ref.original: ref.mask for ref in refs if ref.mask is not None}
+    zeros = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks.values())
+    restore(refs)
+    if keep_masks is None:
+        warn_of_zeros(subject, zeros, stacklevel=4)
+
+
+def warn_of_zeros(subject: str, zeros: int, *, stacklevel: int = 3) -> None:
+    """Warn that so many masked weights are ordinary zeros from now on."""
+    if zeros:
+        text = (
+            f"{subject}: {zeros:,} masked weights of units that stay are ordinary zeros now, and can "
+            "become nonzero if you train on. Pass keep_masks=True to keep their masks, or "
+            "keep_masks=False if you do not train on."
+        )
+        warnings.warn(text, UnfrozenZerosWarning, stacklevel=stacklevel)
+
+
+def is_full(mask: Tensor | None) -> bool:
+    """Whether a mask has no zeros."""
+    return mask is not None and (not mask.numel() or bool(mask.amin() > 0))
