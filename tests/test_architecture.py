@@ -36,6 +36,7 @@ PACKAGES = [
     "stock",
     "penalty",
     "schedules",
+    "reconstruction",
     "regrouping",
     "importance",
     "discovery",

@@ -41,6 +41,7 @@ from torch_rsst.masking.mask_sets import (
 from torch_rsst.masking.optimizer_state import convert_optimizer_state
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.penalty.regularizer import RegularizedPruner
+from torch_rsst.reconstruction.reconstruction import reconstruct
 from torch_rsst.regrouping.regrouping import regroup
 from torch_rsst.report.explanation import Explanation, UnitDecision
 from torch_rsst.report.sparsity import LayerReport, ParameterReport, SparsityReport, sparsity_report
@@ -127,6 +128,7 @@ __all__ = [
     "prepare_from_state_dict",
     "random_structured",
     "random_unstructured",
+    "reconstruct",
     "refresh",
     "regroup",
     "remove",

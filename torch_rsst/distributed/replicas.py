@@ -70,9 +70,30 @@ def agreed(
     return made
 
 
+def summed(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Add up a tensor over the ranks of a group, in place; None leaves it as it is."""
+    if group is not None:
+        moved = tensor.to(_device(group))
+        dist.all_reduce(moved, group=group)
+        tensor.copy_(moved)
+
+
+def from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Give all ranks of a group the values of the first one, in place; None leaves it as it is."""
+    if group is not None:
+        moved = tensor.to(_device(group))
+        dist.broadcast(moved, dist.get_global_rank(group, 0), group=group)
+        tensor.copy_(moved)
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """Where tensors must be to be sent."""
+    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+
+
 def _all_gather(text: str, group: dist.ProcessGroup) -> list[str]:
     """The texts of all ranks; by tensors, because PyTorch gathers objects through NumPy."""
-    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    device = _device(group)
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     size = torch.tensor([data.numel()], device=device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]

@@ -43,31 +43,41 @@ class DataSource:
                     expected = f"none: importance {name!r} looks at no data"
                     refuse(ValueError, argument, expected, "some", remedy)
             return
-        self._check_batches(name, rounds)
+        self.check_batches(
+            f"importance {name!r}", f"in each of {rounds} rounds" if rounds > 1 else ""
+        )
         if self.loss_fn is None and any(s.needs_gradient for s in statistics):
             remedy = "Pass loss_fn=lambda output, batch: …, which returns the loss of a batch."
             expected = f"a function, for importance {name!r}"
             refuse(ValueError, "loss_fn", expected, "none", remedy)
-        for argument, call in (("forward", self.forward), ("loss_fn", self.loss_fn)):
-            if call is not None and not callable(call):
-                remedy = "It takes (model, batch), a loss_fn (output, batch)."
-                got = type(call).__name__
-                refuse(TypeError, argument, "a function", got, remedy)
 
-    def _check_batches(self, name: str, rounds: int) -> None:
+    def check_batches(self, purpose: str, again: str = "") -> None:
+        """Raise unless there are batches, and calls to run them; no batch is drawn.
+
+        Args:
+            purpose: what they are for, in messages.
+            again: how often they are drawn, in messages; "" for once, which an iterator allows.
+        """
         expected, got = "an iterable of batches", type(self.batches).__name__
         remedy = "Pass a DataLoader, a list of batches, or a function that returns one."
         if self.batches is None:
-            expected = f"batches to run on, for importance {name!r}"
+            expected = f"batches to run on, for {purpose}"
             refuse(ValueError, "batches", expected, "none", remedy)
         if isinstance(self.batches, (Tensor, Mapping, str)):
             remedy = "For a single batch, pass [batch]."
             refuse(TypeError, "batches", expected, f"one {got}", remedy)
-        if isinstance(self.batches, Iterator) and rounds > 1:
-            expected = f"batches that can be drawn in each of {rounds} rounds"
+        if isinstance(self.batches, Iterator) and again:
+            expected = f"batches that can be drawn {again}"
             refuse(TypeError, "batches", expected, f"a {got}", remedy)
         if not _iterable(self.batches) and not callable(self.batches):
             refuse(TypeError, "batches", expected, f"a {got}", remedy)
+        for argument, call in (("forward", self.forward), ("loss_fn", self.loss_fn)):
+            if call is not None and not callable(call):
+                remedy, got = (
+                    "It takes (model, batch), a loss_fn (output, batch).",
+                    type(call).__name__,
+                )
+                refuse(TypeError, argument, "a function", got, remedy)
 
     def draw(self) -> Iterator[Any]:
         """The batches, once through."""

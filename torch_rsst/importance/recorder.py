@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_rsst.distributed.dtensor import Ranks, gathered, is_sharded
+from torch_rsst.distributed.replicas import summed
 from torch_rsst.groups.groups import Groups, Member
 from torch_rsst.importance.data_importance import DataImportance, FeatureSums
 from torch_rsst.importance.input_hooks import HookedInput
@@ -47,10 +48,7 @@ def add_over_ranks(
         return
     tensors = [tensor for each in inputs for tensor in (*each.sums, each.count)]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    if replicas is not None:
-        device = torch.device("cuda" if "nccl" in dist.get_backend(replicas) else "cpu")
-        flat = flat.to(device)
-        dist.all_reduce(flat, group=replicas)
+    summed(flat, replicas)
     flat = shards.add_up(flat).cpu()
     for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
