@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from torch_rsst.masking.mask_sets import (
     named_weights,
     unwrap,
 )
-from torch_rsst.masking.masked_parameter import stored_products
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.reconstruction.refit import Refit
 from torch_rsst.utils.errors import refuse, unknown_choice
+from torch_rsst.utils.module_state import deep_copy
 
 Method: TypeAlias = Literal["least_squares", "mean"]
 METHODS = ("least_squares", "mean")
@@ -160,7 +159,7 @@ def reconstruct_towards(
     affected = _affected(bare, groups, masks)
     values: list[tuple[Tensor, Tensor]] = []
     if affected.layers:
-        cut = copy.deepcopy(bare, stored_products(bare))
+        cut = deep_copy(bare)
         apply_mask(cut, masks)
         with torch.inference_mode(False), torch.no_grad():
             refit = Refit(reference, cut, affected, data, replica_group(model))
