@@ -17,6 +17,7 @@ from torch_rsst.testing import masks, weights
 from torch_rsst.utils import threads
 
 Problem: TypeAlias = tuple[list[Tensor], list[Tensor | None], int]
+INF = math.inf
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
@@ -38,7 +39,7 @@ def by_sorting(
     among = among or [None] * len(scores)
     entries = []
     for which, (score, mask) in enumerate(zip(scores, among, strict=True)):
-        competes = [True] * score.numel() if mask is None else mask.reshape(-1).tolist()
+        competes = [True] * score.numel() if mask is None else (mask != 0).reshape(-1).tolist()
         values = score.double().reshape(-1).tolist()
         for position, (value, competing) in enumerate(zip(values, competes, strict=True)):
             if competing:
@@ -64,13 +65,53 @@ def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = (torch.float32,)) 
     return scores, among, k
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2] if t.dim() else t,
+    "columns first": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "channels last": lambda t: t.contiguous(
+        memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format
+    ),
+}
+SHAPES = [(), (0,), (1,), (7,), (3, 0), (1, 9), (4, 5), (2, 3, 4), (2, 3, 2, 2), (3, 1, 2, 1)]
+DTYPES = [*FLOATS, torch.int8, torch.uint8, torch.int32, torch.int64]
+
+
+@st.composite
+def awkward_problems(draw: st.DrawFn) -> Problem:
+    """Ties, zeros of both signs, infinity, NaN that does not compete; all dtypes, shapes and layouts."""
+    values = draw(st.sampled_from([(1.0,), (0.0, -0.0), (0, -0.0, 1, -1, 2, -3, 0.5, INF, -INF)]))
+    scores, among = [], []
+    for shape in draw(st.lists(st.sampled_from(SHAPES), max_size=4)):
+        dtype, size = draw(st.sampled_from(DTYPES)), math.prod(shape)
+        numbers = draw(st.lists(st.sampled_from(values), min_size=size, max_size=size))
+        marks = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+        score = torch.tensor(numbers, dtype=torch.float64).reshape(shape)
+        mask = torch.tensor(marks, dtype=torch.bool).reshape(shape)
+        score = score if dtype.is_floating_point else score.abs().clamp(max=9).round()
+        masked = draw(st.booleans())
+        if masked and dtype.is_floating_point:
+            score = score.masked_fill(~mask, torch.nan)
+        layout, other = (LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))] for _ in range(2))
+        scores.append(layout(score.to(dtype)))
+        of_masks = draw(st.sampled_from([torch.bool, torch.float32, dtype]))
+        among.append(other(mask.to(of_masks)) if masked else None)
+    competing = sum(
+        s.numel() if m is None else int((m != 0).sum()) for s, m in zip(scores, among, strict=True)
+    )
+    k = draw(st.one_of(st.sampled_from((0, competing)), st.integers(0, competing)))
+    return scores, among, k
+
+
 def assert_sorts(ranking: Ranking, problem: Problem, absolute: bool) -> None:
     """What goes, stays and competes is what sorting says."""
     scores, among, k = problem
     cut = ranking.cut(k)
     goes, stays = ([mask.cpu() for mask in marks] for marks in (cut.goes(), cut.stays()))
     assert flat(goes) == by_sorting(scores, k, among, absolute)
-    competes = [torch.ones_like(g) if a is None else a for g, a in zip(goes, among, strict=True)]
+    competes = [
+        torch.ones_like(g) if a is None else a != 0 for g, a in zip(goes, among, strict=True)
+    ]
     assert ranking.available == sum(int(mask.sum()) for mask in competes)
     for stay, mask, go in zip(stays, competes, goes, strict=True):
         assert torch.equal(stay, mask & ~go)

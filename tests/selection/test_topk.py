@@ -17,6 +17,7 @@ from ranked_scores import (
     FLOATS,
     Problem,
     assert_sorts,
+    awkward_problems,
     by_sorting,
     flat,
     in_small,
@@ -24,6 +25,7 @@ from ranked_scores import (
     uniform,
 )
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -51,6 +53,21 @@ def test_selection_is_sorting(problem: Problem, absolute: bool) -> None:
     assert [m.shape for m in marked] == [s.shape for s in scores]
     assert all(m.dtype == torch.bool for m in marked)
     assert sum(int(m.sum()) for m in marked) == k
+
+
+@given(awkward_problems(), st.booleans(), st.integers(1, 9), st.integers(1, 9))
+def test_every_dtype_shape_and_layout_is_sorted(
+    problem: Problem, absolute: bool, block: int, sample: int
+) -> None:
+    scores, among, k = problem
+    with pytest.MonkeyPatch.context() as patch:
+        in_small(patch, block=block, sample=sample)
+        ranking = Ranking(scores, among=among, absolute=absolute)
+        assert_sorts(ranking, problem, absolute)
+        outs = [torch.full_like(score, 7) for score in scores]
+        ranking.cut(k).write_stays(outs)
+    stays = ranking.cut(k).stays()
+    assert all(torch.equal(out, mask.to(out.dtype)) for out, mask in zip(outs, stays, strict=True))
 
 
 @given(problems(), st.booleans(), st.integers(1, 5))
@@ -469,3 +486,55 @@ def test_infinity_is_no_nan() -> None:
     score = torch.tensor([math.inf, NAN, 1.0, -math.inf, NAN])
     with pytest.raises(ValueError, match="got 2 NaN among the entries to rank"):
         lowest([score], 1)
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would wait for a device: each makes a number, or a shape, out of values."""
+
+    CALLS = frozenset(
+        {
+            *(torch.nonzero, torch.masked_select, torch.equal, torch.unique),
+            *(Tensor.item, Tensor.tolist, Tensor.nonzero, Tensor.masked_select, Tensor.cpu),
+            *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.numpy),
+        }
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        indices = args[1] if func is Tensor.__getitem__ else None
+        chooses = isinstance(indices, Tensor) and indices.dtype == torch.bool
+        self.count += func in self.CALLS or chooses
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("values", ["many", "few"])
+def test_other_devices_are_waited_for_a_few_times_whatever_there_is_to_rank(
+    values: str, dtype: torch.dtype, any_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_small(monkeypatch, block=50)
+    scores = [uniform(n).to(dtype) for n in range(100, 130)]
+    if values == "few":
+        scores = [score.round() for score in scores]
+    among: list[Tensor | None] = [uniform(n + 1)[1:] < 0.3 for n in range(100, 130)]
+    with Waits() as waits:
+        cut = Ranking(scores, among=among, absolute=True).cut(1000)
+        assert waits.count <= 5  # the highest key of a number is computed on the CPU
+        before = waits.count
+        cut.goes()
+        assert waits.count == before
+
+
+@pytest.mark.parametrize("k", [0, 1, 7000, 20_000])
+def test_all_devices_find_the_same(k: int, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    scores = [(uniform(n) * 50).round() for n in (9000, 1, 11_000)]
+    in_small(monkeypatch, block=700, sample=200)
+    found = lowest(scores, k, absolute=True)
+    request.getfixturevalue("any_device")
+    others = lowest(scores, k, absolute=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, others, strict=True))

@@ -125,7 +125,7 @@ def _collect(
         keys, competes = block.keys(), block.competes()
         if int(keys.amax()) > block.buffers.key_type.infinity:  # hardly ever
             nan += int(block.number_nan())
-        _, _, not_above, near = block.buffers.views(block.scores)
+        _, _, _, not_above, near = block.buffers.views(block.scores)
         compare(keys, "<=", high, out=not_above)
         if competes is not None:
             not_above &= competes
@@ -134,7 +134,7 @@ def _collect(
         below += int(count(not_above)) - len(indices)
         inside += len(indices)
         if inside <= limit:
-            found.append(keys[indices])
+            found.append(keys.take(indices))
             places.append(block.place(indices))
     counts = torch.tensor([below, inside, inside > limit, nan], dtype=torch.int64, device=_CPU)
     return counts, torch.cat(found), torch.cat(places)

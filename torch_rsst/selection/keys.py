@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import repeat
 from typing import NamedTuple, TypeVar
 
@@ -52,14 +53,13 @@ class KeyType:
         """Higher than the key of every number."""
         return torch.iinfo(self.integer).max
 
-    @property
+    @cached_property
     def infinity(self) -> int:
         """The highest key of a number; those of NaN are higher."""
         return int(torch.tensor(torch.inf, dtype=self.real, device="cpu").view(self.integer))
 
-    def write(self, scores: Tensor, keys: Tensor) -> None:
-        """Set ``keys``, of the shape of ``scores``, to their keys."""
-        values = keys.view(self.real)
+    def write(self, scores: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Set ``keys`` to the keys of ``scores``, by way of ``values``, the same memory as floats."""
         if not self.absolute:
             values.copy_(scores).add_(0.0)  # −0 + 0 is 0
             values.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)  # NaN: no sign
@@ -71,9 +71,10 @@ class KeyType:
 
 
 class Views(NamedTuple):
-    """Vectors for the work on one block, one element for each entry."""
+    """Tensors for the work on one block, of its shape. ``values`` are ``keys``, read as floats."""
 
     keys: Tensor
+    values: Tensor
     competes: Tensor
     flags: Tensor
     more_flags: Tensor
@@ -87,21 +88,22 @@ class Buffers(threading.local):
 
     def __init__(self, size: int, key_type: KeyType) -> None:
         self.size, self.key_type = size, key_type
-        self._memory: dict[torch.device, Views] = {}
-        self._views: dict[tuple[torch.device, int], Views] = {}
+        self._memory: dict[torch.device, list[Tensor]] = {}
+        self._views: dict[tuple[torch.device, torch.Size], Views] = {}
 
     def views(self, block: Tensor) -> Views:
-        """Views of the memory on the device of a block, as long as it is."""
-        device, size = block.device, block.numel()
-        if (device, size) not in self._views:
+        """Views of the memory on the device of a block, of its shape."""
+        device, shape = block.device, block.shape
+        if (device, shape) not in self._views:
             # What is made in inference mode, views included, could not be changed outside it.
             with torch.inference_mode(False):
                 if device not in self._memory:
                     dtypes = [self.key_type.integer] + [torch.bool] * 3
                     made = [torch.empty(self.size, dtype=t, device=device) for t in dtypes]
-                    self._memory[device] = Views(*made)
-                self._views[device, size] = Views(*(each[:size] for each in self._memory[device]))
-        return self._views[device, size]
+                    self._memory[device] = made
+                keys, *flags = (t[: block.numel()].view(shape) for t in self._memory[device])
+                self._views[device, shape] = Views(keys, keys.view(self.key_type.real), *flags)
+        return self._views[device, shape]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,17 +134,15 @@ class Block:
 
     def keys(self) -> Tensor:
         """The keys of all entries."""
-        keys = self.buffers.views(self.scores).keys
-        self.buffers.key_type.write(self.scores, keys.view(self.scores.shape))
+        keys, values, *_ = self.buffers.views(self.scores)
+        self.buffers.key_type.write(self.scores, keys, values)
         return keys
 
     def competes(self) -> Tensor | None:
         """Which entries compete, as bool; None: all."""
         if self.among is None:
             return None
-        competes = self.buffers.views(self.scores).competes
-        nonzero(self.among, out=competes.view(self.among.shape))
-        return competes
+        return nonzero(self.among, out=self.buffers.views(self.scores).competes)
 
     def competing_keys(self) -> Tensor:
         """The keys, with the highest for entries that do not compete."""
@@ -180,7 +180,8 @@ class Block:
 
     def places(self) -> Tensor:
         """The places of all entries."""
-        return self.place(torch.arange(self.scores.numel(), device=self.scores.device))
+        indices = torch.arange(self.scores.numel(), device=self.scores.device)
+        return self.place(indices.view(self.scores.shape))
 
     def places_of(self, key: int) -> Tensor:
         """The places of the entries that compete and have this key; for the others, the highest int64."""

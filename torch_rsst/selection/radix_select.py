@@ -70,7 +70,7 @@ def kth_smallest(
     while True:
         counts = torch.zeros(digits + 2, dtype=torch.int64, device=device)
         for integers in blocks():
-            counts += _histogram(integers >> shift, first, digits).to(device)
+            counts += _histogram(integers.flatten() >> shift, first, digits).to(device)
         counts = all_reduce(counts)
         up_to = counts.cumsum(0)
         chosen = torch.searchsorted(up_to, rank)

@@ -41,7 +41,7 @@ from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.threads import Workers, one_thread
 
 # Entries of a block: on the CPU so few that they stay in the processor's cache.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 _BLOCK_ELSEWHERE = 1 << 22
 
 
@@ -230,7 +230,7 @@ class Cut:
                 compare(keys, "<=" if goes else ">", self._bound(block, keys), out=marks)
                 if competes is not None:
                     marks &= competes
-                _write(marks.view(piece.shape), piece)
+                _write(marks, piece)
 
         self.workers.run(mark)
 
