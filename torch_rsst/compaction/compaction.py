@@ -27,7 +27,7 @@ from torch_rsst.compaction.moved_optimizer import move_optimizer
 from torch_rsst.compaction.plain import is_full, warn_of_zeros
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
-from torch_rsst.discovery.examples import guesses
+from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.discovery.probe import output_error, run_on
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.dead_units import dead_units
@@ -372,7 +372,7 @@ def _example_of(model: nn.Module) -> Any:
     Raises:
         ValueError: where none can be guessed.
     """
-    for example in guesses(model):
+    for example in small_guesses(model):
         try:
             with undisturbed(model):
                 run_on(model, example)

@@ -43,7 +43,6 @@ def guesses(model: nn.Module) -> Iterator[Any]:
     if first is not None:
         for side in _SIDES:
             yield images(first.in_channels, side, side)
-    yield from _features(model, like, generator)
 
 
 def _features(model: nn.Module, like: torch.Tensor, generator: torch.Generator) -> Iterator[Any]:
@@ -70,3 +69,4 @@ def small_guesses(model: nn.Module) -> Iterator[Any]:
             shape = (2, first.in_channels, *(side for _ in range(dims)))
             yield torch.randn(shape, generator=generator).to(like)
     yield from guesses(model)
+    yield from _features(model, like, generator)

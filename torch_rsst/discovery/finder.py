@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from torch_rsst.discovery.account import account, uncovered
 from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported
 from torch_rsst.discovery.channels.base import WholeModelAdapter
 from torch_rsst.discovery.families import load_families
@@ -18,6 +19,9 @@ from torch_rsst.groups.groups import GroupLayer, Groups
 from torch_rsst.masking.mask_sets import named_refs, unwrap, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.errors import UnsupportedModuleWarning, refuse, unknown_choice
+
+LARGE = 0.05
+"""Share of the parameters from which on what stays whole is named."""
 
 
 def find_groups(
@@ -52,7 +56,8 @@ def find_groups(
             cannot be removed exactly: ``"warn"``, ``"raise"`` or ``"ignore"``.
 
     Returns:
-        the groups, in the order of ``model.named_modules()``; channels come last.
+        the groups, in the order of ``model.named_modules()``; channels come last. Their ``whole`` lists
+        what no unit owns: inputs, outputs, trunk, and what is left, each with its share and the reason.
 
     Raises:
         TypeError: unless ``model`` is a module.
@@ -76,9 +81,34 @@ def find_groups(
         raise ValueError(_not_understood(refused))
     # Before the warning, whose reasons the error gives.
     _require(kinds, groups.layers, refused, lambda: survey(bare, example_inputs=example_inputs)[0])
-    if on_unsupported == "warn" and refused:
-        warnings.warn(_not_understood(refused), UnsupportedModuleWarning, stacklevel=2)
+    if on_unsupported == "warn" and (sentences := _not_told_yet(groups, refused, kinds)):
+        warnings.warn(" ".join(sentences), UnsupportedModuleWarning, stacklevel=2)
     return groups
+
+
+def _not_told_yet(
+    groups: Groups, refused: Sequence[Unsupported], kinds: Sequence[str]
+) -> list[str]:
+    """What a user should know of units that are not there, or cannot be cut."""
+    sentences = [_not_understood(refused)] if refused else []
+    told = [item.layer for item in refused]
+    large = [
+        whole
+        for whole in groups.whole
+        if whole.role == "left" and whole.share >= LARGE and tuple(kinds) == KINDS
+        if not any(not path or f"{whole.name}.".startswith(f"{path}.") for path in told)
+    ]
+    if large:
+        sentences.append(f"These stay whole: {'; '.join(map(str, large[:3]))}.")
+    if fixed := [layer for layer in groups.layers if layer.fixed]:
+        listed = ", ".join(map(str, fixed[:3])) + (
+            f" and {len(fixed) - 3} more" if fixed[3:] else ""
+        )
+        sentences.append(
+            f"Can be masked but not cut: {listed}: {fixed[0].fixed}. In its forward, let a size follow "
+            "from the tensor: reshape(B, T, -1)."
+        )
+    return sentences
 
 
 def survey(
@@ -91,14 +121,16 @@ def survey(
         kinds: to look for.
         example_inputs: as for :func:`torch_rsst.find_groups`.
     """
-    layers, refused = _ask_adapters(model, kinds, Probe.of(model, example_inputs))
-    return Groups(tuple(layers)), refused
+    layers, refused, reasons = _ask_adapters(model, kinds, Probe.of(model, example_inputs))
+    whole = account(model, layers, refused, reasons)
+    return Groups(tuple(layers), whole), uncovered(refused, whole, model)
 
 
 def _ask_adapters(
     model: nn.Module, kinds: Sequence[str], probe: Probe
-) -> tuple[list[GroupLayer], list[Unsupported]]:
+) -> tuple[list[GroupLayer], list[Unsupported], dict[str, str]]:
     load_families()
+    reasons: dict[str, str] = {}
     layers: list[GroupLayer] = []
     refused: list[Unsupported] = []
     refs = named_refs(model)
@@ -127,6 +159,7 @@ def _ask_adapters(
             taken = {(m.parameter, m.dim) for layer in layers for m in layer.members}
             answers = adapter.survey(model, probe.example_inputs, taken)
             refused.extend(item for item in answers.refused if item.kind in kinds)
+            reasons.update(answers.reasons)
             for found in answers.layers:
                 if found.kind not in kinds:
                     continue
@@ -134,7 +167,7 @@ def _ask_adapters(
                     layers.append(found)
                 else:
                     refused.append(Unsupported(reason, found.name, found.kind))
-    return layers, refused
+    return layers, refused, reasons
 
 
 def _answer(kind: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsupported | None:

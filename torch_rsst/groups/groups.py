@@ -215,6 +215,27 @@ def _slabs(members: Iterable[Member], unit: int) -> Iterator[Slab]:
             yield Slab(m.parameter, m.dim, m.unit_of.numel(), tuple(index), m.ranked, m.consumes)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """Parameters of one module that no unit owns.
+
+    Attributes:
+        name: the dotted name of the module, "" for the model itself.
+        role: ``"input"`` where it reads the model's input, ``"output"`` where it makes its output,
+            ``"trunk"`` where all layers share its features, else ``"left"``.
+        share: of all entries of the model's parameters, between 0 and 1.
+        reason: why no unit owns them.
+    """
+
+    name: str
+    role: str
+    share: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'} ({self.share:.1%} of the parameters): {self.reason}"
+
+
 @dataclass(frozen=True, eq=False)
 class Groups(Sequence[Group]):
     """The groups of a model: a sequence of units, kept layer by layer.
@@ -227,6 +248,8 @@ class Groups(Sequence[Group]):
     """
 
     layers: tuple[GroupLayer, ...] = ()
+    whole: tuple[Whole, ...] = ()
+    """What stays whole, the largest first, where :func:`torch_rsst.find_groups` made them."""
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -262,9 +285,14 @@ class Groups(Sequence[Group]):
 
     def __str__(self) -> str:
         kinds = {layer.kind: 0 for layer in self.layers}
+        fixed = dict(kinds)
         for layer in self.layers:
             kinds[layer.kind] += layer.units
-        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            fixed[layer.kind] += layer.units if layer.fixed else 0
+        listed = ", ".join(
+            f"{count} {kind}" + (f" ({fixed[kind]} to mask only)" if fixed[kind] else "")
+            for kind, count in kinds.items()
+        )
         return f"{listed or 'no groups'} in {len(self.layers)} layers"
 
     def __repr__(self) -> str:

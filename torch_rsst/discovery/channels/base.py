@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
@@ -17,10 +17,17 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found in a model: layers that have been checked, and what cannot be offered."""
+    """What was found in a model: layers that have been checked, and what cannot be offered.
+
+    Attributes:
+        layers: all of whose units can be cut.
+        refused: modules whose units cannot be offered, and why.
+        reasons: dense name of a parameter → why what it puts out, or takes in, stays.
+    """
 
     layers: tuple[GroupLayer, ...] = ()
     refused: tuple[Unsupported, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 class WholeModelAdapter(Adapter):

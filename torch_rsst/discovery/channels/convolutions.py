@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.base import Place, Survey, WholeModelAdapter
-from torch_rsst.discovery.channels.layers import layers_of
+from torch_rsst.discovery.channels.layers import layers_of, reasons_of
 from torch_rsst.discovery.channels.ledger import Ledger
 from torch_rsst.discovery.channels.tracer import follow
 from torch_rsst.discovery.channels.verify import Trials
@@ -53,11 +53,12 @@ class ConvolutionChannels(WholeModelAdapter):
         with torch.random.fork_rng(devices=devices):
             traced = _traced(model, example_inputs)
             if isinstance(traced, str):
-                return _refused(convolutions, f"it cannot be run ({traced}); pass example_inputs")
+                remedy = "; pass example_inputs" if example_inputs is None else ""
+                return _refused(convolutions, f"it cannot be run ({traced}){remedy}")
             ledger, trials = traced
             layers, refused, trials.candidates = layers_of(ledger, type(self).__name__, taken)
             exact = trials.exact(layers)
-        return Survey(tuple(exact), (*refused, *trials.refused))
+        return Survey(tuple(exact), (*refused, *trials.refused), reasons_of(ledger))
 
 
 def _is_patch_embedding(convolution: _ConvNd) -> bool:

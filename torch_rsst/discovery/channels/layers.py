@@ -99,6 +99,18 @@ def layers_of(
     return found, refused, candidates
 
 
+def reasons_of(ledger: Ledger) -> dict[str, str]:
+    """Parameter → why what it puts out stays, or, where there is no such reason, what it takes in."""
+    roots = ledger.roots()
+    frozen = ledger.why_frozen(roots)
+    found: dict[str, str] = {}
+    for axis in sorted(ledger.axes, key=lambda axis: axis.start in ledger.takes):
+        reason = next((frozen[r] for r in _on(axis, roots).tolist() if r in frozen), None)
+        if reason is not None and not axis.buffer:
+            found.setdefault(axis.tensor, reason)
+    return found
+
+
 def _convolutions(ledger: Ledger) -> Iterator[Axis]:
     return (axis for axis in ledger.axes if axis.start in ledger.convolves)
 
