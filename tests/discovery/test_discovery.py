@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import torch_rsst
 from torch_rsst import Groups, UnsupportedModuleWarning, discovery, find_groups
-from torch_rsst.discovery import ADAPTERS, Unsupported
+from torch_rsst.discovery import ADAPTERS, Unsupported, probe
 from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.testing import assert_mask_invariants
 from torch_rsst.utils.errors import MissingNameError
@@ -635,3 +635,37 @@ def test_buffers_are_put_back_after_probing() -> None:
     model = CountsCalls()
     torch_rsst.find_groups(model)
     assert model.calls == 0
+
+
+class _Numbered(nn.Module):
+    """An MLP that knows its place among the blocks, as those of transformers do."""
+
+    def __init__(self, layer_idx: int, hidden: int = 6) -> None:
+        super().__init__()
+        self.layer_idx, self.hidden = layer_idx, hidden
+        self.up, self.down = nn.Linear(4, hidden), nn.Linear(hidden, 4)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("numbers", "hidden", "tries"),
+    [
+        ((0, 1, 2, 3), (6, 6, 6, 6), 1),
+        ((0, 1, 2, 3), (6, 8, 6, 8), 2),
+        ((3, 1, 2, 3), (6, 6, 6, 6), 3),  # no numbers of blocks, but settings
+        ((0, 1), (6, 6), 2),  # too few to tell
+    ],
+)
+def test_blocks_that_differ_in_nothing_but_their_number_are_tried_once(
+    numbers, hidden, tries, monkeypatch
+):
+    tried, check = [], probe._check
+    monkeypatch.setattr(probe, "_check", lambda *given: tried.append(given[0]) or check(*given))
+    run, failure = [], probe._failure
+    monkeypatch.setattr(probe, "_failure", lambda *given: run.append(given[0]) or failure(*given))
+    model = nn.Sequential(*map(_Numbered, numbers, hidden))
+    groups = find_groups(model)
+    assert [layer.name for layer in groups.layers] == [str(i) for i in range(len(numbers))]
+    assert len(tried) == len(run) == tries

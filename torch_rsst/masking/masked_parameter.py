@@ -26,6 +26,7 @@ from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.masking.saved_masks import is_writable
+from torch_rsst.utils.large_pages import with_large_pages
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _mask_buffer(ref: ParameterRef) -> Tensor:
     """The parameter's mask, new where there is none."""
     mask, original = ref.mask, ref.original
     if mask is None:
-        return torch.empty_like(original, requires_grad=False)
+        return with_large_pages(torch.empty_like(original, requires_grad=False))
     if is_sharded(original) and not is_sharded(mask):
         return placed_like(mask, original).clone()  # masked before it was sharded
     if not is_writable(mask):

@@ -58,7 +58,7 @@ def count_entries(
         {dim: torch.zeros(weight_.shape[dim], dtype=torch.float64, device=device) for dim in which}
         for which in ({0, *dims}, () if refill_ is None else set(dims))
     )
-    wide, stays, part = (Scratch(weight_, torch.float64) for _ in range(3))
+    wide, chosen, part = (Scratch(weight_, torch.float64) for _ in range(3))
     alive, penalized, penalized_squares, kept_squares = torch.zeros(
         4, dtype=torch.float64, device=device
     )
@@ -76,10 +76,9 @@ def count_entries(
         for dim, totals in staying.items():
             add_along(wanted, dim, index, totals)
         penalized += _count(~wanted if own is None else own.bool() > wanted)
-        keep = stays.copy(wanted)
-        kept_squares += _squares(zero_where_masked(values, keep, out=part.shaped(block)))
-        go = keep.neg_().add_(1)
-        penalized_squares += _squares(zero_where_masked(values, go, out=part.shaped(block)))
+        for flags, squares in ((wanted, kept_squares), (~wanted, penalized_squares)):
+            zero_where_masked(values, chosen.copy(flags), out=part.shaped(block))
+            squares += _squares(part.shaped(block))
     counts = torch.stack([nonzero[0].sum(), alive, penalized, penalized_squares, kept_squares])
     ranks, elements = Ranks.of([weight]), weight.numel()
     found = ranks.add_up(counts if ranks.counts(weight) else torch.zeros_like(counts)).tolist()
