@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.ao.quantization as quantization
 from tiny_models import gradient_step, linear, mlp, same
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.optim import Optimizer
 
 import torch_rsst
 from torch_rsst.masking import freezing
 
+ENDED = r"freeze of 'weight' of Linear: expected a parameter of the same shape, got none any more"
 MASK = torch.tensor(
     [[True, False, True, True], [False, False, True, True], [True, True, True, False]]
 )
@@ -167,7 +170,7 @@ def test_a_freeze_does_not_keep_a_model_alive() -> None:
 def test_freezing_again_replaces_and_the_old_handle_lifts_nothing() -> None:
     layer = masked_layer()
     first, second = torch_rsst.freeze_masked(layer), torch_rsst.freeze_masked(layer)
-    assert len(freezing._FROZEN[layer]) == 1
+    assert len([each for each in freezing._FROZEN if each.module() is layer]) == 1
     first.remove()
     before = latents(layer)
     train(layer, OPTIMIZERS["adamw"](layer.parameters()))
@@ -182,7 +185,7 @@ def test_nothing_is_held_between_steps() -> None:
     layer = masked_layer()
     torch_rsst.freeze_masked(layer)
     train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
-    assert [vars(entry) for entry in freezing._FROZEN[layer].values()] == [{"_before": None}]
+    assert [each._before for each in freezing._FROZEN if each.module() is layer] == [None]
 
 
 def test_there_must_be_something_to_freeze() -> None:
@@ -266,8 +269,114 @@ def test_a_layer_of_another_shape_is_no_longer_held() -> None:
     layer = masked_layer()
     torch_rsst.remove_all(layer, freeze_zeros=True)
     layer.weight, layer.bias = nn.Parameter(layer.weight[:2]), nn.Parameter(layer.bias[:2])
-    train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match=ENDED) as caught:
+        train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
     assert bool((layer.weight != 0).any())
+    assert len(caught) == 1
+    train(layer, OPTIMIZERS["sgd"](layer.parameters()), 1)
+
+
+def test_frozen_zeros_whose_parameter_is_gone_warn_at_the_next_step() -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    layer.other = nn.Parameter(layer.weight.detach().clone())
+    del layer.weight
+    optimizer = OPTIMIZERS["sgd"](layer.parameters())
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match=ENDED):
+        optimizer.step()
+
+
+def test_zeros_of_models_that_are_gone_are_forgotten_without_a_word() -> None:
+    gc.collect()
+    before = len(freezing._FROZEN)
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    assert len(freezing._FROZEN) == before + 1
+    del layer
+    gc.collect()
+    assert len(freezing._FROZEN) == before
+    other = linear()
+    train(other, OPTIMIZERS["sgd"](other.parameters()), 1)
+
+
+class Quantizable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+        self.fc = masked_layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dequant(self.fc(self.quant(x)))
+        return y
+
+
+def _prepares_for_quantization(model: nn.Module) -> None:
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.prepare_qat(model.train(), inplace=True)
+
+
+def _moves_to_another_module(model: nn.Module) -> None:
+    fresh = nn.Linear(4, 3)
+    fresh.weight = model.fc.weight
+    model.fc = fresh
+
+
+def _loads_by_assignment(model: nn.Module) -> None:
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_()
+
+
+def _normalizes_the_spectrum(model: nn.Module) -> None:
+    parametrizations.spectral_norm(model.fc)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*quantization.*", "ignore:.*reduce_range.*")
+@pytest.mark.parametrize("collect", [False, True])
+@pytest.mark.parametrize(
+    "work",
+    [
+        _prepares_for_quantization,
+        _moves_to_another_module,
+        _loads_by_assignment,
+        _normalizes_the_spectrum,
+    ],
+)
+def test_frozen_zeros_go_with_their_parameter_wherever_it_goes(
+    work: Callable[[nn.Module], None], collect: bool
+) -> None:
+    model = Quantizable()
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    work(model)
+    if collect:
+        gc.collect()
+    train(model, OPTIMIZERS["adamw"](model.parameters()))
+    assert ((model.fc.weight == 0) == ~MASK).all()
+
+
+def test_zeros_that_end_with_their_parameter_under_weight_norm_warn() -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=True)
+    parametrizations.weight_norm(layer)  # two parameters of its own
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match="freeze of 'weight'"):
+        train(layer, OPTIMIZERS["adamw"](layer.parameters()))
+
+
+def test_latents_stay_frozen_in_the_module_that_takes_the_place_of_another() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    alive = torch.tensor([True, False, True, True])
+    torch_rsst.apply_mask(model, {"1.weight": alive})
+    torch_rsst.freeze_masked(model)
+    with torch_rsst.dense_weights(model):
+        fresh = nn.BatchNorm1d(4)
+        fresh.weight = model[1].weight
+        model[1] = fresh
+    del fresh
+    gc.collect()
+    before = model[1].weight_orig.detach().clone()
+    train(model, OPTIMIZERS["adamw"](model.parameters()))
+    assert ((model[1].weight_orig == before) == ~alive).all()
 
 
 def test_a_new_mask_decides_again_about_frozen_zeros() -> None:

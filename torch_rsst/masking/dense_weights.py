@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.distributed.fsdp import reshard
+from torch_rsst.masking.freezing import move_freeze
 from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
 from torch_rsst.masking.mask_sets import unwrap
 from torch_rsst.masking.mask_values import check_binary
@@ -260,6 +261,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
                 target.grad = masked(each.parameter.grad, mask)
             for ref in each.refs:
                 _mask_again(ref, target, mask, saved.get((id(ref.module), ref.name)))
+            move_freeze(each.dense.places[0].ref, each.refs[0])
 
     def _value(self, each: _Return, mask: Tensor) -> Tensor:
         """Alive entries as they are now; masked ones as they were, but for what is to be kept."""

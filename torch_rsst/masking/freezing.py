@@ -7,9 +7,10 @@ frozen entries are put back after each optimizer step, by hooks that PyTorch cal
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.errors import UnfrozenZerosWarning, message, refuse
 from torch_rsst.utils.optimizer_hooks import is_nested
 
 
@@ -63,127 +64,191 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
 
 def freeze_latents(refs: Sequence[ParameterRef]) -> FreezeHandle:
     """Hold what is masked in these parameters."""
-    return _freeze([(ref, _Latents()) for ref in refs])
+    return _freeze([_Latents(ref) for ref in refs])
 
 
 def freeze_zeros(zeros: Iterable[tuple[ParameterRef, Tensor]]) -> FreezeHandle:
     """Hold entries of dense parameters at 0: pairs of a parameter and the bool tensor of its zeros.
 
-    Until the parameter is masked, replaced by another one, or :func:`torch_rsst.masking.freezing.end_freeze` is called.
+    Until the parameter is masked, or :func:`torch_rsst.masking.freezing.end_freeze` is called.
     """
-    return _freeze([(ref, _Zeros(ref.original, entries)) for ref, entries in zeros])
+    return _freeze([_Zeros(ref, entries) for ref, entries in zeros])
 
 
 def end_freeze(ref: ParameterRef) -> None:
     """Hold nothing of a parameter any more: it is masked anew, or no longer."""
-    if frozen := _FROZEN.get(ref.module):
-        frozen.pop(ref.name, None)
+    for frozen in list(_FROZEN):
+        if frozen.is_of(ref):
+            _discard(frozen)
 
 
 def frozen_now(refs: Iterable[ParameterRef]) -> Callable[[], None]:
     """What freezes of these parameters again what is frozen of them now, and no more."""
-    before = [(ref, _FROZEN.get(ref.module, {}).get(ref.name)) for ref in refs]
+    before = [(ref, [each for each in _FROZEN if each.is_of(ref)]) for ref in refs]
 
     def put_back() -> None:
         for ref, frozen in before:
-            if frozen is None:
-                end_freeze(ref)
-            else:
-                _FROZEN.setdefault(ref.module, {})[ref.name] = frozen
+            end_freeze(ref)
+            _FROZEN.extend(each for each in frozen if each not in _FROZEN)
 
     return put_back
 
 
-class _Latents:
+def move_freeze(old: ParameterRef, new: ParameterRef) -> None:
+    """Go on holding a parameter whose mask is in another module now."""
+    for frozen in _FROZEN:
+        if frozen.is_of(old):
+            frozen.module, frozen.name = weakref.ref(new.module), new.name
+
+
+class _Frozen:
+    """Entries of one parameter, wherever it goes, or of one that takes its place in its module."""
+
+    def __init__(self, ref: ParameterRef) -> None:
+        original = ref.original
+        self.module, self.name, self.shape = weakref.ref(ref.module), ref.name, original.shape
+        self.parameter = weakref.ref(original, self._parameter_died)
+
+    def _parameter_died(self, _: object) -> None:
+        if self.module() is None:  # the model died; else the next step tells
+            _discard(self)
+
+    def is_of(self, ref: ParameterRef) -> bool:
+        own = self.module() is ref.module and self.name == ref.name
+        return own or self.parameter() is ref.original
+
+    @property
+    def ref(self) -> ParameterRef | None:
+        """Where it was frozen, while there is a parameter of that shape."""
+        module = self.module()
+        if module is None:
+            return None
+        ref = ParameterRef(module, self.name)
+        present = ref.is_masked or module._parameters.get(ref.name) is not None
+        return ref if present and ref.original.shape == self.shape else None
+
+    def held(self, updated: Container[int]) -> nn.Parameter | None:
+        """The parameter to hold in a step that updates those with these ids."""
+        ref = self.ref
+        for parameter in (self.parameter(), None if ref is None else ref.original):
+            fits = parameter is not None and parameter.shape == self.shape
+            if fits and id(parameter) in updated and self.applies(ref):
+                return parameter
+        return None
+
+    def applies(self, ref: ParameterRef | None) -> bool:
+        raise NotImplementedError
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to hold, though the module lives on."""
+        parameter = self.parameter()
+        gone = parameter is None or parameter.shape != self.shape
+        return gone and self.ref is None and self.module() is not None
+
+
+class _Latents(_Frozen):
     """What is masked at the time of a step keeps its value."""
 
     _before: Tensor | None = None
 
-    def holds(self, ref: ParameterRef) -> bool:
-        return ref.is_masked
+    def applies(self, ref: ParameterRef | None) -> bool:
+        return ref is not None and ref.is_masked
 
-    def before_step(self, ref: ParameterRef) -> None:
-        self._before = ref.original.detach().clone()
+    def before_step(self, parameter: nn.Parameter) -> None:
+        self._before = parameter.detach().clone()
 
-    def after_step(self, ref: ParameterRef, *, nested: bool) -> None:
-        if self._before is not None and (alive := ref.alive) is not None:
+    def after_step(self, parameter: nn.Parameter, *, nested: bool) -> None:
+        ref = self.ref
+        alive = None if ref is None else ref.alive
+        if self._before is not None and alive is not None:
             with torch.no_grad():
-                ref.original.copy_(torch.where(alive, ref.original, self._before))
+                parameter.copy_(torch.where(alive, parameter, self._before))
         if not nested:
             self._before = None
 
 
-class _Zeros:
-    """A fixed set of entries of one very parameter is 0."""
+class _Zeros(_Frozen):
+    """A fixed set of entries is 0."""
 
-    def __init__(self, original: nn.Parameter, entries: Tensor) -> None:
-        self._shape, self._entries = original.shape, entries
+    def __init__(self, ref: ParameterRef, entries: Tensor) -> None:
+        super().__init__(ref)
+        self._entries = entries
 
-    def holds(self, ref: ParameterRef) -> bool:
-        return not ref.is_masked and ref.original.shape == self._shape
+    def applies(self, ref: ParameterRef | None) -> bool:
+        return ref is None or not ref.is_masked
 
-    def before_step(self, ref: ParameterRef) -> None:
+    def before_step(self, parameter: nn.Parameter) -> None:
         """Nothing to remember: the value is 0."""
 
-    def after_step(self, ref: ParameterRef, *, nested: bool) -> None:
-        self._entries = placed_like(self._entries, ref.original)
+    def after_step(self, parameter: nn.Parameter, *, nested: bool) -> None:
+        self._entries = placed_like(self._entries, parameter)
         with torch.no_grad():
-            ref.original.masked_fill_(self._entries, 0.0)
+            parameter.masked_fill_(self._entries, 0.0)
 
-
-_Frozen: TypeAlias = _Latents | _Zeros
 
 # One entry a parameter, however often it is frozen; none keeps its model alive.
-_FROZEN: weakref.WeakKeyDictionary[nn.Module, dict[str, _Frozen]] = weakref.WeakKeyDictionary()
+_FROZEN: list[Any] = []
 _step_hooks: list[RemovableHandle] = []
 
 
 class FreezeHandle:
     """What lifts a freeze: ``handle.remove()``."""
 
-    def __init__(self, frozen: Iterable[tuple[ParameterRef, _Frozen]]) -> None:
-        self._frozen = [(weakref.ref(ref.module), ref.name, each) for ref, each in frozen]
+    def __init__(self, frozen: Iterable[_Frozen]) -> None:
+        self._frozen = list(frozen)
 
     def remove(self) -> None:
         """Let the entries go; a second call does nothing, nor what was frozen anew since."""
-        for reference, name, frozen in self._frozen:
-            module = reference()
-            held = {} if module is None else _FROZEN.get(module, {})
-            if held.get(name) is frozen:
-                del held[name]
+        for frozen in self._frozen:
+            _discard(frozen)
 
 
-def _freeze(frozen: list[tuple[ParameterRef, Any]]) -> FreezeHandle:
+def _discard(frozen: _Frozen) -> None:
+    if frozen in _FROZEN:
+        _FROZEN.remove(frozen)
+
+
+def _freeze(frozen: Sequence[_Frozen]) -> FreezeHandle:
     if not _step_hooks:
         _step_hooks.append(register_optimizer_step_pre_hook(_before_step))
         _step_hooks.append(register_optimizer_step_post_hook(_after_step))
-    for ref, each in frozen:
-        _FROZEN.setdefault(ref.module, {})[ref.name] = each
+    for each in frozen:
+        if each.ref is not None:
+            end_freeze(each.ref)
+        _FROZEN.append(each)
     return FreezeHandle(frozen)
 
 
-def _frozen_in(optimizer: Optimizer) -> list[tuple[ParameterRef, _Frozen]]:
+def _frozen_in(optimizer: Optimizer) -> list[tuple[nn.Parameter, Any]]:
     """What is frozen of the parameters that an optimizer updates, where the freeze still holds."""
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    found = []
-    for module, by_name in list(_FROZEN.items()):
-        for name, frozen in list(by_name.items()):
-            ref = ParameterRef(module, name)
-            present = ref.is_masked or module._parameters.get(name) is not None
-            if present and frozen.holds(ref) and id(ref.original) in updated:
-                found.append((ref, frozen))
-    return found
+    found = [(frozen.held(updated), frozen) for frozen in list(_FROZEN)]
+    return [(parameter, frozen) for parameter, frozen in found if parameter is not None]
+
+
+def _warn_of_ended() -> None:
+    for frozen in [each for each in _FROZEN if each.has_ended]:
+        _discard(frozen)
+        text = message(
+            f"freeze of {frozen.name!r} of {type(frozen.module()).__name__}",
+            expected="a parameter of the same shape",
+            got="none any more: nothing holds its entries from now on",
+            remedy="Freeze it after the module was changed, or mask it again.",
+        )
+        warnings.warn(text, UnfrozenZerosWarning, stacklevel=4)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _FROZEN and not is_nested(optimizer, sys._getframe(1)):
-        for ref, frozen in _frozen_in(optimizer):
-            frozen.before_step(ref)
+        _warn_of_ended()
+        for parameter, frozen in _frozen_in(optimizer):
+            frozen.before_step(parameter)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _FROZEN:
         return
     nested = is_nested(optimizer, sys._getframe(1))
-    for ref, frozen in _frozen_in(optimizer):
-        frozen.after_step(ref, nested=nested)
+    for parameter, frozen in _frozen_in(optimizer):
+        frozen.after_step(parameter, nested=nested)

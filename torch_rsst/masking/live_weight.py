@@ -9,6 +9,7 @@ names are properties. :mod:`torch.nn.utils.parametrize` works in the same way.
 from __future__ import annotations
 
 import copyreg
+import sys
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from torch.nn.utils import parametrize
 
 from torch_rsst.masking.mask_values import warn_if_averaged
 from torch_rsst.masking.masked_product import masked
+from torch_rsst.masking.weight_writes import (
+    assigned,
+    check_reader,
+    deleted,
+    quantization,
+    refuse_write,
+    registering,
+)
 
 ORIG, MASK = "_orig", "_mask"
 
@@ -100,6 +109,9 @@ def _live_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
             "__doc__": base.__doc__,
             "__reduce_ex__": _reduce,
             "_live": (base, names),
+            "register_parameter": registering(base, names),
+            "qconfig": quantization,
+            **{method: _reset(method) for method in _RESETS if hasattr(base, method)},
             **{name: _property(name) for name in names},
         }
         _CLASSES[base, names] = type(base.__name__, (base,), body)
@@ -109,7 +121,8 @@ def _live_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
 def _reduce(module: nn.Module, protocol: Any) -> Any:
     """Copy and pickle by the base class and the names: the class itself is made at run time."""
     base, names = _base_and_names(type(module))
-    reduced: Any = base.__reduce_ex__(module, max(int(protocol), 2))
+    with torch.no_grad():  # recurrent layers renew their list of weights: no graph may hold a mask
+        reduced: Any = base.__reduce_ex__(module, max(int(protocol), 2))
     make, args, *rest = reduced
     if make is copyreg.__newobj__:  # type: ignore[attr-defined] # typeshed leaves it out
         make, args = _new, (base, names, *args[1:])
@@ -126,7 +139,35 @@ def _new(base: type[nn.Module], names: frozenset[str], *args: Any) -> nn.Module:
 
 
 def _property(name: str) -> property:
-    def ignore(module: nn.Module, *value: Tensor) -> None:
-        """Stock hooks store and delete their product here; ours is always the present one."""
+    def read(module: nn.Module) -> Tensor:
+        if not torch.compiler.is_compiling():
+            check_reader(module, name, sys._getframe(1))
+        return product(module, name)
 
-    return property(lambda module: product(module, name), ignore, ignore)
+    return property(read, assigned(name), deleted(name))
+
+
+# What draws the values of parameters anew, in place.
+_RESETS = ("reset_parameters", "_reset_parameters")
+
+
+def _reset(method: str) -> Any:
+    """The method of the base class, which finds the originals under their dense names."""
+
+    def reset(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        live, registry = _own_class(module), module._parameters
+        base, names = _base_and_names(live)
+        held = {name + ORIG: name for name in names if name + ORIG in registry}
+        dense = {held.get(key, key): parameter for key, parameter in registry.items()}
+        module.__dict__["_parameters"] = now = dict(dense)
+        _set_own_class(module, base)
+        try:
+            getattr(module, method)(*args, **kwargs)
+        finally:
+            _set_own_class(module, live)
+            module.__dict__["_parameters"] = registry
+        for name in held.values():
+            if now.get(name) is not dense[name]:
+                refuse_write(module, name, f"another parameter from {method}()")
+
+    return reset

@@ -31,8 +31,9 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
     Args:
         model: the model, wrapped or not.
         freeze_zeros: a plain parameter has no mask, so its zeros come back to life if you train on.
-            True holds them at 0, whatever optimizer trains this model object, until their
-            parameter is masked again; False lets them go; None does that too, with a warning.
+            True holds them at 0, whatever optimizer trains their parameter, in whatever module it
+            is, until it is masked again; where it is replaced by parameters of other shapes, the
+            next step of an optimizer warns. False lets them go; None does that too, with a warning.
 
     Returns:
         the model that was given.

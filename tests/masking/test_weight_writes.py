@@ -1,0 +1,319 @@
+"""Writing to the weight of a masked module acts, or is an error that says where to write."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.ao.quantization as quantization
+from tiny_models import linear, same, tokens
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import prune as stock
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+import torch_rsst
+from torch_rsst.testing import assert_mask_invariants
+
+MASK = torch.tensor(
+    [[True, False, True, True], [False, False, True, True], [True, True, True, False]]
+)
+REMEDY = (
+    r"within `with torch_rsst.dense_weights\(model\):`, or after torch_rsst.remove_all\(model\)"
+)
+
+
+def masked_layer() -> nn.Linear:
+    layer = linear()
+    torch_rsst.apply_mask(layer, {"weight": MASK})
+    return layer
+
+
+def pruned_by_a_stock_function() -> nn.Module:
+    return torch_rsst.l1_unstructured(linear(), "weight", amount=0.5)
+
+
+def pruned_by_both() -> nn.Module:
+    layer = pruned_by_a_stock_function()
+    torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=2)
+    return layer
+
+
+def _parameter(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(torch.full((3, 4), 7.0))
+
+
+def _tensor(layer: nn.Module) -> None:
+    layer.weight = torch.full((3, 4), 7.0)
+
+
+def _sparse(layer: nn.Module) -> None:
+    layer.weight = layer.weight.detach().to_sparse()
+
+
+def _nothing(layer: nn.Module) -> None:
+    layer.weight = None
+
+
+def _ties(layer: nn.Module) -> None:
+    layer.weight = nn.Embedding(3, 4).weight
+
+
+def _deletes(layer: nn.Module) -> None:
+    del layer.weight
+
+
+def _registers(layer: nn.Module) -> None:
+    layer.register_parameter("weight", nn.Parameter(torch.zeros(3, 4)))
+
+
+def _fuses(layer: nn.Module) -> None:
+    fuse_linear_bn_eval(layer.eval(), nn.BatchNorm1d(3).eval())
+
+
+def _calls_with_a_weight(layer: nn.Module) -> None:
+    functional_call(layer, {"weight": torch.zeros(3, 4)}, (tokens(0, 2, 4),))
+
+
+WRITES = [_parameter, _tensor, _sparse, _nothing, _ties, _deletes, _registers, _fuses]
+
+
+@pytest.mark.parametrize("make", [masked_layer, pruned_by_a_stock_function, pruned_by_both])
+@pytest.mark.parametrize("write", [*WRITES, _calls_with_a_weight])
+def test_a_write_is_an_error_that_names_the_remedy_and_changes_nothing(
+    make: Callable[[], nn.Module], write: Callable[[nn.Module], None]
+) -> None:
+    layer = make()
+    before, masks = copy.deepcopy(layer.state_dict()), torch_rsst.extract_mask(layer)
+    text = (
+        rf"'weight' of Linear: expected no change of what is computed .*, got .*\. Do it {REMEDY}"
+    )
+    with pytest.raises(RuntimeError, match=text):
+        write(layer)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert_mask_invariants(layer, masks)
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_the_remedies_work(write: Callable[[nn.Module], None]) -> None:
+    layer = masked_layer()
+    torch_rsst.remove_all(layer, freeze_zeros=False)
+    if write not in (_tensor, _sparse, _registers):  # errors of PyTorch for plain modules too
+        write(layer)
+    layer = masked_layer()
+    if write in (_parameter, _ties):
+        with torch_rsst.dense_weights(layer, masked_writes="drop"):
+            write(layer)
+        assert_mask_invariants(layer, {"weight": MASK})
+
+
+def test_stock_hooks_go_on_storing_and_removing_their_products() -> None:
+    layer = pruned_by_a_stock_function()
+    expected = layer.weight.detach().clone()
+    layer(tokens(0, 2, 4))
+    stock.l1_unstructured(layer, "weight", amount=1)
+    layer(tokens(0, 2, 4))
+    assert same(layer.weight, layer.weight_orig * layer.weight_mask)
+    assert not same(layer.weight, expected)
+    stock.remove(layer, "weight")
+    assert isinstance(layer.weight, nn.Parameter)
+    layer.weight = nn.Parameter(torch.zeros(3, 4))
+
+
+def test_other_attributes_are_assigned_as_before() -> None:
+    layer = masked_layer()
+    layer.bias = nn.Parameter(torch.zeros(3))
+    layer.extra = nn.Parameter(torch.zeros(2))
+    layer.note = "kept"
+    del layer.extra
+    assert layer.note == "kept"
+    assert_mask_invariants(layer, {"weight": MASK})
+
+
+def _linear() -> nn.Module:
+    return linear()
+
+
+def _convolution() -> nn.Module:
+    return nn.Conv2d(2, 3, 2)
+
+
+def _norm() -> nn.Module:
+    return nn.BatchNorm2d(4)
+
+
+def _attention() -> nn.Module:
+    return nn.MultiheadAttention(4, 2)
+
+
+def _lstm() -> nn.Module:
+    return nn.LSTM(3, 4)
+
+
+class Scaled(nn.Linear):
+    """Resets its parameters by way of its base class."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight.mul_(2.0)
+
+
+def _subclass() -> nn.Module:
+    return Scaled(4, 3)
+
+
+@pytest.mark.parametrize("make", [_linear, _convolution, _norm, _attention, _lstm, _subclass])
+def test_resetting_parameters_draws_what_a_dense_module_draws_under_the_same_masks(
+    make: Callable[[], nn.Module],
+) -> None:
+    module, dense = make(), make()
+    names = [name for name, p in module.named_parameters(recurse=False)]
+    sizes = {name: module.get_parameter(name).shape for name in names}
+    masks = {n: torch.arange(size.numel()).reshape(size) % 2 == 0 for n, size in sizes.items()}
+    torch_rsst.apply_mask(module, masks)
+    originals = dict(module.named_parameters())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(9.0)
+    for each in (module, dense):
+        torch.manual_seed(0)
+        (each.reset_parameters if hasattr(each, "reset_parameters") else each._reset_parameters)()
+    assert_mask_invariants(module, masks)
+    assert all(p is originals[name] for name, p in module.named_parameters())
+    for name in names:
+        assert same(getattr(module, f"{name}_orig"), dense.get_parameter(name))
+
+
+def test_a_reset_that_raises_leaves_the_masks() -> None:
+    class Failing(nn.Linear):
+        fails = False
+
+        def reset_parameters(self) -> None:
+            if self.fails:
+                raise MemoryError
+            super().reset_parameters()
+
+    layer = Failing(4, 3)
+    torch_rsst.apply_mask(layer, {"weight": MASK})
+    layer.fails = True
+    with pytest.raises(MemoryError):
+        layer.reset_parameters()
+    assert_mask_invariants(layer, {"weight": MASK})
+
+
+def test_a_reset_that_assigns_parameters_is_an_error() -> None:
+    class Assigning(nn.Linear):
+        def reset_parameters(self) -> None:
+            self.weight = nn.Parameter(torch.zeros(3, 4))
+            self.bias = nn.Parameter(torch.zeros(3))
+
+    layer = Assigning(4, 3)
+    torch_rsst.apply_mask(layer, {"weight": MASK})
+    with pytest.raises(RuntimeError, match=r"got another parameter from reset_parameters\(\)"):
+        layer.reset_parameters()
+    assert_mask_invariants(layer, {"weight": MASK})
+
+
+# Conversions
+
+
+def normed() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3))
+    alive = torch.tensor([True, False, True])
+    torch_rsst.apply_mask(model, {"1.weight": alive, "1.bias": alive})
+    return model
+
+
+def test_converting_masked_batch_norms_names_the_remedy() -> None:
+    text = rf"of BatchNorm2d: .* got convert_sync_batchnorm\(\), which needs .* Do it {REMEDY}"
+    with pytest.raises(RuntimeError, match=text):
+        nn.SyncBatchNorm.convert_sync_batchnorm(normed())
+
+
+def test_fusing_a_masked_batch_norm_into_a_dense_convolution_reads_its_present_weight() -> None:
+    model = normed().eval()
+    x = tokens(0, 1, 2, 4, 4)
+    torch.testing.assert_close(fuse_conv_bn_eval(model[0], model[1])(x), model(x))
+
+
+def test_merging_an_adapter_into_a_masked_base_names_the_remedy() -> None:
+    # As peft merges: the sum goes to a tensor that is computed, and is lost.
+    source = "def merge(base_layer, delta):\n    base_layer.weight.data += delta\n"
+    peft: dict[str, Any] = {"__name__": "peft.tuners.lora.layer"}
+    mine: dict[str, Any] = {"__name__": "mine"}
+    for scope in (peft, mine):
+        exec(source, scope)
+    layer, delta = masked_layer(), torch.ones(3, 4)
+    with pytest.raises(
+        RuntimeError, match=rf"got merge\(\), which needs a parameter. Do it {REMEDY}"
+    ):
+        peft["merge"](layer, delta)
+    mine["merge"](layer, delta)  # cannot be told from reading
+    expected = layer.weight.detach() + MASK
+    with torch_rsst.dense_weights(layer, masked_writes="drop"):
+        peft["merge"](layer, delta)
+    torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+class Quantizable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+        self.fc = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dequant(self.fc(self.quant(x)))
+        return y
+
+
+def quantizable() -> Quantizable:
+    model = Quantizable()
+    torch_rsst.apply_mask(model, {"fc.weight": MASK})
+    return model
+
+
+def _dynamic(model: nn.Module) -> None:
+    quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def _prepares(model: nn.Module) -> None:
+    model.qconfig = quantization.get_default_qconfig("fbgemm")
+    quantization.prepare(model.eval())
+
+
+def _prepares_training(model: nn.Module) -> None:
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.prepare_qat(model.train(), inplace=True)
+
+
+def _masks_while_training(model: nn.Module) -> None:
+    torch_rsst.remove_all(model, freeze_zeros=False)
+    _prepares_training(model)
+    torch_rsst.apply_mask(model, {"fc.weight": MASK})
+    model(tokens(0, 2, 4)).sum().backward()
+    copy.deepcopy(model)
+    quantization.convert(model.eval())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("work", [_dynamic, _prepares, _prepares_training, _masks_while_training])
+def test_quantizing_masked_layers_is_an_error_where_pytorch_would_leave_them_out(
+    work: Callable[[nn.Module], None],
+) -> None:
+    text = r"Linear with masks: expected a plain module to quantize.*remove_all\(model, freeze_zeros=True\)"
+    with pytest.raises(RuntimeError, match=text):
+        work(quantizable())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_preparing_for_quantization_inside_a_block_keeps_the_masks_in_the_new_modules() -> None:
+    model = quantizable()
+    with torch_rsst.dense_weights(model):
+        _prepares_training(model)
+    assert_mask_invariants(model, {"fc.weight": MASK})
+    model(tokens(0, 2, 4)).sum().backward()
+    assert bool((model.fc.weight_orig.grad[~MASK] == 0).all())

@@ -1,0 +1,104 @@
+"""Code that writes to a masked ``weight`` is told where to write: what it writes there would be lost.
+
+What PyTorch's own pruning hooks store and delete is ignored: ``weight`` is computed when it is read.
+Writes in place to the computed tensor cannot be seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.utils.errors import refuse
+
+# Where hooks store their products from.
+_HOOKS = ("torch.nn.utils.prune", "torch_rsst.masking.masked_parameter")
+# Functions that take the weight they read for a parameter, and where they stand: the first assigns it to
+# another module, which PyTorch refuses without naming the cause; the others add to it, which is lost.
+_WRITERS = {"convert_sync_batchnorm": "", "merge": "peft.", "unmerge": "peft."}
+
+
+def refuse_write(module: nn.Module, name: str, got: str) -> NoReturn:
+    """Raise a RuntimeError that says where to write instead."""
+    refuse(
+        RuntimeError,
+        f"{name!r} of {type(module).__name__}",
+        f"no change of what is computed from '{name}_orig' and '{name}_mask'",
+        got,
+        f"Do it within `with torch_rsst.dense_weights(model):`, or after "
+        f"torch_rsst.remove_all(model); values can be written to '{name}_orig'.",
+    )
+
+
+def check_reader(module: nn.Module, name: str, reader: FrameType) -> None:
+    """Refuse to give the weight to a function that is known to lose what it writes there."""
+    package = _WRITERS.get(reader.f_code.co_name)
+    if package is not None and str(reader.f_globals.get("__name__")).startswith(package):
+        refuse_write(module, name, f"{reader.f_code.co_name}(), which needs a parameter")
+
+
+def assigned(name: str) -> Any:
+    """The setter of a live name."""
+
+    def write(module: nn.Module, value: object) -> None:
+        if not _by_a_hook():
+            kind = "a tensor" if isinstance(value, Tensor) else type(value).__name__
+            refuse_write(module, name, f"an assignment of {kind}")
+
+    return write
+
+
+def deleted(name: str) -> Any:
+    """The deleter of a live name."""
+
+    def delete(module: nn.Module) -> None:
+        if not _by_a_hook():
+            refuse_write(module, name, "del")
+
+    return delete
+
+
+def _by_a_hook() -> bool:
+    """Whether a pruning hook writes, through modules' ``__setattr__`` and ``__delattr__``."""
+    if torch.compiler.is_compiling():
+        return True  # forward passes of stock hooks; frames cannot be traced
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in ("__setattr__", "__delattr__"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") in _HOOKS
+
+
+def registering(base: type[nn.Module], names: frozenset[str]) -> Any:
+    """``register_parameter``, through which parameters are assigned, for a live class."""
+
+    def register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if name in names and name + "_orig" in module._parameters:
+            refuse_write(module, name, "an assignment of a parameter")
+        base.register_parameter(module, name, param)
+
+    return register_parameter
+
+
+def _quantized(module: nn.Module, value: object = None) -> NoReturn:
+    refuse(
+        RuntimeError,
+        f"{type(module).__name__} with masks",
+        "a plain module to quantize",
+        "a masked one, which PyTorch would leave as it is",
+        "Call torch_rsst.remove_all(model, freeze_zeros=True) first: then quantize, or prepare "
+        "for quantization and train.",
+    )
+
+
+def _qconfig(module: nn.Module) -> object:
+    if module.__dict__.get("qconfig") is not None:
+        _quantized(module)
+    raise AttributeError(f"'{type(module).__name__}' object has no attribute 'qconfig'")
+
+
+# Eager quantization sets `qconfig` of every module, then goes by exact types.
+quantization = property(_qconfig, _quantized)
