@@ -29,6 +29,7 @@ PACKAGES = [
     "api",
     "plot",
     "testing",
+    "distillation",
     "saving",
     "compaction",
     "rounds",

@@ -27,6 +27,7 @@ from torch_rsst._version import __version__
 from torch_rsst.compaction.compaction import compact
 from torch_rsst.compaction.planning import Plan, plan
 from torch_rsst.discovery import find_groups
+from torch_rsst.distillation import distillation_loss
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, Member, head_layer
 from torch_rsst.importance.measuring import measure_importance
 from torch_rsst.masking.checkpoints import load_dense_state_dict, prepare_from_state_dict
@@ -108,6 +109,7 @@ __all__ = [
     "custom_from_mask",
     "dense_weights",
     "discovery",
+    "distillation_loss",
     "extract_mask",
     "fillback",
     "find_groups",

@@ -452,9 +452,9 @@ GOOD = [tokens(0, 5, 4)]
     ("error_type", "text", "arguments"),
     [
         (ValueError, "method: expected one of 'least_squares', 'mean', got 'means'. Did you mean 'mean'?", {"method": "means"}),
-        (ValueError, "damping: expected a number of at least 0, got -1. Try 1e-4.", {"damping": -1}),
-        (ValueError, "damping: expected a number of at least 0, got nan.", {"damping": float("nan")}),
-        (ValueError, "damping: expected a number of at least 0, got '1'.", {"damping": "1"}),
+        (ValueError, "damping: expected a number >= 0, got -1. Pass a finite number of at least 0.", {"damping": -1}),
+        (ValueError, "damping: expected a number >= 0, got nan.", {"damping": float("nan")}),
+        (TypeError, "damping: expected a number >= 0, got str '1'.", {"damping": "1"}),
         (ValueError, "batches: expected batches to run on, for reconstruct, got none. Pass a DataLoader", {"batches": None}),
         (TypeError, "batches: expected an iterable of batches, got one Tensor. For a single batch, pass [batch].", {"batches": GOOD[0]}),
         (TypeError, "batches: expected batches that can be drawn once for each layer, got a list_iterator. Pass a DataLoader", {"batches": iter(GOOD)}),

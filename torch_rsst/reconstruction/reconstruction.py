@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from torch_rsst.masking.mask_sets import (
 )
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.reconstruction.refit import Refit
+from torch_rsst.utils.amounts import check_number
 from torch_rsst.utils.errors import refuse, unknown_choice
 from torch_rsst.utils.module_state import deep_copy
 
@@ -36,7 +36,7 @@ METHODS = ("least_squares", "mean")
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How consumers are refitted: the checked arguments of :func:`reconstruct`."""
+    """How consumers are refitted: the checked arguments of :func:`torch_rsst.reconstruct`."""
 
     method: Method = "least_squares"
     damping: float = 1e-4
@@ -44,10 +44,7 @@ class Reconstruction:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(unknown_choice("method", self.method, METHODS))
-        number = isinstance(self.damping, (int, float)) and math.isfinite(self.damping)
-        if not number or self.damping < 0:
-            remedy = "Try 1e-4."
-            refuse(ValueError, "damping", "a number of at least 0", repr(self.damping), remedy)
+        check_number(self.damping, "damping", above=0, or_equal=True)
 
 
 def reconstruct(

@@ -53,11 +53,7 @@ class Consumer:
 class Survey:
     """Watches the consumers of units in one run of the model: in which order, with which outputs.
 
-    Example:
-        survey = Survey(hooked_inputs(model, groups))
-        with survey.watching():
-            model(batch)
-        consumers = survey.consumers(model)
+    The model runs within :meth:`watching`; :meth:`consumers` is for afterwards.
     """
 
     def __init__(self, inputs: Sequence[HookedInput]) -> None:
