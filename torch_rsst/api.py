@@ -46,7 +46,9 @@ from torch_rsst.reconstruction.reconstruction import reconstruct
 from torch_rsst.regrouping.regrouping import regroup
 from torch_rsst.report.explanation import Explanation, UnitDecision
 from torch_rsst.report.sparsity import LayerReport, ParameterReport, SparsityReport, sparsity_report
-from torch_rsst.rounds.rsst import RSST, Refill, Round
+from torch_rsst.rounds.refill import Refill
+from torch_rsst.rounds.round import Round
+from torch_rsst.rounds.rsst import RSST
 from torch_rsst.saving.compact_folder import load_compact, save_compact
 from torch_rsst.stock.functional import fillback, global_unstructured, head_structured
 from torch_rsst.stock.methods import Fillback, GlobalL1, HeadRegroup

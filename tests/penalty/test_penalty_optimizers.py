@@ -505,7 +505,7 @@ def test_a_round_closes_early_where_one_optimizer_is_behind():
     for index in (0, 0, 1):
         optimizers[index].step()
     with pytest.warns(RoundWarning, match="Round 0 closed after 1 of steps_per_round=2"):
-        rsst.finalize()
+        rsst.finalize(force=True)
 
 
 def test_rounds_refuse_the_state_of_other_optimizers_and_stay_as_they_are(fingerprint):

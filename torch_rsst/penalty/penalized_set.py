@@ -7,25 +7,18 @@ waits for the device or moves data between devices.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.distributed.dtensor import (
-    local,
-    placed_like,
-    redistributed_like,
-    sharded_like,
-    total,
-)
+from torch_rsst.distributed.dtensor import Ranks, local, placed_like, redistributed_like, total
 from torch_rsst.masking.mask_sets import named_refs
 from torch_rsst.masking.parameter_ref import MASKABLE
 from torch_rsst.utils.errors import MissingNameError, listing, refuse
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# In units of eps: with less, rounding to nearest would change the effect of many factors by more than 1 %.
+_LEAST = 4
 
 
 class PenalizedSet:
@@ -34,8 +27,8 @@ class PenalizedSet:
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         refs = named_refs(model)
         self._entries: dict[str, tuple[nn.Parameter, Tensor]] = {}
-        self._factors: dict[Any, _Factors] = {}
-        self._memory = _Memory()
+        self.pending: dict[str, float] = {}
+        """Name → factor that its weights have yet to be multiplied with; missing: 1."""
         for name, mask in masks.items():
             subject = f"refill mask of {name!r}"
             if name not in refs:
@@ -53,7 +46,7 @@ class PenalizedSet:
                 refuse(ValueError, f"{name!r}", expected, parameter.dtype, remedy)
             mask = placed_like(mask, parameter)
             if int(total(mask)):
-                self._entries[name] = (parameter, _where(local(mask), local(parameter)))
+                self._entries[name] = (parameter, _multipliers(local(mask), local(parameter)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -67,30 +60,41 @@ class PenalizedSet:
 
     def norm(self) -> float:
         """The L2 norm of the weights in P, in float64. Synchronizes the device."""
-        squares = 0.0
-        for parameter, where in map(self._entry, self):
-            own = local(parameter.detach()).double().square().masked_fill(where.logical_not(), 0.0)
-            squares += float(total(sharded_like(own, parameter)))
-        return math.sqrt(squares)
+        return math.sqrt(sum(float(square) for square in self.squared_norms()))
+
+    def squared_norms(self) -> list[Tensor]:
+        """Σ w² over P in float64: a tensor for each device or mesh, without waiting for any."""
+        sums: dict[tuple[Ranks, torch.device], Tensor] = {}
+        for parameter, in_p in map(self._entry, self):
+            ranks, own = Ranks.of([parameter]), local(parameter.detach())
+            if along := [d for d in range(own.dim()) if in_p.shape[d] != own.shape[d]]:
+                own = torch.linalg.vector_norm(own, dim=along, keepdim=True, dtype=torch.float64)
+            inside = own.masked_fill(in_p == 0, 0.0)
+            square = torch.linalg.vector_norm(inside, dtype=torch.float64).square()
+            if not ranks.counts(parameter):  # a replica, which another rank counts
+                square = torch.zeros_like(square)
+            key = ranks, own.device
+            sums[key] = sums[key] + square if key in sums else square
+        return [ranks.add_up(square) for (ranks, _), square in sums.items()]
 
     def pull(self, names: Iterable[str], strength: float, scale: Tensor | float | None) -> None:
         """Coupled: ``grad += strength · scale · weight`` on P; a missing gradient is made."""
         self._check_gradients(names)
         with torch.no_grad():
-            for parameter, where in map(self._entry, names):
+            for parameter, in_p in map(self._entry, names):
                 own, gradient = local(parameter), local(self._gradient(parameter))
-                pull = self._in_p(own, where)
-                if scale is not None:
-                    pull = pull.to(_wide(own.dtype)) * scale
-                gradient.add_(pull, alpha=strength)
+                # Scales of a GradScaler are infinite in float16.
+                factor = in_p.to(own.dtype) if scale is None else in_p.to(_wide(own.dtype)) * scale
+                # 0 · ∞ is no 0, and one such gradient would spoil the norm of all when it is clipped.
+                gradient.addcmul_(own.nan_to_num(0.0, 0.0, 0.0), factor, value=strength)
 
     def block(self, names: Iterable[str]) -> None:
         """Set the gradient on P to 0; where there is none, there is nothing to block."""
         self._check_gradients(names)
         with torch.no_grad():
-            for parameter, where in map(self._entry, names):
+            for parameter, in_p in map(self._entry, names):
                 if parameter.grad is not None:
-                    local(self._gradient(parameter)).masked_fill_(where.bool(), 0.0)
+                    local(self._gradient(parameter)).masked_fill_(in_p.bool(), 0.0)
 
     @staticmethod
     def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -105,56 +109,33 @@ class PenalizedSet:
         return gradient
 
     def shrink(self, names: Iterable[str], strength: float, skipped: Tensor | None) -> None:
-        """Decoupled: ``weight *= 1 − min(1, strength)`` on P, unless ``skipped`` says so on the device."""
-        strength = min(1.0, strength)
-        units: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
+        """Decoupled: ``weight *= 1 − min(1, strength)`` on P, unless ``skipped`` says so on the device.
+
+        In float16 and bfloat16 a factor near 1 would change nothing, or too much. Such factors are
+        multiplied up over the steps until the dtype can represent the product well.
+        """
         with torch.no_grad():
             for name in names:
-                parameter, where = self._entry(name)
+                parameter, in_p = self._entry(name)
                 own = local(parameter)
-                if where.dtype == torch.uint8:
-                    # In two passes, where exact factors take three: what is wrong is at most the last
-                    # bit of the weight as it was.
-                    acts = self._spare(own).copy_(where)
-                    if skipped is not None:
-                        acts.mul_(_took_place(skipped, where))
-                    own.addcmul_(own, acts, value=-strength)
+                factor = self._due(name, 1.0 - min(1.0, strength), own.dtype)
+                if factor == 1.0:
+                    continue
+                if skipped is not None:
+                    in_p = in_p * (skipped == 0).to(in_p.device)
+                if in_p.dtype == torch.uint8:  # in two passes instead of three
+                    own.addcmul_(own, in_p.to(own.dtype), value=factor - 1.0)
                 else:
-                    units.setdefault((own.device, own.dtype), []).append((name, own))
-            for together in units.values():
-                factors = self._factors_for(tuple(name for name, _ in together))
-                factors.set(1.0 - strength, skipped)
-                torch._foreach_mul_([own for _, own in together], factors.views)
+                    here = own.new_full((), factor, dtype=_wide(own.dtype))
+                    own.mul_(torch.where(in_p, here, 1.0))
 
-    def _in_p(self, own: Tensor, where: Tensor) -> Tensor:
-        """Weights in P and 0 elsewhere: their bits times 1 or 0, as 0 · ∞ is no 0 but that of bits is."""
-        pull, bits = self._spare(own), _INTEGERS[own.element_size()]
-        if where.dtype == torch.bool:
-            torch.mul(own.view(bits), where, out=pull.view(bits))
-        else:
-            pull.view(bits).copy_(where).mul_(own.view(bits))
-        return pull
-
-    def _spare(self, like: Tensor) -> Tensor:
-        """Memory of the same kind, on the CPU one that the next call of this thread overwrites."""
-        if like.device.type != "cpu":  # soon fetched, and not shared between streams
-            return torch.empty_like(like)
-        by_dtype = self._memory.by_dtype
-        if like.dtype not in by_dtype or by_dtype[like.dtype].numel() < like.numel():
-            largest = max(local(p).numel() for p, _ in self._entries.values())
-            with torch.inference_mode(False):  # what is made in it could not be changed outside
-                by_dtype[like.dtype] = torch.empty(largest, dtype=like.dtype, device=like.device)
-        return by_dtype[like.dtype][: like.numel()].view(like.shape)
-
-    def _factors_for(self, names: tuple[str, ...]) -> _Factors:
-        """Made once for the parameters that are shrunk together, and again after ``model.to``."""
-        first, where = self._entry(names[0])
-        key = names, first.dtype, where.device
-        if key not in self._factors:
-            vectors = [self._entry(name)[1] for name in names]
-            with torch.inference_mode(False):
-                self._factors[key] = _Factors(vectors, _wide(first.dtype))
-        return self._factors[key]
+    def _due(self, name: str, factor: float, dtype: torch.dtype) -> float:
+        """What the weights are to be multiplied with now, 1 while that is left pending."""
+        factor *= self.pending.pop(name, 1.0)
+        if dtype.itemsize > 2 or factor <= 1.0 - _LEAST * torch.finfo(dtype).eps:
+            return factor
+        self.pending[name] = factor
+        return 1.0
 
     def _check_gradients(self, names: Iterable[str]) -> None:
         """Refuse sparse gradients, which P cannot index, before the first one is changed."""
@@ -170,58 +151,29 @@ class PenalizedSet:
             refuse(RuntimeError, subject, "a dense tensor", "a sparse one", remedy)
 
     def _entry(self, name: str) -> tuple[nn.Parameter, Tensor]:
-        """A parameter and where P lies in it, on its device even after ``model.to``."""
-        parameter, where = self._entries[name]
-        if where.device != parameter.device:
-            where = where.to(parameter.device)
-            self._entries[name] = (parameter, where)
-        return parameter, where
+        """A parameter and its multipliers, on its device even after ``model.to``."""
+        parameter, in_p = self._entries[name]
+        if in_p.device != parameter.device:
+            in_p = in_p.to(parameter.device)
+            self._entries[name] = (parameter, in_p)
+        return parameter, in_p
 
 
-class _Memory(threading.local):
-    """A thread's own, used over and over: to fetch it anew would take longer than the arithmetic."""
+def _multipliers(penalized: Tensor, weight: Tensor) -> Tensor:
+    """1 in P and 0 elsewhere, in the form that takes least memory and time.
 
-    def __init__(self) -> None:
-        self.by_dtype: dict[torch.dtype, Tensor] = {}
-
-
-class _Factors:
-    """What the units of many parameters are multiplied with: all made in one operation a step."""
-
-    def __init__(self, vectors: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self._in_p = torch.cat([vector.reshape(-1) for vector in vectors])
-        self._values = torch.empty_like(self._in_p, dtype=dtype)
-        self._one = torch.ones((), dtype=dtype, device=self._in_p.device)
-        parts = torch.split(self._values, [vector.numel() for vector in vectors])
-        self.views = [part.view_as(vector) for part, vector in zip(parts, vectors, strict=True)]
-
-    def set(self, factor: float, skipped: Tensor | None) -> None:
-        """Let ``views`` hold the factor in P and 1 elsewhere, or 1 everywhere if a step was skipped."""
-        acts = self._in_p if skipped is None else self._in_p & _took_place(skipped, self._in_p)
-        torch.where(acts, torch.full_like(self._one, factor), self._one, out=self._values)
-
-
-def _took_place(skipped: Tensor, like: Tensor) -> Tensor:
-    return (skipped == 0).to(like.device)
-
-
-def _where(penalized: Tensor, weight: Tensor) -> Tensor:
-    """Where P lies, in the form that takes least.
-
-    Where whole units lie in P, a bool vector along one dimension: no memory to speak of, and no time to
-    read it. Else 1 in P and 0 elsewhere as uint8, which become numbers to multiply with in a fourth of the
-    time that bools take. But all of P as bool where something outside it is not finite, as 0 · ∞ is no 0:
-    rare, and not worth another way. (What stops being finite later, outside P and where units have holes,
-    is not a number after a decoupled step.)
+    Where whole units lie in P, a bool vector along one dimension. Else bytes, which become numbers in a fourth
+    of the time that bools take. But all of P as bool where something outside it is not finite, as 0 · ∞ is
+    no 0: rare, and not worth another way. (What stops being finite later, outside P and where units have
+    holes, is not a number after a decoupled step.)
     """
-    if not bool(weight.detach().masked_fill(penalized, 0.0).isfinite().all()):
-        return penalized
     for dim in range(penalized.dim()):
         others = [d for d in range(penalized.dim()) if d != dim]
         units = penalized.all(dim=others, keepdim=True) if others else penalized
         if bool((units == penalized).all()):
             return units
-    return penalized.to(torch.uint8)
+    finite = weight.detach().masked_fill(penalized, 0.0).isfinite().all()
+    return penalized.to(torch.uint8) if bool(finite) else penalized
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

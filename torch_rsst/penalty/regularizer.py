@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,36 +27,15 @@ from torch_rsst.penalty.hooks import (
     is_coupled,
 )
 from torch_rsst.penalty.penalized_set import PenalizedSet
-from torch_rsst.schedules import Schedule, resolve_schedule, strength_at
+from torch_rsst.penalty.progress import ShrinkProgress, UncountedSteps
+from torch_rsst.penalty.settings import STRENGTH, GradScale, Penalty
+from torch_rsst.schedules import Schedule, strength_at
 from torch_rsst.utils.amounts import check_count, check_number
-from torch_rsst.utils.errors import InertPenaltyWarning, check_keys, listing, refuse, unknown_choice
-
-GradScale: TypeAlias = float | Callable[[], float]
-
-MODES = ("auto", "coupled", "decoupled")
+from torch_rsst.utils.errors import InertPenaltyWarning, check_keys, listing, refuse
 
 _ATTACHED: weakref.WeakSet[RegularizedPruner] = weakref.WeakSet()
 
-
-def check_settings(
-    total_steps: int,
-    *,
-    mode: object = "auto",
-    accumulation_steps: int = 1,
-    grad_scale: GradScale | None = None,
-    **_: object,
-) -> None:
-    """Check the arguments of :class:`RegularizedPruner` that can be checked without a model.
-
-    Raises:
-        TypeError, ValueError: for counts below 1, an unknown mode, or a scale that is no number > 0.
-    """
-    check_count(total_steps, "total_steps", at_least=1)
-    check_count(accumulation_steps, "accumulation_steps", at_least=1)
-    if grad_scale is not None and not callable(grad_scale):
-        check_number(grad_scale, "grad_scale", above=0)
-    if mode not in MODES:
-        raise ValueError(unknown_choice("mode", mode, MODES))
+_FORGOTTEN = 3  # passes in a row whose steps nobody has counted; fewer may be an odd loop
 
 
 class RegularizedPruner:
@@ -82,7 +61,12 @@ class RegularizedPruner:
     *Coupled*: ``grad += λ · weight`` on P, so that the learning rate multiplies it.
     *Decoupled*: after the step, ``weight_orig *= 1 − min(1, λ)`` on P, whatever the learning rate.
     ``mode="auto"`` takes coupled for SGD and without an optimizer, decoupled for all others: Adam's
-    denominator cancels a coupled penalty.
+    denominator cancels a coupled penalty. In float16 and bfloat16 a decoupled factor is multiplied up over
+    the steps until it can be represented.
+
+    A ``strength`` acts in every step, so that its effect grows with the number of steps. ``shrink_to`` says
+    what is to be left of the weights in P, for any number of steps: the schedule is scaled so that the
+    product of all factors is ``shrink_to``. It is decoupled.
 
     With an ``optimizer``, penalty and step count run inside ``optimizer.step()``, closures,
     gradient scaling and accumulation included. Several optimizers each penalize what they update,
@@ -95,7 +79,10 @@ class RegularizedPruner:
         current_mask: what is alive now; the model's own masks by default. A parameter without a
             mask counts as wholly alive.
         schedule: a name from :data:`torch_rsst.schedules.SCHEDULES`, or a callable t → λ.
-        strength: the λ that a named schedule ends with; a callable returns λ itself.
+        strength: the λ that a named schedule ends with; a callable returns λ itself. 0.5 by default, unless
+            ``shrink_to`` is passed.
+        shrink_to: what the penalty multiplies the weights in P with, over all steps until t = ``shrink_by``.
+        shrink_by: the t by which it has, between 0 and 1. Afterwards λ = 0.
         total_steps: optimizer steps until t = 1; afterwards t stays 1.
         optimizer: what updates the penalized parameters: one optimizer, or a sequence of several.
         mode: ``"auto"``, ``"coupled"`` or ``"decoupled"``.
@@ -107,9 +94,14 @@ class RegularizedPruner:
     Raises:
         KeyError: for a mask of a parameter that the model does not have.
         ValueError: for a mask of the wrong shape; where no optimizer updates a penalized parameter,
-            or two do.
+            or two do; for ``shrink_to`` with a ``strength``, a callable schedule or ``mode="coupled"``, or
+            with a ``shrink_by`` before the first step.
         RuntimeError: where another regularizer is attached to the model, or penalizes one of these
             parameters.
+
+    Warns:
+        InertPenaltyWarning: where the penalty did not act by :meth:`remove`; without an optimizer also where
+            several backward passes find the weights changed and :meth:`step` was not called.
     """
 
     def __init__(
@@ -119,7 +111,9 @@ class RegularizedPruner:
         *,
         current_mask: Mapping[str, Tensor] | None = None,
         schedule: str | Schedule = "exp_custom_exponents",
-        strength: float = 0.5,
+        strength: float | None = STRENGTH,
+        shrink_to: float | None = None,
+        shrink_by: float = 1.0,
         total_steps: int,
         optimizer: Optimizers | None = None,
         mode: Mode = "auto",
@@ -127,23 +121,33 @@ class RegularizedPruner:
         accumulation_steps: int = 1,
         grad_scale: GradScale | None = None,
     ) -> None:
-        check_settings(
-            total_steps, mode=mode, accumulation_steps=accumulation_steps, grad_scale=grad_scale
+        penalty = Penalty(
+            schedule,
+            strength,
+            shrink_to,
+            shrink_by,
+            mode,
+            block_loss_grad,
+            accumulation_steps,
+            grad_scale,
         )
-        self.schedule = resolve_schedule(schedule, strength)
+        check_count(total_steps, "total_steps", at_least=1)
         self.total_steps = int(total_steps)
+        self.steps_to_shrink = penalty.steps_to_shrink(self.total_steps)
+        self.schedule: Schedule = penalty.schedule_of(self.total_steps)
         strength_at(self.schedule, 1.0)
         self.block_loss_grad = block_loss_grad
         self.accumulation_steps, self.grad_scale = accumulation_steps, grad_scale
-        self._requested_mode: Mode = mode
+        self._requested_mode = penalty.effective_mode
         self._model = unwrap(model)
         current = extract_mask(model) if current_mask is None else current_mask
         self._penalized = PenalizedSet(self._model, penalty_mask(current, refill_mask))
         self._optimizers: list[Optimizer] = []
         self._steps = [0]  # of each optimizer
-        self._shares = [Share(tuple(self._penalized), is_coupled(mode, None))]
+        self._shares = [Share(tuple(self._penalized), is_coupled(self._requested_mode, None))]
         self._handles: list[RemovableHandle] = []
-        self._hooks_fired = False
+        self._hooks_fired = self._stepped = False
+        self._progress, self._uncounted = ShrinkProgress(self.total_steps), UncountedSteps()
         self._start_norm = self.penalized_norm()
         self._claim()
         try:
@@ -184,25 +188,34 @@ class RegularizedPruner:
         """The norm of the weights in P when the regularizer was attached."""
         return self._start_norm
 
+    @property
+    def fell_below(self) -> int | None:
+        """The step at which the norm of P fell below 1 % of ``start_norm``; None while it has not.
+
+        Of more than 100 steps, the first that is seen: every hundredth part is looked at.
+        """
+        return self._progress.below(self._start_norm)
+
     @staticmethod
     def attached_to(model: nn.Module) -> RegularizedPruner | None:
         """The regularizer that is attached to a model, also where nobody holds it any more."""
         model = unwrap(model)
         return next((pruner for pruner in _ATTACHED if pruner._model is model), None)
 
-    def attach(self, optimizer: Optimizers) -> None:
+    def attach(self, optimizer: Optimizers, *, replace: bool = False) -> None:
         """Let ``optimizer.step()`` run the penalty and count the steps, instead of gradient hooks.
 
         Args:
             optimizer: one, or a sequence of all that update penalized parameters.
+            replace: take the place of an optimizer that has made no step yet.
 
         Raises:
             RuntimeError: where an optimizer is attached already, or the regularizer was removed.
             ValueError: where a penalized parameter is in no optimizer, or in two.
         """
         optimizers = as_optimizers(optimizer)
-        if self._optimizers or self not in _ATTACHED:
-            again = bool(self._optimizers)
+        if self not in _ATTACHED or (self._optimizers and not replace):
+            again = self in _ATTACHED
             refuse(
                 RuntimeError,
                 "attach",
@@ -212,10 +225,15 @@ class RegularizedPruner:
                 if again
                 else "Make a new RegularizedPruner.",
             )
+        if self._optimizers and self._stepped:
+            expected = "the optimizer before the first step"
+            got = f"another one after {self.steps} steps with the first"
+            remedy = "Attach it when the round opens; several go into one list."
+            refuse(RuntimeError, "attach", expected, got, remedy)
         shares = assign_to_optimizers(
             self._penalized.parameters(), optimizers, self._requested_mode
         )
-        steps = expand_step_counts(self._steps, len(optimizers))
+        steps = expand_step_counts(self._steps if any(self._steps) else [0], len(optimizers))
         self._detach_hooks()
         self._optimizers, self._shares, self._steps = optimizers, shares, steps
         for index, each in enumerate(optimizers):
@@ -250,6 +268,7 @@ class RegularizedPruner:
         self._require_by_hand("step", "optimizer.step() counts by itself; drop this call.")
         self._shrink(self._shares[0], self.strength, None)
         self._steps = [steps + 1 for steps in self._steps]
+        self._progress.look(self.steps, self._penalized)
 
     def remove(self) -> None:
         """Detach from model and optimizer; a second call does nothing.
@@ -267,14 +286,22 @@ class RegularizedPruner:
     def reset(self) -> None:
         """Start over after the weights were replaced: step 0, the norm of P measured anew."""
         self._steps, self._start_norm = [0] * len(self._steps), self.penalized_norm()
+        self._penalized.pending.clear()
+        self._progress.restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: steps done, also of each optimizer; steps in total; the norm of P at the start."""
+        """Plain numbers: steps done, also of each optimizer; steps in total; the norm of P at the start.
+
+        Also the step at which it fell below 1 %, and the factors that the weights of a half-precision model
+        have yet to be multiplied with, by name.
+        """
         return {
             "steps": self.steps,
             "optimizer_steps": list(self._steps),
             "total_steps": self.total_steps,
             "start_norm": self._start_norm,
+            "fell_below": self.fell_below,
+            "pending": dict(self._penalized.pending),
         }
 
     @staticmethod
@@ -306,6 +333,8 @@ class RegularizedPruner:
         steps = [int(each) for each in state["optimizer_steps"]]
         self._steps = steps if attached is None else expand_step_counts(steps, attached)
         self._start_norm = float(state["start_norm"])
+        self._progress.restart(state.get("fell_below"))  # older states have neither
+        self._penalized.pending = dict(state.get("pending", {}))
 
     def __enter__(self) -> RegularizedPruner:
         return self
@@ -373,6 +402,15 @@ class RegularizedPruner:
 
     def _after_backward(self, name: str) -> None:
         self._hooks_fired = True
+        parameter = self._penalized.parameters()[name]
+        if self._uncounted.after_backward(name, parameter, self.steps) == _FORGOTTEN:
+            warnings.warn(
+                f"The penalized weights changed before each of the last {_FORGOTTEN} backward passes, and no "
+                f"step was counted: the penalty stays at step {self.steps + 1} of {self.total_steps}. Pass the "
+                f"optimizer, or call pruner.step() after each optimizer.step().",
+                InertPenaltyWarning,
+                stacklevel=2,
+            )
         batches = 1 if self.block_loss_grad else self.accumulation_steps
         share = Share((name,), self._shares[0].coupled)
         scale = self._scale() if share.coupled else None
@@ -395,6 +433,8 @@ class RegularizedPruner:
     def _after_step(self, index: int, found_inf: Tensor | None) -> None:
         self._shrink(self._shares[index], self._strength_of(self._steps[index] + 1), found_inf)
         self._steps[index] += 1
+        self._stepped = True
+        self._progress.look(self.steps, self._penalized)
 
     def _strength_of(self, step: int) -> float:
         return strength_at(self.schedule, min(1.0, step / self.total_steps))
@@ -429,7 +469,7 @@ class RegularizedPruner:
             return "Look for the step at which training diverged."
         acted = self._optimizers or max(self._steps) == self.total_steps
         ways = [] if acted else ["pass the optimizer or call pruner.step()"]
-        ways.append("raise the strength")
+        ways.append("raise the strength or lower shrink_to")
         if self.mode != "decoupled":
             ways.append("use mode='decoupled'")
         text = ", or ".join(ways)

@@ -72,6 +72,9 @@ class DecidedRound:
         mode: how the penalty acts: ``"coupled"``, ``"decoupled"``, ``"auto"`` where optimizers differ
             in it, ``"none"`` where nothing is penalized.
         strength: λ, the latest known.
+        below: the step at which the norm of P was first seen below 1 % of what it was when the round
+            began; None where it was not.
+        asked: the step by which P was to be shrunk.
     """
 
     index: int
@@ -79,6 +82,8 @@ class DecidedRound:
     norms: tuple[UnitNorms, ...] = ()
     mode: str = NO_PENALTY
     strength: float = 0.0
+    below: int | None = None
+    asked: int = 0
 
     def state(self) -> dict[str, Any]:
         """Plain Python and tensors (copies), for a checkpoint."""
@@ -86,6 +91,8 @@ class DecidedRound:
             "index": self.index,
             "mode": self.mode,
             "strength": self.strength,
+            "below": self.below,
+            "asked": self.asked,
             "verdicts": [_copied(layer) for layer in self.verdicts],
             "norms": [_copied(layer) for layer in self.norms],
         }
@@ -105,6 +112,8 @@ class DecidedRound:
             norms=_read(UnitNorms, state["norms"], units) if state["norms"] else (),
             mode=str(state["mode"]),
             strength=float(state["strength"]),
+            below=state.get("below"),  # older states have neither
+            asked=int(state.get("asked", 0)),
         )
         unknown = [layer.reasons[layer.reasons >= len(REASONS)] for layer in decided.verdicts]
         if any(each.numel() for each in unknown):

@@ -23,11 +23,13 @@ class ScoredLayer:
         scores: float64; dead units score 0.
         alive: alive ranked entries.
         sizes: ranked entries.
+        dead: units that the model does not use any more; by default those without alive ranked entries.
     """
 
     scores: Tensor
     alive: Tensor
     sizes: Tensor
+    dead: Tensor | None = None
 
     def normalized(self) -> ScoredLayer:
         """With scores that sum to 1, unless all are 0."""
@@ -37,7 +39,8 @@ class ScoredLayer:
     @property
     def sort_keys(self) -> Tensor:
         """Scores with the dead ones below whatever a callable gives the living."""
-        return self.scores.masked_fill(self.alive == 0, -torch.inf)
+        dead = self.alive == 0 if self.dead is None else self.dead
+        return self.scores.masked_fill(dead, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Selection:
 
         A unit stays by its score where it ranks within the budget and above all that go. What stays
         otherwise is held by ``min_keep`` or ``round_to``; what goes although it ranks within the
-        budget makes room for a unit that ``min_keep`` holds in another layer.
+        budget gives way to a unit that ``min_keep`` holds in another layer.
         """
         rank, kept, budgeted = (
             torch.cat(ranks(self.keys)),

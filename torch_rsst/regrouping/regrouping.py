@@ -91,7 +91,7 @@ class RegroupPlan:
         """The plan as a record of decisions about these groups names it."""
         competitors = {
             each: tuple(positions)
-            for positions in _scopes(groups, self.scope).values()
+            for positions in scopes_of(groups, self.scope).values()
             for each in positions
         }
         every = tuple(competitors[position] for position in range(len(groups.layers)))
@@ -181,12 +181,13 @@ def decide(
     current: Mapping[str, Tensor],
     amount: Amount | None,
     plan: RegroupPlan,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> Decision:
-    """Choose the units that stay, scope by scope."""
+    """Choose the units that stay, scope by scope; see :func:`score_layers` for ``trained``."""
     if amount is not None:
         check_amount(amount)
     check_groups(weights, groups)
-    return choose(groups, score_layers(weights, groups, current, plan), amount, plan)
+    return choose(groups, score_layers(weights, groups, current, plan, trained), amount, plan)
 
 
 def score_layers(
@@ -194,10 +195,20 @@ def score_layers(
     groups: Groups,
     current: Mapping[str, Tensor],
     plan: RegroupPlan,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> list[ScoredLayer]:
-    """Score the units of every layer."""
+    """Score the units of every layer.
+
+    Args:
+        weights: by dense name.
+        groups: whose units.
+        current: what is alive: scores of weights and the density count these entries.
+        plan: by what units are scored.
+        trained: what the model trains with, where that is more than ``current``: units that are dead in it
+            score 0, not those without an entry in ``current``.
+    """
     importance = resolve_importance(plan.importance)
-    scored = [_score(importance, layer, weights, current) for layer in groups.layers]
+    scored = [_score(importance, layer, weights, current, trained) for layer in groups.layers]
     if plan.scope != "layer" and getattr(importance, "relative", False):
         return [layer.normalized() for layer in scored]
     return scored
@@ -209,7 +220,7 @@ def choose(
     """The units that stay, scope by scope, of layers that have been scored."""
     kept: dict[int, Tensor] = {}
     budgets, selections = [], []
-    for (label, kind), positions in _scopes(groups, plan.scope).items():
+    for (label, kind), positions in scopes_of(groups, plan.scope).items():
         chosen = keep_units(
             [scored[i] for i in positions],
             amount=amount,
@@ -227,7 +238,7 @@ def choose(
     return Decision(every, tuple(budgets), tuple(selections))
 
 
-def _scopes(groups: Groups, scope: Scope) -> dict[tuple[str, str], list[int]]:
+def scopes_of(groups: Groups, scope: Scope) -> dict[tuple[str, str], list[int]]:
     """(label, kind) of each scope → positions of its layers."""
     scopes: dict[tuple[str, str], list[int]] = {}
     for position, layer in enumerate(groups.layers):
@@ -245,12 +256,15 @@ def _score(
     layer: GroupLayer,
     weights: Mapping[str, Tensor],
     current: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor] | None,
 ) -> ScoredLayer:
     alive = remain(layer, weights, current)
+    living = alive if trained is None else remain(layer, weights, trained)
     return ScoredLayer(
-        scores=score_units(importance, layer, weights, current, alive),
+        scores=score_units(importance, layer, weights, current, living),
         alive=alive,
         sizes=remain(layer, weights, {}),
+        dead=living == 0,
     )
 
 

@@ -5,13 +5,12 @@ It owns no optimizer, device or data.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
@@ -29,24 +28,25 @@ from torch_rsst.masking.mask_sets import (
     unwrap,
 )
 from torch_rsst.masking.optimizer_state import reset_returned
-from torch_rsst.masking.parameter_ref import Parameter, masked_refs
+from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers
-from torch_rsst.penalty.regularizer import RegularizedPruner, check_settings
+from torch_rsst.penalty.regularizer import RegularizedPruner
+from torch_rsst.penalty.settings import Penalty
 from torch_rsst.regrouping.history import DecisionHistory
 from torch_rsst.regrouping.ranking import rank, ranked_names
-from torch_rsst.regrouping.regrouping import RegroupPlan, decide, refill_from
+from torch_rsst.regrouping.regrouping import Decision, RegroupPlan, decide, refill_from
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
-from torch_rsst.rounds.round import Chosen, Round, record_decision, record_end
+from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
+from torch_rsst.rounds.round import Chosen, Round, record_decision, record_end, warn_of_end
+from torch_rsst.rounds.settings import Course, Ranking, Regrouping
 from torch_rsst.rounds.state import RoundsState, RoundState, damage_reported, plain_settings
-from torch_rsst.utils.amounts import Amount, check_amount, check_count, plain_amount
-from torch_rsst.utils.errors import RoundWarning, refuse
+from torch_rsst.utils.errors import refuse
 
-__all__ = ["Chosen", "RegroupAmount", "Rewind", "Round", "Rounds"]
+__all__ = ["Chosen", "Round", "Rounds"]
 
-RegroupAmount: TypeAlias = Amount | Callable[[int], Amount] | None
-Rewind: TypeAlias = Literal["init"] | Mapping[str, Tensor] | None
+_FREE = 0.05  # of its norm: what may be left of P where it is cut without force=True
 
 
 class Rounds(ABC):
@@ -56,76 +56,67 @@ class Rounds(ABC):
         self,
         model: nn.Module,
         groups: Groups | Iterable[Group] | Iterable[GroupLayer],
-        plan: RegroupPlan,
         *,
         optimizer: Optimizers | None,
-        steps_per_round: int,
-        rounds: int,
-        amount: Amount,
-        regroup_amount: RegroupAmount,
-        rewind: Rewind,
-        train_first: bool,
-        parameters: Iterable[Parameter | str] | None,
-        penalty: Mapping[str, Any],
-        freeze_masked: bool = False,
-        reset_moments: bool = False,
-        data: DataSource = DataSource(),  # noqa: B008 - frozen
+        course: Course,
+        ranking: Ranking,
+        regrouping: Regrouping,
+        penalty: Penalty,
+        data: DataSource,
     ) -> None:
-        check_count(steps_per_round, "steps_per_round", at_least=1)
-        check_count(rounds, "rounds", at_least=1)
-        check_settings(steps_per_round, **penalty)
-        if reset_moments and optimizer is None:
+        if course.reset_moments and optimizer is None:
             remedy = "Pass the optimizer to Refill, or reset_moments=False."
             refuse(ValueError, "reset_moments", "an optimizer", "none", remedy)
-        check_amount(amount)
-        if regroup_amount is None:
-            if plan.ungrouped == "element":
-                remedy = "Pass regroup_amount, or ungrouped='keep'."
-                got = "regroup_amount=None"
-                refuse(ValueError, "ungrouped='element'", "an amount", got, remedy)
-        elif not callable(regroup_amount):
-            check_amount(regroup_amount, "regroup_amount")
-        self._model, self._groups, self._plan = unwrap(model), as_groups(groups), plan
-        check_groups(named_weights(model), self._groups)
-        check_source(plan.importance, data, rounds)
-        self._data = data
-        self._ranked = ranked_names(model, self._groups, parameters)
-        self._snapshot = Snapshot.of(model, rewind)
+        penalty.schedule_of(course.steps_per_round)  # for what it refuses
+        self._model, self._groups = unwrap(model), as_groups(groups)
+        weights = named_weights(model)
+        check_groups(weights, self._groups)
+        check_source(regrouping.importance, data, course.rounds)
+        self._ranked = ranked_names(model, self._groups, ranking.parameters)
+        ranking.check({name: weights[name] for name in self._ranked}, extract_mask(model))
+        regrouping.check(self._groups)
+        self._snapshot = Snapshot.of(model, course.rewind)
         self._optimizer = optimizer
         self._optimizers = [] if optimizer is None else as_optimizers(optimizer)
-        self._penalty = dict(penalty)
-        self._replicas = replica_group(model)
-        self.freeze_masked, self.reset_moments = freeze_masked, reset_moments
-        self.steps_per_round, self.rounds = int(steps_per_round), int(rounds)
-        self.amount = plain_amount(amount)
-        self.regroup_amount = (
-            regroup_amount
-            if regroup_amount is None or callable(regroup_amount)
-            else plain_amount(regroup_amount)
+        self._optimizer_rewind = OptimizerRewind.of(
+            course.rewind_optimizer if course.rewind is not None else "keep", self._optimizers
         )
-        self._history = DecisionHistory(plan.rules(self._groups))
-        self._next_index = -1 if train_first else 0
+        self._replicas = replica_group(model)
+        self.course, self.ranking, self.regrouping = course, ranking, regrouping
+        self.penalty, self.data = penalty, data
+        self._history = DecisionHistory(regrouping.rules(self._groups))
+        self._next_index = -1 if course.train_first else 0
         self._round: Round | None = None  # the one in training
         self._last: Round | None = None  # the latest, open or closed
         self._resumed = False
         self._finalized = False
 
-    # What the two methods differ in
+    @property
+    def rounds(self) -> int:
+        """How many rankings and trainings."""
+        return self.course.rounds
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimizer steps of a round."""
+        return self.course.steps_per_round
+
+    # What the methods differ in
 
     @abstractmethod
-    def _training_mask(self, current: Masks, refill: Masks) -> Masks:
-        """The mask that the round trains under."""
+    def _trained_with(self, chosen: Chosen) -> Masks:
+        """The mask of a round's training; what it keeps and the refill mask does not is penalized."""
 
-    @abstractmethod
-    def _alive_to_penalize(self, current: Masks, refill: Masks) -> Masks:
-        """The current mask that the penalized set is computed from."""
+    def _alive(self, ranked: Masks) -> Masks:
+        """What is alive once a ranking is made."""
+        return ranked
 
-    @abstractmethod
-    def _final_mask(self, current: Masks, refill: Masks) -> Masks:
-        """The mask that the model ends with."""
+    def _without_gone(self, alive: Masks, decision: Decision) -> Masks:
+        """What is left alive once units are chosen."""
+        return alive
 
     def _mask_to_rank(self) -> Masks:
-        """What is alive before the next ranking."""
+        """The entries that the next ranking chooses from."""
         return extract_mask(self._model)
 
     # The iterator
@@ -138,12 +129,10 @@ class Rounds(ABC):
             self._resumed = False
             return self._round
         self._close()
-        if self._next_index >= self.rounds or self._finalized:
+        if self._next_index >= self.course.rounds or self._finalized:
             raise StopIteration
         index = self._next_index
-        plan = self._plan_of(index)
-        chosen = agreed(self._replicas, lambda: self._choose(index, plan), Chosen.masks)
-        opened = self._open(index, chosen, rewind=index >= 0)
+        opened = self._open(index, self._choose(index), rewind=index >= 0)
         self._next_index = index + 1
         return opened
 
@@ -152,21 +141,47 @@ class Rounds(ABC):
         """The latest round, open or closed; None before the first."""
         return self._last
 
-    def finalize(self) -> None:
-        """Close the open round and apply the last masks for good; ranks nothing.
+    def finalize(self, *, force: bool = False) -> None:
+        """Close the open round and mask for good what the last refill mask does not keep; ranks nothing.
 
-        RSST masks whatever the last refill mask does not keep; Refill already has. Masks stay
-        masks: :func:`torch_rsst.remove_all` makes them permanent.
+        Masks stay masks: :func:`torch_rsst.remove_all` makes them permanent. Refill has masked all of it when
+        the round opened.
+
+        Args:
+            force: cut even where the penalty has left much of the weights that go.
 
         Raises:
-            RuntimeError: before the first round.
+            RuntimeError: before the first round; without ``force``, where the L2 norm of the weights in P is
+                above 5 % of what it was when the round opened, or above 2 · ``shrink_to`` if that is more.
+                Nothing has been changed then, and the round is still open.
         """
         if self._last is None:
             remedy = "Train at least one: for rnd in rsst: …"
             refuse(RuntimeError, "finalize", "a round", "none yet", remedy)
+        if not (force or self._finalized):
+            self._check_cut_is_free(self._last)
         self._close()
-        self._mask(self._final_mask(self._last.current_mask, self._last.refill_mask))
+        self._apply(self._final_mask(self._last.chosen))
         self._finalized = True
+
+    def _check_cut_is_free(self, last: Round) -> None:
+        pruner = last.pruner
+        start, norm = pruner.start_norm, pruner.penalized_norm()
+        limit = max(_FREE, 2.0 * (self.penalty.shrink_to or 0.0))
+        if not norm <= limit * start:  # nor where it is no number
+            refuse(
+                RuntimeError,
+                "finalize",
+                f"penalized weights that have shrunk to {limit:.0%} of their norm or less",
+                f"{norm / start:.1%} ({start:.4g} when round {last.index} opened, {norm:.4g} after "
+                f"{pruner.steps} of {self.course.steps_per_round} steps)",
+                "Train the round to its end, with the optimizer passed as optimizer= or to rnd.attach(); "
+                "lower shrink_to, raise strength or pass block_loss_grad=True; or pass force=True to "
+                "cut what is left.",
+            )
+
+    def _final_mask(self, chosen: Chosen) -> Masks:
+        return intersection(self._trained_with(chosen), chosen.refill_mask)
 
     def report(self) -> SparsityReport:
         """The sparsity of the model as it is now."""
@@ -176,65 +191,60 @@ class Rounds(ABC):
 
     # A round's life
 
-    def _plan_of(self, index: int) -> RegroupPlan:
-        """The plan of a round, with scores in place of what needs data.
-
-        Units are scored under the mask that this round's ranking makes. Not within :meth:`_choose`: there
-        ranks talk when all are done, here as well.
-        """
-        if index < 0 or not any(data_parts(self._plan.importance)):
-            return self._plan
-        current = agreed(self._replicas, self._rank, dict.items)
-        found = measured(
-            self._model,
-            self._groups,
-            self._plan.importance,
-            self._data,
-            current,
-            self._replicas,
-        )
-        return replace(self._plan, importance=found)
-
-    def _rank(self) -> Masks:
-        weights = named_weights(self._model)
-        return rank(weights, self._mask_to_rank(), self._groups, self._ranked, self.amount)
-
-    def _choose(self, index: int, plan: RegroupPlan) -> Chosen:
+    def _choose(self, index: int) -> Chosen:
         """Rank and regroup; reads the model only."""
         if index < 0:
             alive = self._mask_to_rank()
-            return Chosen(alive, alive)
-        weights, current = named_weights(self._model), self._rank()
-        amount = (
-            self.regroup_amount(index) if callable(self.regroup_amount) else self.regroup_amount
+            return Chosen(alive, alive, alive)
+        ranked = agreed(self._replicas, self._rank, dict.items)
+        alive = self._alive(ranked)
+        # Not within what ranks agree on: there they talk when all are done, here as well.
+        plan = self._measured(alive)
+        return agreed(
+            self._replicas, lambda: self._decide(index, ranked, alive, plan), Chosen.masks
         )
-        if amount is not None:
-            check_amount(amount, f"regroup_amount of round {index}")
-        decision = decide(weights, self._groups, current, amount, plan)
-        refill = refill_from(decision, weights, self._groups, current, amount, plan)
-        return Chosen(current, refill, decision.budgets, decision.verdicts())
+
+    def _rank(self) -> Masks:
+        weights, alive = named_weights(self._model), self._mask_to_rank()
+        return rank(weights, alive, self._groups, self._ranked, self.ranking.amount)
+
+    def _measured(self, alive: Masks) -> RegroupPlan:
+        """The plan of a round, with scores in place of what needs data."""
+        plan = self.regrouping
+        if not any(data_parts(plan.importance)):
+            return plan
+        parts = (plan.importance, self.data, alive, self._replicas)
+        return replace(plan, importance=measured(self._model, self._groups, *parts))
+
+    def _decide(self, index: int, ranked: Masks, alive: Masks, plan: RegroupPlan) -> Chosen:
+        weights, amount = named_weights(self._model), self.regrouping.amount_of(index)
+        decision = decide(weights, self._groups, ranked, amount, plan, alive)
+        refill = refill_from(decision, weights, self._groups, alive, amount, plan)
+        current = self._without_gone(alive, decision)
+        return Chosen(ranked, current, refill, decision.budgets, decision.verdicts())
 
     def _open(self, index: int, chosen: Chosen, *, rewind: bool) -> Round:
-        current, refill = chosen.current_mask, chosen.refill_mask
-        alive = self._alive_to_penalize(current, refill)
+        trained = self._trained_with(chosen)
         # The regularizer comes first: whatever can fail does so before the model is touched.
         pruner = RegularizedPruner(
             self._model,
-            refill,
-            current_mask=alive,
-            total_steps=self.steps_per_round,
+            chosen.refill_mask,
+            current_mask=trained,
+            total_steps=self.course.steps_per_round,
             optimizer=self._optimizer,
-            **self._penalty,
+            **vars(self.penalty),
         )
-        parts = (self._model, self._groups, alive, self._history)
-        opened = Round(index, 0, current, refill, chosen.budgets, pruner, *parts)
+        memory = self._optimizer_rewind if index >= 0 else OptimizerRewind("keep")
+        parts = (self._model, self._groups, trained, self._history, memory)
+        opened = Round(index, 0, chosen, pruner, *parts)
         try:
-            self._mask(self._training_mask(current, refill))
-            if rewind:
+            self._apply(trained)
+            if rewind and self._snapshot.weights:
                 self._snapshot.restore(self._model)
+                memory.apply(self._model, self._optimizers)
                 pruner.reset()
             if chosen.verdicts:
-                record_decision(opened, chosen.verdicts)
+                record_decision(opened)
         except BaseException:
             pruner.detach()
             raise
@@ -244,33 +254,20 @@ class Rounds(ABC):
     def _close(self) -> None:
         if self._round is None:
             return
-        record_end(self._round)
-        index, pruner, self._round = self._round.index, self._round.pruner, None
+        closing, self._round = self._round, None
+        record_end(closing)
         try:
-            if pruner.steps < self.steps_per_round:
-                remedy = (
-                    "Train longer, or lower steps_per_round."
-                    if pruner.steps
-                    else "Train in the round with the optimizer passed as optimizer= or to "
-                    "rnd.attach(), or call rnd.pruner.step() after each step, which counts them."
-                )
-                early = ", before the penalty has its full strength" if pruner.start_norm else ""
-                warnings.warn(
-                    f"Round {index} closed after {pruner.steps} of steps_per_round="
-                    f"{self.steps_per_round} optimizer steps{early}. {remedy}",
-                    RoundWarning,
-                    stacklevel=3,
-                )
+            warn_of_end(closing)
         finally:  # also where warnings are errors
-            pruner.remove()
+            closing.pruner.remove()
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs, as plain Python and tensors (copies).
 
-        Round, step, both masks, the rewind snapshot and the settings. Weights, optimizer, RNG and
-        the order of data are yours to save.
+        Round, step, masks, what rewinding puts back, the settings and the version of this format. Weights,
+        optimizer, RNG and the order of data are yours to save.
         """
         last = self._last
         return RoundsState(
@@ -278,15 +275,14 @@ class Rounds(ABC):
             next_index=self._next_index,
             finalized=self._finalized,
             snapshot=self._snapshot,
+            optimizer_states=self._optimizer_rewind.states,
             masks=extract_mask(self._model) if last is None else {},
             round=None
             if last is None
             else RoundState(
                 index=last.index,
                 open=self._round is not None,
-                current_mask=last.current_mask,
-                refill_mask=last.refill_mask,
-                budgets=last.budgets,
+                chosen=last.chosen,
                 pruner=last.pruner.state_dict(),
             ),
             decisions=self._history.rounds,
@@ -316,23 +312,23 @@ class Rounds(ABC):
 
     def _check_pruner(self, state: Mapping[str, Any]) -> None:
         optimizers = len(self._optimizers) or None
-        RegularizedPruner.check_state(state, self.steps_per_round, optimizers=optimizers)
+        RegularizedPruner.check_state(state, self.course.steps_per_round, optimizers=optimizers)
 
     def _continue(self, saved: RoundsState) -> None:
         if self._round is not None:
             self._round.pruner.detach()
         self._round, self._last, self._resumed = None, None, False
+        self._snapshot = saved.snapshot
+        self._optimizer_rewind = replace(self._optimizer_rewind, states=saved.optimizer_states)
         if saved.round is None:
             apply_mask(self._model, saved.masks)
         else:
             self._reopen(saved.round, finalized=saved.finalized)
         self._history.load(saved.decisions)
-        self._snapshot = saved.snapshot
         self._next_index, self._finalized = saved.next_index, saved.finalized
 
     def _reopen(self, saved: RoundState, *, finalized: bool) -> None:
-        chosen = Chosen(saved.current_mask, saved.refill_mask, saved.budgets)
-        opened = self._open(saved.index, chosen, rewind=False)
+        opened = self._open(saved.index, replace(saved.chosen, verdicts=()), rewind=False)
         try:
             opened.pruner.load_state_dict(saved.pruner)
         except BaseException:
@@ -346,14 +342,14 @@ class Rounds(ABC):
         opened.pruner.detach()
         self._round = None
         if finalized:
-            self._mask(self._final_mask(saved.current_mask, saved.refill_mask))
+            self._apply(self._final_mask(saved.chosen))
 
-    def _mask(self, masks: Masks) -> None:
+    def _apply(self, masks: Masks) -> None:
         """Apply masks, freeze what they mask, let returning weights start without a memory."""
-        before = extract_mask(self._model) if self.reset_moments else {}
+        before = extract_mask(self._model) if self.course.reset_moments else {}
         apply_mask(self._model, masks)
         reset_returned(self._optimizers, self._model, before)
-        if self.freeze_masked:
+        if self.course.freeze_masked:
             freeze_latents(masked_refs(self._model.modules()))
 
     def _settings(self) -> dict[str, Any]:
@@ -361,15 +357,20 @@ class Rounds(ABC):
         return plain_settings(
             {
                 "method": type(self).__name__,
-                "rounds": self.rounds,
-                "steps_per_round": self.steps_per_round,
-                "amount": self.amount,
-                "regroup_amount": self.regroup_amount,
+                "rounds": self.course.rounds,
+                "steps_per_round": self.course.steps_per_round,
+                "amount": self.ranking.amount,
                 "parameters": self._ranked,
                 "rewind": bool(self._snapshot.weights),
-                **vars(self._plan),
-                "importance": name_of(self._plan.importance),
-                **self._penalty,
+                "rewind_optimizer": self._optimizer_rewind.choice,
+                **vars(self.regrouping),
+                "importance": name_of(self.regrouping.importance),
                 "groups": [str(layer) for layer in self._groups.layers],
             }
         )
+
+
+def intersection(a: Masks, b: Masks) -> Masks:
+    """A key in one of them only: wholly alive in the other."""
+    both = {name: a[name] & b[name] for name in a.keys() & b.keys()}
+    return {**a, **b, **both}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from torch_rsst.groups.groups import Groups
 from torch_rsst.masking.mask_sets import Masks, check_masks, named_weights, penalty_mask
-from torch_rsst.penalty.hooks import Optimizers
+from torch_rsst.penalty.hooks import Optimizers, as_optimizers
 from torch_rsst.penalty.regularizer import RegularizedPruner
 from torch_rsst.regrouping.history import (
     DecidedRound,
@@ -20,6 +21,8 @@ from torch_rsst.regrouping.history import (
 )
 from torch_rsst.regrouping.keep_units import ScopeBudget
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
+from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
+from torch_rsst.utils.errors import RoundWarning
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +30,14 @@ class Chosen:
     """What a round has ranked and regrouped.
 
     Attributes:
+        ranked_mask: what the ranking leaves.
         current_mask: what is alive.
         refill_mask: what should be alive.
         budgets: units requested and realized, per scope.
         verdicts: about each unit, per layer; empty where nothing was decided, or that is known already.
     """
 
+    ranked_mask: Masks
     current_mask: Masks
     refill_mask: Masks
     budgets: tuple[ScopeBudget, ...] = ()
@@ -40,8 +45,12 @@ class Chosen:
 
     def masks(self) -> list[tuple[str, Tensor]]:
         """Every mask with a name for it."""
-        refill = [(f"refill {name}", mask) for name, mask in self.refill_mask.items()]
-        return [*self.current_mask.items(), *refill]
+        of_each = {"ranked": self.ranked_mask, "": self.current_mask, "refill": self.refill_mask}
+        return [
+            (f"{kind} {name}".strip(), mask)
+            for kind, masks in of_each.items()
+            for name, mask in masks.items()
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,34 +60,58 @@ class Round:
     Attributes:
         index: 0 … rounds − 1; −1 for the unpenalized round of ``train_first``.
         start_step: optimizer steps already made in it: 0, or more after a resume.
-        current_mask: what is alive, as ranked for this round.
-        refill_mask: what should be alive.
-        budgets: units requested and realized, per scope.
+        chosen: what was ranked and regrouped for it.
         pruner: counts the steps and, in RSST, carries the penalty.
     """
 
     index: int
     start_step: int
-    current_mask: Masks
-    refill_mask: Masks
-    budgets: tuple[ScopeBudget, ...]
+    chosen: Chosen
     pruner: RegularizedPruner
     _model: nn.Module
     _groups: Groups
-    _alive_to_penalize: Masks
+    _trained: Masks
     _history: DecisionHistory
+    _optimizer_rewind: OptimizerRewind
 
     def __repr__(self) -> str:
         return f"<Round {self.index}: {self.pruner.steps} of {self.pruner.total_steps} steps>"
 
+    @property
+    def ranked_mask(self) -> Masks:
+        """What the ranking leaves; with ``kept_units="dense"`` it masks nothing."""
+        return self.chosen.ranked_mask
+
+    @property
+    def current_mask(self) -> Masks:
+        """What is alive in this round; in Refill, before the refill mask is applied."""
+        return self.chosen.current_mask
+
+    @property
+    def refill_mask(self) -> Masks:
+        """What should be alive."""
+        return self.chosen.refill_mask
+
+    @property
+    def budgets(self) -> tuple[ScopeBudget, ...]:
+        """Units requested and realized, per scope."""
+        return self.chosen.budgets
+
     def attach(self, optimizer: Optimizers) -> None:
         """Let an optimizer that is made inside the loop, or a list, carry penalty and step count.
 
+        It takes the place of the optimizer that was passed to the rounds. Where weights were rewound for this
+        round, its state is too, as ``rewind_optimizer`` says.
+
         Raises:
-            RuntimeError: where one is attached already.
+            RuntimeError: after a step with another one.
             ValueError: where a penalized parameter is in no optimizer, or in two.
         """
-        self.pruner.attach(optimizer)
+        optimizers = as_optimizers(optimizer)
+        self._optimizer_rewind.check(optimizers)
+        self.pruner.attach(optimizers, replace=True)
+        if self.start_step == 0:
+            self._optimizer_rewind.apply(self._model, optimizers)
 
     def report(self) -> SparsityReport:
         """The sparsity of the model as it is now, with this round's refill mask and budgets."""
@@ -94,13 +127,19 @@ class Round:
         """With what the penalty has done by now, unless the round has ended."""
         if not decided.norms or decided.norms[0].after is not None:
             return decided
-        mode, strength = self.pruner.mode, self.pruner.strength
-        return replace(with_norms_now(decided, _norms(self)), mode=mode, strength=strength)
+        pruner = self.pruner
+        return replace(
+            with_norms_now(decided, _norms(self)),
+            mode=pruner.mode,
+            strength=pruner.strength,
+            below=pruner.fell_below,
+            asked=pruner.steps_to_shrink,
+        )
 
 
-def record_decision(opened: Round, verdicts: tuple[Verdicts, ...]) -> None:
+def record_decision(opened: Round) -> None:
     """Note what a round decides, with the norms that its penalty starts from."""
-    pruner = opened.pruner
+    pruner, verdicts = opened.pruner, opened.chosen.verdicts
     opened._history.begin(
         DecidedRound(opened.index, verdicts, _norms(opened), pruner.mode, pruner.strength)
     )
@@ -111,7 +150,34 @@ def record_end(closing: Round) -> None:
     closing._history.update(closing.index, closing._penalty_now)
 
 
+def warn_of_end(closing: Round) -> None:
+    """Warn of a round that was left early, or whose penalty was done too soon."""
+    pruner = closing.pruner
+    if pruner.steps < pruner.total_steps:
+        remedy = (
+            "Train longer, or lower steps_per_round."
+            if pruner.steps
+            else "Train in the round with the optimizer passed as optimizer= or to "
+            "rnd.attach(), or call rnd.pruner.step() after each step, which counts them."
+        )
+        early = ", before the penalty has its full strength" if pruner.start_norm else ""
+        warnings.warn(
+            f"Round {closing.index} closed after {pruner.steps} of steps_per_round="
+            f"{pruner.total_steps} optimizer steps{early}. {remedy}",
+            RoundWarning,
+            stacklevel=4,
+        )
+    if pruner.fell_below is not None and 2 * pruner.fell_below < pruner.steps_to_shrink:
+        warnings.warn(
+            f"Round {closing.index}: the norm of the penalized weights fell below 1 % at step "
+            f"{pruner.fell_below} of the {pruner.steps_to_shrink} over which it was to shrink: they were "
+            f"cut rather than shrunk. Pass shrink_to instead of strength, or lower the strength.",
+            RoundWarning,
+            stacklevel=4,
+        )
+
+
 def _norms(of: Round) -> tuple[UnitNorms, ...]:
     weights = named_weights(of._model)
-    penalized = penalty_mask(of._alive_to_penalize, of.refill_mask)
+    penalized = penalty_mask(of._trained, of.refill_mask)
     return measure_norms(of._groups, weights, check_masks(weights, penalized))

@@ -1,27 +1,35 @@
-"""Rounds: RSST (soft) and Refill (hard), each a few lines over the shared engine."""
+"""RSST: soft rounds. What is to go is penalized until cutting it changes little."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from torch_rsst.groups.groups import Group, GroupLayer, Groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward, LossFn
 from torch_rsst.importance.weights import Importance, remain
-from torch_rsst.masking.mask_sets import Masks, named_weights
+from torch_rsst.masking.mask_sets import Masks, alive_in, extract_mask, named_weights
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.penalty.hooks import Mode, Optimizers
-from torch_rsst.penalty.regularizer import GradScale
-from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, Ungrouped
-from torch_rsst.rounds.engine import Chosen, RegroupAmount, Rewind, Round, Rounds
-from torch_rsst.schedules import Schedule, resolve_schedule
-from torch_rsst.utils.amounts import Amount, refill_limit
-from torch_rsst.utils.errors import RoundWarning
-
-__all__ = ["RSST", "Refill", "Round", "Rounds"]
+from torch_rsst.penalty.settings import SHRINK_TO, GradScale, Penalty
+from torch_rsst.regrouping.regrouping import Decision, Scope, Ungrouped
+from torch_rsst.rounds.engine import Chosen, Rounds, intersection
+from torch_rsst.rounds.settings import (
+    Course,
+    KeptUnits,
+    Ranking,
+    RegroupAmount,
+    Regrouping,
+    Rewind,
+    RewindOptimizer,
+)
+from torch_rsst.rounds.state import plain_settings
+from torch_rsst.schedules import Schedule
+from torch_rsst.utils.amounts import Amount
+from torch_rsst.utils.errors import RoundWarning, refuse, unknown_choice
 
 
 class RSST(Rounds):
@@ -42,9 +50,14 @@ class RSST(Rounds):
         4
 
     Each round ranks the weights as they are now (global L1), regroups to whole units, and yields;
-    you train ``steps_per_round`` optimizer steps. Masked entries stay exactly 0, penalized ones
-    shrink. ``iter()`` continues and never restarts; asking for the next round closes the present
-    one; ``break`` leaves it open. Start from a trained model, or pass ``train_first=True``.
+    you train ``steps_per_round`` optimizer steps, in which the weights of units that are to go shrink.
+    ``iter()`` continues and never restarts; asking for the next round closes the present one; ``break``
+    leaves it open. Start from a trained model, or pass ``train_first=True``.
+
+    With ``kept_units="dense"`` the ranking, ``rnd.ranked_mask``, decides scores of weights and density
+    budgets and masks nothing. A unit that was penalized for a full round and is to go again is masked when
+    the next round opens; :meth:`finalize` masks the rest. With ``kept_units="sparse"`` all entries that the
+    ranking prunes are masked during training and stay masked, in kept units too.
 
     Args:
         model: the model to prune, in place.
@@ -53,7 +66,7 @@ class RSST(Rounds):
             ``rnd.attach(optimizer)``.
         steps_per_round: optimizer steps of a round, over which the penalty grows.
         rounds: how many rankings and trainings.
-        amount: what a ranking prunes: a fraction of the entries still alive, or a count.
+        amount: what a ranking prunes: a fraction of the entries that the last one left, or a count.
         regroup_amount: fraction of all units that is meant to go, None for the density budget, or
             a callable round index → fraction for a ramp. Rounded to whole units in each scope: of 3
             heads in a layer, 0.5 lets 2 go; ``scope="type"`` comes nearer. An int counts the units
@@ -62,7 +75,11 @@ class RSST(Rounds):
         scope: what units compete with: ``"layer"``, ``"type"`` or ``"global"``.
         rewind: after each choice of a mask, put surviving weights back to those at construction
             (``"init"``) or to a state dict; None keeps them.
-        dense_training: let masked entries of kept units train too, until the next ranking.
+        rewind_optimizer: what becomes of the optimizers' moments then: ``"reset"`` starts them anew,
+            ``"init"`` puts them back to those at construction, a state dict (a list of them for several
+            optimizers) to those; ``"keep"`` leaves them. Learning rates stay as they are.
+        kept_units: ``"dense"`` or ``"sparse"``, see above.
+        dense_training: the older name: True for ``kept_units="dense"``, False for ``"sparse"``.
         train_first: yield one unpenalized round, of index −1, before the first.
         parameters: what to rank, as (module, name) pairs or dense names; by default the ranked
             members of the groups.
@@ -72,7 +89,10 @@ class RSST(Rounds):
         freeze_masked: hold masked latents as they are, see :func:`freeze_masked`; otherwise they
             drift under momentum and weight decay, which shows when they come back.
         schedule: of the penalty, see :class:`RegularizedPruner`; as are the arguments that follow.
-        strength: λ at the end of a round.
+        strength: λ at the end of a round, instead of ``shrink_to``: its effect grows with the steps.
+        shrink_to: what the penalty leaves of the weights in P over a round, however many steps it has.
+            Not with ``strength``, a callable ``schedule`` or ``mode="coupled"``, which turn it off.
+        shrink_by: the share of a round by which it has; λ is 0 afterwards.
         mode: ``"auto"``, ``"coupled"`` or ``"decoupled"``.
         block_loss_grad: also zero the gradient of the loss on P.
         accumulation_steps: backward passes per step; used without an optimizer only.
@@ -86,6 +106,11 @@ class RSST(Rounds):
     Raises:
         TypeError, ValueError, KeyError: for arguments out of range or groups of another model;
             nothing has been changed then.
+
+    Warns:
+        RoundWarning: for an int ``amount`` or ``regroup_amount`` that is a tiny share of what it counts; when
+            a round closes, for fewer than ``steps_per_round`` steps, and where P fell below 1 % of its norm
+            before half of the steps that it was to take.
     """
 
     def __init__(
@@ -101,7 +126,9 @@ class RSST(Rounds):
         importance: str | Importance = "magnitude",
         scope: Scope = "layer",
         rewind: Rewind = None,
-        dense_training: bool = False,
+        rewind_optimizer: RewindOptimizer = "reset",
+        kept_units: KeptUnits | None = None,
+        dense_training: bool | None = None,
         train_first: bool = False,
         parameters: Iterable[Parameter | str] | None = None,
         min_keep: int = 1,
@@ -109,7 +136,9 @@ class RSST(Rounds):
         ungrouped: Ungrouped = "keep",
         freeze_masked: bool = False,
         schedule: str | Schedule = "exp_custom_exponents",
-        strength: float = 0.5,
+        strength: float | None = None,
+        shrink_to: float | None = SHRINK_TO,
+        shrink_by: float = 1.0,
         mode: Mode = "auto",
         block_loss_grad: bool = False,
         accumulation_steps: int = 1,
@@ -118,34 +147,64 @@ class RSST(Rounds):
         forward: Forward | None = None,
         loss_fn: LossFn | None = None,
     ) -> None:
-        self.dense_training = dense_training
+        self.kept_units = _kept_units(kept_units, dense_training)
         super().__init__(
             model,
             groups,
-            RegroupPlan(importance, scope, 0.0, min_keep, round_to, ungrouped),
             optimizer=optimizer,
-            steps_per_round=steps_per_round,
-            rounds=rounds,
-            amount=amount,
-            regroup_amount=regroup_amount,
-            rewind=rewind,
-            train_first=train_first,
-            parameters=parameters,
-            freeze_masked=freeze_masked,
+            course=Course(
+                steps_per_round, rounds, rewind, rewind_optimizer, train_first, freeze_masked
+            ),
+            ranking=Ranking(amount, parameters),
+            regrouping=Regrouping(
+                importance, scope, 0.0, min_keep, round_to, ungrouped, regroup_amount
+            ),
+            penalty=Penalty(
+                schedule,
+                strength,
+                shrink_to,
+                shrink_by,
+                mode,
+                block_loss_grad,
+                accumulation_steps,
+                grad_scale,
+            ),
             data=DataSource(batches, forward, loss_fn),
-            penalty={
-                "schedule": resolve_schedule(schedule, strength),
-                "mode": mode,
-                "block_loss_grad": block_loss_grad,
-                "accumulation_steps": accumulation_steps,
-                "grad_scale": grad_scale,
-            },
         )
 
-    def _choose(self, index: int, plan: RegroupPlan) -> Chosen:
-        chosen = super()._choose(index, plan)
-        final = _intersection(chosen.current_mask, chosen.refill_mask)
-        self._warn_of_emptied_layers(index, final)
+    def _trained_with(self, chosen: Chosen) -> Masks:
+        return chosen.current_mask
+
+    def _mask_to_rank(self) -> Masks:
+        """What the last ranking left, as far as it is alive."""
+        alive = super()._mask_to_rank()
+        return alive if self._last is None else intersection(alive, self._last.ranked_mask)
+
+    def _alive(self, ranked: Masks) -> Masks:
+        if self.kept_units == "sparse":
+            return ranked
+        weights, masks = named_weights(self._model), extract_mask(self._model)
+        return {name: alive_in(weights, masks, name) for name in ranked}
+
+    def _without_gone(self, alive: Masks, decision: Decision) -> Masks:
+        """Dense: without the units that were penalized for the whole last round, and are to go again."""
+        last, decided = self._last, self._history.rounds
+        if self.kept_units == "sparse" or last is None or not decided:
+            return alive
+        if decided[-1].index != last.index or last.pruner.steps < self.course.steps_per_round:
+            return alive
+        weights, current = named_weights(self._model), dict(alive)
+        for layer, before, kept in zip(
+            self._groups.layers, decided[-1].verdicts, decision.kept, strict=True
+        ):
+            for member in layer.members:
+                stays = member.spread(before.kept | kept, weights[member.parameter])
+                current[member.parameter] = current[member.parameter] & stays
+        return current
+
+    def _choose(self, index: int) -> Chosen:
+        chosen = super()._choose(index)
+        self._warn_of_emptied_layers(index, self._final_mask(chosen))
         return chosen
 
     def _warn_of_emptied_layers(self, index: int, final: Masks) -> None:
@@ -154,148 +213,35 @@ class RSST(Rounds):
         left = {
             layer: int((remain(layer, weights, final) > 0).sum()) for layer in self._groups.layers
         }
-        least = self._plan.min_keep
+        least = self.regrouping.min_keep
         emptied = [f"{layer} keeps {n}" for layer, n in left.items() if n < min(least, layer.units)]
         if emptied:
             warnings.warn(
                 f"Round {index}: the ranking leaves layers fewer living units than min_keep={least}: "
                 f"{'; '.join(emptied[:5])}. Lower amount or rounds, rank fewer parameters, or use "
-                f"Refill, which gives kept units their weights back.",
+                f"kept_units='dense' or Refill, which keep units whole.",
                 RoundWarning,
                 stacklevel=4,
             )
 
-    def _training_mask(self, current: Masks, refill: Masks) -> Masks:
-        return _union(current, refill) if self.dense_training else current
-
-    def _alive_to_penalize(self, current: Masks, refill: Masks) -> Masks:
-        return current
-
-    def _final_mask(self, current: Masks, refill: Masks) -> Masks:
-        return _intersection(current, refill)
-
-    def _mask_to_rank(self) -> Masks:
-        alive = super()._mask_to_rank()
-        if self.dense_training and self._last is not None:
-            return _intersection(alive, self._last.current_mask)
-        return alive
-
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "dense_training": self.dense_training}
+        penalty = {**vars(self.penalty), "schedule": self.penalty.base_schedule}
+        del penalty["strength"]  # the schedule holds it
+        return {
+            **super()._settings(),
+            **plain_settings(penalty),
+            "kept_units": self.kept_units,
+        }
 
 
-class Refill(Rounds):
-    """Hard: the refill mask is applied at once; kept units are dense again.
-
-    Example:
-        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
-        >>> groups = torch_rsst.find_groups(mlp)
-        >>> optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
-        >>> refill = torch_rsst.Refill(
-        ...     mlp, groups, optimizer=optimizer, rounds=1, steps_per_round=10, regroup_amount=0.5
-        ... )
-        >>> for rnd in refill:
-        ...     for _ in range(rnd.start_step, 10):
-        ...         optimizer.zero_grad()
-        ...         mlp(torch.randn(16, 4)).square().mean().backward()
-        ...         optimizer.step()
-        >>> refill.finalize()
-        >>> torch_rsst.sparsity_report(mlp, groups).gone("neurons")
-        4
-
-    Each round ranks the weights as they are now (global L1), regroups to whole units, masks those
-    that go, gives kept units all their entries back (with the values that ``weight_orig`` holds),
-    and yields; you train ``steps_per_round`` optimizer steps under the refill mask.
-
-    Args:
-        fillback_rate: the share of what would go that is given back, of a ``regroup_amount`` too:
-            of 100 units, 0.5 and 0.1 let 45 go. With ``regroup_amount=None``
-            the units then settle at f / (1 − (1 − amount)(1 − f)), 36 % at 0.2 and 0.1.
-        regroup_amount: fraction of all units that goes, an int or a callable as for :class:`RSST`, or
-            None to keep as many as the density after ranking says.
-        reset_moments: entries that come back start with momentum and running averages of 0 in the
-            ``optimizer``; by default they go on with what it remembers of them.
-
-    The other arguments are those of :class:`RSST`.
-
-    Warns:
-        RoundWarning: where ``rounds`` and ``amount`` ask for fewer than the fillback lets go.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        groups: Groups | Iterable[Group] | Iterable[GroupLayer],
-        *,
-        optimizer: Optimizers | None = None,
-        steps_per_round: int,
-        rounds: int = 20,
-        amount: Amount = 0.2,
-        regroup_amount: RegroupAmount = None,
-        fillback_rate: float = 0.1,
-        importance: str | Importance = "magnitude",
-        scope: Scope = "layer",
-        rewind: Rewind = None,
-        train_first: bool = False,
-        parameters: Iterable[Parameter | str] | None = None,
-        min_keep: int = 1,
-        round_to: int | None = None,
-        ungrouped: Ungrouped = "keep",
-        freeze_masked: bool = False,
-        reset_moments: bool = False,
-        batches: Batches | None = None,
-        forward: Forward | None = None,
-        loss_fn: LossFn | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            groups,
-            RegroupPlan(importance, scope, fillback_rate, min_keep, round_to, ungrouped),
-            optimizer=optimizer,
-            steps_per_round=steps_per_round,
-            rounds=rounds,
-            amount=amount,
-            regroup_amount=regroup_amount,
-            rewind=rewind,
-            train_first=train_first,
-            parameters=parameters,
-            freeze_masked=freeze_masked,
-            reset_moments=reset_moments,
-            data=DataSource(batches, forward, loss_fn),
-            penalty={},
-        )
-        self._warn_about_limit()
-
-    def _warn_about_limit(self) -> None:
-        if self.regroup_amount is not None or not isinstance(self.amount, float):
-            return
-        limit = refill_limit(self.amount, self._plan.fillback_rate)
-        target = (1.0 - self.amount) ** self.rounds
-        if target < limit and self._plan.fillback_rate > 0:
-            warnings.warn(
-                f"{self.rounds} rounds at amount={self.amount} ask for {target:.1%} of the weights, "
-                f"but with fillback_rate={self._plan.fillback_rate} the units settle at "
-                f"{limit:.0%}. Lower fillback_rate; for an exact share, pass regroup_amount and "
-                f"fillback_rate=0.",
-                RoundWarning,
-                stacklevel=3,
-            )
-
-    def _training_mask(self, current: Masks, refill: Masks) -> Masks:
-        return refill
-
-    def _alive_to_penalize(self, current: Masks, refill: Masks) -> Masks:
-        return refill  # what should be alive is: nothing is left to penalize
-
-    def _final_mask(self, current: Masks, refill: Masks) -> Masks:
-        return refill
-
-
-def _union(a: Masks, b: Masks) -> Masks:
-    return {name: a[name] | b[name] if name in b else a[name] for name in a}
-
-
-def _intersection(a: Masks, b: Masks) -> Masks:
-    """A key in one of them only: wholly alive in the other."""
-    both = {name: a[name] & b[name] for name in a.keys() & b.keys()}
-    return {**a, **b, **both}
+def _kept_units(kept_units: KeptUnits | None, dense_training: bool | None) -> KeptUnits:
+    if dense_training is not None:
+        if kept_units is not None:
+            expected, got = "kept_units alone", f"dense_training={dense_training} as well"
+            refuse(ValueError, "kept_units", expected, got, "Leave dense_training out.")
+        return "dense" if dense_training else "sparse"
+    if kept_units is None:
+        return "dense"
+    if kept_units not in get_args(KeptUnits):
+        raise ValueError(unknown_choice("kept_units", kept_units, get_args(KeptUnits)))
+    return kept_units

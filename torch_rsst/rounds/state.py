@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -14,9 +15,16 @@ from torch_rsst.masking.mask_sets import Masks, as_masks, check_masks
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.regrouping.history import DecidedRound
 from torch_rsst.regrouping.keep_units import ScopeBudget
+from torch_rsst.rounds.round import Chosen
 from torch_rsst.utils.errors import check_keys, message, refuse
 
 SUBJECT = "state of rounds"
+
+FORMAT = 2
+"""The version of the format. States of version 1 do not say theirs."""
+
+# What a setting that states did not always hold meant before they did.
+_BEFORE = {"kept_units": "sparse", "shrink_to": None, "shrink_by": 1.0, "rewind_optimizer": "keep"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,17 +34,13 @@ class RoundState:
     Attributes:
         index: of the round.
         open: whether it is in training.
-        current_mask: what is alive, as ranked for it.
-        refill_mask: what should be alive.
-        budgets: units requested and realized, per scope.
+        chosen: what was ranked and regrouped for it.
         pruner: the state of its regularizer.
     """
 
     index: int
     open: bool
-    current_mask: Masks
-    refill_mask: Masks
-    budgets: tuple[ScopeBudget, ...]
+    chosen: Chosen
     pruner: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,25 +48,26 @@ class RoundState:
         return {
             "index": self.index,
             "open": self.open,
-            "current_mask": {k: v.clone() for k, v in self.current_mask.items()},
-            "refill_mask": {k: v.clone() for k, v in self.refill_mask.items()},
-            "budgets": [asdict(budget) for budget in self.budgets],
+            **{name: _copied(getattr(self.chosen, name)) for name in _MASKS},
+            "budgets": [asdict(budget) for budget in self.chosen.budgets],
             "pruner": dict(self.pruner),
         }
 
     @classmethod
     def read(cls, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> RoundState:
         """What :meth:`to_dict` has made, for a model with these weights."""
-        parts = ("index", "open", "current_mask", "refill_mask", "budgets", "pruner")
-        check_keys(state, parts, "state of a round")
-        return cls(
-            index=state["index"],
-            open=state["open"],
-            current_mask=check_masks(weights, as_masks(state["current_mask"])),
-            refill_mask=check_masks(weights, as_masks(state["refill_mask"])),
-            budgets=tuple(ScopeBudget(**budget) for budget in state["budgets"]),
-            pruner=state["pruner"],
-        )
+        check_keys(state, ("index", "open", *_MASKS, "budgets", "pruner"), "state of a round")
+        budgets = tuple(ScopeBudget(**budget) for budget in state["budgets"])
+        ranked, current, refill = (check_masks(weights, as_masks(state[name])) for name in _MASKS)
+        chosen = Chosen(ranked, current, refill, budgets)
+        return cls(state["index"], state["open"], chosen, state["pruner"])
+
+
+_MASKS = ("ranked_mask", "current_mask", "refill_mask")
+
+
+def _copied(masks: Masks) -> Masks:
+    return {name: mask.clone() for name, mask in masks.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +79,7 @@ class RoundsState:
         next_index: of the round to come.
         finalized: whether the last masks were applied for good.
         snapshot: what weights are rewound to.
+        optimizer_states: what optimizers are rewound to.
         masks: the model's, before the first round.
         round: the latest, None before the first.
         decisions: of the rounds so far; none in states that were written before these were kept.
@@ -83,6 +89,7 @@ class RoundsState:
     next_index: int
     finalized: bool
     snapshot: Snapshot
+    optimizer_states: tuple[Mapping[str, Any], ...]
     masks: Masks
     round: RoundState | None
     decisions: Sequence[DecidedRound]
@@ -90,10 +97,12 @@ class RoundsState:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python and tensors (copies)."""
         return {
+            "format": FORMAT,
             "settings": dict(self.settings),
             "next_index": self.next_index,
             "finalized": self.finalized,
             "snapshot": self.snapshot.state(),
+            "optimizer_states": copy.deepcopy(list(self.optimizer_states)),
             "masks": self.masks,
             "round": None if self.round is None else self.round.to_dict(),
             "decisions": [decided.state() for decided in self.decisions],
@@ -123,6 +132,7 @@ class RoundsState:
         """
         parts = ("settings", "next_index", "finalized", "snapshot", "masks", "round")
         check_keys(state, parts, SUBJECT)
+        state = _up_to_date(state)
         _check_settings(state["settings"], settings)
         check_keys(state["snapshot"], ("weights", "buffers"), "rewind snapshot")
         saved = state["round"]
@@ -134,16 +144,40 @@ class RoundsState:
             next_index=state["next_index"],
             finalized=state["finalized"],
             snapshot=Snapshot.from_state(state["snapshot"]),
+            optimizer_states=tuple(copy.deepcopy(list(state["optimizer_states"]))),
             masks=check_masks(weights, as_masks(state["masks"])),
             round=None if saved is None else round_,
             decisions=[DecidedRound.from_state(d, groups) for d in state.get("decisions", ())],
         )
 
 
+def _up_to_date(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of any version in the present format.
+
+    Raises:
+        ValueError: for a version that is not known yet.
+    """
+    version = state.get("format", 1)
+    if not isinstance(version, int) or not 1 <= version <= FORMAT:
+        remedy = "It was written by a later torch_rsst: load it with that one."
+        refuse(ValueError, SUBJECT, f"format {FORMAT} or older", version, remedy)
+    settings = {**_BEFORE, **state["settings"]}
+    up_to_date = {"optimizer_states": (), **state, "settings": settings}
+    saved = state["round"]
+    if version == 1 and isinstance(saved, Mapping) and "current_mask" in saved:
+        ranked = current = saved["current_mask"]
+        if settings.pop("dense_training", False):
+            settings["kept_units"] = "dense"
+            kept = saved["refill_mask"]
+            current = {n: mask | kept[n] if n in kept else mask for n, mask in ranked.items()}
+        up_to_date["round"] = {**saved, "ranked_mask": ranked, "current_mask": current}
+    return up_to_date
+
+
 def _check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    if saved == own:
-        return
     differing = [key for key in own if saved.get(key) != own[key]]
+    if not differing:
+        return
     refuse(
         ValueError,
         SUBJECT,

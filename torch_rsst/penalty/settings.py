@@ -1,0 +1,149 @@
+"""The arguments of a penalty: checked once, for the regularizer, for rounds and for their saved state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+
+from torch_rsst.penalty.hooks import Mode
+from torch_rsst.schedules import Schedule, resolve_schedule
+from torch_rsst.utils.amounts import check_count, check_fraction, check_number
+from torch_rsst.utils.errors import refuse, unknown_choice
+
+GradScale: TypeAlias = float | Callable[[], float]
+
+MODES = ("auto", "coupled", "decoupled")
+
+
+class Default(float):
+    """The number that holds unless another argument replaces it; an equal one that is passed is not one."""
+
+
+STRENGTH = Default(0.5)
+SHRINK_TO = Default(0.01)
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """How the weights in P are shrunk; see :class:`torch_rsst.RegularizedPruner`.
+
+    After construction either ``strength`` or ``shrink_to`` is set, or neither, for a callable schedule.
+
+    Raises:
+        TypeError, ValueError: for values out of range, or for arguments that exclude each other.
+    """
+
+    schedule: str | Schedule = "exp_custom_exponents"
+    strength: float | None = None
+    shrink_to: float | None = SHRINK_TO
+    shrink_by: float = 1.0
+    mode: Mode = "auto"
+    block_loss_grad: bool = False
+    accumulation_steps: int = 1
+    grad_scale: GradScale | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self.accumulation_steps, "accumulation_steps", at_least=1)
+        if self.grad_scale is not None and not callable(self.grad_scale):
+            check_number(self.grad_scale, "grad_scale", above=0)
+        if self.mode not in MODES:
+            raise ValueError(unknown_choice("mode", self.mode, MODES))
+        resolve_schedule(self.schedule, STRENGTH if self.strength is None else self.strength)
+        check_fraction(self.shrink_by, "shrink_by")
+        if self.shrink_to is not None:
+            check_fraction(self.shrink_to, "shrink_to")
+        shrink_to = self._chosen_shrink_to()
+        by_name = isinstance(self.schedule, str) and shrink_to is None
+        strength = STRENGTH if self.strength is None else self.strength
+        object.__setattr__(self, "strength", float(strength) if by_name else None)
+        object.__setattr__(self, "shrink_to", shrink_to)
+
+    def _chosen_shrink_to(self) -> float | None:
+        """``shrink_to``, None where another argument says how strong the penalty is."""
+        expected, got, remedy = "", "", ""
+        if not isinstance(self.strength, Default | None):
+            expected, got = "one argument for the strength", f"strength={self.strength:g} as well"
+            remedy = "Pass strength or shrink_to, not both."
+        elif not isinstance(self.schedule, str):
+            expected, got = (
+                "a named schedule, which it scales",
+                "a callable, which returns λ itself",
+            )
+            remedy = "Leave shrink_to out, or pass schedule='linear', for example."
+        elif self.mode == "coupled":
+            expected, got = "mode='auto' or 'decoupled'", "'coupled', whose effect depends on lr"
+            remedy = "Pass strength for a coupled penalty."
+        if not expected or self.shrink_to is None:
+            return None if self.shrink_to is None else float(self.shrink_to)
+        if not isinstance(self.shrink_to, Default):
+            refuse(ValueError, "shrink_to", expected, got, remedy)
+        return None
+
+    @property
+    def effective_mode(self) -> Mode:
+        """``mode``; ``"decoupled"`` where ``shrink_to`` says by how much weights shrink."""
+        return self.mode if self.shrink_to is None else "decoupled"
+
+    @property
+    def base_schedule(self) -> Schedule:
+        """The schedule before ``shrink_to`` scales it."""
+        return resolve_schedule(self.schedule, 1.0 if self.strength is None else self.strength)
+
+    def schedule_of(self, total_steps: int) -> Schedule:
+        """The schedule over so many steps.
+
+        Raises:
+            ValueError: where no step is early enough for ``shrink_by``.
+        """
+        if self.shrink_to is None:
+            return self.base_schedule
+        return scaled(self.base_schedule, self.shrink_to, self.shrink_by, total_steps)
+
+    def steps_to_shrink(self, total_steps: int) -> int:
+        """The step by which P is to be shrunk."""
+        return total_steps if self.shrink_to is None else round(self.shrink_by * total_steps)
+
+
+@dataclass(frozen=True)
+class ScaledSchedule:
+    """λ(t) = scale · schedule(t) while t ≤ until, then 0."""
+
+    schedule: Schedule
+    scale: float
+    until: float
+
+    def __call__(self, t: float) -> float:
+        return min(1.0, self.scale * self.schedule(t)) if t <= self.until else 0.0
+
+
+@lru_cache(maxsize=64)  # each round asks for the same
+def scaled(
+    schedule: Schedule, shrink_to: float, shrink_by: float, total_steps: int
+) -> ScaledSchedule:
+    """Scale a schedule so that Π (1 − λ) over the steps up to t = ``shrink_by`` is ``shrink_to``.
+
+    The scale is found by bisection, to the last bit.
+
+    >>> from torch_rsst.schedules import Polynomial
+    >>> math.prod(1 - scaled(Polynomial(1, 1.0), 0.01, 1.0, 30)(k / 30) for k in range(1, 31))
+    0.01...
+    """
+    times = (step / total_steps for step in range(1, total_steps + 1))
+    shape = torch.tensor([schedule(t) for t in times if t <= shrink_by], dtype=torch.float64)
+    if not bool((shape > 0).any()):
+        expected = f"at least 1, as none of {total_steps} steps ends before shrink_by={shrink_by:g}"
+        remedy = f"Raise shrink_by to {1 / total_steps:.3g} or more, or train more steps."
+        refuse(ValueError, "shrink_to", expected, f"{shrink_to:g}", remedy)
+    low, high = 0.0, 1.0 / float(shape.max())  # λ is 1 at most
+    while low < (middle := (low + high) / 2) < high:
+        left = math.fsum(torch.log1p(-middle * shape).tolist())
+        if shrink_to and left <= math.log(shrink_to):
+            high = middle
+        else:
+            low = middle
+    return ScaledSchedule(schedule, high, shrink_by)

@@ -1,0 +1,114 @@
+"""The arguments of rounds: a frozen dataclass for each concern, for checks, defaults and saved state.
+
+That of the penalty is :class:`torch_rsst.penalty.settings.Penalty`, that of the data
+:class:`torch_rsst.importance.batches.DataSource`. The constructors of RSST and Refill take the same
+names as flat keywords.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from torch_rsst.distributed.dtensor import total
+from torch_rsst.groups.groups import Groups
+from torch_rsst.masking.mask_sets import alive_in
+from torch_rsst.masking.parameter_ref import Parameter
+from torch_rsst.regrouping.regrouping import RegroupPlan, scopes_of
+from torch_rsst.utils.amounts import Amount, check_amount, check_count, plain_amount
+from torch_rsst.utils.errors import RoundWarning, refuse
+
+RegroupAmount: TypeAlias = Amount | Callable[[int], Amount] | None
+Rewind: TypeAlias = Literal["init"] | Mapping[str, Tensor] | None
+RewindOptimizer: TypeAlias = (
+    Literal["reset", "init", "keep"] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+)
+KeptUnits: TypeAlias = Literal["dense", "sparse"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How many rounds, how long they are, and what happens when one opens."""
+
+    steps_per_round: int
+    rounds: int = 20
+    rewind: Rewind = None
+    rewind_optimizer: RewindOptimizer = "reset"
+    train_first: bool = False
+    freeze_masked: bool = False
+    reset_moments: bool = False
+
+    def __post_init__(self) -> None:
+        check_count(self.steps_per_round, "steps_per_round", at_least=1)
+        check_count(self.rounds, "rounds", at_least=1)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a round's ranking prunes of what."""
+
+    amount: Amount = 0.2
+    parameters: Iterable[Parameter | str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "amount", plain_amount(self.amount))
+
+    def check(self, weights: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> None:
+        """Raise where a count is more than there is, warn where it looks like a percentage."""
+        if isinstance(self.amount, int):
+            entries = sum(int(total(alive_in(weights, alive, n))) for n in weights)
+            _check_meaning(self.amount, "amount", entries, "weights alive", "in each round")
+
+
+@dataclass(frozen=True)
+class Regrouping(RegroupPlan):
+    """What is to go, and by what units compete."""
+
+    regroup_amount: RegroupAmount = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.regroup_amount is None:
+            if self.ungrouped == "element":
+                remedy = "Pass regroup_amount, or ungrouped='keep'."
+                got = "regroup_amount=None"
+                refuse(ValueError, "ungrouped='element'", "an amount", got, remedy)
+        elif not callable(self.regroup_amount):
+            check_amount(self.regroup_amount, "regroup_amount")
+            object.__setattr__(self, "regroup_amount", plain_amount(self.regroup_amount))
+
+    def check(self, groups: Groups) -> None:
+        """Raise where a count is more than a scope has, warn where it looks like a percentage."""
+        if isinstance(self.regroup_amount, int):
+            units = {
+                f"{kind} of {name or 'the model'}": sum(groups.layers[i].units for i in positions)
+                for (name, kind), positions in scopes_of(groups, self.scope).items()
+            }
+            for scope, count in units.items():
+                _check_meaning(self.regroup_amount, "regroup_amount", count, scope, "in each scope")
+
+    def amount_of(self, index: int) -> Amount | None:
+        """``regroup_amount`` of a round."""
+        if not callable(self.regroup_amount):
+            return self.regroup_amount
+        amount = self.regroup_amount(index)
+        check_amount(amount, f"regroup_amount of round {index}")
+        return amount
+
+
+def _check_meaning(amount: int, subject: str, available: int, of: str, where: str) -> None:
+    if amount > available:
+        expected = f"at most {available:,}, as many as there are {of}: an int is a count {where}"
+        remedy = "Pass a float for a share, such as 0.5 for half."
+        refuse(ValueError, subject, expected, amount, remedy)
+    if 2 <= amount <= 100 and amount < 0.01 * available:
+        warnings.warn(
+            f"{subject}={amount} is a count: {amount} of {available:,} {of} ({amount / available:.2g} of "
+            f"them) {where}. For {amount} %, pass {amount / 100:g}.",
+            RoundWarning,
+            stacklevel=6,
+        )
