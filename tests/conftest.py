@@ -75,10 +75,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
+        b, n, _ = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         weights = self.dropout((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1))
-        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
+        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, -1))
 
 
 class Mlp(nn.Module):
