@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_rsst.utils import bool_ops as flags
 
-COMPARISONS = {"<": torch.lt, "<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq}
+COMPARISONS = {"<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq}
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64]
 INTEGERS = st.lists(st.integers(-3, 3), max_size=40)
 

@@ -139,7 +139,7 @@ class Ranking:
         """
         if not 0 <= k <= self.available:
             refuse(ValueError, "k", f"0 to {self.available} candidates", k, "Lower the amount.")
-        search, nan = self._narrowed(k) if self._numpy and k else self._unnarrowed(k)
+        search, nan = self._few(k) if self._numpy and k else self._all(k)
         if nan:
             self._refuse_nan()
         key, place = self._key_type.lowest, self._entries
@@ -147,8 +147,8 @@ class Ranking:
             key, place = search.run(place, device=self._device, all_reduce=self._all_reduce)
         return Cut(self._blocks, self._wholes, self._size, self._workers, key, place)
 
-    def _narrowed(self, k: int) -> tuple[Search, int]:
-        """What to search, and how many entries are NaN; on the CPU, in a single pass."""
+    def _few(self, k: int) -> tuple[Search, int]:
+        """A search among few entries, and how many of all entries are NaN: a single pass, on the CPU."""
         return narrowed(
             self._counted,
             k,
@@ -159,8 +159,8 @@ class Ranking:
             all_reduce=self._all_reduce,
         )
 
-    def _unnarrowed(self, k: int) -> tuple[Search, int]:
-        """The same: all entries."""
+    def _all(self, k: int) -> tuple[Search, int]:
+        """A search among all entries, and how many of them are NaN."""
         nan = self._total(block.number_nan() for block in self._counted)
         return Search(self._counted, k, self._key_type.lowest, self._key_type.highest), nan
 

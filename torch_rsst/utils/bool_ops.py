@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Comparison = Literal["<", "<=", ">", ">=", "=="]
+Comparison = Literal["<=", ">", ">=", "=="]
 
-_PYTORCH = {"<": torch.lt, "<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq}
+_PYTORCH = {"<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq}
 _NUMPY = {
-    "<": np.less,
     "<=": np.less_equal,
     ">": np.greater,
     ">=": np.greater_equal,
