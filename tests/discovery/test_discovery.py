@@ -25,6 +25,13 @@ def mlp(width: int = 4, hidden: int = 6) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
+class Beside(nn.Sequential):
+    """Modules that do not feed each other."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [part(x) for part in self]
+
+
 def table(groups: Groups) -> list[tuple[str, str, int]]:
     return [(layer.name, layer.kind, layer.units) for layer in groups.layers]
 
@@ -262,7 +269,6 @@ def test_mlps_that_cannot_be_cut_exactly(
     [
         nn.Sequential(nn.Linear(4, 6), nn.Linear(5, 4)),  # two layers that do not fit: no MLP
         nn.Sequential(nn.Linear(4, 6), nn.ReLU()),
-        nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 4)),
     ],
 )
 def test_what_is_no_mlp_is_passed_over_in_silence(model: nn.Module) -> None:
@@ -384,7 +390,7 @@ def test_the_reason_is_given_where_a_named_kind_is_missing() -> None:
 
 
 def test_reasons_are_said_once_where_nothing_is_found() -> None:
-    model = nn.Sequential(*(normed_mlp() for _ in range(5)))
+    model = Beside(*(normed_mlp() for _ in range(5)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match="units of kind") as caught:
@@ -424,7 +430,7 @@ def test_an_example_that_does_not_reach_a_module_is_not_asked_for_again() -> Non
     assert "spare (neurons): it is not called when the model runs on example_inputs; pass some" in (
         refusals(model, example_inputs=x)
     )
-    assert len(find_groups(model, example_inputs=(x, True))) == 12
+    assert len(find_groups(model, example_inputs=(x, True))) == 6 + 6 + 4
 
 
 def test_a_missing_name_is_shown_as_it_was_written() -> None:
@@ -439,7 +445,7 @@ def test_a_missing_name_is_shown_as_it_was_written() -> None:
 
 
 def test_the_warning_lists_the_first_few() -> None:
-    model = nn.Sequential(*(normed_mlp() for _ in range(5)), mlp())
+    model = Beside(*(normed_mlp() for _ in range(5)), mlp())
     with pytest.warns(UnsupportedModuleWarning, match=r"No groups for 5 module.*; and 2 more"):
         assert len(find_groups(model)) == 6
 
@@ -476,7 +482,10 @@ def test_a_family_is_added_with_one_object() -> None:
     try:
         model = nn.Sequential(Factorized(), mlp(4))
         groups = find_groups(model, example_inputs=tokens)
-        assert table(groups) == [("0", "channels", 3), ("1", "neurons", 6)]
+        assert table(groups) == [
+            *(("0", "channels", 3), ("1", "neurons", 6)),
+            ("0.high", "neurons", 4),
+        ]
         assert groups.layers[0].family == "Ranks"
         assert "padding row" in refusals(nn.Sequential(Factorized(padding_idx=0)))
     finally:

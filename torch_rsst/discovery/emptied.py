@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rsst.masking.live_weight import MASK, ORIG, make_live
+from torch_rsst.masking.parameter_ref import ParameterRef
+
 
 class BiasOnly(nn.Module):
     """What a layer computes once all of its units are gone: the bias of its output layer.
@@ -25,11 +28,12 @@ class BiasOnly(nn.Module):
         linear = isinstance(output, nn.Linear)
         self.out_features = output.out_features if linear else output.out_channels
         self.dim = -1 if linear else -3  # of features: the last, or the channels of an image
-        self.bias = output.bias
+        keep_bias(self, output)
         self.register_buffer("_like", output.weight.new_zeros(()), persistent=False)
         self.train(output.training)
 
     _like: Tensor
+    bias: Tensor | None
 
     @property
     def weight(self) -> Tensor:
@@ -42,6 +46,17 @@ class BiasOnly(nn.Module):
         shape = (*before, self.out_features, *after)
         out = torch.zeros(shape, dtype=self._like.dtype, device=self._like.device)
         return out if self.bias is None else out + self.bias.reshape(-1, *[1] * len(after))
+
+
+def keep_bias(module: nn.Module, output: nn.Module) -> None:
+    """Give a module the bias of a layer, under its mask if it has one."""
+    ref = ParameterRef(output, "bias")
+    module.register_parameter("bias", output._parameters.get("bias"))
+    if ref.is_masked:
+        del module._parameters["bias"]
+        module.register_parameter("bias" + ORIG, ref.original)
+        module.register_buffer("bias" + MASK, ref.mask)
+        make_live(module, "bias")
 
 
 class NoFeatures(nn.Module):

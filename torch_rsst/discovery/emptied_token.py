@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rsst.discovery.emptied import keep_bias
+
 
 class BiasOnlyToken(nn.Module):
     """What an attention of one token to all others computes once it has no heads.
@@ -24,12 +26,13 @@ class BiasOnlyToken(nn.Module):
         super().__init__()
         assert isinstance(output, nn.Linear)
         self.out_features = output.out_features
-        self.bias = output.bias
+        keep_bias(self, output)
         like = output.weight.new_zeros(())
         self.register_buffer("_like", like, persistent=False)
         self.train(output.training)
 
     _like: Tensor
+    bias: Tensor | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bias for every item of the batch; whatever else is passed is not needed."""

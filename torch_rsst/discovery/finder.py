@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -81,14 +82,13 @@ def find_groups(
         raise ValueError(_not_understood(refused))
     # Before the warning, whose reasons the error gives.
     _require(kinds, groups.layers, refused, lambda: survey(bare, example_inputs=example_inputs)[0])
-    if on_unsupported == "warn" and (sentences := _not_told_yet(groups, refused, kinds)):
-        warnings.warn(" ".join(sentences), UnsupportedModuleWarning, stacklevel=2)
+    if on_unsupported == "warn":
+        for sentence in _to_be_told(groups, refused, kinds):
+            warnings.warn(sentence, UnsupportedModuleWarning, stacklevel=2)
     return groups
 
 
-def _not_told_yet(
-    groups: Groups, refused: Sequence[Unsupported], kinds: Sequence[str]
-) -> list[str]:
+def _to_be_told(groups: Groups, refused: Sequence[Unsupported], kinds: Sequence[str]) -> list[str]:
     """What a user should know of units that are not there, or cannot be cut."""
     sentences = [_not_understood(refused)] if refused else []
     told = [item.layer for item in refused]
@@ -158,16 +158,33 @@ def _ask_adapters(
         if isinstance(adapter, WholeModelAdapter) and set(adapter.kinds) & set(kinds):
             taken = {(m.parameter, m.dim) for layer in layers for m in layer.members}
             answers = adapter.survey(model, probe.example_inputs, taken)
-            refused.extend(item for item in answers.refused if item.kind in kinds)
             reasons.update(answers.reasons)
-            for found in answers.layers:
-                if found.kind not in kinds:
+            offered = [_checked(layer, refs) for layer in answers.layers]
+            known = list(refused)
+            for item in (*answers.refused, *offered):
+                # What an adapter of single modules says of one stands.
+                if item.kind not in kinds or any(map(partial(_is_about, item), known)):
                     continue
-                if (reason := _tied(found, refs)) is None:
-                    layers.append(found)
+                if isinstance(item, GroupLayer):
+                    layers.append(item)
                 else:
-                    refused.append(Unsupported(reason, found.name, found.kind))
+                    refused.append(item)
     return layers, refused, reasons
+
+
+def _checked(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> GroupLayer | Unsupported:
+    reason = _tied(layer, refs)
+    return layer if reason is None else Unsupported(reason, layer.name, layer.kind)
+
+
+def _is_about(item: GroupLayer | Unsupported, known: Unsupported) -> bool:
+    """Whether units, or their refusal, lie in a module whose units of this kind are refused already."""
+    if item.kind != known.kind or item.kind == "channels":
+        return False
+    inside = f"{known.layer}." if known.layer else ""
+    if isinstance(item, Unsupported):
+        return f"{item.layer}.".startswith(inside)
+    return any(member.parameter.startswith(inside) for member in item.ranked)
 
 
 def _answer(kind: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsupported | None:

@@ -259,7 +259,7 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
     before = _outputs(whole, call)
     if not all(bool(tensor.isfinite().all()) for tensor in before):
         return Verdict(refused=_why_not_finite(module))
-    differs = False
+    differs = exact = False
     for gone in choices(layer.units, adapter.least):
         removal = Removal(layer, gone)
         # Each choice has the units of the one before: so parameters need no copy of their own.
@@ -278,10 +278,11 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
             text = "it does not run without some of its units, as where its forward fixes how many it has"
             return Verdict(fixed=f"{text} ({one_line(error)})")
         if not agree(expected, got):
-            if bool(gone.all()) and layer.units > 1:
+            if exact and bool(gone.all()):
                 return Verdict(least=1)
             reason = "its output without some of its units differs"
             return Verdict(refused=_why_mixed(module, layer, given) or reason)
+        exact = differs
     # On few tokens, no unit may be active at all: larger inputs show a difference if any can.
     mixed = None if differs else _why_mixed(module, layer, given)
     if mixed and layer.units <= adapter.least:

@@ -72,10 +72,10 @@ def _feed_others(model: nn.Module, taken: Collection[Place]) -> bool:
 
     Told by widths, as following a transformer whose residual stream alone is left would be for nothing.
     """
-    weights = {name: w for name, w in named_weights(model).items() if w.ndim > 1}
+    patches = {p for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters(False)}
+    weights = {n: w for n, w in named_weights(model).items() if w.ndim > 1 and w not in patches}
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return True
-    taking = {w.shape[1] for name, w in weights.items() if (name, 1) not in taken}
     normalized = {
         weight.shape[-1]
         for module in model.modules()
@@ -84,8 +84,13 @@ def _feed_others(model: nn.Module, taken: Collection[Place]) -> bool:
         if (weight.ndim == 1 and getattr(module, "bias", None) is None)
         or isinstance(module, nn.LayerNorm)
     }
-    giving = {w.shape[0] for name, w in weights.items() if (name, 0) not in taken}
-    return any(not wide % given for given in giving - normalized if given > 1 for wide in taking)
+    giving = {n: w.shape[0] for n, w in weights.items() if w.shape[0] > 1 and (n, 0) not in taken}
+    taking = {n: w.shape[1] for n, w in weights.items() if (n, 1) not in taken}
+    return any(
+        one != other and given not in normalized and not wide % given
+        for one, given in giving.items()
+        for other, wide in taking.items()
+    )
 
 
 def _refused(convolutions: list[_ConvNd], reason: str) -> Survey:

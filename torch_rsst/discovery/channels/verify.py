@@ -56,6 +56,8 @@ class Trials:
 
         All at once where that is exact; otherwise the culprits are searched where it failed.
         """
+        if layers and not self._made and not self._is_finite():
+            return self._refuse(layers, Failure("its activations are not finite"))
         if not layers or (failure := self._failure(layers)) is None:
             return list(layers)
         noted = self._with_numbers(layers, failure)
@@ -131,6 +133,10 @@ class Trials:
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         with torch.no_grad():
             return tensors_of(self.run(model))
+
+    def _is_finite(self) -> bool:
+        floats = (t for t in self._outputs(deep_copy(self.whole)) if t.is_floating_point())
+        return all(bool(t.isfinite().all()) for t in floats)
 
     def _tolerance(self) -> float:
         double = all(p.dtype != torch.float32 for p in self.whole.parameters())

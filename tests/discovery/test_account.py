@@ -1,0 +1,157 @@
+"""find_groups says of all parameters of a model whose they are, or why they stay."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_rsst
+from torch_rsst import UnsupportedModuleWarning, find_groups
+from torch_rsst.discovery.account import _UNKNOWN
+from torch_rsst.groups.groups import NO_UNIT, Groups
+from torch_rsst.masking.mask_sets import named_weights
+
+
+def offered_share(model: nn.Module, groups: Groups) -> float:
+    """The slow way: entry by entry."""
+    total, offered = 0, 0
+    for name, weight in named_weights(model).items():
+        owned = torch.zeros(weight.shape, dtype=torch.bool)
+        for layer in groups.layers:
+            for member in layer.members:
+                if member.parameter == name:
+                    shape = [-1 if d == member.dim else 1 for d in range(weight.ndim)]
+                    owned |= (member.unit_of != NO_UNIT).reshape(shape)
+        total, offered = total + weight.numel(), offered + int(owned.sum())
+    return offered / total
+
+
+def test_the_parts_of_a_small_network_literally() -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 4, 3)
+            self.norm, self.last = nn.LayerNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.conv(self.stem(x).relu()).mean((2, 3))))
+
+    model = nn.Sequential(Small(), nn.ReLU(), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    groups = find_groups(model, example_inputs=torch.randn(2, 1, 8, 8), on_unsupported="ignore")
+    total = sum(p.numel() for p in model.parameters())
+    assert {(w.name, w.role, round(w.share * total)) for w in groups.whole} == {
+        ("0.stem", "input", 20),
+        ("0.conv", "left", 76),
+        ("0.norm", "left", 8),
+        ("4", "output", 2),
+    }
+    assert str(groups.whole[0]) == (
+        f"0.conv ({76 / total:.1%} of the parameters): they are joined by LayerNorm"
+    )
+    assert offered_share(model, groups) + sum(w.share for w in groups.whole) == pytest.approx(1)
+
+
+class Experts(nn.Module):
+    """Stacked parameters that no adapter knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(4, 6, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eij->bej", x, self.up).softmax(1).sum(1)
+
+
+def test_a_large_part_without_units_is_named_with_its_share() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6)), Experts())
+    with pytest.warns(
+        UnsupportedModuleWarning, match=r"These stay whole: 1 \(7\d\.\d% of the param"
+    ):
+        find_groups(model, example_inputs=torch.randn(2, 4))
+
+
+class FixedAttention(nn.Module):
+    """A vision transformer's attention that writes its width down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 4, nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, 4).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).reshape(b, n, c))
+
+
+def test_units_to_mask_only_are_announced_once_with_the_remedy() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.attn = nn.LayerNorm(16), FixedAttention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attn(self.norm(x))
+
+    model = nn.Sequential(Block(), Block())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        groups = find_groups(model)
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert text.startswith(
+        "Can be masked but not cut: 0.attn (4 heads), 1.attn (4 heads): it does not"
+    )
+    assert text.endswith("let a size follow from the tensor: reshape(B, T, -1).")
+    assert str(groups) == "8 heads (8 to mask only) in 2 layers"
+
+
+def test_inputs_that_were_given_are_not_asked_for() -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+            self.calls = iter(range(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            next(self.calls)
+            return self.b(self.a(x))
+
+    with pytest.raises(ValueError, match="it cannot be run") as caught:
+        find_groups(Fails(), example_inputs=torch.randn(1, 3, 8, 8))
+    assert "pass example_inputs" not in str(caught.value)
+
+
+MODELS = [
+    "test_vit",
+    "test_resnet",
+    "test_convnext",
+    "test_efficientnet",
+    "test_byobnet",
+    "test_mambaout",
+]
+MORE = ["test_vit3", "test_nfnet", "levit_128s", "edgenext_xx_small", "mobilenetv3_small_050"]
+
+
+@pytest.mark.needs_timm
+@pytest.mark.parametrize("name", [*MODELS, *MORE])
+def test_nearly_all_parameters_are_offered_or_named(name: str) -> None:
+    import timm
+
+    options: dict[str, Any] = {"num_classes": 10}
+    model = timm.create_model(name, **options).eval()
+    groups = find_groups(model, on_unsupported="ignore")
+    offered = offered_share(model, groups)
+    named = sum(whole.share for whole in groups.whole if whole.reason != _UNKNOWN)
+    assert offered + named >= 0.95
+    assert offered + sum(whole.share for whole in groups.whole) == pytest.approx(1)
+
+
+def test_groups_that_are_chosen_keep_no_account() -> None:
+    groups = find_groups(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))
+    assert [(whole.name, whole.role) for whole in groups.whole] == [("2", "output")]
+    assert torch_rsst.Groups(groups.layers).whole == ()
