@@ -19,6 +19,7 @@ from torch_rsst.masking.live_weight import MASK, ORIG, product
 from torch_rsst.masking.mask_sets import named_refs, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.large_pages import with_large_pages
 from torch_rsst.utils.module_state import drop_caches
 
 Kept = dict[int, Tensor]
@@ -104,7 +105,9 @@ def select(tensor: Tensor, kept: Kept) -> Tensor:
     """A copy of what stays of a tensor, in its memory format."""
     part = tensor.detach()
     for dim, index in kept.items():
-        part = part.index_select(dim, index.to(part.device))
+        shape = [index.numel() if d == dim else size for d, size in enumerate(part.shape)]
+        stays = with_large_pages(part.new_empty(shape))
+        part = torch.index_select(part, dim, index.to(part.device), out=stays)
     if part.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return part.contiguous(memory_format=torch.channels_last)
     return part.contiguous()
@@ -190,14 +193,19 @@ def _shorten(ref: ParameterRef, kept: Kept, shortened: dict[nn.Parameter, Shorte
     ref.module._parameters[ref.name + ORIG if masked else ref.name] = shortened[old].parameter
 
 
+def _shape_of(layer: nn.Module) -> torch.Size:
+    """Of its weight, whose masked product nobody needs for that."""
+    return ParameterRef(layer, "weight").original.shape
+
+
 def _linear(layer: nn.Module) -> dict[str, object]:
-    rows, columns = product(layer, "weight").shape
+    rows, columns = _shape_of(layer)
     return {"out_features": rows, "in_features": columns}
 
 
 def _convolution(layer: nn.Module) -> dict[str, object]:
     assert isinstance(layer, _ConvNd)
-    first, second = product(layer, "weight").shape[:2]
+    first, second = _shape_of(layer)[:2]
     if layer.transposed:
         groups = layer.groups * first // layer.in_channels if layer.groups > 1 else 1
         return {"in_channels": first, "out_channels": second * groups, "groups": groups}
@@ -213,7 +221,7 @@ def _batch_norm(layer: nn.Module) -> dict[str, object]:
 
 def _group_norm(layer: nn.Module) -> dict[str, object]:
     assert isinstance(layer, nn.GroupNorm)
-    channels = product(layer, "weight").numel()
+    channels = _shape_of(layer).numel()
     groups, rest = divmod(layer.num_groups * channels, layer.num_channels)
     if rest:
         expected = f"channels that go by whole groups of {layer.num_channels // layer.num_groups}"
@@ -241,7 +249,7 @@ def _recurrent(layer: nn.Module) -> dict[str, object]:
 
 
 def _layer_norm(layer: nn.Module) -> dict[str, object]:
-    return {"normalized_shape": tuple(product(layer, "weight").shape)}
+    return {"normalized_shape": tuple(_shape_of(layer))}
 
 
 Sizes = Callable[[nn.Module], Mapping[str, object]]
@@ -253,8 +261,8 @@ SIZES: dict[type[nn.Module], Sizes] = {
     nn.GroupNorm: _group_norm,
     nn.RNNBase: _recurrent,
     nn.RNNCellBase: _recurrent,
-    nn.PReLU: lambda layer: {"num_parameters": product(layer, "weight").numel()},
-    nn.Embedding: lambda layer: {"embedding_dim": product(layer, "weight").shape[1]},
+    nn.PReLU: lambda layer: {"num_parameters": _shape_of(layer).numel()},
+    nn.Embedding: lambda layer: {"embedding_dim": _shape_of(layer)[1]},
 }
 """Type of layer → what it notes about the shapes of its parameters. Add one with one line."""
 

@@ -119,7 +119,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
 class ModelMasks(Mapping[str, Tensor]):
     """The masks of a model, not copied before they are asked for: then they are bool.
 
-    Code that can read any dtype gets the buffers themselves from :func:`mask_of`.
+    Code that can read any dtype gets the buffers themselves from ``mask_of``.
 
     Raises:
         ValueError: where a mask holds values other than 0 and 1.
@@ -201,7 +201,8 @@ def as_bool(mask: Tensor, name: str, *, remedy: str = THRESHOLD) -> Tensor:
         remedy: what to do about other values.
 
     Raises:
-        TypeError, ValueError: unless given a tensor of zeros and ones.
+        TypeError: unless given a tensor.
+        ValueError: for other values than 0 and 1.
     """
     _checked(mask, name, remedy)
     return mask.clone() if mask.dtype == torch.bool else mask.bool()
@@ -237,7 +238,7 @@ def as_masks(masks: Mapping[str, Tensor]) -> Masks:
 
 
 def _binary(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A mask set as it is; raises as :func:`as_masks` does."""
+    """A mask set as it is; raises as ``as_masks`` does."""
     wrong = (
         [f"the name {name!r}" for name in masks if not isinstance(name, str)]
         if isinstance(masks, Mapping)
