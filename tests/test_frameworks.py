@@ -256,7 +256,7 @@ def test_a_module_is_pruned_inspected_pruned_again_and_made_permanent() -> None:
 
     for name in ("weight", "bias"):
         value = getattr(module, name).detach().clone()
-        prune.remove(module, name)
+        prune.remove(module, name, freeze_zeros=False)
         assert torch.equal(getattr(module, name), value)
     assert {key for key, _ in module.named_parameters()} == {"weight", "bias"}
     assert not list(module.named_buffers())
@@ -342,5 +342,5 @@ def test_a_method_of_ones_own_is_applied_alone_behind_others_and_globally() -> N
     model(images()).sum().backward()
     assert bool((model.fc3.bias_orig.grad[::2] == 0).all())
     assert_mask_invariants(model)
-    prune.remove(model.fc3, "bias")
+    prune.remove(model.fc3, "bias", freeze_zeros=False)
     assert fraction(model.fc3.bias) == 0.5

@@ -33,12 +33,14 @@ from torch_rsst.importance.measuring import measure_importance
 from torch_rsst.masking.checkpoints import load_dense_state_dict, prepare_from_state_dict
 from torch_rsst.masking.dense_weights import dense_weights
 from torch_rsst.masking.freezing import freeze_masked
+from torch_rsst.masking.live_weight import _rebuild_masked_module
 from torch_rsst.masking.mask_sets import (
     apply_mask,
     extract_mask,
     penalty_mask,
     refresh,
 )
+from torch_rsst.masking.masked_parameter import _rebuild_mask_hook
 from torch_rsst.masking.optimizer_state import convert_optimizer_state
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.penalty.regularizer import RegularizedPruner
@@ -141,6 +143,9 @@ __all__ = [
     "schedules",
     "sparsity_report",
 ]
+
+# What pickles of masked models name: these paths stay when modules move.
+_FROM_PICKLES = (_rebuild_mask_hook, _rebuild_masked_module)
 
 # Not for `import *`, but part of the stock module that some tests and libraries call.
 _STOCK_HELPERS = (

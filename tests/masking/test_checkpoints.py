@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import linear, mlp, same, tokens
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 import torch_rsst
+from torch_rsst.testing import assert_mask_invariants
 
 Fingerprint = Callable[[nn.Module], list[Any]]
 KEEP = {"0.weight": torch.eye(8, 4).bool(), "2.bias": torch.tensor([True, False])}
@@ -153,11 +154,37 @@ def test_refresh_renews_what_stock_hooks_have_stored() -> None:
 
     layer = linear()
     stock.l1_unstructured(layer, "weight", amount=1)
-    layer.load_state_dict({key: value * 2 for key, value in layer.state_dict().items()})
+    state = layer.state_dict()
+    layer.load_state_dict({**state, "weight_orig": 2 * state["weight_orig"]})
     stale = layer.weight.detach().clone()
     assert torch_rsst.refresh(layer) is layer
     assert same(layer.weight, layer.weight_orig * layer.weight_mask)
     assert not same(layer.weight, stale)
+
+
+def test_a_mask_that_a_stock_class_has_set_by_itself_can_be_copied_once_refreshed() -> None:
+    from torch.nn.utils.prune import BasePruningMethod, L1Unstructured
+
+    class Checkered(BasePruningMethod):
+        PRUNING_TYPE = "unstructured"
+
+        def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+            return (torch.arange(t.numel()).reshape(t.shape) % 2).to(default_mask)
+
+    for apply in (
+        lambda layer: Checkered.apply(layer, "weight"),
+        lambda layer: L1Unstructured.apply(layer, "weight", 0.5),
+    ):
+        model = nn.Sequential(linear())
+        apply(model[0])
+        model(tokens(0, 2, 4)).sum().backward()
+        with pytest.raises(RuntimeError, match="deepcopy"):
+            copy.deepcopy(model)
+        twin = copy.deepcopy(torch_rsst.refresh(model))
+        assert_mask_invariants(twin, torch_rsst.extract_mask(model))
+        assert same(twin(tokens(0, 2, 4)), model(tokens(0, 2, 4)))
+        assert isinstance(torch_rsst.remove_all(twin, freeze_zeros=False)[0].weight, nn.Parameter)
+        assert type(twin[0]) is nn.Linear
 
 
 def test_refresh_renews_the_list_that_recurrent_layers_keep() -> None:

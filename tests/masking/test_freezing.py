@@ -15,6 +15,7 @@ import torch.ao.quantization as quantization
 from tiny_models import gradient_step, linear, mlp, same
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
 
 import torch_rsst
@@ -224,11 +225,51 @@ def test_zeros_come_back_to_life_with_a_warning() -> None:
     assert int((layer.weight == 0).sum()) == 0
 
 
-def test_the_warning_points_at_the_caller() -> None:
+def _remove_all(layer: nn.Module, **options: Any) -> object:
+    return torch_rsst.remove_all(layer, **options)
+
+
+def _remove(layer: nn.Module, **options: Any) -> object:
+    return torch_rsst.remove(layer, "weight", **options)
+
+
+every_removal = pytest.mark.parametrize("remove", [_remove_all, _remove])
+
+
+@every_removal
+def test_the_warning_points_at_the_caller(remove: Callable[..., object]) -> None:
     layer = masked_layer()
-    with pytest.warns(torch_rsst.UnfrozenZerosWarning) as caught:
-        torch_rsst.remove_all(layer)
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match="Pass freeze_zeros=True") as caught:
+        remove(layer)
     assert caught[0].filename == __file__
+
+
+@every_removal
+@pytest.mark.parametrize("by", ["ours", "stock", "a stranger"])
+def test_every_removal_holds_zeros_on_request(remove: Callable[..., object], by: str) -> None:
+    layer = linear()
+    if by == "ours":
+        torch_rsst.apply_mask(layer, {"weight": MASK})
+    elif by == "stock":
+        torch_rsst.custom_from_mask(layer, "weight", MASK)
+    else:
+        Stranger.apply(layer, "weight")
+    remove(layer, freeze_zeros=True)
+    train(layer, OPTIMIZERS["adamw"](layer.parameters()))
+    assert ((layer.weight == 0) == ~MASK).all()
+    assert layer.weight.requires_grad
+
+
+class Stranger(BasePruningMethod):
+    """A method of somebody else, with a removal of its own."""
+
+    PRUNING_TYPE = "unstructured"
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        return MASK.to(default_mask)
+
+    def remove(self, module: nn.Module) -> None:
+        super().remove(module)
 
 
 @pytest.mark.parametrize("choice", [True, False])

@@ -13,6 +13,9 @@ from torch.nn.utils import prune as stock
 import torch_rsst
 import torch_rsst as prune
 
+# As with PyTorch, remove() is called without a word about the zeros that it leaves.
+pytestmark = pytest.mark.filterwarnings("ignore::torch_rsst.UnfrozenZerosWarning")
+
 DEFINED = sorted(
     name
     for name, value in vars(stock).items()

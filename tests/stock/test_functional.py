@@ -135,7 +135,7 @@ def test_parameter_order_identity_and_gradients_survive() -> None:
     before = [(id(p), id(p.grad)) for p in model.parameters()]
     prune(model, 0.5)
     assert [(id(p), id(p.grad)) for p in model.parameters()] == before
-    torch_rsst.remove(model[0], "weight")
+    torch_rsst.remove(model[0], "weight", freeze_zeros=False)
     torch_rsst.remove_all(model, freeze_zeros=False)
     assert [(id(p), id(p.grad)) for p in model.parameters()] == before
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in net().named_parameters()]

@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.distributed.dtensor import placed_like
+from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.errors import UnfrozenZerosWarning, message, refuse
 from torch_rsst.utils.optimizer_hooks import is_nested
@@ -114,8 +115,10 @@ class _Frozen:
             _discard(self)
 
     def is_of(self, ref: ParameterRef) -> bool:
-        own = self.module() is ref.module and self.name == ref.name
-        return own or self.parameter() is ref.original
+        if self.module() is ref.module and self.name == ref.name:
+            return True
+        held = ref.module._parameters.get(ref.name + ORIG if ref.is_masked else ref.name)
+        return held is not None and self.parameter() is held
 
     @property
     def ref(self) -> ParameterRef | None:

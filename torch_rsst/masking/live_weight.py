@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ from torch_rsst.masking.weight_writes import (
     refuse_write,
     registering,
 )
+from torch_rsst.utils.errors import refuse
 
 ORIG, MASK = "_orig", "_mask"
+PICKLE_FORMAT = 1  # of pickled modules and hooks: what a pickle names and with what arguments
 
 
 def product(module: nn.Module, name: str) -> Tensor:
@@ -125,7 +128,7 @@ def _reduce(module: nn.Module, protocol: Any) -> Any:
         reduced: Any = base.__reduce_ex__(module, max(int(protocol), 2))
     make, args, *rest = reduced
     if make is copyreg.__newobj__:  # type: ignore[attr-defined] # typeshed leaves it out
-        make, args = _new, (base, names, *args[1:])
+        make, args = _rebuild_masked_module, (PICKLE_FORMAT, base, sorted(names), *args[1:])
     if rest and isinstance(module, nn.RNNBase):
         # Its list of weights holds products, which are no leaves; the next forward renews them.
         listed: list[Any] = module._flat_weights
@@ -133,9 +136,25 @@ def _reduce(module: nn.Module, protocol: Any) -> Any:
     return (make, args, *rest)
 
 
-def _new(base: type[nn.Module], names: frozenset[str], *args: Any) -> nn.Module:
-    cls = _live_class(base, names)
+def _rebuild_masked_module(
+    version: int, base: type[nn.Module], names: Iterable[str], *args: Any
+) -> nn.Module:
+    """What a pickle calls, by the path ``torch_rsst._rebuild_masked_module``, for a masked module."""
+    check_pickle(version)
+    cls = _live_class(base, frozenset(names))
     return cls.__new__(cls, *args)
+
+
+def check_pickle(version: int) -> None:
+    """Raise a ValueError for a pickle of a later version of the library."""
+    if version > PICKLE_FORMAT:
+        remedy = "Load it with the version of torch_rsst that wrote it, or a later one."
+        expected, got = f"format {PICKLE_FORMAT} or earlier", f"format {version}"
+        refuse(ValueError, "pickle of a masked model", expected, got, remedy)
+
+
+# A pickle refers to it by this path, which stays when modules move.
+_rebuild_masked_module.__module__ = "torch_rsst"
 
 
 def _property(name: str) -> property:

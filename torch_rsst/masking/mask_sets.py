@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_rsst.distributed.dtensor import local, placed_like
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.distributed.replicas import agreed, replica_group
-from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.live_weight import MASK, ORIG, make_live
 from torch_rsst.masking.mask_values import AVERAGED, is_binary
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, dense_name, masked_refs
@@ -425,13 +425,16 @@ def refresh(model: nn.Module) -> nn.Module:
         >>> _ = torch_rsst.refresh(recurrent)
 
     A mask of this library needs it nowhere: ``weight`` is computed when it is read. It serves code
-    that reads, before the next forward pass, the list of weights that a recurrent layer keeps, or
-    the ``weight`` that ``torch.nn.utils.prune`` has stored.
+    that reads, before the next forward pass, the list of weights that a recurrent layer keeps, and
+    modules that a class of ``torch.nn.utils.prune`` has masked by itself, such as
+    ``L1Unstructured.apply(layer, "weight", 0.5)``: their ``weight``, which was stored and cannot be copied, is
+    computed from now on, so that :func:`copy.deepcopy` works.
 
     Returns:
         the model that was given.
     """
     for ref in masked_refs(unwrap(model).modules()):
+        make_live(ref.module, ref.name)
         if found := find_hook(ref):
             found[1](ref.module, ())
     return model

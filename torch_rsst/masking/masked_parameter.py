@@ -20,7 +20,16 @@ from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.masking.blocks import as_bytes
 from torch_rsst.masking.freezing import end_freeze, frozen_now
-from torch_rsst.masking.live_weight import MASK, ORIG, is_live, make_live, make_plain, product
+from torch_rsst.masking.live_weight import (
+    MASK,
+    ORIG,
+    PICKLE_FORMAT,
+    check_pickle,
+    is_live,
+    make_live,
+    make_plain,
+    product,
+)
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
@@ -77,6 +86,13 @@ class _Masked(BasePruningMethod):
         """
         make_permanent(ParameterRef(module, self._tensor_name))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles of masked models name public paths only; see :data:`PICKLE_FORMAT`."""
+        kind = next((kind for kind, cls in _HOOKS.items() if type(self) is cls), None)
+        if kind is None:
+            return super().__reduce_ex__(protocol)
+        return _rebuild_mask_hook, (PICKLE_FORMAT, kind, vars(self))
+
 
 class MaskHook(_Masked):
     """The hook that marks a parameter as masked, and what our pruning methods share.
@@ -123,6 +139,20 @@ class MaskHook(_Masked):
 
 class MaskContainer(_Masked, PruningContainer):
     """Stock methods that came first and ours, as PyTorch composes them."""
+
+
+_HOOKS: dict[str, type[_Masked]] = {"mask": MaskHook, "container": MaskContainer}
+
+
+def _rebuild_mask_hook(version: int, kind: str, attributes: dict[str, Any]) -> BasePruningMethod:
+    """What a pickle calls, by the path ``torch_rsst._rebuild_mask_hook``, for a hook of ours."""
+    check_pickle(version)
+    hook = _HOOKS[kind].__new__(_HOOKS[kind])
+    hook.__dict__.update(attributes)
+    return hook
+
+
+_rebuild_mask_hook.__module__ = "torch_rsst"
 
 
 def install(refs: Sequence[ParameterRef], new: NewMasks) -> None:

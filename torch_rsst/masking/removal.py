@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
 from torch_rsst.masking.mask_sets import unwrap
@@ -44,12 +45,18 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
     refs = masked_refs(unwrap(model).modules())
     zeros = [(ref, ~alive) for ref in refs if (alive := ref.alive) is not None]
     restore(refs, hold_zeros=partial(hold_at_zero, zeros) if freeze_zeros else None)
-    if freeze_zeros is None and any(bool(dead.any()) for _, dead in zeros):
+    if freeze_zeros is None:
+        warn_unfrozen(dead for _, dead in zeros)
+    return model
+
+
+def warn_unfrozen(zeros: Iterable[Tensor]) -> None:
+    """Warn the caller's caller where masks that were removed have left zeros."""
+    if any(bool(dead.any()) for dead in zeros):
         warnings.warn(
             "The masks are gone, their zeros are ordinary weights now and come back to life if you "
             "train on. Pass freeze_zeros=True to hold them at 0, or freeze_zeros=False if you do "
             "not train on.",
             UnfrozenZerosWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model

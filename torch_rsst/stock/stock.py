@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -18,10 +19,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.freezing import end_freeze, frozen_now
+from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
 from torch_rsst.masking.live_weight import ORIG, make_live, make_plain
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import MaskHook, find_hook, restore, zero
 from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.masking.removal import warn_unfrozen
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.utils.errors import refuse
 
@@ -75,13 +78,24 @@ custom_from_mask = _safe(prune.custom_from_mask)
 
 
 @functools.wraps(prune.remove)
-def remove(module: nn.Module, name: str) -> nn.Module:
-    """Whatever PyTorch's hook does by itself keeps no latent for a failure; so it is not asked."""
+def remove(module: nn.Module, name: str, *, freeze_zeros: bool | None = None) -> nn.Module:
+    """As PyTorch's, and ``freeze_zeros`` as :func:`torch_rsst.remove_all` has it, with its warning.
+
+    A hook whose own ``remove`` is not known here may do anything: PyTorch calls it.
+    """
     ref = ParameterRef(module, name) if isinstance(module, nn.Module) else None
     found = find_hook(ref) if ref is not None and ref.is_masked else None
+    alive = None if ref is None else ref.alive
+    zeros = [] if ref is None or alive is None else [(ref, ~alive)]
+    hold_zeros = partial(hold_at_zero, zeros) if freeze_zeros else None
     if ref is None or found is None or type(found[1]).remove not in _KNOWN:
-        return _safe(prune.remove)(module, name)  # type: ignore[no-any-return,no-untyped-call]
-    restore([ref])
+        _safe(prune.remove)(module, name)  # type: ignore[no-untyped-call]
+        if hold_zeros is not None:
+            hold_zeros()
+    else:
+        restore([ref], hold_zeros=hold_zeros)
+    if freeze_zeros is None:
+        warn_unfrozen(dead for _, dead in zeros)
     return module
 
 
