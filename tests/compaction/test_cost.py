@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import warnings
 from typing import ClassVar
 
@@ -18,8 +19,6 @@ from torch_rsst.compaction.cost import (
     count_parameters,
     guess_inputs,
     measure_cost,
-    measure_latencies,
-    measure_latency,
     shapes_of,
     time_in_turns,
 )
@@ -147,7 +146,8 @@ def test_latency_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout()).train()
     inputs = torch.randn(3, 4)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    assert 0.0 < measure_latency(model, inputs, repeats=3, warmup=0) < 10.0
+    ((first, *_),) = time_in_turns([model], inputs, repeats=3, warmup=0)
+    assert 0.0 < first < 10.0
     assert all(module.training for module in model.modules())
     assert all(same(value, before[name]) for name, value in model.state_dict().items())
     assert same(torch.get_rng_state(), state)
@@ -169,14 +169,13 @@ def test_models_take_turns_in_eval_mode_without_gradients() -> None:
     runs = time_in_turns(models, torch.zeros(1), repeats=2, warmup=1)
     assert seen == [("a", False, False), ("b", False, False)] * 3
     assert [len(timed) for timed in runs] == [2, 2]
-    assert len(measure_latencies(models, torch.zeros(1), repeats=1)) == 2
 
 
 def test_a_larger_model_takes_longer() -> None:
     small, large = (nn.Linear(8, 8), nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))))
     models = [nn.Sequential(nn.Linear(512, 8), small), large]
-    quick, slow = measure_latencies(models, torch.randn(64, 512), repeats=9)
-    assert quick < slow
+    quick, slow = time_in_turns(models, torch.randn(64, 512), repeats=9)
+    assert statistics.median(quick) < statistics.median(slow)
 
 
 @pytest.mark.parametrize(
@@ -188,13 +187,13 @@ def test_a_larger_model_takes_longer() -> None:
 )
 def test_bad_counts(arguments: dict[str, int], error: type[Exception], text: str) -> None:
     with pytest.raises(error) as raised:
-        measure_latency(mlp(), torch.randn(1, 4), **arguments)
+        time_in_turns([mlp()], torch.randn(1, 4), **arguments)
     assert str(raised.value) == text
 
 
 def test_only_modules_are_timed() -> None:
     with pytest.raises(TypeError) as raised:
-        measure_latencies([len], [1])  # type: ignore[list-item]
+        time_in_turns([len], [1])  # type: ignore[list-item]
     assert str(raised.value) == (
         "model: expected a module, got builtin_function_or_method. "
         "Pass the torch.nn.Module to time."
@@ -225,5 +224,6 @@ def test_known_models(name: str, parameters: int, giga: float) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_latency_on_a_gpu() -> None:
     model = mlp().cuda()
-    assert measure_latency(model, torch.randn(3, 4, device="cuda"), repeats=3) > 0.0
+    ((first, *_),) = time_in_turns([model], torch.randn(3, 4, device="cuda"), repeats=3)
+    assert first > 0.0
     assert measure_cost(model, torch.randn(3, 4, device="cuda")).multiply_adds == 144

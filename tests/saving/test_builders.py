@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torch_rsst.saving.builders import as_build, build_model
-from torch_rsst.saving.likeness import difference
+from torch_rsst.saving.likeness import compare
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def _pair() -> tuple[nn.Module, nn.Module]:
         (lambda m: m[0].weight.data.zero_(), ""),
         (lambda m: m.append(nn.Identity()), "modules '2'"),
         (lambda m: m.__setitem__(0, nn.Identity()), "the class (Identity, not Linear) of 0"),
-        (lambda m: setattr(m[1][1], "p", 0.2), "'p' (0.2, not 0.1) of 1.1"),
+        (lambda m: setattr(m[1][1], "inplace", True), "'inplace' (True, not False) of 1.1"),
         (lambda m: setattr(m, "act", torch.nn.functional.gelu), "'act' ("),
         (lambda m: setattr(m[1][0], "bias", None), "'bias' ("),
         (
@@ -157,7 +157,7 @@ def _pair() -> tuple[nn.Module, nn.Module]:
 def test_models_are_alike_but_for_values_and_modes(change: Any, expected: str) -> None:
     one, other = _pair()
     change(other)
-    found = difference(one, other)
+    _, found = compare(one, other)
     assert found.startswith(expected)
     assert bool(found) == bool(expected)
 
@@ -169,3 +169,11 @@ def test_a_configuration_names_no_code(nested: bool) -> None:
     config = {"model_type": "vit", **({"text_config": named} if nested else named)}
     with pytest.raises(ValueError, match="a configuration without attn_implementation"):
         build_model({"name": "transformers.ViTModel", "args": [config], "kwargs": {}})
+
+
+def test_floats_that_were_set_later_are_settings() -> None:
+    one, other = _pair()
+    one[1][1].p = 0.2
+    assert compare(one, other) == ({"1.1": {"p": 0.2}}, "")
+    other[1][1].p = 1  # an int, which may decide about shapes
+    assert compare(one, other) == ({}, "'p' (1, not 0.2) of 1.1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -219,8 +219,7 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
     check_groups(weights, groups)
     if sharded := next((name for name, w in weights.items() if is_sharded(w)), None):
         gather = "Gather the full parameters on one process first."
-        subject = f"compact: {sharded!r}"
-        refuse(ValueError, subject, "a whole parameter", "a sharded one", gather)
+        refuse(ValueError, f"compact: {sharded!r}", "a whole parameter", "a sharded one", gather)
     modules = {without_wrappers(name) for name, _ in model.named_modules()}
     for layer in groups.layers:
         subject = f"groups of {layer}"
@@ -228,8 +227,8 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
             if not family(layer.family).whole_model and layer.name not in modules:
                 refuse(MissingNameError, subject, "a module of the model", "no such module", remedy)
         elif not any(member.consumes for member in layer.members):
-            expected, got = "a member that takes the units in (consumes=True)", "none"
-            refuse(ValueError, subject, expected, got, remedy)
+            expected = "a member that takes the units in (consumes=True)"
+            refuse(ValueError, subject, expected, "none", remedy)
         for member in layer.members:
             if len(refs[member.parameter]) > 1:
                 got = f"{member.parameter!r} in several modules"
@@ -238,51 +237,47 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
         for member in layer.buffers:
             shape, size = buffer_shape(model, member.parameter), member.unit_of.numel()
             if shape is None or len(shape) <= member.dim or shape[member.dim] != size:
-                got = "none" if shape is None else f"shape {shape}"
                 expected = f"a buffer {member.parameter!r} of size {size} along dim {member.dim}"
+                got = "none" if shape is None else f"shape {shape}"
                 refuse(ValueError, subject, expected, got, remedy)
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """Dead units that stay in the model, and why."""
-
-    layer: str
-    units: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.units} of {self.layer}: {self.reason}"
 
 
 def _choose(
     model: nn.Module, groups: Groups, round_to: int, probe: Probe
-) -> tuple[list[Removal], list[tuple[Constants, Tensor]], list[_Whole], int]:
-    """Which units go, what some of them still emit, which stay though they are dead; how many are dead."""
+) -> tuple[list[Removal], list[tuple[Constants, Tensor]], list[str], int]:
+    """Which units go, which put out a constant, dead ones that stay and why; how many are dead."""
     weights, masks = named_weights(model), ModelMasks(model)
     removals, emitted, stay, count = [], [], [], 0
     for layer in groups.layers:
         dead = dead_units(layer, weights, masks)
-        goes = dead.silent
-        count += int((dead.silent | dead.constant).sum())
-        if layer.fixed and bool((dead.silent | dead.constant).any()):
-            stay.append(_Whole(str(layer), int((goes | dead.constant).sum()), layer.fixed))
+        goes, number = dead.silent, int((dead.silent | dead.constant).sum())
+        count += number
+        if layer.fixed and number:
+            stay.append(f"{number} of {layer}: {layer.fixed}")
             continue
         constants = None
         if bool(dead.constant.any()):
-            owner = module_at(model, layer.name) if _is_alone(layer) else model
-            local = _within(layer, layer.name) if _is_alone(layer) else layer
-            calls = probe.two_calls(owner, local)
-            constants = measure_constants(model, layer, dead.constant, owner, calls)
+            constants = _measured(model, layer, dead.constant, probe)
             goes = goes | constants.exact
             if left := int((dead.constant & ~constants.exact).sum()):
-                reason = "they emit what cannot be moved into the next layer's bias exactly"
-                stay.append(_Whole(str(layer), left, reason))
+                reason = "their output cannot be added to the next layer's bias exactly"
+                stay.append(f"{left} of {layer}: {reason}")
         goes = _without_padding(goes, dead.silent, layer, round_to)
         if constants is not None:
             emitted.append((constants, goes & ~dead.silent))
         removals.append(Removal(layer, goes))
     return removals, emitted, stay, count
+
+
+def _measured(model: nn.Module, layer: GroupLayer, units: Tensor, probe: Probe) -> Constants:
+    """What units put out that have no inputs, measured in as small a module as holds them all."""
+    owner, local = model, layer
+    if layer.family and not family(layer.family).whole_model:
+        path = f"{layer.name}."
+        members = (replace(m, parameter=m.parameter.removeprefix(path)) for m in layer.members)
+        owner = module_at(model, layer.name)
+        local = replace(layer, name="", members=tuple(members))
+    return measure_constants(model, layer, units, owner, probe.two_calls(owner, local))
 
 
 def _cut_tensors(model: nn.Module, removals: Sequence[Removal]) -> set[Tensor]:
@@ -312,17 +307,6 @@ def _zero_masked(
     return zeros
 
 
-def _is_alone(layer: GroupLayer) -> bool:
-    """Whether the units lie within one module, which can be run by itself."""
-    return bool(layer.family) and not family(layer.family).whole_model
-
-
-def _within(layer: GroupLayer, path: str) -> GroupLayer:
-    """A layer by names within its module."""
-    members = (replace(m, parameter=m.parameter.removeprefix(f"{path}.")) for m in layer.members)
-    return replace(layer, name="", members=tuple(members))
-
-
 def _without_padding(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: int) -> Tensor:
     """Fewer units, so that those left can run and make a multiple of ``round_to`` features."""
     taking = next(m for m in layer.members if m.consumes)
@@ -348,12 +332,9 @@ def _successors(
 ) -> dict[nn.Parameter, Shortened | None]:
     """What each parameter of the model has become; None for those that are gone."""
     left = set(small.parameters())
-    successors: dict[nn.Parameter, Shortened | None] = {}
-    for parameter in model.parameters():
-        copied = copies[id(parameter)]
-        new = shortened.get(copied, Shortened(copied, {}))
-        successors[parameter] = new if new.parameter in left else None
-    return successors
+    copied = {parameter: copies[id(parameter)] for parameter in model.parameters()}
+    new = {old: shortened.get(own, Shortened(own, {})) for old, own in copied.items()}
+    return {old: each if each.parameter in left else None for old, each in new.items()}
 
 
 def _give_biases(optimizer: Optimizer, small: nn.Module, layers: Collection[str]) -> None:
@@ -386,8 +367,7 @@ def _example_of(model: nn.Module) -> Any:
 
 def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
     error, scale = output_error(model, small, example_inputs)
-    precision = max((torch.finfo(p.dtype).eps for p in model.parameters()), default=1e-7)
-    if not error <= 1e3 * precision * max(scale, 1.0):
+    if not is_rounding(error, scale, model):
         remedy = (
             "Groups made by hand may leave out what their units touch: use find_groups(model). "
             "If it found them, please report the model."
@@ -396,13 +376,19 @@ def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
         refuse(RuntimeError, "compact", "the same outputs", got, remedy)
 
 
-def _not_cut(stay: Sequence[_Whole]) -> str:
-    listed = "; ".join(map(str, stay[:3])) + (f"; and {len(stay) - 3} more" if stay[3:] else "")
-    remedy = (
-        "A module that fixes its width can be made to follow its layers, see Extending in the docs."
-    )
-    fixed = f" {remedy}" if any("fixes" in whole.reason for whole in stay) else ""
-    return f"Dead units stay in the model: {listed}.{fixed}"
+def is_rounding(error: float, scale: float, model: nn.Module) -> bool:
+    """Whether outputs up to ``scale`` may differ by ``error`` because sums are rounded."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    precision = max((torch.finfo(dtype).eps for dtype in types), default=1e-7)
+    return error <= 1e3 * precision * max(scale, 1.0)
+
+
+def _not_cut(stay: Sequence[str]) -> str:
+    more = f"; and {len(stay) - 3} more" if stay[3:] else ""
+    text = f"Dead units stay in the model: {'; '.join(stay[:3])}{more}."
+    if not any("fixes" in each for each in stay):
+        return text
+    return f"{text} A module that fixes its width can be made to follow its layers, see Extending in the docs."
 
 
 _NOTHING = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -69,9 +68,7 @@ def measure_cost(model: nn.Module, example_inputs: Any) -> Cost:
     bare = unwrap(model)
     try:
         multiply_adds = _multiply_adds(shapes_of(bare).eval(), shapes_only(example_inputs))
-    except (
-        Exception
-    ):  # some models read values, which shapes do not have; it raises again if at fault
+    except Exception:  # some models read values; it raises again if at fault
         with undisturbed(bare):
             multiply_adds = _multiply_adds(bare, example_inputs)
     return Cost(count_parameters(bare), multiply_adds)
@@ -137,35 +134,6 @@ def guess_inputs(model: nn.Module) -> Any:
     return None
 
 
-def measure_latency(
-    model: nn.Module, example_inputs: Any, *, repeats: int = 20, warmup: int = 3
-) -> float:
-    """The median time of one run of a model, in seconds, in eval mode and without gradients.
-
-    Args:
-        model: left as it was: mode, buffers and random state are put back.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the device
-            of the model.
-        repeats: timed runs.
-        warmup: runs before them.
-
-    Raises:
-        TypeError, ValueError: unless ``repeats`` is at least 1 and ``warmup`` at least 0.
-    """
-    return measure_latencies([model], example_inputs, repeats=repeats, warmup=warmup)[0]
-
-
-def measure_latencies(
-    models: Sequence[nn.Module], example_inputs: Any, *, repeats: int = 20, warmup: int = 3
-) -> list[float]:
-    """The median times of several models, measured in turns: fair to compare with each other.
-
-    What else the machine does slows all of them alike. See :func:`measure_latency`.
-    """
-    runs = time_in_turns(models, example_inputs, repeats=repeats, warmup=warmup)
-    return [statistics.median(seconds) for seconds in runs]
-
-
 def time_in_turns(
     models: Sequence[nn.Module],
     example_inputs: Any,
@@ -174,15 +142,22 @@ def time_in_turns(
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """The seconds of every timed run of each model; run number i of all of them came in a row.
+    """The seconds of each run of several models, in eval mode and without gradients.
+
+    The models take turns, so that other work on the machine slows all of them alike: compare medians.
 
     Args:
-        models: see :func:`measure_latency`.
-        example_inputs: for all of them.
+        models: left as they were: mode, buffers and random state are put back.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the device
+            of the models.
         repeats: timed runs of each.
         warmup: runs of each before them.
         clock: read before and after a run. ``time.process_time`` counts what this process alone
             works, on all its threads, and is steadier where others want the cores.
+
+    Raises:
+        TypeError, ValueError: unless given modules, ``repeats`` of at least 1 and ``warmup`` of at
+            least 0.
     """
     check_count(repeats, "repeats", at_least=1)
     check_count(warmup, "warmup", at_least=0)
@@ -190,49 +165,20 @@ def time_in_turns(
         if not isinstance(model, nn.Module):
             got, remedy = type(model).__name__, "Pass the torch.nn.Module to time."
             refuse(TypeError, "model", "a module", got, remedy)
-    devices = {
-        tensor.device
-        for tensor in [
-            *(parameter for model in models for parameter in model.parameters()),
-            *(leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)),
-        ]
-        if tensor.device.type == "cuda"
-    }
+    devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
+
+    def now() -> float:
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return clock()
+
     seconds: list[list[float]] = [[] for _ in models]
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(undisturbed(model))
-        for turn in range(-warmup, repeats):
+        for _ in range(warmup + repeats):
             for model, timed in zip(models, seconds, strict=True):
-                took = _time(model, example_inputs, devices, clock)
-                if turn >= 0:
-                    timed.append(took)
-    return seconds
-
-
-def _time(
-    model: nn.Module, inputs: Any, devices: set[torch.device], clock: Callable[[], float]
-) -> float:
-    _wait(devices)
-    start = clock()
-    run_on(model, inputs)
-    _wait(devices)
-    return clock() - start
-
-
-def _wait(devices: set[torch.device]) -> None:
-    for device in devices:
-        torch.cuda.synchronize(device)
-
-
-__all__ = [
-    "Cost",
-    "count_parameters",
-    "guess_inputs",
-    "measure_cost",
-    "measure_latencies",
-    "measure_latency",
-    "shapes_of",
-    "shapes_only",
-    "time_in_turns",
-]
+                start = now()
+                run_on(model, example_inputs)
+                timed.append(now() - start)
+    return [timed[warmup:] for timed in seconds]

@@ -36,11 +36,8 @@ def remember(model: nn.Module, stages: Iterable[Stage]) -> None:
 
 def bare_biases(model: nn.Module) -> set[str]:
     """The names of the modules that could have a bias and have none."""
-    return {
-        without_wrappers(name)
-        for name, module in model.named_modules()
-        if module._parameters.get("bias", module) is None
-    }
+    named = ((without_wrappers(name), module) for name, module in model.named_modules())
+    return {name for name, module in named if module._parameters.get("bias", module) is None}
 
 
 def stage_of(removals: Iterable[Removal], new_biases: Iterable[str]) -> Stage:
@@ -50,23 +47,20 @@ def stage_of(removals: Iterable[Removal], new_biases: Iterable[str]) -> Stage:
         removals: what is cut.
         new_biases: modules that were given a bias for what removed units put out.
     """
-    return {
-        "new_biases": sorted(new_biases),
-        "layers": [_describe(removal) for removal in removals if removal.count],
-    }
-
-
-def _describe(removal: Removal) -> dict[str, Any]:
-    layer = removal.layer
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "family": layer.family,
-        "units": layer.units,
-        "gone": pack(removal.gone.cpu().nonzero().flatten()),
-        "members": [_table(member) for member in layer.members],
-        "buffers": [_table(member) for member in layer.buffers],
-    }
+    layers = [
+        {
+            "name": removal.layer.name,
+            "kind": removal.layer.kind,
+            "family": removal.layer.family,
+            "units": removal.layer.units,
+            "gone": pack(removal.gone.cpu().nonzero().flatten()),
+            "members": [_table(member) for member in removal.layer.members],
+            "buffers": [_table(member) for member in removal.layer.buffers],
+        }
+        for removal in removals
+        if removal.count
+    ]
+    return {"new_biases": sorted(new_biases), "layers": layers}
 
 
 def _table(member: Member) -> dict[str, Any]:
@@ -85,15 +79,14 @@ def pack(values: Tensor) -> list[list[int]]:
     >>> pack(torch.tensor([0, 0, 1, 1, 2, 2, 7]))
     [[0, 3, 2], [7, 1, 1]]
     """
-    if not values.numel():
-        return []
-    value, repeat = torch.unique_consecutive(values, return_counts=True)
-    follows = (value.diff() == 1) & (repeat.diff() == 0)
-    starts = torch.cat([torch.ones(1, dtype=torch.bool), ~follows]).nonzero().flatten()
-    counts = torch.cat([starts, torch.tensor([value.numel()])]).diff()
-    runs = torch.stack([value[starts], counts, repeat[starts]], dim=1)
-    packed: list[list[int]] = runs.tolist()
-    return packed
+    runs: list[list[int]] = []
+    distinct: Any = torch.unique_consecutive(values, return_counts=True)
+    for value, repeat in torch.stack(distinct, dim=1).tolist():
+        if runs and [sum(runs[-1][:2]), runs[-1][2]] == [value, repeat]:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1, repeat])
+    return runs
 
 
 def unpack(runs: Any, *, size: int | None, at_most: int, low: int = 0) -> Tensor:
@@ -109,8 +102,8 @@ def unpack(runs: Any, *, size: int | None, at_most: int, low: int = 0) -> Tensor
     total = sum(count * repeat for _, count, repeat in runs)
     if total > at_most if size is None else total != size:
         raise _damaged(f"{at_most if size is None else size} indices", total)
-    parts = [torch.arange(f, f + n).repeat_interleave(repeat) for f, n, repeat in runs]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    parts = (torch.arange(a, a + n).repeat_interleave(repeat) for a, n, repeat in runs)
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
 
 
 def _is_run(run: Any) -> bool:
@@ -207,7 +200,7 @@ def _damaged(expected: str, got: object) -> ValueError:
 
 
 def _check_units(model: nn.Module, layer: GroupLayer) -> None:
-    """Raise where a module deals out its tensors to other units: shapes can agree by chance.
+    """Raise where a module divides its tensors into other units: shapes can agree by chance.
 
     An attention of another number of heads has the same parameters.
     """
@@ -220,17 +213,14 @@ def _check_units(model: nn.Module, layer: GroupLayer) -> None:
     theirs = {(prefix + m.parameter, m.dim): m.unit_of for m in found.members}
     for member in layer.members:
         own, other = member.unit_of, theirs.get((member.parameter, member.dim))
-        if other is None or other.numel() != own.numel():
-            continue
         owned = own != NO_UNIT
-        if not bool(owned.any()):
+        if other is None or other.numel() != own.numel() or not bool(owned.any()):
             continue
-        pairs = torch.unique(torch.stack([own[owned], other[owned]]), dim=1)
+        pairs = torch.stack([own[owned], other[owned]]).unique(dim=1)
         # Units may have been left out, not divided or joined.
-        whole = bool((other[owned] != NO_UNIT).all()) and all(
-            pairs.shape[1] == torch.unique(side).numel() for side in pairs
-        )
-        if not whole or int(torch.isin(other, pairs[1]).sum()) != int(owned.sum()):
+        one_to_one = all(pairs.shape[1] == len(set(side)) for side in pairs.tolist())
+        whole = int(torch.isin(other, pairs[1]).sum()) == int(owned.sum())
+        if NO_UNIT in pairs[1] or not one_to_one or not whole:
             expected = f"the {layer.units} {layer.kind} that it was cut in"
             remedy = "Build the model with the arguments that the compacted one was built with."
             refuse(ValueError, str(layer), expected, f"{found.units}", remedy)
@@ -241,8 +231,8 @@ def of_kind(stages: Sequence[Stage], groups: Groups) -> dict[str, dict[str, int]
     counts: dict[str, dict[str, int]] = {}
     for layer in groups.layers:
         entry = counts.setdefault(layer.kind, {"before": 0, "after": 0})
-        entry["before"] += layer.units
-        entry["after"] += layer.units
+        for when in entry:
+            entry[when] += layer.units
     for data in stages[-1]["layers"] if stages else []:
         if data["kind"] in counts:
             counts[data["kind"]]["after"] -= sum(run[1] * run[2] for run in data["gone"])

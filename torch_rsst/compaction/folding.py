@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +42,10 @@ class Constants:
             masked: has the weights.
             units: bool tensor; those that are not ``exact`` are left out.
         """
-        if not bool((units & self.exact).any()):
-            return
-        for member, value in zip(_taking(self.layer), self.values, strict=True):
-            weight = ParameterRef(_home(masked, member), "weight")
-            _add_to_bias(_home(model, member), weight, member, units & self.exact, value)
+        if bool((units & self.exact).any()):
+            for member, value in zip(_taking(self.layer), self.values, strict=True):
+                weight = ParameterRef(_home(masked, member), "weight")
+                _add_to_bias(_home(model, member), weight, member, units & self.exact, value)
 
 
 def measure_constants(
@@ -66,18 +64,19 @@ def measure_constants(
         owner: the module to run.
         calls: different inputs of it.
     """
-    homes = [_home(model, member) for member in _taking(layer)]
+    members = _taking(layer)
+    homes = [_home(model, member) for member in members]
     if not all(isinstance(home, (nn.Linear, nn.Conv1d, nn.Conv2d)) for home in homes):
         return Constants(layer, torch.zeros_like(units), tuple(torch.zeros(0) for _ in homes))
-    exact = units.clone()
-    values = []
-    refs = named_refs(model).values()
-    tied = {s.module for places in refs for s in places if len(places) > 1 and s.name == "bias"}
-    for member, home in zip(_taking(layer), homes, strict=True):
+    exact, values = units.clone(), []
+    places = [refs for refs in named_refs(model).values() if len(refs) > 1]
+    tied = {ref.module for refs in places for ref in refs if ref.name == "bias"}
+    norms = [module for module in owner.modules() if isinstance(module, _NormBase)]
+    for member, home in zip(members, homes, strict=True):
         size = member.unit_of.numel()
-        value, constant = _constants(_inputs_of(home, owner, calls), home, size)
-        if layer.buffers or _norms(owner):
-            trained, same = _constants(_inputs_of(home, owner, calls, train=True), home, size)
+        value, constant = _constants(_inputs_of(home, owner, calls, []), home, size)
+        if layer.buffers or norms:
+            trained, same = _constants(_inputs_of(home, owner, calls, norms), home, size)
             constant &= same & ((trained - value).abs() <= 1e-5 * (1.0 + value.abs()))
         movable = constant & ((_does_not_pad(home) and home not in tied) | (value == 0))
         owned = member.unit_of != NO_UNIT
@@ -94,23 +93,17 @@ def _home(model: nn.Module, member: Member) -> nn.Module:
     return module_at(model, member.parameter.rpartition(".")[0])
 
 
-def _norms(owner: nn.Module) -> list[_NormBase]:
-    return [module for module in owner.modules() if isinstance(module, _NormBase)]
-
-
 def _inputs_of(
-    layer: nn.Module, owner: nn.Module, calls: Sequence[Call], *, train: bool = False
+    layer: nn.Module, owner: nn.Module, calls: Sequence[Call], training: Sequence[nn.Module]
 ) -> list[Tensor]:
-    """What a layer gets; with ``train``, where batch norms take the statistics of the batch."""
+    """What a layer gets, with some batch norms in training mode: by the statistics of the batch."""
     seen: list[Tensor] = []
-
-    def capture(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0].detach().clone())
-
-    handle = layer.register_forward_pre_hook(capture)
+    handle = layer.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].detach().clone())
+    )
     try:
         with undisturbed(owner):
-            for norm in _norms(owner) if train else ():
+            for norm in training:
                 norm.train()
             for call in calls:
                 run_call(owner, call)

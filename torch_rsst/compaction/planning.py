@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -18,8 +19,8 @@ from torch_rsst.compaction.cost import (
     count_parameters,
     guess_inputs,
     measure_cost,
-    measure_latencies,
     shapes_of,
+    time_in_turns,
 )
 from torch_rsst.discovery.adapter import least_left
 from torch_rsst.groups.dead_units import dead_units
@@ -39,6 +40,10 @@ BUDGETS = {"macs": "multiply-adds", "params": "parameters", "latency": "latency"
 _ALSO_CALLED = {"macs": ("flops", "gflops", "mult_adds"), "latency": ("time", "speed", "seconds")}
 _STEPS = {"macs": 10_000, "params": 10_000, "latency": 100}  # how finely amounts are searched
 _MIN_REPEATS = 3
+
+T = TypeVar("T")
+Counts = tuple[int, int | None]
+"""Parameters, and multiply-adds where there is an example to run on."""
 
 
 @dataclass(frozen=True)
@@ -100,53 +105,41 @@ class Plan:
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments with which :func:`torch_rsst.regroup` carries the plan out."""
-        return {
-            "amount": self.amount,
-            "importance": self.importance,
-            "scope": self.scope,
-            "min_keep": self.min_keep,
-            "round_to": self.round_to,
-        }
+        names = ("amount", "importance", "scope", "min_keep", "round_to")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, fit for JSON; a callable importance by its name."""
-        costs = {
-            what: None if pair is None else {"before": pair[0], "after": pair[1]}
-            for what, pair in self._costs().items()
-        }
+        name = getattr(self.importance, "__qualname__", None) or name_of(self.importance)
         return {
             "budget": dict([self.budget]),
             **self.arguments,
-            "importance": getattr(self.importance, "__qualname__", None)
-            or name_of(self.importance),
+            "importance": name,
             "layers": [asdict(layer) for layer in self.layers],
-            **costs,
+            **{
+                what: pair and {"before": pair[0], "after": pair[1]}
+                for what, pair in self._costs().items()
+            },
         }
 
     def __str__(self) -> str:
         what, limit = self.budget
-        rows = [(str(n.name or "the model"), n.kind, n.before, n.after) for n in self.layers]
-        width = max((len(name) for name, *_ in rows), default=0)
-        fixed = [layer.fixed for layer in self.layers]
-        lines = [
-            f"{name:<{width}}  {kind:<8}  {before:>6} → {after:>6}"
-            + (f"  stays whole: {reason}" if reason else "")
-            for (name, kind, before, after), reason in zip(rows, fixed, strict=True)
-        ]
+        width = max((len(layer.name or "the model") for layer in self.layers), default=0)
+        lines = [f"{BUDGETS[what]} ≤ {limit:.1%} of the dense model: amount={self.amount:g}"]
+        for each in self.layers:
+            reason = f"  stays whole: {each.fixed}" if each.fixed else ""
+            counts = f"{each.kind:<8}  {each.before:>6} → {each.after:>6}{reason}"
+            lines.append(f"{each.name or 'the model':<{width}}  {counts}")
         for label, pair in self._costs().items():
             if pair is not None:
                 shown = [f"{1e3 * v:,.2f} ms" if label == "latency" else f"{v:,}" for v in pair]
                 share = pair[1] / pair[0] if pair[0] else 1.0
                 lines.append(f"{label.replace('_', '-')}: {shown[0]} → {shown[1]} ({share:.1%})")
-        head = f"{BUDGETS[what]} ≤ {limit:.1%} of the dense model: amount={self.amount:g}"
-        return "\n".join([head, *lines])
+        return "\n".join(lines)
 
     def _costs(self) -> dict[str, tuple[float, float] | None]:
-        return {
-            "parameters": self.parameters,
-            "multiply_adds": self.multiply_adds,
-            "latency": self.latency,
-        }
+        names = ("parameters", "multiply_adds", "latency")
+        return {name: getattr(self, name) for name in names}
 
 
 def plan(
@@ -209,19 +202,19 @@ def plan(
         remedy = "Pass example_inputs: a tensor, a tuple or a dict of arguments for the model."
         got = "none, and no guess that the model runs on"
         refuse(ValueError, "plan", "an example to run on", got, remedy)
-    chooser, meter = _Chooser(bare, groups, rules), _Meter(bare, inputs)
-    pair = _pairs(bare, chooser, meter, what, inputs, repeats)
+    trials = _Trials(bare, groups, rules, inputs, repeats)
+    measure = cache(lambda amount: trials.measure(what, trials.removals(amount)))
 
     def share(step: int) -> float:
-        before, after = pair(step / steps)
+        before, after = measure(step / steps)
         return after / before if before else 0.0
 
     steps = _STEPS[what]
     if share(steps) > limit:
         raise ValueError(_out_of_reach(what, limit, share(steps), min_keep))
     amount = bisect_left(range(steps), True, key=lambda step: share(step) <= limit) / steps
-    removals = chooser.removals(amount)
-    (parameters, adds), (parameters_left, adds_left) = meter.counts([]), meter.counts(removals)
+    removals = trials.removals(amount)
+    (parameters, adds), (parameters_left, adds_left) = map(trials.count, ([], removals))
     return Plan(
         budget=(what, limit),
         amount=amount,
@@ -237,7 +230,7 @@ def plan(
         ),
         parameters=(parameters, parameters_left),
         multiply_adds=None if adds is None or adds_left is None else (adds, adds_left),
-        latency=pair(amount) if what == "latency" else None,
+        latency=measure(amount) if what == "latency" else None,
     )
 
 
@@ -279,23 +272,73 @@ def _out_of_reach(what: str, limit: float, least: float, min_keep: int) -> str:
     return message(f"budget[{what!r}]", expected=expected, got=limit, remedy=remedy)
 
 
-class _Chooser:
-    """The units that go, for any amount: scored once, as an amount only says how many."""
+class _Trials:
+    """What a model costs without some of its units, found out on copies."""
 
-    def __init__(self, model: nn.Module, groups: Groups, rules: RegroupPlan) -> None:
-        weights, masks = named_weights(model), extract_mask(model)
-        self.groups, self.rules = groups, rules
-        self._scored = score_layers(weights, groups, masks, rules)
+    def __init__(
+        self, model: nn.Module, groups: Groups, rules: RegroupPlan, inputs: Any, repeats: int
+    ) -> None:
+        self._model, self._groups, self._rules = model, groups, rules
+        self._inputs, self._repeats = inputs, repeats
+        weights = named_weights(model)
+        # Scored once: an amount only says how many go.
+        self._scored = score_layers(weights, groups, extract_mask(model), rules)
         # Compaction takes units whose weights are all 0, whatever the mask.
         self._silent = [dead_units(layer, weights, {}).silent for layer in groups.layers]
+        # Shapes do, and cost no memory, unless a family reads values.
+        self._sources = [shapes_of(model), model]
 
     def removals(self, amount: float) -> list[Removal]:
         """What :func:`torch_rsst.compact` cuts once :func:`torch_rsst.regroup` masked by an amount."""
-        kept = choose(self.groups, self._scored, amount, self.rules).kept
+        kept = choose(self._groups, self._scored, amount, self._rules).kept
         return [
             Removal(layer, _without_indispensable(layer, ~stays | silent))
-            for layer, stays, silent in zip(self.groups.layers, kept, self._silent, strict=True)
+            for layer, stays, silent in zip(self._groups.layers, kept, self._silent, strict=True)
         ]
+
+    def measure(self, what: str, removals: Sequence[Removal]) -> tuple[float, float]:
+        """What a budget limits, of the dense model and of the one without these units."""
+        if what == "latency":
+            models = [self._dense, _cut(self._dense, removals)]
+            runs = time_in_turns(models, self._inputs, repeats=self._repeats)
+            before, after = map(statistics.median, runs)
+            return before, after
+        if what == "params":
+            return self._parameters, self._on_copy(removals, count_parameters)
+        return self._whole[1] or 0, self.count(removals)[1] or 0
+
+    def count(self, removals: Sequence[Removal]) -> Counts:
+        """Parameters, and multiply-adds where there is an example, without these units."""
+        return self._on_copy(removals, self._count)
+
+    def _count(self, model: nn.Module) -> Counts:
+        if self._inputs is None:
+            return count_parameters(model), None
+        cost = measure_cost(model, self._inputs)
+        return cost.parameters, cost.multiply_adds
+
+    def _on_copy(self, removals: Sequence[Removal], count: Callable[[nn.Module], T]) -> T:
+        try:
+            return count(_cut(self._sources[0], removals))
+        except Exception:
+            if len(self._sources) == 1:
+                raise
+            del self._sources[0]
+            return self._on_copy(removals, count)
+
+    @cached_property
+    def _parameters(self) -> int:
+        return count_parameters(self._model)
+
+    @cached_property
+    def _whole(self) -> Counts:
+        return self.count([])
+
+    @cached_property
+    def _dense(self) -> nn.Module:
+        dense = copy.deepcopy(self._model)
+        restore(masked_refs(dense.modules()))  # a dense model applies no masks
+        return dense
 
 
 def _without_indispensable(layer: GroupLayer, goes: Tensor) -> Tensor:
@@ -308,77 +351,9 @@ def _without_indispensable(layer: GroupLayer, goes: Tensor) -> Tensor:
     return goes
 
 
-T = TypeVar("T")
-Counts = tuple[int, int | None]
-"""Parameters, and multiply-adds where there is an example to run on."""
-
-
-class _Meter:
-    """What a model costs, and what copies of it cost that lack some units."""
-
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self._model, self._inputs = model, inputs
-        self._shapes: nn.Module | None = shapes_of(model)
-
-    def parameters(self, removals: Sequence[Removal]) -> int:
-        """Of the model without these units."""
-        return self._on_copy(removals, count_parameters)
-
-    def counts(self, removals: Sequence[Removal]) -> Counts:
-        """Of the model without these units."""
-        return self._on_copy(removals, self._count)
-
-    def _count(self, model: nn.Module) -> Counts:
-        if self._inputs is None:
-            return count_parameters(model), None
-        cost = measure_cost(model, self._inputs)
-        return cost.parameters, cost.multiply_adds
-
-    def _on_copy(self, removals: Sequence[Removal], count: Callable[[nn.Module], T]) -> T:
-        if self._shapes is not None:
-            try:
-                return count(_cut(self._shapes, removals))
-            except Exception:  # some families read values, which shapes do not have
-                self._shapes = None
-        return count(_cut(self._model, removals))
-
-
-class _Clock:
-    """The time that a dense model takes, and copies of it that lack some units."""
-
-    def __init__(self, model: nn.Module, inputs: Any, repeats: int) -> None:
-        self._dense, self._inputs, self._repeats = copy.deepcopy(model), inputs, repeats
-        restore(masked_refs(self._dense.modules()))  # a dense model does not multiply by masks
-
-    def before_and_after(self, removals: Sequence[Removal]) -> tuple[float, float]:
-        """Measured side by side, as other work may share the machine."""
-        models = [self._dense, _cut(self._dense, removals)]
-        before, after = measure_latencies(models, self._inputs, repeats=self._repeats)
-        return before, after
-
-
 def _cut(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
     small, _ = remove(copy.deepcopy(model), removals)
     return small
-
-
-def _pairs(
-    model: nn.Module, chooser: _Chooser, meter: _Meter, what: str, inputs: Any, repeats: int
-) -> Callable[[float], tuple[float, float]]:
-    """Amount → what the budget limits, before and after; each amount is measured once."""
-    whole = meter.counts([])
-    clock = _Clock(model, inputs, repeats) if what == "latency" else None
-
-    @cache
-    def pair(amount: float) -> tuple[float, float]:
-        removals = chooser.removals(amount)
-        if clock is not None:
-            return clock.before_and_after(removals)
-        if what == "params":
-            return whole[0], meter.parameters(removals)
-        return whole[1] or 0, meter.counts(removals)[1] or 0
-
-    return pair
 
 
 __all__ = ["BUDGETS", "Plan", "PlannedLayer", "plan"]

@@ -22,6 +22,8 @@ from torch_rsst.utils.errors import message
 Build = dict[str, Any]
 """``{"name": "timm.create_model", "args": [...], "kwargs": {...}}``, plain values only."""
 
+BUILT = "_compaction_build"
+"""Attribute of a loaded model: how the dense one was built."""
 _ELSEWHERE = re.compile(r"(hf[-_]hub|local[-_]dir|https?|file):", re.IGNORECASE)
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -31,52 +33,45 @@ class Builder:
     """A function that a description may name.
 
     Attributes:
-        name: a regular expression for the names it answers to.
+        name: a regular expression for its name.
+        expected: what it takes, for messages.
         refused: keyword arguments, or keys of a configuration, that load or download something;
             only None and False are let through.
-        call: makes the model of (name, args, kwargs).
+        call: makes the model of (name, args, kwargs); None where the arguments are of another kind.
     """
 
     name: str
+    expected: str
     refused: tuple[str, ...]
-    call: Callable[[str, Sequence[Any], Mapping[str, Any]], nn.Module]
+    call: Callable[[str, Sequence[Any], Mapping[str, Any]], nn.Module | None]
 
 
-def _create_timm(_: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
-    if len(args) != 1 or not isinstance(args[0], str) or ":" in args[0] or "/" in args[0]:
-        raise _refuse("timm.create_model", "the name of an architecture and keywords", args)
-    timm = importlib.import_module("timm")
+def _create_timm(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
+    if len(args) != 1 or not _is_plain_name(args[0]):
+        return None
+    timm: Any = importlib.import_module("timm")
     model: nn.Module = timm.create_model(args[0], **{**kwargs, "pretrained": False})
     return model
 
 
-def _timm_vit(_: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
-    if args:
-        raise _refuse("timm.models.VisionTransformer", "keywords alone", args)
+def _timm_vit(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
     models = importlib.import_module("timm.models")
-    model: nn.Module = models.VisionTransformer(**kwargs)
-    return model
+    return None if args else models.VisionTransformer(**kwargs)
 
 
-def _get_torchvision(_: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
+def _get_torchvision(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
     models = importlib.import_module("torchvision.models")
     if len(args) != 1 or args[0] not in models.list_models():
-        raise _refuse("torchvision.models.get_model", "the name of a model and keywords", args)
-    off = {"weights": None}
-    if "weights_backbone" in inspect.signature(models.get_model_builder(args[0])).parameters:
-        off["weights_backbone"] = None
+        return None
+    takes = inspect.signature(models.get_model_builder(args[0])).parameters
+    off = {key: None for key in ("weights", "weights_backbone") if key == "weights" or key in takes}
     model: nn.Module = models.get_model(args[0], **{**kwargs, **off})
     return model
 
 
-def _names_in(value: object) -> set[str]:
-    """The keys of a mapping and of all that stand in it."""
-    if isinstance(value, Mapping):
-        return {str(key) for key in value}.union(*map(_names_in, value.values()))
-    return set().union(*map(_names_in, value)) if isinstance(value, (list, tuple)) else set()
-
-
-def _from_transformers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
+def _from_transformers(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> nn.Module | None:
     transformers = importlib.import_module("transformers")
     class_name, _, method = name.removeprefix("transformers.").partition(".")
     cls: Any = getattr(transformers, class_name, None)
@@ -86,10 +81,15 @@ def _from_transformers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
         expected = "a model class of transformers, or AutoModel….from_config"
         raise _refuse(name, expected, "another name")
     if len(args) != 1 or not isinstance(args[0], Mapping):
-        raise _refuse(name, "one configuration, as a dict", args)
-    if _names_in(args[0]) & {"attn_implementation", "experts_implementation"}:
+        return None
+    parts = list(_walk(args[0]))
+    if {key for key, _ in parts} & {"attn_implementation", "experts_implementation"}:
         # Which may name code in a repository.
         raise _refuse(name, "a configuration without attn_implementation", "one with it")
+    for _, part in parts:
+        if isinstance(part, Mapping) and part.get("backbone") and not _is_of_timm(part):
+            expected = "it left out, or the name of an architecture of timm"
+            raise _refuse(f"{name}: 'backbone'", expected, part["backbone"])
     data, implementation = dict(args[0]), kwargs.get("attn_implementation")
     if set(kwargs) - {"attn_implementation"} or implementation not in _ATTENTION:
         raise _refuse(name, "attn_implementation alone, a built-in one", dict(kwargs))
@@ -102,30 +102,39 @@ def _from_transformers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     return model
 
 
-_OF_TIMM = (
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_strict",
-    "checkpoint_path",
-    "cache_dir",
-)
+def _is_of_timm(config: Mapping[str, Any]) -> bool:
+    timm = config.get("model_type") == "timm_backbone" or config.get("use_timm_backbone") is True
+    return timm and _is_plain_name(config["backbone"])
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether this can be the name of an architecture: not of a repository or a folder."""
+    return isinstance(name, str) and not set(name) & set(":/\\")
+
+
+_FILES = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+_OF_TIMM = ("pretrained", "pretrained_strict", *_FILES)
 _OF_TRANSFORMERS = (
-    "auto_map",
-    "trust_remote_code",
-    "quantization_config",
-    "use_pretrained_backbone",
-    "backbone",
-    "use_kernels",
-    "kernel_config",
-    "_attn_implementation",
-    "_attn_implementation_internal",
+    *("auto_map", "trust_remote_code", "quantization_config", "use_pretrained_backbone"),
+    *("use_kernels", "kernel_config", "_attn_implementation", "_attn_implementation_internal"),
+    *_FILES,
 )
+_NAME = "the name of %s and keywords"
 BUILDERS = (
-    Builder(r"timm\.create_model", _OF_TIMM, _create_timm),
-    Builder(r"timm\.models\.VisionTransformer", _OF_TIMM, _timm_vit),
-    Builder(r"torchvision\.models\.get_model", ("weights", "weights_backbone"), _get_torchvision),
-    Builder(r"transformers\.[A-Za-z0-9_]+(\.from_config)?", _OF_TRANSFORMERS, _from_transformers),
+    Builder(r"timm\.create_model", _NAME % "an architecture", _OF_TIMM, _create_timm),
+    Builder(r"timm\.models\.VisionTransformer", "keywords alone", _OF_TIMM, _timm_vit),
+    Builder(
+        r"torchvision\.models\.get_model",
+        _NAME % "a model",
+        ("weights", "weights_backbone"),
+        _get_torchvision,
+    ),
+    Builder(
+        r"transformers\.[A-Za-z0-9_]+(\.from_config)?",
+        "one configuration, as a dict",
+        _OF_TRANSFORMERS,
+        _from_transformers,
+    ),
 )
 LISTED = (
     "timm.create_model, timm.models.VisionTransformer, torchvision.models.get_model, "
@@ -143,8 +152,7 @@ def as_build(build: object) -> Build:
         TypeError, ValueError: for anything that cannot be written as JSON, or a name that is not allowed.
     """
     if not isinstance(build, Mapping) or set(build) - {"name", "args", "kwargs"}:
-        expected = "a dict of 'name', 'args' and 'kwargs'"
-        raise _refuse("build", expected, build)
+        raise _refuse("build", "a dict of 'name', 'args' and 'kwargs'", build)
     name, args, kwargs = build.get("name"), build.get("args", ()), build.get("kwargs", {})
     if not (isinstance(args, (list, tuple)) and isinstance(kwargs, Mapping)):
         raise _refuse("build", "a list of 'args' and a dict of 'kwargs'", build)
@@ -160,9 +168,13 @@ def as_build(build: object) -> Build:
 
 
 def _configuration(value: Any) -> Any:
-    if callable(getattr(value, "to_json_string", None)):
-        return json.loads(value.to_json_string(use_diff=False))
-    raise TypeError(f"a {type(value).__name__}")
+    if not callable(getattr(value, "to_json_string", None)):
+        raise TypeError(f"a {type(value).__name__}")
+    # The weights of a backbone come from the folder.
+    return json.loads(
+        value.to_json_string(use_diff=False),
+        object_hook=lambda d: d | dict.fromkeys({"use_pretrained_backbone"} & d.keys(), False),
+    )
 
 
 def build_model(build: object) -> nn.Module:
@@ -173,41 +185,36 @@ def build_model(build: object) -> nn.Module:
         Exception: what the builder raises.
     """
     plain = as_build(build)
-    builder = _builder(plain["name"])
-    for key, value in _items([plain["args"], plain["kwargs"]]):
+    name, args, kwargs = plain["name"], plain["args"], plain["kwargs"]
+    builder = _builder(name)
+    for key, value in _walk([args, kwargs]):
         if key in builder.refused and value not in (None, False):
-            raise _refuse(f"{plain['name']}: {key!r}", "it left out", value)
-    if remote := next(filter(_ELSEWHERE.match, _texts([plain["args"], plain["kwargs"]])), None):
-        raise _refuse(plain["name"], "nothing from elsewhere", repr(remote))
+            raise _refuse(f"{name}: {key!r}", "it left out", value)
+        if isinstance(value, str) and _ELSEWHERE.match(value):
+            raise _refuse(name, "nothing from elsewhere", repr(value))
     with torch.random.fork_rng(devices=[]):
-        return builder.call(plain["name"], plain["args"], plain["kwargs"])
+        model = builder.call(name, args, kwargs)
+    if model is None:
+        raise _refuse(name, builder.expected, args)
+    return model
 
 
 def _builder(name: object) -> Builder:
-    if isinstance(name, str):
-        for builder in BUILDERS:
-            if re.fullmatch(builder.name, name):
-                return builder
+    for builder in BUILDERS if isinstance(name, str) else ():
+        if re.fullmatch(builder.name, str(name)):
+            return builder
     raise _refuse("build", f"one of {LISTED}", repr(name))
 
 
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """All keys with their values, however deep."""
+def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All that stands in plain values, with the key that it stands under."""
+    yield key, value
     if isinstance(value, Mapping):
-        yield from value.items()
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _items(item)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All text in plain values."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
+        for inner_key, inner in value.items():
+            yield from _walk(inner, str(inner_key))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _walk(inner, key)
 
 
 def _refuse(subject: str, expected: str, got: object) -> ValueError:
@@ -219,13 +226,14 @@ def _refuse(subject: str, expected: str, got: object) -> ValueError:
 
 def guess_builds(model: nn.Module) -> Iterator[Build]:
     """How a model may have been built, the likeliest first; to be checked, since models do not say."""
-    cls = type(model)
-    config = getattr(model, "config", None)
-    if cls.__module__.startswith("transformers.") and callable(
-        getattr(config, "to_json_string", None)
-    ):
-        kwargs = {"attn_implementation": getattr(config, "_attn_implementation", None)}
-        yield {"name": f"transformers.{cls.__name__}", "args": [config], "kwargs": kwargs}
+    cls, config = type(model), getattr(model, "config", None)
+    if BUILT in vars(model):
+        yield vars(model)[BUILT]
+    if cls.__module__.startswith("transformers.") and hasattr(config, "to_json_string"):
+        # Some classes refuse to be told what they choose by themselves.
+        named = {"attn_implementation": getattr(config, "_attn_implementation", None)}
+        for kwargs in ({}, named):
+            yield {"name": f"transformers.{cls.__name__}", "args": [config], "kwargs": kwargs}
     origin = getattr(model, "pretrained_cfg", None)
     if isinstance(origin, Mapping) and isinstance(origin.get("architecture"), str):
         name, options = origin["architecture"], _timm_options(model, origin)
@@ -235,25 +243,18 @@ def guess_builds(model: nn.Module) -> Iterator[Build]:
 
 
 def _timm_options(model: nn.Module, origin: Mapping[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if isinstance(classes := getattr(model, "num_classes", None), int):
-        options["num_classes"] = classes
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    size = origin.get("input_size")
-    shape = list(size) if isinstance(size, (list, tuple)) else []
-    if first is not None and first.groups == 1 and shape[:1] != [first.in_channels]:
-        options["in_chans"] = first.in_channels
-    sizes = (vars(m).get("img_size") for m in model.modules())
+    sizes = (vars(module).get("img_size") for module in model.modules())
     image = next((list(size) for size in sizes if isinstance(size, (list, tuple))), None)
-    if image is not None and image != shape[1:]:
-        options["img_size"] = image
-    return options
+    found = {
+        "num_classes": getattr(model, "num_classes", None),
+        "in_chans": first.in_channels if first is not None and first.groups == 1 else None,
+        "img_size": None if image == [*origin.get("input_size", ())][1:] else image,
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _pool_of(model: nn.Module) -> str | None:
-    for holder in (model, getattr(model, "head", None)):
-        pool = getattr(holder, "global_pool", None)
-        kind = getattr(pool, "pool_type", pool)
-        if isinstance(kind, str):
-            return kind
-    return None
+    pools = (getattr(m, "global_pool", None) for m in (model, getattr(model, "head", None)))
+    kinds = (getattr(pool, "pool_type", pool) for pool in pools)
+    return next((kind for kind in kinds if isinstance(kind, str)), None)

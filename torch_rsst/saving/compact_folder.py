@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_rsst.compaction.compaction import is_rounding
 from torch_rsst.compaction.cut_record import of_kind, stages_of
 from torch_rsst.compaction.plain import make_plain
 from torch_rsst.discovery.probe import output_error
@@ -20,14 +21,13 @@ from torch_rsst.saving.builders import Build, as_build, build_model, guess_build
 from torch_rsst.saving.description import (
     Description,
     Tensors,
-    built_as,
     installed,
     put_together,
     take_apart,
 )
 from torch_rsst.saving.exported import export_program
-from torch_rsst.saving.likeness import difference, set_all, settings_of
-from torch_rsst.saving.receipt import Receipt, is_rounding, measure
+from torch_rsst.saving.likeness import compare, set_all
+from torch_rsst.saving.receipt import Receipt, measure
 from torch_rsst.utils.errors import CompactionWarning, message, refuse
 from torch_rsst.utils.files import check_links, digest, digest_of_file, find_written, write_together
 from torch_rsst.utils.module_state import deep_copy
@@ -113,10 +113,10 @@ def save_compact(
         make_plain(bare, "save_compact", keep_masks)
     description, tensors = take_apart(bare, stages)
     description = _with_build(build, bare, description, tensors, example_inputs)
-    if description.build is None:
+    if description.not_built:
         text = (
-            "The folder does not say how to build the dense model, so that load_compact needs model=. "
-            "Pass build= to save_compact to change that."
+            "The folder does not say how to build the dense model, so that load_compact needs model= "
+            f"({description.not_built}). Pass build= to save_compact to change that."
         )
         warnings.warn(text, CompactionWarning, stacklevel=2)
     receipt = measure(bare, None if masked is None else unwrap(masked), example_inputs)
@@ -170,26 +170,26 @@ def load_compact(
     Warns:
         UnfrozenZerosWarning: for ``keep_masks=None``, where saved masks became zeros.
     """
-    path = Path(folder)
+    path, dense = Path(folder), None if model is None else unwrap(model)
     description = read_description(path)
     tensors = _read_tensors(path, description)
-    if model is not None:
-        dense = deep_copy(unwrap(model))
-        if any(tensor.is_meta for tensor in (*dense.parameters(), *dense.buffers())):
-            got, remedy = "one on the meta device", "Build it on a real device."
-            refuse(ValueError, "model", "values", got, remedy)
-    else:
-        dense = _build(path, description)
+    remedy = "Pass the dense model: load_compact(folder, model=…)."
+    if dense is None and description.build is None:
+        reason = f" ({description.not_built})" if description.not_built else ""
+        got = f"a folder that does not say how to build it{reason}"
+        refuse(ValueError, str(path), f"the dense {description.model_class}", got, remedy)
+    if dense is not None and any(t.is_meta for t in (*dense.parameters(), *dense.buffers())):
+        got, remedy = "one on the meta device", "Build it on a real device."
+        refuse(ValueError, "model", "values", got, remedy)
     try:
-        small = put_together(dense, description, tensors)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        wanted = f"{description.model_class}, built as the one that was compacted"
-        remedy = (
-            f"{_other_versions(description)}Pass the dense model: load_compact(folder, model=…)."
-        )
-        raise ValueError(
-            message(str(path), expected=wanted, got=f"({one_line(error)})", remedy=remedy)
-        ) from error
+        whole = build_model(description.build) if dense is None else deep_copy(dense)
+        small = put_together(whole, description, tensors)
+    except ModuleNotFoundError as error:
+        raise _missing(error, str(path), f"Install it. {remedy}") from error
+    except Exception as error:  # whatever builders raise
+        expected = f"{description.model_class}, built as the one that was compacted"
+        remedy = f"{_other_versions(description)}{remedy}"
+        refuse(ValueError, str(path), expected, f"({one_line(error)})", remedy)
     make_plain(small, "load_compact", keep_masks)
     return small
 
@@ -226,65 +226,41 @@ def _with_build(
     build: Build | None, bare: nn.Module, description: Description, tensors: Tensors, inputs: Any
 ) -> Description:
     """With a build that has been tried: the given one, or the first that makes the model."""
-    if build is not None:
-        described, reason = _tried(as_build(build), bare, description, tensors, inputs)
-        if reason:
-            expected = f"one that makes this {type(bare).__name__}"
-            remedy = "Correct it, or leave build out and pass model= to load_compact."
-            refuse(ValueError, "build", expected, reason, remedy)
-        return described
-    remembered = built_as(bare)
-    for guess in [remembered] if remembered is not None else guess_builds(bare):
-        try:
-            plain = as_build(guess)
-        except (TypeError, ValueError):
-            continue
-        described, reason = _tried(plain, bare, description, tensors, inputs)
+    reason = ""
+    for each in guess_builds(bare) if build is None else [as_build(build)]:
+        found, reason = _tried(each, bare, description, tensors, inputs)
         if not reason:
-            return described
-    return description
+            return found
+    if build is not None:
+        expected = f"one that makes this {type(bare).__name__}"
+        remedy = "Correct it, or leave build out and pass model= to load_compact."
+        refuse(ValueError, "build", expected, reason, remedy)
+    if not reason and type(bare).__module__.startswith("torchvision."):
+        reason = "models of torchvision do not know their name"
+    return replace(description, not_built=reason)
 
 
 def _tried(
     build: Build, bare: nn.Module, description: Description, tensors: Tensors, inputs: Any
 ) -> tuple[Description, str]:
     """The description with a build, and why that does not lead to the model, "" where it does."""
-    description = replace(description, build=build)
     try:
+        description = replace(description, build=as_build(build))
         built = put_together(build_model(build), description, tensors)
     except Exception as error:  # whatever builders raise
         return description, one_line(error)
-    description = replace(description, settings=settings_of(bare, built))
-    set_all(built, description.settings)
-    if text := difference(bare, built):
-        return description, f"another {text}"
-    if inputs is None:
-        return description, ""
-    devices = {tensor.device for tensor in (*bare.parameters(), *bare.buffers())}
-    if len(devices) == 1:
-        built = built.to(devices.pop())
-    off, scale = output_error(bare, built, inputs)
-    good = is_rounding(off, scale, bare)
-    return description, "" if good else f"outputs that differ by {off:.3g}"
-
-
-def _build(folder: Path, description: Description) -> nn.Module:
-    if description.build is None:
-        got, remedy = "a folder that does not say how to build it", "Pass model=."
-        expected = f"the dense {description.model_class}"
-        refuse(ValueError, str(folder), expected, got, remedy)
-    try:
-        return build_model(description.build)
-    except ModuleNotFoundError as error:
-        remedy = "Install it, or pass the dense model: load_compact(folder, model=…)."
-        text = message(str(folder), expected=f"{error.name}", got="none", remedy=remedy)
-        raise ModuleNotFoundError(text, name=error.name) from error
-    except Exception as error:  # whatever builders raise
-        remedy = (
-            f"{_other_versions(description)}Pass the dense model: load_compact(folder, model=…)."
-        )
-        expected, got = "a model that can be built", f"({one_line(error)})"
-        raise ValueError(message(str(folder), expected=expected, got=got, remedy=remedy)) from error
+    settings, text = compare(bare, built)
+    if text:
+        return description, f"{build['name']} makes another {text}"
+    set_all(built, settings)
+    if inputs is not None:
+        devices = {tensor.device for tensor in (*bare.parameters(), *bare.buffers())}
+        if len(devices) == 1:
+            built = built.to(devices.pop())
+        off, scale = output_error(bare, built, inputs)
+        if not is_rounding(off, scale, bare):
+            return description, f"{build['name']} makes outputs that differ by {off:.3g}"
+    return replace(description, settings=settings), ""
 
 
 def _other_versions(description: Description) -> str:
@@ -300,18 +276,18 @@ def _other_versions(description: Description) -> str:
 def one_line(error: BaseException) -> str:
     """An error's text without line breaks and a full stop at its end: as part of a sentence."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()).rstrip(".") or type(error).__name__
+    return " ".join(text.split())[:300].rstrip(".") or type(error).__name__
 
 
 def _read_tensors(folder: Path, description: Description) -> Tensors:
-    named = {}
-    for name in (WEIGHTS, BUFFERS):
-        if name in description.files:
-            named[name] = _read(folder, name, description.files[name])
-        elif name == WEIGHTS:
-            got, remedy = f"no {WEIGHTS}", "Save the model again with save_compact."
-            refuse(ValueError, str(folder / INDEX), "its files", got, remedy)
-    return Tensors(named[WEIGHTS], named.get(BUFFERS, {}))
+    if WEIGHTS not in description.files:
+        got, remedy = f"no {WEIGHTS}", "Save the model again with save_compact."
+        refuse(ValueError, str(folder / INDEX), "its files", got, remedy)
+    weights, buffers = (
+        _read(folder, name, description.files[name]) if name in description.files else {}
+        for name in (WEIGHTS, BUFFERS)
+    )
+    return Tensors(weights, buffers)
 
 
 def _read(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
@@ -326,9 +302,7 @@ def _read(folder: Path, name: str, expected: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = _safetensors().load_file(str(path))
     except Exception as error:  # of its own kind
-        raise ValueError(
-            message(str(path), expected="tensors", got=one_line(error), remedy=remedy)
-        ) from error
+        refuse(ValueError, str(path), "tensors", one_line(error), remedy)
     return tensors
 
 
@@ -341,7 +315,10 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        remedy = "pip install 'torch-rsst[saving]'"
-        text = message("saved models", expected=f"{error.name}", got="none", remedy=remedy)
-        raise ModuleNotFoundError(text, name=error.name) from error
+        raise _missing(error, "saved models", "pip install 'torch-rsst[saving]'") from error
     return safetensors.torch
+
+
+def _missing(error: ModuleNotFoundError, subject: str, remedy: str) -> ModuleNotFoundError:
+    text = message(subject, expected=f"{error.name}", got="none", remedy=remedy)
+    return ModuleNotFoundError(text, name=error.name)

@@ -6,8 +6,9 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +19,40 @@ from torch_rsst.compaction.cut_record import Stage, remember
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.masking.checkpoints import prepare_from_state_dict
 from torch_rsst.masking.mask_sets import without_wrappers
-from torch_rsst.saving.builders import Build
+from torch_rsst.saving.builders import BUILT, Build
 from torch_rsst.saving.likeness import Settings, set_all
 from torch_rsst.saving.receipt import UNNAMED
-from torch_rsst.utils.errors import MissingNameError, listing, message, refuse
+from torch_rsst.utils.errors import refuse
 
 FORMAT, VERSION = "torch_rsst.compact", 1
-
-_BUILT = "_compaction_build"
 
 
 @dataclass(frozen=True)
 class Description:
     """All of a compacted model but its tensors; plain values, as in ``compact.json``.
 
+    A default is what a folder means that was saved before there was such a setting.
+
     Attributes:
         model_class: the name of its class, for people.
-        build: how to build the dense model; None where only the user knows.
         stages: what was cut, see :mod:`torch_rsst.compaction.cut_record`.
         training: its mode.
+        build: how to build the dense model; None where only the user knows.
+        not_built: why there is no build, "" where none was expected.
         tied: names in the state dict whose tensor stands in the file under another name, and that one.
-        settings: numbers that modules note, where they were set after the model was built.
+        settings: floats that modules have as attributes, where they were set after the model was built.
         frozen: parameters that require no gradient.
-        channels_last: tensors that are stored so in memory, which decides how convolutions round.
+        channels_last: tensors in this memory format, on which the rounding of convolutions depends.
         receipt: see :func:`torch_rsst.saving.receipt.measure`.
         files: the SHA-256 of each file.
         versions: of the packages that wrote it.
     """
 
     model_class: str
-    build: Build | None
     stages: list[Stage]
     training: bool
+    build: Build | None = None
+    not_built: str = ""
     tied: dict[str, str] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
@@ -76,56 +79,37 @@ class Description:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            got = f"broken JSON: {error}"
-            raise ValueError(
-                message(source, expected="a description", got=got, remedy=remedy)
-            ) from None
+            refuse(ValueError, source, "a description", f"broken JSON: {error}", remedy)
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             got = f"format {data.get('format')!r}" if isinstance(data, Mapping) else "another file"
-            expected = f"the format {FORMAT!r}"
-            refuse(ValueError, source, expected, got, remedy)
+            refuse(ValueError, source, f"the format {FORMAT!r}", got, remedy)
         if data.get("version") != VERSION:
-            remedy = "Load it with a newer torch_rsst."
-            refuse(ValueError, source, f"version {VERSION}", repr(data.get("version")), remedy)
-        data = {**_LATER, **data}
-        for name, (kind, inner) in _KINDS.items():
-            value = data.get(name)
-            items = value.values() if isinstance(value, dict) else value
-            fits = isinstance(value, kind) and (
-                inner is None or all(isinstance(item, inner) for item in items or ())
-            )
-            if not fits:
-                refuse(ValueError, source, f"{name!r} in it", repr(value)[:80], remedy)
-        for name, text in data["files"].items():
+            newer = "Load it with a newer torch_rsst."
+            refuse(ValueError, source, f"version {VERSION}", repr(data.get("version")), newer)
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        for name, hint in get_type_hints(cls).items():
+            if (name in known or name in _REQUIRED) and not _is_a(known.get(name), hint):
+                refuse(ValueError, source, f"{name!r} in it", repr(data.get(name))[:80], remedy)
+        for name, text in known.get("files", {}).items():
             if not re.fullmatch("[0-9a-f]{64}", text):
                 expected = f"the SHA-256 of {name!r}, 64 hexadecimal digits"
-                got = repr(text)[:80]
-                refuse(ValueError, source, expected, got, remedy)
-        found = cls(**{name: data[name] for name in _KINDS})
-        return replace(found, receipt={"timed": UNNAMED, **found.receipt})
+                refuse(ValueError, source, expected, repr(text)[:80], remedy)
+        return cls(**{**known, "receipt": {"timed": UNNAMED, **known.get("receipt", {})}})
 
 
-_KINDS: dict[str, tuple[Any, Any]] = {
-    "model_class": (str, None),
-    "build": ((dict, type(None)), None),
-    "stages": (list, dict),
-    "training": (bool, None),
-    "tied": (dict, str),
-    "settings": (dict, dict),
-    "frozen": (list, str),
-    "channels_last": (list, str),
-    "receipt": (dict, None),
-    "files": (dict, str),
-    "versions": (dict, str),
-}
+_REQUIRED = ("model_class", "stages", "training")
 
 
-# What a folder means that does not say it.
-_LATER: dict[str, Any] = {
-    "build": None,
-    **{name: {} for name in ("tied", "settings", "receipt", "versions")},
-    **{name: [] for name in ("frozen", "channels_last")},
-}
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a value from JSON is of an annotated type."""
+    inner = get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_is_a(value, each) for each in inner)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_is_a(each, inner[1]) for each in value.values())
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_a(each, inner[0]) for each in value)
+    return hint is Any or isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -162,19 +146,17 @@ def take_apart(model: nn.Module, stages: list[Stage]) -> tuple[Description, Tens
             tied[name] = first[place]
             continue
         first[place] = name
-        state[name] = _copied(tensor)
+        state[name] = _for_file(tensor)
         if not tensor.is_contiguous() and _is_channels_last(tensor):
             channels_last.append(name)
     named = model.named_parameters(remove_duplicate=False)
     frozen = [without_wrappers(name) for name, p in named if not p.requires_grad]
-    buffers = {name: _copied(b) for name, (m, key) in _hidden_buffers(model).items()
-               for b in [m._buffers[key]] if b is not None}  # fmt: skip
+    buffers = {name: _for_file(m.get_buffer(key)) for name, (m, key) in _hidden(model).items()}
     description = Description(
-        _class_name(model),
-        None,
-        stages,
-        model.training,
-        tied,
+        model_class=_class_name(model),
+        stages=stages,
+        training=model.training,
+        tied=tied,
         frozen=frozen,
         channels_last=channels_last,
         versions=installed(),
@@ -198,13 +180,12 @@ def put_together(model: nn.Module, description: Description, tensors: Tensors) -
         state[name] = tensors.state[first]
     prepare_from_state_dict(model, state)
     own = {without_wrappers(key): key for key in model.state_dict()}
-    _check_fits(model, own, state)
     _take_types(model, state, frozenset(description.channels_last))
-    model.load_state_dict({own[name]: tensor for name, tensor in state.items()}, strict=True)
-    for name, (module, key) in _hidden_buffers(model).items():
-        buffer, saved = module._buffers[key], tensors.buffers.get(name)
+    model.load_state_dict({own.get(name, name): tensor for name, tensor in state.items()})
+    for name, (module, key) in _hidden(model).items():
+        buffer, saved = module.get_buffer(key), tensors.buffers.get(name)
         # Others are made anew when they are needed, as tables that grow with their input.
-        if buffer is not None and saved is not None and saved.shape == buffer.shape:
+        if saved is not None and saved.shape == buffer.shape:
             module._buffers[key] = saved.to(buffer.device, copy=True)
     set_all(model, description.settings)
     frozen = frozenset(description.frozen)
@@ -213,15 +194,9 @@ def put_together(model: nn.Module, description: Description, tensors: Tensors) -
             parameter.requires_grad_(without_wrappers(name) not in frozen)
     remember(model, description.stages)
     if description.build is not None:
-        vars(model)[_BUILT] = description.build
+        vars(model)[BUILT] = description.build
     model.train(description.training)
     return model  # not what train() returns: some classes forget to
-
-
-def built_as(model: nn.Module) -> Build | None:
-    """How the dense model was built that a loaded model comes from, if its folder said so."""
-    build: Build | None = vars(model).get(_BUILT)
-    return build
 
 
 def installed() -> dict[str, str]:
@@ -230,20 +205,6 @@ def installed() -> dict[str, str]:
     loaded = {name: sys.modules[name] for name in names if name in sys.modules}
     versions = {name: str(getattr(module, "__version__", "")) for name, module in loaded.items()}
     return {"torch_rsst": __version__, **versions}
-
-
-def _check_fits(model: nn.Module, own: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
-    remedy = "Build the model with the arguments that the compacted one was built with."
-    subject = "tensors"
-    if odd := own.keys() ^ state.keys():
-        got = f"{listing(sorted(odd))} in one of them only"
-        expected = "those of the model"
-        refuse(MissingNameError, subject, expected, got, remedy)
-    shapes = {name: getattr(model.state_dict()[key], "shape", None) for name, key in own.items()}
-    if wrong := next((name for name, shape in shapes.items() if state[name].shape != shape), None):
-        expected = f"shape {tuple(shapes[wrong] or ())} for {wrong!r}"
-        got = f"{tuple(state[wrong].shape)}"
-        refuse(ValueError, subject, expected, got, remedy)
 
 
 def _take_types(
@@ -268,7 +229,8 @@ def _class_name(model: nn.Module) -> str:
     return next(f"{cls.__module__}.{cls.__qualname__}" for cls in own)
 
 
-def _hidden_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def _hidden(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Name → module and key of the buffers that are not in the state dict."""
     return {
         without_wrappers(f"{path}.{key}" if path else key): (module, key)
         for path, module in model.named_modules()
@@ -277,8 +239,10 @@ def _hidden_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().clone(memory_format=torch.contiguous_format)
+def _for_file(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and with memory of its own that nothing else is in."""
+    plain = tensor.detach().cpu().contiguous()
+    return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

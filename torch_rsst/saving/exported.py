@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from torch_rsst.discovery.probe import run_on
+from torch_rsst.compaction.compaction import is_rounding
+from torch_rsst.discovery.probe import output_error
 from torch_rsst.masking.mask_sets import unwrap
-from torch_rsst.saving.receipt import is_rounding
 from torch_rsst.utils.errors import message, refuse
 
 
@@ -41,37 +41,33 @@ def export_program(model: nn.Module, example_inputs: Any) -> bytes:
         refuse(ValueError, "export", expected, got, remedy)
     model = copy.deepcopy(unwrap(model))
     model.eval()
-    _without_cache(model)
-    try:
-        program = _any_batch(model, example_inputs)
-    except Exception:  # of as many kinds as there are reasons why a batch is fixed
-        program = None
-    if program is None or not _agrees(program, model, example_inputs):
-        try:
-            program = _export(model, example_inputs, None)
-        except Exception as error:  # of as many kinds as there are things that cannot be traced
-            raise RuntimeError(_not_exported(error)) from error
-    if not _agrees(program, model, example_inputs):
-        got, remedy = "others", "Leave export out, and please report the model."
-        refuse(RuntimeError, "export", "the same outputs", got, remedy)
-    content = io.BytesIO()
-    torch.export.save(program, content)
-    return content.getvalue()
-
-
-def _without_cache(model: nn.Module) -> None:
-    """Let a copy of a model, or of a part of one, return no keys and values unless it is asked to."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False
-
-
-def _not_exported(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300].rstrip(".")
-    remedy = "Leave export out: the folder can be loaded without it."
-    expected, got = "a model that torch.export traces", f"{type(error).__name__}: {text}"
-    return message("export", expected=expected, got=got, remedy=remedy)
+    try:
+        program = _any_batch(model, example_inputs)
+        agrees = _agrees(program, model, example_inputs)
+    except Exception:  # of as many kinds as there are reasons why a batch is fixed
+        agrees = False
+    if not agrees:
+        try:
+            program = _export(model, example_inputs, None)
+        except Exception as error:  # of as many kinds as there are things that cannot be traced
+            text = " ".join(str(error).split())[:300].rstrip(".")
+            got, remedy = (
+                f"{type(error).__name__}: {text}",
+                "Leave export out: the folder can be loaded without it.",
+            )
+            expected = "a model that torch.export traces"
+            text = message("export", expected=expected, got=got, remedy=remedy)
+            raise RuntimeError(text) from error
+        if not _agrees(program, model, example_inputs):
+            got, remedy = "others", "Leave export out, and please report the model."
+            refuse(RuntimeError, "export", "the same outputs", got, remedy)
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    return content.getvalue()
 
 
 def _any_batch(model: nn.Module, inputs: Any) -> ExportedProgram:
@@ -79,8 +75,9 @@ def _any_batch(model: nn.Module, inputs: Any) -> ExportedProgram:
     # A size of 1 is taken as fixed.
     twice = tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) else v, inputs)
     given = twice if isinstance(twice, (tuple, Mapping)) else (twice,)
-    open_shapes = tree_map(lambda v: {0: Dim.AUTO} if isinstance(v, Tensor) else None, given)
-    return _export(model, twice, open_shapes)
+    return _export(
+        model, twice, tree_map(lambda v: {0: Dim.AUTO} if isinstance(v, Tensor) else None, given)
+    )
 
 
 def _export(model: nn.Module, inputs: Any, shapes: Any) -> ExportedProgram:
@@ -92,17 +89,10 @@ def _export(model: nn.Module, inputs: Any, shapes: Any) -> ExportedProgram:
 
 
 def _agrees(program: ExportedProgram, model: nn.Module, inputs: Any) -> bool:
-    outputs = []
-    for run in (model, program.module()):
-        copied = tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, inputs)
-        with torch.no_grad():
-            try:
-                leaves = tree_leaves(run_on(run, copied))
-            except Exception:  # a program for other batches
-                return False
-        outputs.append([leaf.double() for leaf in leaves if isinstance(leaf, Tensor)])
-    if [tensor.shape for tensor in outputs[0]] != [tensor.shape for tensor in outputs[1]]:
+    runner = nn.Module()
+    vars(runner)["forward"] = program.module().__call__  # its eval() is an error
+    try:
+        error, largest = output_error(model, runner, inputs)
+    except Exception:  # a program for other batches
         return False
-    pairs = [(a, b) for a, b in zip(*outputs, strict=True) if a.numel()]
-    error = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
-    return is_rounding(error, max((float(a.abs().max()) for a, _ in pairs), default=0.0), model)
+    return is_rounding(error, largest, model)

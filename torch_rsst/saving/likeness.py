@@ -1,9 +1,10 @@
-"""Whether two models are built alike: the same but for the values of their tensors."""
+"""Whether a model that was built is like another one in all but the values of its tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -13,55 +14,55 @@ from torch_rsst.masking.mask_sets import unwrap, without_wrappers
 from torch_rsst.utils.errors import listing, refuse
 
 Settings = dict[str, dict[str, float]]
-"""Name of a module → what it notes."""
+"""Name of a module → its attributes and their values."""
 
-_INCIDENTAL = frozenset({"training", "name_or_path"})
-_OF_CONFIGURATIONS = frozenset({"transformers_version", "architectures", "_name_or_path", "dtype"})
-
-
-def difference(one: nn.Module, other: nn.Module) -> str:
-    """The first thing in which two models differ, "" where they are alike.
-
-    Compared are classes, what modules note (numbers, text, functions), shapes, types and ties of
-    tensors. Values of tensors and modes are not, nor is what modules hide behind an underscore.
-    """
-    mine, theirs = (_modules(model) for model in (one, other))
-    if odd := mine.keys() ^ theirs.keys():
-        return f"modules {listing(sorted(odd))}"
-    for path, module in mine.items():
-        if text := _between(module, theirs[path]):
-            return f"{text} of {path or 'the model'}"
-    if _ties(mine) != _ties(theirs):
-        return "which parameters are tied"
-    return ""
+# What does not decide what a model computes.
+_INCIDENTAL = frozenset({"training", "name_or_path", "generation_config"})
+_OF_CONFIGURATIONS = frozenset(
+    {"transformers_version", "architectures", "_name_or_path", "dtype", "use_pretrained_backbone"}
+)
 
 
-def settings_of(model: nn.Module, built: nn.Module) -> Settings:
-    """The numbers that were set after a model was built: rates of dropout, say.
+def compare(model: nn.Module, built: nn.Module) -> tuple[Settings, str]:
+    """Compare classes, attributes of modules, and shapes, dtypes and ties of tensors.
 
     Args:
         model: the model.
-        built: built in the same way, untouched.
+        built: of the same class, as a rule. Values of tensors, modes and what begins with an underscore
+            may differ.
 
     Returns:
-        what to :func:`set_all` on ``built``: fractional numbers only, for others decide about shapes.
+        floats that were set on ``model`` after it was built (rates of dropout, say), for :func:`set_all`;
+        and the first other thing that differs, "" where nothing does.
     """
-    found: Settings = {}
-    mine, theirs = (_modules(m) for m in (model, built))
-    for path in mine.keys() & theirs.keys():
-        have = vars(theirs[path])
-        for key, value in vars(mine[path]).items():
-            both = type(value) is float and type(have.get(key)) is float
-            if both and not key.startswith("_") and value != have[key] and math.isfinite(value):
-                found.setdefault(path, {})[key] = value
-    return found
+    mine, theirs = _modules(model), _modules(built)
+    if odd := mine.keys() ^ theirs.keys():
+        return {}, f"modules {listing(sorted(odd))}"
+    settings: Settings = {}
+    others: list[str] = []
+    for path, module in mine.items():
+        kinds = [type(each[path]).__name__ for each in (theirs, mine)]
+        if type(module) is not type(theirs[path]):
+            others.append(f"the class ({kinds[0]}, not {kinds[1]}) of {path or 'the model'}")
+            continue
+        wanted, got = dict(_facts(module)), dict(_facts(theirs[path]))
+        for key in sorted(wanted.keys() | got.keys()):
+            new, old = wanted.get(key, "none"), got.get(key, "none")
+            if type(new) is type(old) is float and math.isfinite(new) and new != old:
+                settings.setdefault(path, {})[key] = new
+            elif str(new) != str(old):
+                shown = f"{str(old)[:60]}, not {str(new)[:60]}"
+                others.append(f"{key!r} ({shown}) of {path or 'the model'}")
+    if _ties(mine) != _ties(theirs):
+        others.append("which parameters are tied")
+    return settings, next(iter(others), "")
 
 
 def set_all(model: nn.Module, settings: Settings) -> None:
-    """Set numbers that modules note.
+    """Set floats that modules have as attributes.
 
     Raises:
-        ValueError: for a module or a number that is not there; nothing is set.
+        ValueError: for a module or an attribute that is not there; nothing is set.
     """
     modules = _modules(model)
     for path, numbers in settings.items():
@@ -81,46 +82,38 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {without_wrappers(path): module for path, module in named}
 
 
-def _between(one: nn.Module, other: nn.Module) -> str:
-    if type(one) is not type(other):
-        return f"the class ({type(other).__name__}, not {type(one).__name__})"
-    mine, theirs = (_facts(module) for module in (one, other))
-    for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT):
-            shown = [str(facts.get(key, _ABSENT))[:60] for facts in (mine, theirs)]
-            return f"{key!r} ({shown[1]}, not {shown[0]})"
-    return ""
-
-
-_ABSENT = "none"
-
-
-def _facts(module: nn.Module) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
+def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name → value, of what can be compared: floats as they are, all else as text."""
     for key, value in vars(module).items():
-        fact = _fact(value)
-        if not key.startswith("_") and key not in _INCIDENTAL and fact is not None:
-            facts[key] = fact
-    for tensors in (module._parameters, module._buffers):
-        for key, tensor in tensors.items():
-            if tensor is not None and key not in module._non_persistent_buffers_set:
-                facts[key] = f"shape {tuple(tensor.shape)}, {tensor.dtype}"
-    return facts
+        if key.startswith("_") or key in _INCIDENTAL or isinstance(value, (nn.Module, Tensor)):
+            continue
+        if callable(getattr(value, "to_dict", None)):  # a configuration of transformers
+            yield f"{key}.attn_implementation", str(getattr(value, "_attn_implementation", None))
+            yield from _entries(key, value.to_dict())
+        elif (fact := _fact(value)) is not None:
+            yield key, fact
+    for key, tensor in chain(module._parameters.items(), module._buffers.items()):
+        if tensor is not None and key not in module._non_persistent_buffers_set:
+            yield key, f"shape {tuple(tensor.shape)}, {tensor.dtype}"
+
+
+def _entries(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, Mapping):
+        yield prefix, repr(value)
+        return
+    for key, inner in value.items():
+        if key not in _OF_CONFIGURATIONS:
+            yield from _entries(f"{prefix}.{key}", inner)
 
 
 def _fact(value: Any) -> Any:
-    """What can be compared of a value, None where nothing can."""
     if isinstance(value, (bool, int, float, str)):
-        return repr(value)
+        return value if type(value) is float else repr(value)
     if isinstance(value, (tuple, list)):
-        parts = tuple(map(_fact, value))
-        return None if None in parts else parts
+        parts = [_fact(part) for part in value]
+        return None if None in parts else str(parts)
     if isinstance(value, (FunctionType, BuiltinFunctionType)):
         return f"{value.__module__}.{value.__qualname__}"
-    if callable(getattr(value, "to_dict", None)) and not isinstance(value, (nn.Module, Tensor)):
-        data = value.to_dict()
-        if isinstance(data, Mapping):
-            return {k: v for k, v in data.items() if k not in _OF_CONFIGURATIONS}
     return None
 
 
@@ -130,4 +123,4 @@ def _ties(modules: Mapping[str, nn.Module]) -> set[tuple[str, ...]]:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append(f"{path}.{key}")
-    return {tuple(sorted(names)) for names in places.values() if len(names) > 1}
+    return {tuple(sorted(names)) for names in places.values()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torch_rsst.compaction.cost import count_parameters, measure_cost, measure_latencies
+from torch_rsst.compaction.cost import count_parameters, measure_cost, time_in_turns
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.masking.mask_sets import extract_mask
 from torch_rsst.masking.parameter_ref import masked_refs
@@ -44,36 +45,30 @@ def measure(small: nn.Module, masked: nn.Module | None, example_inputs: Any) -> 
         permanent; after, ``small`` as it is) as ``{"before": …, "after": …}``; and ``measured_on``.
         None where it was not measured.
     """
-    before: dict[str, Any] = {
-        "parameters": None,
-        "multiply_adds": None,
-        "latency_ms": None,
-        "timed": None,
-    }
-    after: dict[str, Any] = {**before, "parameters": count_parameters(small)}
+    keys = ("parameters", "multiply_adds", "latency_ms", "timed")
+    numbers: dict[str, dict[str, Any]] = {key: {"before": None, "after": None} for key in keys}
+    numbers["parameters"]["after"] = count_parameters(small)
     error = largest = None
+    models = {"after": small}
     if masked is not None:
-        before["parameters"] = count_parameters(masked)
+        numbers["parameters"]["before"] = count_parameters(masked)
+    if masked is not None and example_inputs is not None:
+        models["before"] = remove_all(copy.deepcopy(masked), freeze_zeros=False)
+        error, largest = (_finite(v) for v in output_error(masked, small, example_inputs))
     if example_inputs is not None:
-        models = [small] if masked is None else [small, _made_permanent(masked)]
-        seconds = measure_latencies(models, example_inputs, repeats=_RUNS, warmup=2)
-        for model, time, numbers in zip(models, seconds, (after, before), strict=False):
-            numbers["multiply_adds"] = measure_cost(model, example_inputs).multiply_adds
-            numbers["latency_ms"] = round(1e3 * time, 4)
-            numbers["timed"] = APPLIED if masked_refs(model.modules()) else PERMANENT
-        if masked is not None:
-            error, largest = (_finite(v) for v in output_error(masked, small, example_inputs))
+        runs = time_in_turns([*models.values()], example_inputs, repeats=_RUNS, warmup=2)
+        for (when, model), seconds in zip(models.items(), runs, strict=True):
+            adds = measure_cost(model, example_inputs).multiply_adds
+            numbers["multiply_adds"][when] = adds
+            numbers["latency_ms"][when] = round(1e3 * statistics.median(seconds), 4)
+            numbers["timed"][when] = APPLIED if masked_refs(model.modules()) else PERMANENT
     return {
         "max_error": error,
         "largest_output": largest,
         "masks_sha256": None if masked is None else hash_masks(extract_mask(masked)),
-        **{key: {"before": before[key], "after": after[key]} for key in after},
+        **numbers,
         "measured_on": _circumstances(small, example_inputs),
     }
-
-
-def _made_permanent(masked: nn.Module) -> nn.Module:
-    return remove_all(copy.deepcopy(masked), freeze_zeros=False)
 
 
 def _finite(value: float) -> float | str:
@@ -100,15 +95,7 @@ def hash_masks(masks: Mapping[str, Tensor]) -> str:
     '4ebbf3d7'
     """
     hasher = hashlib.sha256()
-    for name in sorted(masks):
-        mask = masks[name]
+    for name, mask in sorted(masks.items()):
         hasher.update(f"{name} {tuple(mask.shape)}\n".encode())
         hasher.update(mask.detach().cpu().contiguous().to(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
-
-
-def is_rounding(error: float, scale: float, model: nn.Module) -> bool:
-    """Whether outputs up to ``scale`` may differ by ``error`` because sums are rounded."""
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    precision = max((torch.finfo(dtype).eps for dtype in types), default=1e-7)
-    return error <= 1e3 * precision * max(scale, 1.0)
