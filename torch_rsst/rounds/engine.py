@@ -9,14 +9,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
-from torch_rsst.importance.batches import DataSource
-from torch_rsst.importance.combinations import data_parts
+from torch_rsst.importance.batches import Batches, DataSource
+from torch_rsst.importance.combinations import choose_importance, data_parts
 from torch_rsst.importance.measuring import check_source, measured
 from torch_rsst.importance.registry import name_of
 from torch_rsst.masking.freezing import freeze_latents
@@ -34,10 +34,17 @@ from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers
 from torch_rsst.penalty.regularizer import RegularizedPruner, check_settings
+from torch_rsst.reconstruction.reconstruction import (
+    Method,
+    Reconstruction,
+    check_reconstruction,
+    reconstruct_towards,
+)
 from torch_rsst.regrouping.history import DecisionHistory
 from torch_rsst.regrouping.ranking import rank, ranked_names
 from torch_rsst.regrouping.regrouping import RegroupPlan, decide, refill_from
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
+from torch_rsst.rounds.reference import Reference
 from torch_rsst.rounds.round import Chosen, Round, record_decision, record_end
 from torch_rsst.rounds.state import RoundsState, RoundState, damage_reported, plain_settings
 from torch_rsst.utils.amounts import Amount, check_amount, check_count, plain_amount
@@ -51,6 +58,9 @@ Rewind: TypeAlias = Literal["init"] | Mapping[str, Tensor] | None
 
 class Rounds(ABC):
     """What RSST and Refill share: rank → regroup → yield; explicit, resumable state."""
+
+    _refits_on_opening: ClassVar[bool] = False
+    """Whether ``reconstruct=`` refits consumers when a round opens, not at the end."""
 
     def __init__(
         self,
@@ -70,7 +80,16 @@ class Rounds(ABC):
         freeze_masked: bool = False,
         reset_moments: bool = False,
         data: DataSource = DataSource(),  # noqa: B008 - frozen
+        reconstruct: Method | None = None,
     ) -> None:
+        self._reconstruction = None if reconstruct is None else Reconstruction(reconstruct)
+        importance = choose_importance(
+            plan.importance, data=data.batches is not None, reconstruct=reconstruct is not None
+        )
+        plan = replace(plan, importance=importance)
+        if reconstruct is not None and rewind is not None:
+            remedy = "Rewinding would undo the refit: leave out one of them."
+            refuse(ValueError, "reconstruct", "rewind=None", "both", remedy)
         check_count(steps_per_round, "steps_per_round", at_least=1)
         check_count(rounds, "rounds", at_least=1)
         check_settings(steps_per_round, **penalty)
@@ -87,7 +106,10 @@ class Rounds(ABC):
             check_amount(regroup_amount, "regroup_amount")
         self._model, self._groups, self._plan = unwrap(model), as_groups(groups), plan
         check_groups(named_weights(model), self._groups)
-        check_source(plan.importance, data, rounds)
+        if self._reconstruction is not None:
+            check_reconstruction(self._model, data)
+        if self._reconstruction is None or any(data_parts(importance)):
+            check_source(importance, data, rounds)
         self._data = data
         self._ranked = ranked_names(model, self._groups, parameters)
         self._snapshot = Snapshot.of(model, rewind)
@@ -107,6 +129,7 @@ class Rounds(ABC):
         self._next_index = -1 if train_first else 0
         self._round: Round | None = None  # the one in training
         self._last: Round | None = None  # the latest, open or closed
+        self._reference: Reference | None = None  # what consumers are refitted towards at the end
         self._resumed = False
         self._finalized = False
 
@@ -152,21 +175,39 @@ class Rounds(ABC):
         """The latest round, open or closed; None before the first."""
         return self._last
 
-    def finalize(self) -> None:
+    def finalize(
+        self, *, reconstruct: Method | None = None, batches: Batches | None = None
+    ) -> None:
         """Close the open round and apply the last masks for good; ranks nothing.
 
         RSST masks whatever the last refill mask does not keep; Refill already has. Masks stay
         masks: :func:`torch_rsst.remove_all` makes them permanent.
 
+        Args:
+            reconstruct: refit the layers that consume what is masked now, as :func:`torch_rsst.reconstruct`
+                does; by default what the rounds were given. Rounds with ``reconstruct=`` refit towards the
+                model as it was when the last round opened; others keep no copy of it, and refit towards the
+                model as it is before the cut.
+            batches: to reconstruct on; by default those of the rounds.
+
         Raises:
             RuntimeError: before the first round.
+            ValueError, TypeError: for batches that are missing or do not fit; nothing is masked then.
         """
         if self._last is None:
             remedy = "Train at least one: for rnd in rsst: …"
             refuse(RuntimeError, "finalize", "a round", "none yet", remedy)
+        how = self._reconstruction if reconstruct is None else Reconstruction(reconstruct)
+        data = self._data if batches is None else replace(self._data, batches=batches)
+        if how is not None:
+            check_reconstruction(self._model, data)
+        elif batches is not None:
+            remedy = "Leave them out, or pass reconstruct='least_squares'."
+            refuse(ValueError, "batches", "none where nothing is reconstructed", "some", remedy)
         self._close()
-        self._mask(self._final_mask(self._last.current_mask, self._last.refill_mask))
-        self._finalized = True
+        masks = self._final_mask(self._last.current_mask, self._last.refill_mask)
+        self._mask(masks, how, data)
+        self._finalized, self._reference = True, None
 
     def report(self) -> SparsityReport:
         """The sparsity of the model as it is now."""
@@ -229,10 +270,14 @@ class Rounds(ABC):
         parts = (self._model, self._groups, alive, self._history)
         opened = Round(index, 0, current, refill, chosen.budgets, pruner, *parts)
         try:
-            self._mask(self._training_mask(current, refill))
+            refits = rewind and self._refits_on_opening
+            how = self._reconstruction if refits else None
+            self._mask(self._training_mask(current, refill), how, self._data)
             if rewind:
                 self._snapshot.restore(self._model)
                 pruner.reset()
+                if self._reconstruction is not None and not refits:
+                    self._reference = Reference.of(self._model)
             if chosen.verdicts:
                 record_decision(opened, chosen.verdicts)
         except BaseException:
@@ -290,6 +335,7 @@ class Rounds(ABC):
                 pruner=last.pruner.state_dict(),
             ),
             decisions=self._history.rounds,
+            reference=self._reference,
         ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -327,7 +373,7 @@ class Rounds(ABC):
         else:
             self._reopen(saved.round, finalized=saved.finalized)
         self._history.load(saved.decisions)
-        self._snapshot = saved.snapshot
+        self._snapshot, self._reference = saved.snapshot, saved.reference
         self._next_index, self._finalized = saved.next_index, saved.finalized
 
     def _reopen(self, saved: RoundState, *, finalized: bool) -> None:
@@ -348,10 +394,22 @@ class Rounds(ABC):
         if finalized:
             self._mask(self._final_mask(saved.current_mask, saved.refill_mask))
 
-    def _mask(self, masks: Masks) -> None:
-        """Apply masks, freeze what they mask, let returning weights start without a memory."""
+    def _mask(
+        self, masks: Masks, how: Reconstruction | None = None, data: DataSource | None = None
+    ) -> None:
+        """Apply masks, freeze what they mask, let returning weights start without a memory.
+
+        With ``how`` and ``data``, consumers of what goes are refitted: towards the reference, or the model
+        as it is.
+        """
         before = extract_mask(self._model) if self.reset_moments else {}
-        apply_mask(self._model, masks)
+        if how is None or data is None:
+            apply_mask(self._model, masks)
+        else:
+            kept = self._reference
+            towards = self._model if kept is None else kept.applied_to(self._model)
+            parts = (self._model, self._groups, masks, how, data)
+            reconstruct_towards(*parts, reference=towards, replicas=self._replicas)
         reset_returned(self._optimizers, self._model, before)
         if self.freeze_masked:
             freeze_latents(masked_refs(self._model.modules()))
@@ -370,6 +428,7 @@ class Rounds(ABC):
                 **vars(self._plan),
                 "importance": name_of(self._plan.importance),
                 **self._penalty,
+                **({} if self._reconstruction is None else {"reconstruct": self._reconstruction}),
                 "groups": [str(layer) for layer in self._groups.layers],
             }
         )

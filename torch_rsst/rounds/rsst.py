@@ -15,6 +15,7 @@ from torch_rsst.masking.mask_sets import Masks, named_weights
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.penalty.hooks import Mode, Optimizers
 from torch_rsst.penalty.regularizer import GradScale
+from torch_rsst.reconstruction.reconstruction import Method
 from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, Ungrouped
 from torch_rsst.rounds.engine import Chosen, RegroupAmount, Rewind, Round, Rounds
 from torch_rsst.schedules import Schedule, resolve_schedule
@@ -58,7 +59,8 @@ class RSST(Rounds):
             a callable round index → fraction for a ramp. Rounded to whole units in each scope: of 3
             heads in a layer, 0.5 lets 2 go; ``scope="type"`` comes nearer. An int counts the units
             that go in each scope.
-        importance: how units are scored, see :func:`regroup`.
+        importance: how units are scored, see :func:`regroup`: ``"auto"`` is ``"variance"`` where there are
+            ``batches``, else ``"magnitude"``.
         scope: what units compete with: ``"layer"``, ``"type"`` or ``"global"``.
         rewind: after each choice of a mask, put surviving weights back to those at construction
             (``"init"``) or to a state dict; None keeps them.
@@ -77,6 +79,9 @@ class RSST(Rounds):
         block_loss_grad: also zero the gradient of the loss on P.
         accumulation_steps: backward passes per step; used without an optimizer only.
         grad_scale: loss scale; used without an optimizer only.
+        reconstruct: ``"least_squares"`` or ``"mean"``: :meth:`finalize` also refits the layers that consume
+            what it masks, towards the model as it was when the last round opened, of which a copy is
+            kept. See :func:`torch_rsst.reconstruct`. Not with ``rewind``.
         batches: for an importance that needs data, which is measured anew in each round: an iterable,
             drawn once per round, or a function that returns one; what ``model(batch)`` takes. No part
             of the state, as are the arguments that follow: pass them again when you resume.
@@ -98,7 +103,7 @@ class RSST(Rounds):
         rounds: int = 20,
         amount: Amount = 0.2,
         regroup_amount: RegroupAmount = 0.5,
-        importance: str | Importance = "magnitude",
+        importance: str | Importance = "auto",
         scope: Scope = "layer",
         rewind: Rewind = None,
         dense_training: bool = False,
@@ -114,6 +119,7 @@ class RSST(Rounds):
         block_loss_grad: bool = False,
         accumulation_steps: int = 1,
         grad_scale: GradScale | None = None,
+        reconstruct: Method | None = None,
         batches: Batches | None = None,
         forward: Forward | None = None,
         loss_fn: LossFn | None = None,
@@ -133,6 +139,7 @@ class RSST(Rounds):
             parameters=parameters,
             freeze_masked=freeze_masked,
             data=DataSource(batches, forward, loss_fn),
+            reconstruct=reconstruct,
             penalty={
                 "schedule": resolve_schedule(schedule, strength),
                 "mode": mode,
@@ -213,6 +220,8 @@ class Refill(Rounds):
             the units then settle at f / (1 − (1 − amount)(1 − f)), 36 % at 0.2 and 0.1.
         regroup_amount: fraction of all units that goes, an int or a callable as for :class:`RSST`, or
             None to keep as many as the density after ranking says.
+        reconstruct: ``"least_squares"`` or ``"mean"``: whenever a round opens and masks units, refit the layers
+            that consume them. See :func:`torch_rsst.reconstruct`. Not with ``rewind``.
         reset_moments: entries that come back start with momentum and running averages of 0 in the
             ``optimizer``; by default they go on with what it remembers of them.
 
@@ -233,7 +242,7 @@ class Refill(Rounds):
         amount: Amount = 0.2,
         regroup_amount: RegroupAmount = None,
         fillback_rate: float = 0.1,
-        importance: str | Importance = "magnitude",
+        importance: str | Importance = "auto",
         scope: Scope = "layer",
         rewind: Rewind = None,
         train_first: bool = False,
@@ -243,6 +252,7 @@ class Refill(Rounds):
         ungrouped: Ungrouped = "keep",
         freeze_masked: bool = False,
         reset_moments: bool = False,
+        reconstruct: Method | None = None,
         batches: Batches | None = None,
         forward: Forward | None = None,
         loss_fn: LossFn | None = None,
@@ -262,6 +272,7 @@ class Refill(Rounds):
             freeze_masked=freeze_masked,
             reset_moments=reset_moments,
             data=DataSource(batches, forward, loss_fn),
+            reconstruct=reconstruct,
             penalty={},
         )
         self._warn_about_limit()
@@ -280,6 +291,8 @@ class Refill(Rounds):
                 RoundWarning,
                 stacklevel=3,
             )
+
+    _refits_on_opening = True
 
     def _training_mask(self, current: Masks, refill: Masks) -> Masks:
         return refill
