@@ -8,10 +8,11 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import is_sharded
-from torch_rsst.distributed.replicas import replica_group
+from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward
 from torch_rsst.masking.mask_sets import (
@@ -120,11 +121,13 @@ def reconstruct(
     weights = named_weights(model)
     check_groups(weights, found)
     masks = check_masks(weights, refill_mask)
-    reconstruct_towards(model, found, masks, how, data, reference=unwrap(model))
+    bare, replicas = unwrap(model), replica_group(model)
+    check_reconstruction(bare, data)
+    reconstruct_towards(bare, found, masks, how, data, reference=bare, replicas=replicas)
 
 
 def check_reconstruction(model: nn.Module, data: DataSource) -> None:
-    """Raise unless there are batches that can be drawn repeatedly, and every rank holds whole weights."""
+    """Raise unless there are batches that can be drawn repeatedly, and each rank holds whole weights."""
     data.check_batches("reconstruct", again="once for each layer")
     if any(is_sharded(weight) for weight in named_weights(model).values()):
         remedy = "Reconstruct before fully_shard, or on one device."
@@ -139,30 +142,30 @@ def reconstruct_towards(
     data: DataSource,
     *,
     reference: nn.Module,
+    replicas: dist.ProcessGroup | None,
 ) -> None:
     """Apply masks and refit consumers towards another model's outputs, in place; all or nothing.
 
     Args:
-        model: is masked and refitted.
+        model: is masked and refitted; without wrappers.
         groups: of the model, checked.
         masks: what should be alive, checked.
         how: method and damping.
-        data: what both models run on.
+        data: what both models run on, see :func:`check_reconstruction`.
         reference: a model of the same structure, such as a copy from before; it may be the model itself,
             as it is before the call. It is not changed.
+        replicas: ranks whose sums are added up.
     """
-    check_reconstruction(model, data)
-    bare = unwrap(model)
-    affected = _affected(bare, groups, masks)
+    affected = agreed(replicas, lambda: _affected(model, groups, masks), lambda _: masks.items())
     values: list[tuple[Tensor, Tensor]] = []
     if affected.layers:
-        cut = deep_copy(bare)
+        cut = deep_copy(model)
         apply_mask(cut, masks)
         with torch.inference_mode(False), torch.no_grad():
-            refit = Refit(reference, cut, affected, data, replica_group(model))
+            refit = Refit(reference, cut, affected, data, replicas)
             changed = refit.run(means_only=how.method == "mean", damping=how.damping)
-            values = _in_model(bare, cut, changed)
-    refs = [ref for places in named_refs(bare).values() for ref in places]
+            values = _in_model(model, cut, changed)
+    refs = [ref for places in named_refs(model).values() for ref in places]
     with AllOrNothing(refs) as undo, torch.no_grad():
         apply_mask(model, masks)
         for tensor, value in values:

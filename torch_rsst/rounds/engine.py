@@ -8,14 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
-from torch_rsst.importance.batches import DataSource
-from torch_rsst.importance.combinations import data_parts
+from torch_rsst.importance.batches import Batches, DataSource
+from torch_rsst.importance.combinations import choose_importance, data_parts
 from torch_rsst.importance.measuring import check_source, measured
 from torch_rsst.importance.registry import name_of
 from torch_rsst.masking.freezing import freeze_latents
@@ -34,11 +34,18 @@ from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers
 from torch_rsst.penalty.regularizer import RegularizedPruner
 from torch_rsst.penalty.settings import Penalty
+from torch_rsst.reconstruction.reconstruction import (
+    Method,
+    Reconstruction,
+    check_reconstruction,
+    reconstruct_towards,
+)
 from torch_rsst.regrouping.history import DecisionHistory
 from torch_rsst.regrouping.ranking import rank, ranked_names
 from torch_rsst.regrouping.regrouping import Decision, RegroupPlan, decide, refill_from
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
 from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
+from torch_rsst.rounds.reference import Reference
 from torch_rsst.rounds.round import Chosen, Round, record_decision, record_end, warn_of_end
 from torch_rsst.rounds.settings import Course, Ranking, Regrouping
 from torch_rsst.rounds.state import RoundsState, RoundState, damage_reported, plain_settings
@@ -51,6 +58,9 @@ _FREE = 0.05  # of its norm: what may be left of P where it is cut without force
 
 class Rounds(ABC):
     """What RSST and Refill share: rank → regroup → yield; explicit, resumable state."""
+
+    _refits_on_opening: ClassVar[bool] = False
+    """Whether ``reconstruct=`` refits consumers when a round opens, not at the end."""
 
     def __init__(
         self,
@@ -71,7 +81,15 @@ class Rounds(ABC):
         self._model, self._groups = unwrap(model), as_groups(groups)
         weights = named_weights(model)
         check_groups(weights, self._groups)
-        check_source(regrouping.importance, data, course.rounds)
+        reconstructs = course.reconstruct is not None
+        importance = choose_importance(
+            regrouping.importance, data=data.batches is not None, reconstruct=reconstructs
+        )
+        regrouping = replace(regrouping, importance=importance)
+        if reconstructs:
+            check_reconstruction(self._model, data)
+        if not reconstructs or any(data_parts(importance)):
+            check_source(importance, data, course.rounds)
         self._ranked = ranked_names(model, self._groups, ranking.parameters)
         ranking.check({name: weights[name] for name in self._ranked}, extract_mask(model))
         regrouping.check(self._groups)
@@ -88,6 +106,7 @@ class Rounds(ABC):
         self._next_index = -1 if course.train_first else 0
         self._round: Round | None = None  # the one in training
         self._last: Round | None = None  # the latest, open or closed
+        self._reference: Reference | None = None  # what consumers are refitted towards at the end
         self._resumed = False
         self._finalized = False
 
@@ -141,28 +160,53 @@ class Rounds(ABC):
         """The latest round, open or closed; None before the first."""
         return self._last
 
-    def finalize(self, *, force: bool = False) -> None:
+    def finalize(
+        self,
+        *,
+        reconstruct: Method | None = None,
+        batches: Batches | None = None,
+        force: bool = False,
+    ) -> None:
         """Close the open round and mask for good what the last refill mask does not keep; ranks nothing.
 
         Masks stay masks: :func:`torch_rsst.remove_all` makes them permanent. Refill has masked all of it when
         the round opened.
 
         Args:
+            reconstruct: refit the layers that consume what is masked now, as :func:`torch_rsst.reconstruct`
+                does; by default what the rounds were given. Rounds with ``reconstruct=`` refit towards the
+                model as it was when the last round opened; others keep no copy of it, and refit towards the
+                model as it is before the cut.
+            batches: to reconstruct on; by default those of the rounds.
             force: cut even where the penalty has left much of the weights that go.
 
         Raises:
-            RuntimeError: before the first round; without ``force``, where the L2 norm of the weights in P is
+            ValueError, TypeError: for batches that are missing or do not fit; nothing is masked then.
+            RuntimeError: before the first round; without ``force`` or ``reconstruct``, where the L2 norm of the weights in P is
                 above 5 % of what it was when the round opened, or above 2 · ``shrink_to`` if that is more.
                 Nothing has been changed then, and the round is still open.
         """
         if self._last is None:
             remedy = "Train at least one: for rnd in rsst: …"
             refuse(RuntimeError, "finalize", "a round", "none yet", remedy)
-        if not (force or self._finalized):
+        how = self._reconstruction_of(
+            self.course.reconstruct if reconstruct is None else reconstruct
+        )
+        data = self.data if batches is None else replace(self.data, batches=batches)
+        if how is not None:
+            check_reconstruction(self._model, data)
+        elif batches is not None:
+            remedy = "Leave them out, or pass reconstruct='least_squares'."
+            refuse(ValueError, "batches", "none where nothing is reconstructed", "some", remedy)
+        if not (force or how or self._finalized):
             self._check_cut_is_free(self._last)
         self._close()
-        self._apply(self._final_mask(self._last.chosen))
-        self._finalized = True
+        self._apply(self._final_mask(self._last.chosen), how, data)
+        self._finalized, self._reference = True, None
+
+    @staticmethod
+    def _reconstruction_of(method: Method | None) -> Reconstruction | None:
+        return None if method is None else Reconstruction(method)
 
     def _check_cut_is_free(self, last: Round) -> None:
         pruner = last.pruner
@@ -238,7 +282,11 @@ class Rounds(ABC):
         parts = (self._model, self._groups, trained, self._history, memory)
         opened = Round(index, 0, chosen, pruner, *parts)
         try:
-            self._apply(trained)
+            refits = rewind and self._refits_on_opening
+            how = self._reconstruction_of(self.course.reconstruct)
+            self._apply(trained, how if refits else None, self.data)
+            if rewind and how is not None and not refits:
+                self._reference = Reference.of(self._model)
             if rewind and self._snapshot.weights:
                 self._snapshot.restore(self._model)
                 memory.apply(self._model, self._optimizers)
@@ -286,6 +334,7 @@ class Rounds(ABC):
                 pruner=last.pruner.state_dict(),
             ),
             decisions=self._history.rounds,
+            reference=self._reference,
         ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -318,7 +367,7 @@ class Rounds(ABC):
         if self._round is not None:
             self._round.pruner.detach()
         self._round, self._last, self._resumed = None, None, False
-        self._snapshot = saved.snapshot
+        self._snapshot, self._reference = saved.snapshot, saved.reference
         self._optimizer_rewind = replace(self._optimizer_rewind, states=saved.optimizer_states)
         if saved.round is None:
             apply_mask(self._model, saved.masks)
@@ -344,10 +393,22 @@ class Rounds(ABC):
         if finalized:
             self._apply(self._final_mask(saved.chosen))
 
-    def _apply(self, masks: Masks) -> None:
-        """Apply masks, freeze what they mask, let returning weights start without a memory."""
+    def _apply(
+        self, masks: Masks, how: Reconstruction | None = None, data: DataSource | None = None
+    ) -> None:
+        """Apply masks, freeze what they mask, let returning weights start without a memory.
+
+        With ``how`` and ``data``, consumers of what goes are refitted: towards the reference, or the model
+        as it is.
+        """
         before = extract_mask(self._model) if self.course.reset_moments else {}
-        apply_mask(self._model, masks)
+        if how is None or data is None:
+            apply_mask(self._model, masks)
+        else:
+            kept = self._reference
+            towards = self._model if kept is None else kept.applied_to(self._model)
+            parts = (self._model, self._groups, masks, how, data)
+            reconstruct_towards(*parts, reference=towards, replicas=self._replicas)
         reset_returned(self._optimizers, self._model, before)
         if self.course.freeze_masked:
             freeze_latents(masked_refs(self._model.modules()))
@@ -365,6 +426,7 @@ class Rounds(ABC):
                 "rewind_optimizer": self._optimizer_rewind.choice,
                 **vars(self.regrouping),
                 "importance": name_of(self.regrouping.importance),
+                "reconstruct": self.course.reconstruct,
                 "groups": [str(layer) for layer in self._groups.layers],
             }
         )

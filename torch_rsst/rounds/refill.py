@@ -14,6 +14,7 @@ from torch_rsst.masking.mask_sets import Masks
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.penalty.hooks import Optimizers
 from torch_rsst.penalty.settings import Penalty
+from torch_rsst.reconstruction.reconstruction import Method
 from torch_rsst.regrouping.regrouping import Scope, Ungrouped
 from torch_rsst.rounds.engine import Chosen, Rounds
 from torch_rsst.rounds.settings import (
@@ -57,6 +58,8 @@ class Refill(Rounds):
             the units then settle at f / (1 − (1 − amount)(1 − f)), 36 % at 0.2 and 0.1.
         regroup_amount: fraction of all units that goes, an int or a callable as for :class:`RSST`, or
             None to keep as many as the density after ranking says.
+        reconstruct: ``"least_squares"`` or ``"mean"``: whenever a round opens and masks units, refit the layers
+            that consume them. See :func:`torch_rsst.reconstruct`. Not with ``rewind``.
         reset_moments: entries that come back start with momentum and running averages of 0 in the
             ``optimizer``; by default they go on with what it remembers of them.
 
@@ -65,6 +68,8 @@ class Refill(Rounds):
     Warns:
         RoundWarning: where ``rounds`` and ``amount`` ask for fewer than the fillback lets go.
     """
+
+    _refits_on_opening = True
 
     def __init__(
         self,
@@ -77,7 +82,7 @@ class Refill(Rounds):
         amount: Amount = 0.2,
         regroup_amount: RegroupAmount = None,
         fillback_rate: float = 0.1,
-        importance: str | Importance = "magnitude",
+        importance: str | Importance = "auto",
         scope: Scope = "layer",
         rewind: Rewind = None,
         rewind_optimizer: RewindOptimizer = "reset",
@@ -88,6 +93,7 @@ class Refill(Rounds):
         ungrouped: Ungrouped = "keep",
         freeze_masked: bool = False,
         reset_moments: bool = False,
+        reconstruct: Method | None = None,
         batches: Batches | None = None,
         forward: Forward | None = None,
         loss_fn: LossFn | None = None,
@@ -104,6 +110,7 @@ class Refill(Rounds):
                 train_first,
                 freeze_masked,
                 reset_moments,
+                reconstruct,
             ),
             ranking=Ranking(amount, parameters),
             regrouping=Regrouping(

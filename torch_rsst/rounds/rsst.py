@@ -15,6 +15,7 @@ from torch_rsst.masking.mask_sets import Masks, alive_in, extract_mask, named_we
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.penalty.hooks import Mode, Optimizers
 from torch_rsst.penalty.settings import SHRINK_TO, GradScale, Penalty
+from torch_rsst.reconstruction.reconstruction import Method
 from torch_rsst.regrouping.regrouping import Decision, Scope, Ungrouped
 from torch_rsst.rounds.engine import Chosen, Rounds, intersection
 from torch_rsst.rounds.settings import (
@@ -71,7 +72,8 @@ class RSST(Rounds):
             a callable round index → fraction for a ramp. Rounded to whole units in each scope: of 3
             heads in a layer, 0.5 lets 2 go; ``scope="type"`` comes nearer. An int counts the units
             that go in each scope.
-        importance: how units are scored, see :func:`regroup`.
+        importance: how units are scored, see :func:`regroup`: ``"auto"`` is ``"variance"`` where there are
+            ``batches``, else ``"magnitude"``.
         scope: what units compete with: ``"layer"``, ``"type"`` or ``"global"``.
         rewind: after each choice of a mask, put surviving weights back to those at construction
             (``"init"``) or to a state dict; None keeps them.
@@ -97,6 +99,9 @@ class RSST(Rounds):
         block_loss_grad: also zero the gradient of the loss on P.
         accumulation_steps: backward passes per step; used without an optimizer only.
         grad_scale: loss scale; used without an optimizer only.
+        reconstruct: ``"least_squares"`` or ``"mean"``: :meth:`finalize` also refits the layers that consume
+            what it masks, towards the model as it was when the last round opened, of which a copy is
+            kept. See :func:`torch_rsst.reconstruct`. Not with ``rewind``.
         batches: for an importance that needs data, which is measured anew in each round: an iterable,
             drawn once per round, or a function that returns one; what ``model(batch)`` takes. No part
             of the state, as are the arguments that follow: pass them again when you resume.
@@ -123,7 +128,7 @@ class RSST(Rounds):
         rounds: int = 20,
         amount: Amount = 0.2,
         regroup_amount: RegroupAmount = 0.5,
-        importance: str | Importance = "magnitude",
+        importance: str | Importance = "auto",
         scope: Scope = "layer",
         rewind: Rewind = None,
         rewind_optimizer: RewindOptimizer = "reset",
@@ -143,6 +148,7 @@ class RSST(Rounds):
         block_loss_grad: bool = False,
         accumulation_steps: int = 1,
         grad_scale: GradScale | None = None,
+        reconstruct: Method | None = None,
         batches: Batches | None = None,
         forward: Forward | None = None,
         loss_fn: LossFn | None = None,
@@ -153,7 +159,13 @@ class RSST(Rounds):
             groups,
             optimizer=optimizer,
             course=Course(
-                steps_per_round, rounds, rewind, rewind_optimizer, train_first, freeze_masked
+                steps_per_round,
+                rounds,
+                rewind,
+                rewind_optimizer,
+                train_first,
+                freeze_masked,
+                reconstruct=reconstruct,
             ),
             ranking=Ranking(amount, parameters),
             regrouping=Regrouping(

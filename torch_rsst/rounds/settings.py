@@ -18,6 +18,7 @@ from torch_rsst.distributed.dtensor import total
 from torch_rsst.groups.groups import Groups
 from torch_rsst.masking.mask_sets import alive_in
 from torch_rsst.masking.parameter_ref import Parameter
+from torch_rsst.reconstruction.reconstruction import Method, Reconstruction
 from torch_rsst.regrouping.regrouping import RegroupPlan, scopes_of
 from torch_rsst.utils.amounts import Amount, check_amount, check_count, plain_amount
 from torch_rsst.utils.errors import RoundWarning, refuse
@@ -32,7 +33,7 @@ KeptUnits: TypeAlias = Literal["dense", "sparse"]
 
 @dataclass(frozen=True)
 class Course:
-    """How many rounds, how long they are, and what happens when one opens."""
+    """How many rounds, how long they are, and what happens when one opens and at the end."""
 
     steps_per_round: int
     rounds: int = 20
@@ -41,10 +42,16 @@ class Course:
     train_first: bool = False
     freeze_masked: bool = False
     reset_moments: bool = False
+    reconstruct: Method | None = None
 
     def __post_init__(self) -> None:
         check_count(self.steps_per_round, "steps_per_round", at_least=1)
         check_count(self.rounds, "rounds", at_least=1)
+        if self.reconstruct is not None:
+            Reconstruction(self.reconstruct)  # for what it refuses
+            if self.rewind is not None:
+                remedy = "Rewinding would undo the refit: leave out one of them."
+                refuse(ValueError, "reconstruct", "rewind=None", "both", remedy)
 
 
 @dataclass(frozen=True)

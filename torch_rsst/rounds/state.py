@@ -15,6 +15,7 @@ from torch_rsst.masking.mask_sets import Masks, as_masks, check_masks
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.regrouping.history import DecidedRound
 from torch_rsst.regrouping.keep_units import ScopeBudget
+from torch_rsst.rounds.reference import Reference
 from torch_rsst.rounds.round import Chosen
 from torch_rsst.utils.errors import check_keys, message, refuse
 
@@ -83,6 +84,7 @@ class RoundsState:
         masks: the model's, before the first round.
         round: the latest, None before the first.
         decisions: of the rounds so far; none in states that were written before these were kept.
+        reference: the model as it was when the last round opened; None unless it is needed.
     """
 
     settings: Mapping[str, Any]
@@ -93,6 +95,7 @@ class RoundsState:
     masks: Masks
     round: RoundState | None
     decisions: Sequence[DecidedRound]
+    reference: Reference | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python and tensors (copies)."""
@@ -106,6 +109,7 @@ class RoundsState:
             "masks": self.masks,
             "round": None if self.round is None else self.round.to_dict(),
             "decisions": [decided.state() for decided in self.decisions],
+            "reference": None if self.reference is None else self.reference.state(),
         }
 
     @classmethod
@@ -148,6 +152,7 @@ class RoundsState:
             masks=check_masks(weights, as_masks(state["masks"])),
             round=None if saved is None else round_,
             decisions=[DecidedRound.from_state(d, groups) for d in state.get("decisions", ())],
+            reference=Reference.from_state(state.get("reference")),
         )
 
 
