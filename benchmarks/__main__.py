@@ -1,6 +1,6 @@
 """``python -m benchmarks``: global pruning, the same on several ranks, and the penalty. See README.md beside this file.
 
-``python -m benchmarks passes`` is ``python -m benchmarks.passes``, and so for every table.
+``python -m benchmarks NAME`` is ``python -m benchmarks.NAME``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import runpy
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
@@ -17,7 +18,7 @@ from benchmarks.global_pruning import Size
 
 @dataclass(frozen=True)
 class Options:
-    """All tables but those of compacted models.
+    """All tables but those of compacted and of masked models.
 
     Attributes:
         sizes: how many weights are pruned.
@@ -36,7 +37,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1].isidentifier():
+    if len(sys.argv) > 1 and (Path(__file__).parent / f"{sys.argv[1]}.py").exists():
         runpy.run_module(f"benchmarks.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
     else:
         main(tyro.cli(Options))

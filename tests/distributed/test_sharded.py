@@ -126,6 +126,14 @@ def _regrouped(model: nn.Module, groups: torch_rsst.Groups) -> list[Any]:
     seen.append(_whole(torch_rsst.extract_mask(model)))
     torch_rsst.fillback(model.up, "weight", 0.5)
     seen.append(_whole(torch_rsst.extract_mask(model)))
+    before = _whole(torch_rsst.extract_mask(model))
+    try:
+        with torch_rsst.dense_weights(model):
+            seen.append("dense")
+    except ValueError as error:
+        assert "got one that is distributed over several ranks" in str(error)  # noqa: PT017
+        seen.append("dense")
+    assert _whole(torch_rsst.extract_mask(model)) == before
     handle = torch_rsst.freeze_masked(model)
     _train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1))
     handle.remove()

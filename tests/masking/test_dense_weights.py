@@ -390,6 +390,21 @@ def test_a_cast_inside_casts_the_original_and_the_mask() -> None:
     assert layer.weight.dtype == torch.float64
 
 
+def test_gradients_are_left_alone_where_the_block_raises() -> None:
+    layer = masked_layer()
+    layer(tokens(0, 2, 4)).sum().backward()
+    before = layer.weight_orig.grad.clone()
+
+    def work(layer: nn.Module) -> None:
+        with torch.enable_grad():
+            layer(tokens(0, 2, 4)).sum().backward()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_inside(layer, work)
+    assert same(layer.weight_orig.grad, before)
+
+
 def test_a_freeze_holds_after_the_block() -> None:
     layer = masked_layer()
     handle = torch_rsst.freeze_masked(layer)

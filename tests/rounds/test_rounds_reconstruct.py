@@ -84,7 +84,7 @@ def test_finalize_can_take_other_batches_and_another_method():
     for rounds, m, o in ((rsst, model, optimizer), (other, second, second_optimizer)):
         for rnd in rounds:
             train(rnd, m, o)
-    weight = second[2].weight_orig.detach().clone()
+    weight = second[2].weight.detach().clone()
     rsst.finalize()
     other.finalize(reconstruct="mean", batches=[tokens(7, 30, 4)])
     assert torch.equal(second[2].weight_orig, weight)
@@ -136,7 +136,7 @@ def test_the_default_importance_looks_at_data_where_there_is_some(method):
             find_groups(model),
             amount=0.5,
             fillback_rate=0.1 if method is Refill else 0.0,
-            importance=rounds._plan.importance,
+            importance=rounds.regrouping.importance,
             current_mask=next(rounds).current_mask,
             batches=arguments.get("batches"),
         )

@@ -53,7 +53,7 @@ def dense_weights(
 
     On leaving, the masks are put back: in the same modules, and in modules that have taken their place,
     which are found by the parameter or by their name. Values that were written to entries
-    that are alive go to ``weight_orig``, as does the gradient. A parameter that was assigned
+    that are alive go to ``weight_orig``; gradients are added to its gradient. A parameter that was assigned
     inside becomes ``weight_orig`` itself.
 
     Args:
@@ -201,7 +201,6 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
                 key = (id(original), id(mask))
                 if key not in found:
                     plain = nn.Parameter(masked(original, mask).detach(), original.requires_grad)
-                    plain.grad = original.grad
                     found[key] = _Dense(original, mask, plain, [])
                 found[key].places.append(_Place.of(path, ref))
         for dense in found.values():
@@ -257,8 +256,11 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             mask, target = each.dense.mask.to(each.parameter), each.target
             self._undo.append(partial(_set_data, target, target.detach().clone()))
             _set_data(target, self._value(each, mask))
+            self._undo.append(partial(setattr, target, "grad", target.grad))
             if each.parameter.grad is not None:
-                target.grad = masked(each.parameter.grad, mask)
+                grad = masked(each.parameter.grad, mask)
+                own = target is each.parameter or target.grad is None
+                target.grad = grad if own else target.grad + grad
             for ref in each.refs:
                 _mask_again(ref, target, mask, saved.get((id(ref.module), ref.name)))
             move_freeze(each.dense.places[0].ref, each.refs[0])
