@@ -224,6 +224,8 @@ def check_binary(mask: Tensor, name: str) -> Tensor:
 def _is_binary(mask: Tensor) -> bool:
     """Whether a mask holds nothing but 0 and 1, on all ranks."""
     part = local(mask).detach()
+    if part.is_complex():  # which has no order
+        part = ((part != 0) & (part != 1)).float() * 2
     rest, odd = Scratch(part, part.dtype), part.new_zeros(())
     for index in block_indices(part):
         own = part[index]
@@ -309,8 +311,10 @@ def _sites_to_mask(
     overwritten = {_address(ref.mask) for ref in masked_refs(unwrap(model).modules())}
     work: list[tuple[ParameterRef, Tensor]] = []
     for name, mask in chosen.items():
-        if _address(mask) in overwritten:
-            mask = mask.clone()  # a buffer of the model, which may be written before it is read
+        if mask.is_complex() or _address(mask) in overwritten:
+            mask = (
+                mask != 0
+            )  # a copy of a mask of the model, which may be written before it is read
         for ref in refs[resolved[name]]:
             check_ref(ref.module, ref.name)
             _check_shape(name, mask, ref)
