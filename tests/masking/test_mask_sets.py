@@ -15,7 +15,14 @@ from torch.nn.utils import prune as stock
 
 import torch_rsst
 from torch_rsst import apply_mask, extract_mask, penalty_mask, prepare_from_state_dict, remove_all
-from torch_rsst.masking.mask_sets import check_masks, named_weights, unwrap, without_wrappers
+from torch_rsst.masking.mask_sets import (
+    ModelMasks,
+    check_masks,
+    mask_of,
+    named_weights,
+    unwrap,
+    without_wrappers,
+)
 from torch_rsst.testing import assert_mask_invariants, mask_sets, models_with_groups
 
 Fingerprint = Callable[[nn.Module], list[Any]]
@@ -506,3 +513,28 @@ def test_tied_weights_of_a_state_dict_have_one_mask() -> None:
         "0.weight",
         "1.weight",
     ]
+
+
+def test_masks_of_the_model_itself_may_change_places():
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    one, other = torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    apply_mask(model, {"0.weight": one, "1.weight": other})
+    apply_mask(
+        model, {"0.weight": model[1].weight_mask, "1.weight": model[0].weight_mask.view(2, 2)}
+    )
+    assert torch.equal(model[0].weight_mask, other)
+    assert torch.equal(model[1].weight_mask, one)
+
+
+def test_masks_of_a_model_are_read_where_they_lie_and_given_as_bool():
+    model = nn.Linear(2, 2)
+    apply_mask(model, {"weight": torch.eye(2)})
+    masks = ModelMasks(model)
+    assert (list(masks), len(masks)) == (["weight"], 1)
+    assert torch.equal(masks["weight"], torch.eye(2, dtype=torch.bool))
+    weights = named_weights(model)
+    assert mask_of(weights, masks, "weight") is model.weight_mask
+    assert mask_of(weights, masks, "bias") is None
+    model.weight_mask[0, 0] = 0.5
+    with pytest.raises(ValueError, match="expected zeros and ones"):
+        ModelMasks(model)

@@ -303,8 +303,10 @@ def _sites_to_mask(
     overwritten = {_address(ref.mask) for ref in masked_refs(unwrap(model).modules())}
     work: list[tuple[ParameterRef, Tensor]] = []
     for name, mask in chosen.items():
-        if _address(mask) in overwritten:
-            mask = mask.clone()  # a buffer of the model, which may be written before it is read
+        if mask.is_complex() or _address(mask) in overwritten:
+            mask = (
+                mask != 0
+            )  # a copy of a mask of the model, which may be written before it is read
         for ref in refs[resolved[name]]:
             check_ref(ref.module, ref.name)
             _check_shape(name, mask, ref)
