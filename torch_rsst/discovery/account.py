@@ -130,5 +130,7 @@ class _Ends:
         if path == self.first:
             return STEM if weight.ndim > 2 else INPUT
         # Rows, or the one row of a table that is added to tokens.
-        along = weight.shape[0] if weight.ndim < 2 or weight.shape[0] > 1 else weight.shape[-1]
-        return _STREAM if along in self.stream else _UNKNOWN
+        sizes = [size for size in weight.shape if size > 1][
+            : 1 if weight.shape[:1] != (1,) else None
+        ]
+        return _STREAM if sizes and sizes[-1] in self.stream else _UNKNOWN
