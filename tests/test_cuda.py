@@ -249,3 +249,16 @@ def test_rounds_train_and_resume_on_the_device(twins, tiny_transformer, method):
     first, second = extract_mask(model), extract_mask(again)
     assert all(same(second[name], mask) for name, mask in first.items())
     assert resumed.report().gone("heads") == rounds.report().gone("heads") == 6
+
+
+def test_variance_and_reconstruction_agree_with_the_cpu(twins):
+    batches = [tokens(i, 8, 5, 32) for i in range(2)]
+    for model in twins:
+        on_device = [batch.to(next(model.parameters()).device) for batch in batches]
+        groups = find_groups(model)
+        arguments = {"importance": "variance", "batches": on_device}
+        refill = regroup(model, groups, amount=0.5, **arguments)
+        torch_rsst.reconstruct(model, groups, refill, batches=on_device)
+    first, second = (on_cpu(weights_of(model)) for model in twins)
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-2, atol=1e-3)

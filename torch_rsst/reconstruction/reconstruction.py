@@ -151,7 +151,7 @@ def reconstruct_towards(
         groups: of the model, checked.
         masks: what should be alive, checked.
         how: method and damping.
-        data: what both models run on, see :func:`check_reconstruction`.
+        data: what both models run on, see ``check_reconstruction``.
         reference: a model of the same structure, such as a copy from before; it may be the model itself,
             as it is before the call. It is not changed.
         replicas: ranks whose sums are added up.

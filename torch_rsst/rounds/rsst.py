@@ -99,7 +99,7 @@ class RSST(Rounds):
         block_loss_grad: also zero the gradient of the loss on P.
         accumulation_steps: backward passes per step; used without an optimizer only.
         grad_scale: loss scale; used without an optimizer only.
-        reconstruct: ``"least_squares"`` or ``"mean"``: :meth:`finalize` also refits the layers that consume
+        reconstruct: ``"least_squares"`` or ``"mean"``: ``finalize()`` also refits the layers that consume
             what it masks, towards the model as it was when the last round opened, of which a copy is
             kept. See :func:`torch_rsst.reconstruct`. Not with ``rewind``.
         batches: for an importance that needs data, which is measured anew in each round: an iterable,
