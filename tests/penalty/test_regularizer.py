@@ -923,7 +923,8 @@ def test_the_warning_advises_nothing_that_is_done_already():
     pruner = pruner_of(layer, mode="coupled", optimizer=optimizer)
     gradient_step(layer, optimizer, 0)
     with pytest.warns(
-        InertPenaltyWarning, match=r"\)\. Raise the strength or lower shrink_to, or use mode='decoupled'\.$"
+        InertPenaltyWarning,
+        match=r"\)\. Raise the strength or lower shrink_to, or use mode='decoupled'\.$",
     ):
         pruner.remove()
     by_hand = pruner_of(layer, mode="decoupled")
