@@ -20,7 +20,7 @@ from tiny_models import gradient_step, mlp, same, tokens, zero_gradient_step
 from torch import Tensor, nn
 
 import torch_rsst
-from torch_rsst import RSST, Explanation, Refill, find_groups, sparsity_report
+from torch_rsst import RSST, Explanation, Refill, extract_mask, find_groups, sparsity_report
 from torch_rsst.groups.groups import GroupLayer, Groups, Member
 from torch_rsst.masking.mask_sets import named_weights
 from torch_rsst.utils.amounts import units_to_keep
@@ -72,14 +72,20 @@ class ByHand:
     """One round's decision in plain Python."""
 
     def __init__(
-        self, groups: Groups, weights: dict[str, Tensor], current: dict[str, Tensor], **rules: Any
+        self,
+        groups: Groups,
+        weights: dict[str, Tensor],
+        ranked: dict[str, Tensor],
+        current: dict[str, Tensor],
+        **rules: Any,
     ) -> None:
         self.groups, self.rules = groups, rules
-        self.weights, self.current = weights, current
+        self.weights, self.ranked, self.current = weights, ranked, current
         self.units = [(i, u) for i, layer in enumerate(groups.layers) for u in range(layer.units)]
         self.key: dict[Any, float] = {}
         self.size: dict[Any, int] = {}
         self.alive: dict[Any, int] = {}
+        self.lives: dict[Any, bool] = {}
         for i, u in self.units:
             self._score(i, u)
         self.stays: dict[Any, bool] = {}
@@ -91,13 +97,14 @@ class ByHand:
 
     def _score(self, i: int, u: int) -> None:
         places = list(entries_of(self.groups.layers[i].group(u), ranked_only=True))
-        living = [(n, p) for n, p in places if n not in self.current or self.current[n][p]]
+        living = [(n, p) for n, p in places if n not in self.ranked or self.ranked[n][p]]
         values = [abs(float(self.weights[n][p])) for n, p in living]
         score = sum(values) if self.rules["importance"] == "magnitude" else float(len(values))
         if self.rules["scope"] == "global":
             score /= len(places)
         self.size[i, u], self.alive[i, u] = len(places), len(living)
-        self.key[i, u] = score if living else -math.inf
+        self.lives[i, u] = any(n not in self.current or self.current[n][p] for n, p in places)
+        self.key[i, u] = score if self.lives[i, u] else -math.inf
 
     def scopes(self) -> list[list[Any]]:
         if self.rules["scope"] == "layer":
@@ -130,7 +137,7 @@ class ByHand:
 
     def _reason(self, k: Any, budget: int, unaided: int, better_goes: bool) -> str:
         if not self.stays[k]:
-            if not self.alive[k]:
+            if not self.lives[k]:
                 return "dead"
             return "score" if self.rank[k] > budget else "min_keep"
         if not self.budgeted[k]:
@@ -140,10 +147,10 @@ class ByHand:
         return "score" if self.rank[k] <= unaided else "fillback_rate"
 
     def cut(self, k: Any) -> float | None:
-        if not self.alive[k]:
+        if not self.lives[k]:
             return None
         (scope,) = (s for s in self.scopes() if k in s)
-        living = [o for o in scope if self.alive[o]]
+        living = [o for o in scope if self.lives[o]]
         by_score = ("score", "fillback_rate")
         if self.stays[k] and self.decided_by[k] in by_score:
             return max((self.key[o] for o in living if not self.stays[o]), default=None)
@@ -167,13 +174,21 @@ RULES = st.fixed_dictionaries(
 )
 
 
-@given(rules=RULES, hard=st.booleans(), amount=st.floats(0, 0.7), seed=st.integers(0, 10**6))
-def test_scores_ranks_reasons_and_margins_are_those_of_the_definitions(rules, hard, amount, seed):
+@given(
+    rules=RULES,
+    method=st.sampled_from(["dense", "sparse", "refill"]),
+    amount=st.floats(0, 0.7),
+    seed=st.integers(0, 10**6),
+)
+def test_scores_ranks_reasons_and_margins_are_those_of_the_definitions(rules, method, amount, seed):
     model = two_mlps()
     groups = find_groups(model)
+    hard = method == "refill"
+    given_ = dict(rules)
     if not hard:
         rules = {**rules, "fillback_rate": 0.0}
-    given_ = {k: v for k, v in rules.items() if hard or k != "fillback_rate"}
+        given_["kept_units"] = method
+        del given_["fillback_rate"]
     rounds = (Refill if hard else RSST)(
         model, groups, steps_per_round=1, rounds=2, amount=amount, **given_
     )
@@ -181,8 +196,10 @@ def test_scores_ranks_reasons_and_margins_are_those_of_the_definitions(rules, ha
     for index in range(2):
         round_numbers(model, seed + index)
         weights = {name: w.clone() for name, w in named_weights(model).items()}
+        before = extract_mask(model) if method == "dense" else None
         rnd = next(rounds)
-        expected.append(ByHand(groups, weights, rnd.current_mask, **rules))
+        current = rnd.current_mask if before is None else before
+        expected.append(ByHand(groups, weights, rnd.ranked_mask, current, **rules))
         report = rnd.report()
         for i, layer in enumerate(groups.layers):
             for u in range(layer.units):
@@ -198,7 +215,7 @@ def test_scores_ranks_reasons_and_margins_are_those_of_the_definitions(rules, ha
 def assert_same_decision(found: Any, hand: ByHand, k: Any) -> None:
     assert found.stays == hand.stays[k]
     assert found.rank == hand.rank[k]
-    assert found.score == (hand.key[k] if hand.alive[k] else 0.0)
+    assert found.score == (hand.key[k] if hand.lives[k] else 0.0)
     assert found.decided_by == hand.decided_by[k]
     cut = hand.cut(k)
     assert found.cut == cut
@@ -236,7 +253,7 @@ def penalized_by_hand(model: nn.Module, groups: Groups, rnd: Any, i: int, u: int
 @pytest.mark.parametrize("rewind", [None, "init"])
 def test_penalized_entries_and_their_norms_are_those_of_the_unit(rewind):
     model = two_mlps()
-    rsst, optimizer = rsst_of(model, rewind=rewind, amount=0.1)
+    rsst, optimizer = rsst_of(model, rewind=rewind, amount=0.1, kept_units="sparse", strength=0.5)
     groups = find_groups(model)
     units = [(i, u) for i, layer in enumerate(groups.layers) for u in range(layer.units)]
     ends: list[dict[Any, Any]] = []
@@ -284,7 +301,7 @@ def test_after_the_end_the_numbers_are_those_of_the_end():
 
 def test_the_mode_is_that_of_an_optimizer_attached_inside_the_loop():
     model = two_mlps()
-    rsst = RSST(model, find_groups(model), steps_per_round=1, rounds=1, amount=0.1)
+    rsst = RSST(model, find_groups(model), steps_per_round=1, rounds=1, amount=0.1, strength=0.5)
     rnd = next(rsst)
     (unit,) = [u for u in range(3) if not rnd.report().explain("0", u).stays][:1]
     assert rnd.report().explain("0", unit).decision.mode == "coupled"
@@ -352,14 +369,14 @@ def test_the_text_of_a_unit_that_is_gone():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     rsst = RSST(
         model, find_groups(model), optimizer=optimizer, rounds=2, steps_per_round=1, amount=0.0,
-        schedule="linear", strength=0.75,
+        schedule="linear", strength=0.75, kept_units="sparse",
     )  # fmt: skip
     for _ in rsst:
         zero_gradient_step(model, optimizer)
     assert str(rsst.report().explain("", 1)).splitlines()[0] == (
         "neuron 1 of the model is to go: round 1 chose so, by its score, like every round since 0"
     )
-    rsst.finalize()
+    rsst.finalize(force=True)
     assert str(rsst.report().explain("", 1)).splitlines() == [
         "neuron 1 of the model is gone: round 1 chose so, by its score, like every round since 0",
         "score: 0.375 (magnitude), rank 2 of 2 in its layer, 4.625 below the lowest that stays (5)",
@@ -378,6 +395,18 @@ def test_the_text_of_a_unit_that_is_gone():
         "    0  stays         5     1    +3.5  score",
         "    1  stays         5     1   +4.62  score",
     ]
+
+
+def test_the_text_of_a_unit_that_was_masked_when_a_round_opened():
+    rsst = four_neurons([[1, 2, 3, 4]] * 2, RSST, regroup_amount=1)
+    for rnd in rsst:
+        rnd.pruner.step()
+    text = str(rsst.report().explain("", 0)).splitlines()
+    assert text[0].startswith("neuron 0 of the model is gone: round 1 chose so, by its score, like")
+    assert text[2].startswith(
+        "penalty: decoupled, strength 0.99; 4 penalized entries went from norm"
+    )
+    assert text[2].endswith(" in round 0; masked when round 1 opened")
 
 
 def test_refill_tells_of_the_round_that_chose_not_of_those_that_found_it_dead():
@@ -449,7 +478,7 @@ def test_fillback_is_named():
     assert "in the share that fillback_rate gives back" in str(report.explain("", 1))
 
 
-def test_a_unit_that_makes_room_says_so():
+def test_a_unit_that_goes_in_place_of_another_says_so():
     """min_keep holds the only unit of one layer, so that a better one of the other goes."""
     model = nn.Sequential(mlp(width=2, hidden=1), mlp(width=2, hidden=3))
     rsst = RSST(
@@ -461,9 +490,7 @@ def test_a_unit_that_makes_room_says_so():
     assert (held.stays, held.decided_by, held.margin) == (True, "min_keep", -11.0)
     assert (out.stays, out.decided_by, out.rank, out.margin) == (False, "min_keep", 3, -1.0)
     assert "11 below the lowest that stays by its score (11)" in str(held)
-    assert "to make room for units that min_keep holds in other layers; its score would do" in str(
-        out
-    )
+    assert "in place of units that min_keep holds in other layers; its score would do" in str(out)
     assert "rank 3 of 4 among all neurons" in str(out)
     rsst.round.pruner.detach()
 
@@ -771,7 +798,10 @@ def _on_a_rank(rank: int) -> dict[str, Any]:
         groups = find_groups(model)
         wrapped = wrap(model)
         optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.01, foreach=False)
-        rsst = RSST(wrapped, groups, optimizer=optimizer, rounds=2, steps_per_round=2, amount=0.2)
+        rsst = RSST(
+            wrapped, groups, optimizer=optimizer, rounds=2, steps_per_round=2, amount=0.2,
+            kept_units="sparse",
+        )  # fmt: skip
         for rnd in rsst:
             for step in range(2):
                 optimizer.zero_grad()

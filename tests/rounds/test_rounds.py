@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import gradient_step, linear, mlp, same, tokens, weights_of, zero_gradient_step
-from torch import Tensor, nn
+from torch import nn
 
 from torch_rsst import (
     RSST,
@@ -32,6 +33,7 @@ from torch_rsst.rounds import engine as round_engine
 
 STEPS = 3
 METHODS = [RSST, Refill]
+SPARSE: dict[str, Any] = {"kept_units": "sparse"}
 
 
 def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
@@ -55,6 +57,11 @@ def run(rounds: Any, model: nn.Module, optimizer: Any) -> None:
     for rnd in rounds:
         train(rnd, model, optimizer)
     rounds.finalize()
+
+
+def literal(method: Any) -> dict[str, Any]:
+    """The arguments for rounds that mask what their ranking prunes, as Refill always ranks what it masks."""
+    return SPARSE if method is RSST else {}
 
 
 def alive_share(model: nn.Module, groups: Any) -> float:
@@ -90,7 +97,7 @@ def test_there_are_as_many_rankings_as_trainings(method, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_round_ranks_the_weights_as_they_are_now(method):
-    rounds, model, optimizer = rounds_of(method, amount=0.3)
+    rounds, model, optimizer = rounds_of(method, amount=0.3, **literal(method))
     groups = find_groups(model)
     for _ in range(3):
         now, alive = named_weights(model), extract_mask(model)
@@ -104,7 +111,7 @@ def test_every_round_ranks_the_weights_as_they_are_now(method):
 @given(rate=st.floats(0.0, 0.6), rounds=st.integers(1, 5))
 @pytest.mark.filterwarnings("ignore:.*fewer living units:torch_rsst.utils.errors.RoundWarning")
 def test_n_rounds_leave_the_nth_power_of_what_one_leaves(rate, rounds):
-    rsst, model, optimizer = rounds_of(rounds=rounds, amount=rate, optimizer=None)
+    rsst, model, optimizer = rounds_of(rounds=rounds, amount=rate, optimizer=None, **SPARSE)
     remaining = 8 * 4 + 2 * 8
     for rnd in rsst:
         rnd.attach(optimizer := sgd(model))
@@ -119,7 +126,7 @@ def test_n_rounds_leave_the_nth_power_of_what_one_leaves(rate, rounds):
 def test_twenty_rounds_at_the_defaults_leave_the_published_share(tiny_transformer):
     model = tiny_transformer()
     groups = find_groups(model)
-    rsst = RSST(model, groups, optimizer=sgd(model), steps_per_round=1)
+    rsst = RSST(model, groups, optimizer=sgd(model), steps_per_round=1, **SPARSE)
     for _ in rsst:
         zero_gradient_step(model, rsst._optimizer)
     assert rsst.round.index == 19
@@ -165,7 +172,7 @@ def test_a_timm_vision_transformer_goes_through_rounds_and_a_free_cut():
 
 
 def test_rsst_trains_with_the_current_mask_live():
-    rsst, model, optimizer = rounds_of(amount=0.4)
+    rsst, model, optimizer = rounds_of(amount=0.4, **SPARSE)
     for rnd in rsst:
         masks = extract_mask(model)
         assert all(same(masks[n], m) for n, m in rnd.current_mask.items())
@@ -177,7 +184,7 @@ def test_rsst_trains_with_the_current_mask_live():
 
 
 def test_rsst_shrinks_what_is_penalized_and_no_masked_latent():
-    rsst, model, optimizer = rounds_of(amount=0.3, mode="decoupled")
+    rsst, model, optimizer = rounds_of(amount=0.3, mode="decoupled", **SPARSE)
     rnd = next(rsst)
     before, goes = weights_of(model), penalty_mask(rnd.current_mask, rnd.refill_mask)
     for _ in range(STEPS):
@@ -189,8 +196,9 @@ def test_rsst_shrinks_what_is_penalized_and_no_masked_latent():
         assert same(after[name][~p], before[name][~p])
 
 
-def test_p_of_a_round_is_what_is_alive_and_meant_to_go():
-    rsst, model, _ = rounds_of(amount=0.3)
+@pytest.mark.parametrize("kept_units", ["dense", "sparse"])
+def test_p_of_a_round_is_what_is_alive_and_meant_to_go(kept_units):
+    rsst, model, _ = rounds_of(amount=0.3, kept_units=kept_units)
     rnd = next(rsst)
     goes = penalty_mask(rnd.current_mask, rnd.refill_mask)
     assert rnd.report().penalized == sum(int(p.sum()) for p in goes.values())
@@ -202,14 +210,15 @@ def test_a_follower_is_masked_with_its_unit_s_last_ranked_entry():
     model = mlp()
     with torch.no_grad():
         model[0].weight[5], model[2].weight[:, 5] = 1e-3, 1e-3
-    rsst, _, _ = rounds_of(model=model, amount=6)
+    rsst, _, _ = rounds_of(model=model, amount=6, **SPARSE)
     rnd = next(rsst)
     assert rnd.current_mask["0.bias"].tolist() == [i != 5 for i in range(8)]
     assert model[0].bias[5] == 0
 
 
-def test_finalize_applies_current_and_refill_and_ranks_nothing():
-    rsst, model, optimizer = rounds_of(amount=0.3)
+@pytest.mark.parametrize("kept_units", ["dense", "sparse"])
+def test_finalize_applies_current_and_refill_and_ranks_nothing(kept_units):
+    rsst, model, optimizer = rounds_of(amount=0.3, kept_units=kept_units)
     for rnd in rsst:
         train(rnd, model, optimizer)
     before = weights_of(model)
@@ -225,7 +234,9 @@ def test_finalize_applies_current_and_refill_and_ranks_nothing():
 def test_the_cut_is_free_after_a_decoupled_penalty_of_full_strength():
     model = mlp(hidden=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    rsst, _, _ = rounds_of(model=model, optimizer=optimizer, steps_per_round=30, strength=1.0)
+    rsst, _, _ = rounds_of(
+        model=model, optimizer=optimizer, steps_per_round=30, strength=1.0, **SPARSE
+    )
     for rnd in rsst:
         train(rnd, model, optimizer, 30)
     before = model(tokens(0, 5, 4))
@@ -238,54 +249,12 @@ def test_the_cut_is_free_after_a_decoupled_penalty_of_full_strength():
 
 
 def test_finalize_also_cuts_ranked_members_that_parameters_left_out():
-    rsst, model, optimizer = rounds_of(parameters=["0.weight"], amount=0.2)
+    rsst, model, optimizer = rounds_of(parameters=["0.weight"], amount=0.2, **SPARSE)
     run(rsst, model, optimizer)
     dropped = ~rsst.round.refill_mask["2.weight"].any(0)
     assert int(dropped.sum()) == 4
     assert bool((model[2].weight_mask[:, dropped] == 0).all())
     assert rsst.report().gone("neurons") == 4
-
-
-# dense_training
-
-
-def test_dense_training_lifts_masked_entries_of_kept_units_only():
-    rsst, model, optimizer = rounds_of(amount=0.5, dense_training=True)
-    for rnd in rsst:
-        lifted = 0
-        for name, mask in extract_mask(model).items():
-            current, refill = rnd.current_mask[name], rnd.refill_mask[name]
-            assert same(mask, current | refill)
-            assert not bool(mask[~current & ~refill].any())
-            lifted += int((mask & ~current).sum())
-        assert lifted
-        train(rnd, model, optimizer)
-
-
-def test_dense_training_ranks_only_what_was_alive_before():
-    rsst, model, optimizer = rounds_of(amount=0.3, dense_training=True)
-    before: dict[str, Tensor] | None = None
-    remaining = 48
-    for rnd in rsst:
-        remaining -= round(0.3 * remaining)
-        current = rnd.current_mask
-        assert sum(int(current[n].sum()) for n in ("0.weight", "2.weight")) == remaining
-        if before is not None:
-            assert not any(bool((mask & ~before[n]).any()) for n, mask in current.items())
-        train(rnd, model, optimizer)
-        before = current
-    rsst.finalize()
-    for name, mask in extract_mask(model).items():
-        assert same(mask, rnd.current_mask[name] & rnd.refill_mask[name])
-
-
-def test_dense_training_trains_lifted_entries():
-    rsst, model, optimizer = rounds_of(amount=0.5, dense_training=True)
-    rnd = next(rsst)
-    before = weights_of(model)["0.weight"]
-    gradient_step(model, optimizer, 0)
-    lifted = ~rnd.current_mask["0.weight"] & rnd.refill_mask["0.weight"]
-    assert bool((weights_of(model)["0.weight"] != before)[lifted].all())
 
 
 # Refill
@@ -431,7 +400,7 @@ def _trained(rounds: Any, model: nn.Module, optimizer: Any) -> Any:
 def test_parameters_choose_what_is_ranked(as_pairs):
     model = mlp()
     chosen = [(model[0], "weight")] if as_pairs else ["0.weight"]
-    rsst, _, _ = rounds_of(model=model, parameters=chosen, amount=0.5)
+    rsst, _, _ = rounds_of(model=model, parameters=chosen, amount=0.5, **SPARSE)
     rnd = next(rsst)
     assert int(rnd.current_mask["0.weight"].sum()) == 16
     assert "2.weight" not in rnd.current_mask
@@ -440,7 +409,7 @@ def test_parameters_choose_what_is_ranked(as_pairs):
 def test_parameters_outside_the_groups_lose_single_entries():
     model = nn.Sequential(mlp(), linear(6, 2))
     names = ["0.0.weight", "0.2.weight", "1.weight"]
-    rsst, _, optimizer = rounds_of(model=model, parameters=names, amount=0.2)
+    rsst, _, optimizer = rounds_of(model=model, parameters=names, amount=0.2, **SPARSE)
     for rnd in rsst:
         train(rnd, model, optimizer)
     rsst.finalize()
@@ -461,9 +430,12 @@ def test_ungrouped_elements_go_too_when_asked():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings(
+    "ignore::torch_rsst.InertPenaltyWarning"
+)  # weights are made larger here
 def test_rewinding_comes_after_ranking(method):
     """Ranking rewound weights would give every round the same order: training has no say."""
-    rounds, model, optimizer = rounds_of(method, rewind="init", amount=0.3)
+    rounds, model, optimizer = rounds_of(method, rewind="init", amount=0.3, **literal(method))
     groups, initial = find_groups(model), weights_of(model)
     train(next(rounds), model, optimizer)
     with torch.no_grad():  # turn the order around
@@ -537,7 +509,9 @@ def test_break_leaves_the_round_open():
     assert not rnd.pruner.attached
 
 
-@pytest.mark.parametrize("close", [next, lambda rsst: rsst.finalize()], ids=["next", "finalize"])
+@pytest.mark.parametrize(
+    "close", [next, lambda rsst: rsst.finalize(force=True)], ids=["next", "finalize"]
+)
 def test_closing_a_round_early_warns_with_the_numbers(close):
     rsst, model, optimizer = rounds_of()
     rnd = next(rsst)
@@ -570,7 +544,7 @@ def test_a_warning_turned_into_an_error_blocks_no_later_round():
 
 def test_an_inert_round_warns_when_it_closes():
     model = mlp()
-    rsst, _, optimizer = rounds_of(model=model, optimizer=sgd(model, lr=0.0))
+    rsst, _, optimizer = rounds_of(model=model, optimizer=sgd(model, lr=0.0), mode="coupled")
     train(next(rsst), model, optimizer)
     with pytest.warns(InertPenaltyWarning, match="The penalty did not act"):
         next(rsst)
@@ -589,10 +563,32 @@ def test_an_optimizer_may_be_made_inside_the_loop():
     assert all(same(w, weights_of(outside)[n]) for n, w in weights_of(inside).items())
 
 
-def test_attaching_where_rounds_have_an_optimizer_is_an_error():
-    rsst, model, _ = rounds_of()
-    with pytest.raises(RuntimeError, match="expected one optimizer, once"):
-        next(rsst).attach(sgd(model))
+def test_an_optimizer_made_for_a_round_takes_the_place_of_that_of_the_rounds():
+    rsst, model, first = rounds_of()
+    twin, twin_model, _ = rounds_of(optimizer=None)
+    for rnd, expected in zip(rsst, twin, strict=True):
+        rnd.attach(second := sgd(model))
+        expected.attach(twin_optimizer := sgd(twin_model))
+        train(rnd, model, second)
+        train(expected, twin_model, twin_optimizer)
+        assert not first._optimizer_step_pre_hooks
+        assert rnd.pruner.steps == STEPS
+    assert all(same(w, weights_of(twin_model)[n]) for n, w in weights_of(model).items())
+
+
+def test_another_optimizer_after_a_step_is_refused_with_what_to_do():
+    rsst, model, optimizer = rounds_of()
+    rnd = next(rsst)
+    gradient_step(model, optimizer, 0)
+    with pytest.raises(RuntimeError) as caught:
+        rnd.attach(sgd(model))
+    assert str(caught.value) == (
+        "attach: expected the optimizer before the first step, got another one after 1 steps with the "
+        "first. Attach it when the round opens; several go into one list."
+    )
+    gradient_step(model, optimizer, 1)
+    assert rnd.pruner.steps == 2
+    rnd.pruner.detach()
 
 
 def test_steps_can_be_counted_by_hand():
@@ -699,19 +695,21 @@ def attach_another(rounds: Any, model: nn.Module) -> Any:
 
 
 def spoil_amount(rounds: Any, model: nn.Module) -> Any:
-    good, rounds.regroup_amount = rounds.regroup_amount, lambda index: 9
+    good = rounds.regrouping
+    rounds.regrouping = dataclasses.replace(good, regroup_amount=lambda index: 9)
 
     def mend() -> None:
-        rounds.regroup_amount = good
+        rounds.regrouping = good
 
     return ValueError, "at most 8, as many units", mend
 
 
 @pytest.mark.parametrize("spoil", [spoil_weights, spoil_optimizer, attach_another, spoil_amount])
-@pytest.mark.parametrize("kwargs", [{}, {"rewind": "init"}, {"dense_training": True}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"rewind": "init"}, SPARSE], ids=str)
 def test_a_round_that_cannot_open_changes_nothing_and_can_be_retried(spoil, kwargs, fingerprint):
-    rounds, model, optimizer = rounds_of(amount=0.1, **kwargs)
-    twin, twin_model, twin_optimizer = rounds_of(amount=0.1, **kwargs)
+    kwargs = {"amount": 0.1, "regroup_amount": lambda index: (index + 1) / 4, **kwargs}
+    rounds, model, optimizer = rounds_of(**kwargs)
+    twin, twin_model, twin_optimizer = rounds_of(**kwargs)
     train(next(rounds), model, optimizer)
     train(next(twin), twin_model, twin_optimizer)
     error, text, mend = spoil(rounds, model)
@@ -748,7 +746,7 @@ def test_a_layer_that_the_ranking_empties_is_reported():
     with torch.no_grad():
         for parameter in model[0].parameters():
             parameter.mul_(1e-3)
-    rsst = RSST(model, find_groups(model), steps_per_round=1, rounds=1, amount=0.5)
+    rsst = RSST(model, find_groups(model), steps_per_round=1, rounds=1, amount=0.5, **SPARSE)
     with pytest.warns(RoundWarning, match=r"Round 0: .*min_keep=1: 0 \(8 neurons\) keeps 0"):
         next(rsst)
     rsst.round.pruner.detach()
@@ -793,7 +791,7 @@ def test_the_optimizer_inside_a_wrapper_carries_the_penalty():
     rsst, model, _ = rounds_of(optimizer=None)
     rnd = next(rsst)
     rnd.attach(Wrapper(inner := sgd(model)))
-    assert rnd.pruner.mode == "coupled"
+    assert rnd.pruner.mode == "decoupled"
     for _ in range(STEPS):
         zero_gradient_step(model, inner)
     assert rnd.pruner.steps == STEPS

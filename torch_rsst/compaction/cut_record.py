@@ -216,7 +216,7 @@ def _check_units(model: nn.Module, layer: GroupLayer) -> None:
         owned = own != NO_UNIT
         if other is None or other.numel() != own.numel() or not bool(owned.any()):
             continue
-        pairs = torch.stack([own[owned], other[owned]]).unique(dim=1)
+        pairs = torch.unique(torch.stack([own[owned], other[owned]]), dim=1)
         # Units may have been left out, not divided or joined.
         one_to_one = all(pairs.shape[1] == len(set(side)) for side in pairs.tolist())
         whole = int(torch.isin(other, pairs[1]).sum()) == int(owned.sum())

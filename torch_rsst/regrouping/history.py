@@ -85,6 +85,11 @@ class DecidedRound:
     below: int | None = None
     asked: int = 0
 
+    @property
+    def too_soon(self) -> bool:
+        """Whether P fell below 1 % of its norm before half of the steps that it was to take."""
+        return self.below is not None and 2 * self.below < self.asked
+
     def state(self) -> dict[str, Any]:
         """Plain Python and tensors (copies), for a checkpoint."""
         return {

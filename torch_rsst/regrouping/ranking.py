@@ -81,6 +81,14 @@ def rank(
     cut = ranking.cut(to_count(amount, ranking.available, of="alive entries"))
     current = dict(zip(ranked, cut.stays(), strict=True))
     current |= {name: mask for name, mask in alive.items() if name not in current}
+    return with_followers(weights, current, groups)
+
+
+def with_followers(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], groups: Groups
+) -> Masks:
+    """Masks in which a follower's entry is 0 where its unit has no alive ranked entry left."""
+    current = dict(masks)
     for layer in groups.layers:
         lives = remain(layer, weights, current) > 0
         for member in layer.members:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch_rsst.regrouping.history import NO_PENALTY, DecidedRound, DecisionLog
@@ -21,7 +21,7 @@ class UnitDecision:
         stays: whether the unit was to stay.
         decided_by: ``"score"``; ``"fillback_rate"`` where the unit stays in the share that is given
             back; ``"min_keep"`` or ``"round_to"`` where that holds a unit which would go by its score, or
-            where a unit makes room for one that ``min_keep`` holds in another layer; ``"dead"`` where
+            where a unit gives way to one that ``min_keep`` holds in another layer; ``"dead"`` where
             it goes without an alive ranked entry.
         score: as it was compared: per ranked entry under ``scope="global"``; 0 for a dead unit.
         rank: among the units of its scope, 1 for the best; of equals the earliest comes last.
@@ -132,7 +132,7 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        lines = [_headline(self), _competition(self), _penalty(self.decision)]
+        lines = [_headline(self), _competition(self), _penalty(self)]
         if len(self.history) > 1:
             lines += ["", *_table(self.history)]
         return "\n".join(lines)
@@ -157,6 +157,17 @@ def last_decisions(log: DecisionLog, layers: Sequence[tuple[str, str]]) -> list[
             "decided_by": [REASONS[reason] for reason in verdicts.reasons.tolist()],
         }
         for position, ((name, kind), verdicts) in enumerate(zip(layers, last.verdicts, strict=True))
+    ]
+
+
+def penalty_notes(log: DecisionLog | None) -> list[str]:
+    """A line where the penalty of the last round has left less than 1 % of the norm that it began with."""
+    if log is None or (last := log.rounds[-1]).below is None:
+        return []
+    early = ", before half of them: cut rather than shrunk" if last.too_soon else ""
+    return [
+        f"round {last.index}: the penalized weights fell below 1 % of their norm at step {last.below} of "
+        f"the {last.asked} over which they were to shrink{early}"
     ]
 
 
@@ -243,7 +254,7 @@ _STAYS_BY = {
 }
 _GOES_BY = {
     "score": "by its score",
-    "min_keep": "to make room for units that min_keep holds in other layers; its score would do",
+    "min_keep": "in place of units that min_keep holds in other layers; its score would do",
     "dead": "as it was dead already, without an alive entry to score",
 }
 _AMONG = {"layer": "in its layer", "type": "among all {kind}", "global": "among all units"}
@@ -279,10 +290,16 @@ def _competition(found: Explanation) -> str:
     return f"{text}, {abs(decision.margin):.4g} {side} {other} ({decision.cut:.4g})"
 
 
-def _penalty(decision: UnitDecision) -> str:
+def _penalty(found: Explanation) -> str:
+    decision = found.decision
     if not decision.penalized:
-        at_once = not decision.stays and decision.decided_by != "dead"
-        return "penalty: none, it was masked at once" if at_once else "penalty: none on it"
+        if decision.stays or decision.decided_by == "dead":
+            return "penalty: none on it"
+        before = next((d for d in found.history if d.round == decision.round - 1), None)
+        if before is None or not before.penalized:
+            return "penalty: none, it was masked at once"
+        masked = f"masked when round {decision.round} opened"
+        return f"{_penalty(replace(found, decision=before))}; {masked}"
     entries = (
         f"{decision.penalized:,} penalized {'entry' if decision.penalized == 1 else 'entries'}"
     )

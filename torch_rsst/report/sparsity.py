@@ -21,7 +21,12 @@ from torch_rsst.masking.mask_sets import (
 from torch_rsst.regrouping.history import DecisionLog
 from torch_rsst.regrouping.keep_units import ScopeBudget
 from torch_rsst.report.entry_counts import EntryCounts, count_entries, summed
-from torch_rsst.report.explanation import Explanation, explain_unit, last_decisions
+from torch_rsst.report.explanation import (
+    Explanation,
+    explain_unit,
+    last_decisions,
+    penalty_notes,
+)
 from torch_rsst.utils.errors import refuse, unknown_choice
 from torch_rsst.utils.tables import aligned
 
@@ -388,6 +393,7 @@ def _table(report: SparsityReport) -> str:
         for kind in report.kinds
     ]
     text += [str(budget) for budget in report.budgets if budget.requested != budget.realized]
+    text += penalty_notes(report.decisions)
     return "\n".join(text)
 
 

@@ -5,6 +5,7 @@ It owns no optimizer, device or data.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -130,7 +131,7 @@ class Rounds(ABC):
         """What is alive once a ranking is made."""
         return ranked
 
-    def _without_gone(self, alive: Masks, decision: Decision) -> Masks:
+    def _without_gone(self, alive: Masks, refill: Masks, decision: Decision) -> Masks:
         """What is left alive once units are chosen."""
         return alive
 
@@ -217,7 +218,7 @@ class Rounds(ABC):
                 RuntimeError,
                 "finalize",
                 f"penalized weights that have shrunk to {limit:.0%} of their norm or less",
-                f"{norm / start:.1%} ({start:.4g} when round {last.index} opened, {norm:.4g} after "
+                f"{norm / start if start else math.inf:.1%} ({start:.4g} when round {last.index} opened, {norm:.4g} after "
                 f"{pruner.steps} of {self.course.steps_per_round} steps)",
                 "Train the round to its end, with the optimizer passed as optimizer= or to rnd.attach(); "
                 "lower shrink_to, raise strength or pass block_loss_grad=True; or pass force=True to "
@@ -264,7 +265,7 @@ class Rounds(ABC):
         weights, amount = named_weights(self._model), self.regrouping.amount_of(index)
         decision = decide(weights, self._groups, ranked, amount, plan, alive)
         refill = refill_from(decision, weights, self._groups, alive, amount, plan)
-        current = self._without_gone(alive, decision)
+        current = self._without_gone(alive, refill, decision)
         return Chosen(ranked, current, refill, decision.budgets, decision.verdicts())
 
     def _open(self, index: int, chosen: Chosen, *, rewind: bool) -> Round:

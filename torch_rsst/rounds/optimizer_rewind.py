@@ -68,7 +68,7 @@ class OptimizerRewind:
 
     def apply(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Rewind optimizers in place."""
-        if self.choice == "states":
+        if self.choice == "states" and optimizers:
             for optimizer, state in zip(optimizers, self.states, strict=True):
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict(copy.deepcopy({**state, "param_groups": groups}))

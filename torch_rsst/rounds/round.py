@@ -167,11 +167,12 @@ def warn_of_end(closing: Round) -> None:
             RoundWarning,
             stacklevel=4,
         )
-    if pruner.fell_below is not None and 2 * pruner.fell_below < pruner.steps_to_shrink:
+    below, asked = pruner.fell_below, pruner.steps_to_shrink
+    if below is not None and 2 * below < asked:
         warnings.warn(
             f"Round {closing.index}: the norm of the penalized weights fell below 1 % at step "
-            f"{pruner.fell_below} of the {pruner.steps_to_shrink} over which it was to shrink: they were "
-            f"cut rather than shrunk. Pass shrink_to instead of strength, or lower the strength.",
+            f"{below} of the {asked} over which it was to shrink, before half of them: they were cut rather "
+            f"than shrunk. Pass shrink_to instead of strength, or lower the strength.",
             RoundWarning,
             stacklevel=4,
         )

@@ -16,6 +16,7 @@ from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.penalty.hooks import Mode, Optimizers
 from torch_rsst.penalty.settings import SHRINK_TO, GradScale, Penalty
 from torch_rsst.reconstruction.reconstruction import Method
+from torch_rsst.regrouping.ranking import with_followers
 from torch_rsst.regrouping.regrouping import Decision, Scope, Ungrouped
 from torch_rsst.rounds.engine import Chosen, Rounds, intersection
 from torch_rsst.rounds.settings import (
@@ -196,22 +197,25 @@ class RSST(Rounds):
         if self.kept_units == "sparse":
             return ranked
         weights, masks = named_weights(self._model), extract_mask(self._model)
-        return {name: alive_in(weights, masks, name) for name in ranked}
+        alive = {name: alive_in(weights, masks, name) for name in ranked}
+        return with_followers(weights, alive, self._groups)
 
-    def _without_gone(self, alive: Masks, decision: Decision) -> Masks:
-        """Dense: without the units that were penalized for the whole last round, and are to go again."""
+    def _without_gone(self, alive: Masks, refill: Masks, decision: Decision) -> Masks:
+        """Dense: without what was penalized for the whole last round, and is to go again."""
         last, decided = self._last, self._history.rounds
         if self.kept_units == "sparse" or last is None or not decided:
             return alive
         if decided[-1].index != last.index or last.pruner.steps < self.course.steps_per_round:
             return alive
         weights, current = named_weights(self._model), dict(alive)
-        for layer, before, kept in zip(
-            self._groups.layers, decided[-1].verdicts, decision.kept, strict=True
-        ):
+        kept_then = [verdicts.kept for verdicts in decided[-1].verdicts]
+        for layer, then, now in zip(self._groups.layers, kept_then, decision.kept, strict=True):
             for member in layer.members:
-                stays = member.spread(before.kept | kept, weights[member.parameter])
+                stays = member.spread(then | now, weights[member.parameter])
                 current[member.parameter] = current[member.parameter] & stays
+        in_units = {member.parameter for layer in self._groups.layers for member in layer.members}
+        for name in current.keys() - in_units:  # single weights
+            current[name] = current[name] & (last.refill_mask[name] | refill[name])
         return current
 
     def _choose(self, index: int) -> Chosen:

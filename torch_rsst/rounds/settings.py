@@ -117,5 +117,5 @@ def _check_meaning(amount: int, subject: str, available: int, of: str, where: st
             f"{subject}={amount} is a count: {amount} of {available:,} {of} ({amount / available:.2g} of "
             f"them) {where}. For {amount} %, pass {amount / 100:g}.",
             RoundWarning,
-            stacklevel=6,
+            stacklevel=5,
         )

@@ -1,0 +1,124 @@
+"""The arguments of rounds: one name, one default, one check for each."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import mlp
+
+from torch_rsst import RSST, Refill, RegularizedPruner, RoundWarning, find_groups
+from torch_rsst.importance.batches import DataSource
+from torch_rsst.penalty.settings import Penalty
+from torch_rsst.rounds.settings import Course, Ranking, Regrouping
+
+CONCERNS = (Course, Ranking, Regrouping, Penalty, DataSource)
+# Keywords that are no setting, settings that a method does not have, and defaults that differ.
+OTHER = {"self", "model", "groups", "optimizer", "kept_units", "dense_training"}
+MISSING_IN = {
+    RSST: {"fillback_rate", "reset_moments"},
+    Refill: {each.name for each in fields(Penalty)},
+}
+DIFFER = {RSST: {}, Refill: {"regroup_amount": None, "fillback_rate": 0.1}}
+
+
+def defaults_of(call: Any) -> dict[str, Any]:
+    return {
+        name: MISSING if parameter.default is parameter.empty else parameter.default
+        for name, parameter in inspect.signature(call).parameters.items()
+    }
+
+
+@pytest.mark.parametrize("method", [RSST, Refill])
+def test_signatures_and_dataclasses_name_the_same_settings_with_the_same_defaults(method):
+    known = {each.name: each.default for concern in CONCERNS for each in fields(concern)}
+    expected = {name: d for name, d in known.items() if name not in MISSING_IN[method]}
+    found = {name: d for name, d in defaults_of(method.__init__).items() if name not in OTHER}
+    assert found == {**expected, **DIFFER[method]}
+
+
+def test_every_setting_of_a_penalty_is_one_of_the_regularizer():
+    found = defaults_of(RegularizedPruner.__init__)
+    for each in fields(Penalty):
+        if each.name not in ("strength", "shrink_to"):
+            assert found[each.name] == each.default
+    assert (found["strength"], found["shrink_to"]) == (0.5, None)
+
+
+def test_each_keyword_reaches_its_setting():
+    """Positions in the constructors are easily confused."""
+    given: dict[str, Any] = {
+        "steps_per_round": 7, "rounds": 5, "rewind": "init", "rewind_optimizer": "keep",
+        "train_first": True, "freeze_masked": True, "amount": 0.25, "parameters": ["0.weight"],
+        "importance": "remain", "scope": "type", "min_keep": 2, "round_to": 4, "ungrouped": "keep",
+        "regroup_amount": 0.75, "schedule": "linear", "shrink_to": 0.2, "shrink_by": 0.5,
+        "mode": "decoupled", "block_loss_grad": True, "accumulation_steps": 3, "grad_scale": 8.0,
+    }  # fmt: skip
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    refill_only = {"fillback_rate": 0.5, "reset_moments": True}
+    penalty = {each.name for each in fields(Penalty)}
+    for method, more in ((RSST, {}), (Refill, refill_only)):
+        chosen = {k: v for k, v in {**given, **more}.items() if method is RSST or k not in penalty}
+        rounds = method(model, find_groups(model), optimizer=optimizer, **chosen)
+        settings = (rounds.course, rounds.ranking, rounds.regrouping, rounds.penalty, rounds.data)
+        found = {name: value for each in settings for name, value in vars(each).items()}
+        assert {name: found[name] for name in chosen} == chosen
+        assert (rounds.rounds, rounds.steps_per_round) == (5, 7)
+
+
+# What a whole number means
+
+
+@pytest.mark.parametrize("method", [RSST, Refill])
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        (
+            {"regroup_amount": 50},
+            "regroup_amount: expected at most 8, as many as there are neurons of the model: an int is a "
+            "count in each scope, got 50. Pass a float for a share, such as 0.5 for half.",
+        ),
+        (
+            {"amount": 50},
+            "amount: expected at most 48, as many as there are weights alive: an int is a count in each "
+            "round, got 50. Pass a float for a share, such as 0.5 for half.",
+        ),
+    ],
+)
+def test_a_count_of_more_than_there_is_is_refused_at_construction(method, kwargs, text):
+    model = mlp()
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - all of the text is compared
+        method(model, find_groups(model), steps_per_round=1, **kwargs)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"amount": 50}, r"amount=50 is a count: 50 of 12,000 weights .* For 50 %, pass 0\.5\."),
+        (
+            {"regroup_amount": 10},
+            r"regroup_amount=10 is a count: 10 of 2,000 neurons .*pass 0\.1\.",
+        ),
+    ],
+)
+def test_a_count_that_looks_like_a_percentage_warns(kwargs, text):
+    model = mlp(hidden=2000)
+    with pytest.warns(RoundWarning, match=text) as caught:
+        RSST(model, find_groups(model), steps_per_round=1, **kwargs)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"amount": 1}, {"amount": 500}, {"regroup_amount": 50}, {"amount": 0.5}]
+)
+def test_other_counts_do_not_warn(kwargs):
+    model = mlp(hidden=2000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RSST(model, find_groups(model), steps_per_round=1, **kwargs)
