@@ -36,10 +36,10 @@ def compare(values: Tensor, how: Comparison, bound: float | Tensor, *, out: Tens
         tensor([False,  True])
 
     Args:
-        values: a vector.
+        values: a tensor.
         how: the comparison.
-        bound: of all of them, or a vector.
-        out: a bool vector, which is changed in place and returned.
+        bound: of all of them, or a tensor of the same shape.
+        out: a bool tensor of the same shape, which is changed in place and returned.
     """
     if not numpy_reads(values):
         return _PYTORCH[how](values, bound, out=out)
@@ -49,7 +49,7 @@ def compare(values: Tensor, how: Comparison, bound: float | Tensor, *, out: Tens
 
 
 def nonzero(values: Tensor, *, out: Tensor) -> Tensor:
-    """Set ``out``, a bool vector, to where ``values`` are not 0, and return it."""
+    """Set ``out``, a bool tensor, to where ``values`` are not 0, and return it."""
     if not numpy_reads(values):
         return torch.ne(values, 0, out=out)
     np.not_equal(_array(values), 0, out=out.numpy())
