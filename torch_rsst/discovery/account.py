@@ -129,8 +129,6 @@ class _Ends:
             return OUTPUT
         if path == self.first:
             return STEM if weight.ndim > 2 else INPUT
-        # Rows, or the one row of a table that is added to tokens.
-        sizes = [size for size in weight.shape if size > 1][
-            : 1 if weight.shape[:1] != (1,) else None
-        ]
-        return _STREAM if sizes and sizes[-1] in self.stream else _UNKNOWN
+        # Rows, or what the one row of a table that is added to tokens is as wide as.
+        along = weight.shape[-1:] if weight.shape[:1] == (1,) else weight.shape[:1]
+        return _STREAM if self.stream & set(along) else _UNKNOWN

@@ -184,6 +184,20 @@ def pick(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
     walk.put(out, fields, weight=known.weight, wild=known.wild)
 
 
+@rule("index_put", "_index_put_impl")
+def write(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """Entries written at positions: their channels are those of the tensor that they are written to."""
+    x, values = arguments["self"], arguments["values"]
+    touched = {d for d, index in enumerate(arguments["indices"]) if index is not None}
+    known = walk.labels(x), walk.labels(values)
+    if values.ndim != x.ndim or any(touched & set(varying(f)) for k in known for f in k.fields):
+        unknown(walk, name, arguments, out)
+        return
+    shape = tuple(1 if d in touched else size for d, size in enumerate(x.shape))
+    fields = meet(walk, [Operand(labels, shape) for labels in known], x.ndim)
+    walk.put(out, fields, wild=all(labels.wild for labels in known))
+
+
 def _picked(name: str, arguments: Arguments, ndim: int) -> set[int] | None:
     """The dimensions along which entries are picked."""
     if name == "index_select":
