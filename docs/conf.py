@@ -47,9 +47,10 @@ nitpick_ignore_regex = [
     (
         r"py:.*",
         r"(torch|nn|dist|prune|collections|numbers|fractions|types|typing|pathlib|hypothesis|st"
+        r"|contextlib|copy"
         r"|matplotlib)\..*",
     ),
-    (r"py:class", r"Tensor|Masks|torch_rsst\.\w+\.(T|_\w+)"),
+    (r"py:class", r"Tensor|Masks|torch_rsst\.[\w.]+\.(T|_\w+)"),
     (r"py:class", r"torch_rsst\.masked_parameter\._Masked"),
     # Rooms that have no page: what they give is in the docstrings.
     (r"py:class", r"torch_rsst\.(candidates|digit_search|order_keys|shards|workers)\..*|Fused"),
