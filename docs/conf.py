@@ -65,6 +65,7 @@ nitpick_ignore_regex = [
     (
         r"py:.*",
         r"(torch|nn|dist|prune|collections|numbers|fractions|types|typing|pathlib|hypothesis|st"
+        r"|contextlib|copy"
         r"|matplotlib)\..*",
     ),
     (r"py:class", r"Tensor|Masks|torch_rsst\.[\w.]+\.(T|Index|_\w+)"),

@@ -259,8 +259,8 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             self._undo.append(partial(setattr, target, "grad", target.grad))
             if each.parameter.grad is not None:
                 grad = masked(each.parameter.grad, mask)
-                others = None if target is each.parameter else target.grad
-                target.grad = grad if others is None else others + grad
+                before = None if target is each.parameter else target.grad
+                target.grad = grad if before is None else before + grad
             for ref in each.refs:
                 _mask_again(ref, target, mask, saved.get((id(ref.module), ref.name)))
             move_freeze(each.dense.places[0].ref, each.refs[0])
