@@ -79,14 +79,13 @@ def pack(values: Tensor) -> list[list[int]]:
     >>> pack(torch.tensor([0, 0, 1, 1, 2, 2, 7]))
     [[0, 3, 2], [7, 1, 1]]
     """
-    runs: list[list[int]] = []
-    distinct: Any = torch.unique_consecutive(values, return_counts=True)
-    for value, repeat in torch.stack(distinct, dim=1).tolist():
-        if runs and [sum(runs[-1][:2]), runs[-1][2]] == [value, repeat]:
-            runs[-1][1] += 1
-        else:
-            runs.append([value, 1, repeat])
-    return runs
+    value, repeat = torch.unique_consecutive(values, return_counts=True)
+    starts = torch.ones(value.numel(), dtype=torch.bool)
+    starts[1:] = (value.diff() != 1) | (repeat.diff() != 0)
+    first = starts.nonzero().flatten()
+    count = torch.cat([first, torch.tensor([value.numel()])]).diff()
+    packed: list[list[int]] = torch.stack([value[first], count, repeat[first]], dim=1).tolist()
+    return packed
 
 
 def unpack(runs: Any, *, size: int | None, at_most: int, low: int = 0) -> Tensor:
@@ -213,9 +212,9 @@ def _check_units(model: nn.Module, layer: GroupLayer) -> None:
         owned = own != NO_UNIT
         if other is None or other.numel() != own.numel() or not bool(owned.any()):
             continue
-        pairs = torch.stack([own[owned], other[owned]]).unique(dim=1)
+        pairs = torch.unique(torch.stack([own[owned], other[owned]]), dim=1)
         # Units may have been left out, not divided or joined.
-        one_to_one = all(pairs.shape[1] == side.unique().numel() for side in pairs)
+        one_to_one = all(pairs.shape[1] == torch.unique(side).numel() for side in pairs)
         whole = int(torch.isin(other, pairs[1]).sum()) == int(owned.sum())
         if NO_UNIT in pairs[1] or not one_to_one or not whole:
             expected = f"the {layer.units} {layer.kind} that it was cut in"
