@@ -342,3 +342,17 @@ def test_two_layers_that_share_a_weight_are_refused() -> None:
     model[2].weight = model[0].weight
     with pytest.raises(ValueError, match=r"its 2\.weight is tied to another parameter of it"):
         torch_rsst.find_groups(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantized_model_is_told_that_it_is_quantized() -> None:
+    from torch.ao.quantization import quantize_dynamic
+
+    if not torch.backends.quantized.supported_engines:
+        pytest.skip("no engine for quantized layers")
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    quantized = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(
+        ValueError, match=r"got quantized ones \(Linear\)\. Prune, compact, and quan"
+    ):
+        torch_rsst.find_groups(quantized)

@@ -421,6 +421,96 @@ def test_numbers_set_after_building_come_back(tmp_path: Path) -> None:
         torch_rsst.load_compact(tmp_path)
 
 
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 10, "vocab_size": 11,
+        "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+def half_of(model: nn.Module, inputs: Any) -> nn.Module:
+    groups = torch_rsst.find_groups(model, "neurons", example_inputs=inputs)
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
+    return torch_rsst.compact(model, groups)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_model_that_hugging_faces_trainer_had_is_built_again(
+    tmp_path: Path, implementation: str
+) -> None:
+    """It sets use_cache=False, so that another generation_config comes of the configuration."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**TINY, attn_implementation=implementation)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.config.use_cache = False
+    inputs = {"input_ids": torch.arange(8).view(2, 4)}
+    small = half_of(model, inputs)
+    torch_rsst.save_compact(small, tmp_path, example_inputs=inputs)
+    loaded = torch_rsst.load_compact(tmp_path)
+    assert loaded.config.use_cache is False
+    assert loaded.config._attn_implementation == implementation
+    assert torch.equal(loaded(**inputs).logits, small(**inputs).logits)
+
+
+@pytest.mark.needs_timm
+def test_a_detr_with_a_backbone_of_timm_is_built_again(tmp_path: Path) -> None:
+    """Its backbone refuses to be told an implementation of attention."""
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.TimmBackboneConfig(
+        backbone="resnet10t", out_indices=[1, 2, 3, 4], use_pretrained_backbone=False
+    )
+    sizes = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers",)}
+    widths = {f"{part}_ffn_dim": 8 for part in ("encoder", "decoder")}
+    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    config = transformers.DetrConfig(
+        **sizes, **widths, **heads, d_model=8, num_queries=2, backbone_config=backbone
+    )
+    model = transformers.DetrForObjectDetection(config).eval()
+    model.config.backbone_config.use_pretrained_backbone = True  # as pretrained ones have it
+    inputs = {"pixel_values": torch.randn(1, 3, 64, 64)}
+    small = half_of(model, inputs)
+    torch_rsst.save_compact(small, tmp_path, example_inputs=inputs)
+    loaded = torch_rsst.load_compact(tmp_path)
+    assert torch.equal(loaded(**inputs).logits, small(**inputs).logits)
+
+
+def test_what_differs_of_a_configuration_is_named(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
+    small = half_of(model, {"input_ids": torch.arange(8).view(2, 4)})
+    config = transformers.LlamaConfig(**{**TINY, "rms_norm_eps": 1e-5})
+    build = {"name": "transformers.LlamaForCausalLM", "args": [config]}
+    words = r"makes another 'config\.rms_norm_eps' \(1e-05, not 1e-06\) of the model"
+    with pytest.raises(ValueError, match=words):
+        torch_rsst.save_compact(small, tmp_path, build=build)
+
+
+@pytest.mark.needs_timm
+@pytest.mark.filterwarnings("default:The folder does not say")
+def test_why_a_folder_cannot_say_how_to_build_its_model_is_said_twice(tmp_path: Path) -> None:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, qkv_bias=False)
+    small = half_of(model.eval(), torch.randn(1, 3, 32, 32))
+    reason = r"timm\.create_model: |timm\.create_model makes another 'bias'|unexpected|Missing|bias"
+    with pytest.warns(
+        torch_rsst.CompactionWarning, match=f"load_compact needs model= .*({reason})"
+    ):
+        torch_rsst.save_compact(small, tmp_path)
+    with pytest.raises(
+        ValueError, match=f"does not say how to build it .*({reason}).*Pass the dense"
+    ):
+        torch_rsst.load_compact(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_of_ones_own_is_not_told_to_pass_a_build(tmp_path: Path) -> None:
+    """None of the builders can make it: there is nothing to do."""
+    _, small, _ = compacted()
+    torch_rsst.save_compact(small, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"build it\. Pass the dense model: load_compact\(folder, mod"
+    ):
+        torch_rsst.load_compact(tmp_path)
+
+
 # Programs, ONNX, compilation
 
 
@@ -674,7 +764,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         (lambda: Net(hidden=6), "shape (6, 4), dimension 0: stages: expected 6 indices, got 8"),
         (lambda: nn.Linear(2, 2), "expected a parameter 'first.0.weight' with a dimension 0, got none"),
         (lambda: compacted()[1], "expected 4 indices, got 8"),
-        (lambda: nn.ModuleDict({"first": Net().first, "second": Net().second}), "in one of them only"),
+        (lambda: nn.ModuleDict({"first": Net().first, "second": Net().second}), "Unexpected key(s) in"),
     ],
 )  # fmt: skip
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, model: Any, words: str) -> None:
@@ -756,7 +846,7 @@ def _first(d: dict[str, Any]) -> dict[str, Any]:
          "expected the SHA-256 of 'model.safetensors', 64 hexadecimal digits, got '../x'. Save the"),
         (_with(lambda d: d["files"].update({"model.pt2": "A" * 64})), "64 hexadecimal digits, got 'AA"),
         (_with(lambda d: d["files"].update({"model.pt2": "0" * 64 + "\n"})), "64 hexadecimal digits"),
-        (_with(lambda d: d.update(stages=[])), "expected shape (8, 4) for 'first.0.weight'"),
+        (_with(lambda d: d.update(stages=[])), "size mismatch for first.0.weight"),
         (_with(lambda d: d["stages"].append({})), "expected 'new_biases', a list, got None"),
         (_with(lambda d: _first(d).update(units=-1)), "expected 'units' of at least 0, got -1"),
         (_with(lambda d: _first(d).update(units=True)), "expected 'units', a int, got True"),

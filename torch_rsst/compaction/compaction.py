@@ -120,8 +120,8 @@ def compact(
     masks = {ref.original: ref.mask for ref in masked_refs(bare.modules()) if ref.mask is not None}
     memo = {id(tensor): tensor for tensor in shared}
     if not keep:
-        # Read from the masked model instead. Those of tensors to be cut count as full until then.
-        memo |= {id(m): m.new_ones(()).expand_as(m) if p in shared else m for p, m in masks.items()}
+        # Read from the masked model instead: an empty mask stands for that of a tensor to be cut.
+        memo |= {id(m): m.new_ones(0) if p in shared else m for p, m in masks.items()}
     small = deep_copy(bare, memo)
     if not keep:
         restore(masked_refs(small.modules()))
@@ -262,7 +262,7 @@ def _choose(
             if left := int((dead.constant & ~constants.exact).sum()):
                 reason = "their output cannot be added to the next layer's bias exactly"
                 stay.append(f"{left} of {layer}: {reason}")
-        goes = _without_padding(goes, dead.silent, layer, round_to)
+        goes = padded(goes, dead.silent, layer, round_to)
         if constants is not None:
             emitted.append((constants, goes & ~dead.silent))
         removals.append(Removal(layer, goes))
@@ -307,20 +307,19 @@ def _zero_masked(
     return zeros
 
 
-def _without_padding(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: int) -> Tensor:
+def padded(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: int = 1) -> Tensor:
     """Fewer units, so that those left can run and make a multiple of ``round_to`` features."""
+    if layer.fixed:
+        return torch.zeros_like(goes)
     taking = next(m for m in layer.members if m.consumes)
     features = int(torch.bincount(taking.unit_of[taking.unit_of != NO_UNIT]).max())
     step = round_to // math.gcd(round_to, features)
     left = layer.units - int(goes.sum())
-    wanted = min(layer.units, max(-(-left // step) * step, least_left(layer)))
-    back = wanted - left
-    if back <= 0:
-        return goes
+    back = min(layer.units, max(-(-left // step) * step, least_left(layer))) - left
     # Silent ones come back first: they put nothing out.
     order = torch.cat([(goes & silent).nonzero(), (goes & ~silent).nonzero()]).flatten()
     goes = goes.clone()
-    goes[order[:back]] = False
+    goes[order[: max(0, back)]] = False
     return goes
 
 

@@ -79,14 +79,13 @@ def pack(values: Tensor) -> list[list[int]]:
     >>> pack(torch.tensor([0, 0, 1, 1, 2, 2, 7]))
     [[0, 3, 2], [7, 1, 1]]
     """
-    runs: list[list[int]] = []
-    distinct: Any = torch.unique_consecutive(values, return_counts=True)
-    for value, repeat in torch.stack(distinct, dim=1).tolist():
-        if runs and [sum(runs[-1][:2]), runs[-1][2]] == [value, repeat]:
-            runs[-1][1] += 1
-        else:
-            runs.append([value, 1, repeat])
-    return runs
+    value, repeat = torch.unique_consecutive(values, return_counts=True)
+    starts = torch.ones(value.numel(), dtype=torch.bool)
+    starts[1:] = (value.diff() != 1) | (repeat.diff() != 0)
+    first = starts.nonzero().flatten()
+    count = torch.cat([first, torch.tensor([value.numel()])]).diff()
+    packed: list[list[int]] = torch.stack([value[first], count, repeat[first]], dim=1).tolist()
+    return packed
 
 
 def unpack(runs: Any, *, size: int | None, at_most: int, low: int = 0) -> Tensor:

@@ -11,10 +11,9 @@ from functools import cache, cached_property
 from numbers import Real
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torch_rsst.compaction.compaction import check_compactable, remove
+from torch_rsst.compaction.compaction import check_compactable, padded, remove
 from torch_rsst.compaction.cost import (
     count_parameters,
     guess_inputs,
@@ -22,7 +21,6 @@ from torch_rsst.compaction.cost import (
     shapes_of,
     time_in_turns,
 )
-from torch_rsst.discovery.adapter import least_left
 from torch_rsst.groups.dead_units import dead_units
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
 from torch_rsst.groups.surgery import Removal
@@ -292,7 +290,7 @@ class _Trials:
         """What :func:`torch_rsst.compact` cuts once :func:`torch_rsst.regroup` masked by an amount."""
         kept = choose(self._groups, self._scored, amount, self._rules).kept
         return [
-            Removal(layer, _without_indispensable(layer, ~stays | silent))
+            Removal(layer, padded(~stays | silent, silent, layer))
             for layer, stays, silent in zip(self._groups.layers, kept, self._silent, strict=True)
         ]
 
@@ -339,16 +337,6 @@ class _Trials:
         dense = copy.deepcopy(self._model)
         restore(masked_refs(dense.modules()))  # a dense model applies no masks
         return dense
-
-
-def _without_indispensable(layer: GroupLayer, goes: Tensor) -> Tensor:
-    """Fewer units where a module cannot run without some."""
-    if layer.fixed:
-        return torch.zeros_like(goes)
-    back = goes.nonzero().flatten()[: max(0, least_left(layer) - int((~goes).sum()))]
-    goes = goes.clone()
-    goes[back] = False
-    return goes
 
 
 def _cut(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:

@@ -80,6 +80,11 @@ def find_groups(
     groups, refused = survey(bare, kinds, example_inputs=example_inputs)
     if on_unsupported == "raise" and refused:
         raise ValueError(_not_understood(refused))
+    quantized = [type(m).__name__ for m in bare.modules() if "quantized" in type(m).__module__]
+    if quantized and not groups.layers:
+        got = f"quantized ones ({quantized[0]})"
+        remedy = "Prune, compact, and quantize the smaller model then."
+        refuse(ValueError, "find_groups", "layers with floating-point weights", got, remedy)
     # Before the warning, whose reasons the error gives.
     _require(kinds, groups.layers, refused, lambda: survey(bare, example_inputs=example_inputs)[0])
     if on_unsupported == "warn":

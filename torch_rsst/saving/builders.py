@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from torch_rsst.utils.errors import message
 
 Build = dict[str, Any]
 """``{"name": "timm.create_model", "args": [...], "kwargs": {...}}``, plain values only."""
+
+Args: TypeAlias = Sequence[Any]
+Kwargs: TypeAlias = Mapping[str, Any]
 
 BUILT = "_compaction_build"
 """Attribute of a loaded model: how the dense one was built."""
@@ -43,35 +46,31 @@ class Builder:
     name: str
     expected: str
     refused: tuple[str, ...]
-    call: Callable[[str, Sequence[Any], Mapping[str, Any]], nn.Module | None]
+    call: Callable[[str, Args, Kwargs], Any]
 
 
-def _create_timm(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
+def _create_timm(name: str, args: Args, kwargs: Kwargs) -> Any:
+    timm: Any = importlib.import_module("timm")
     if len(args) != 1 or not _is_plain_name(args[0]):
         return None
-    timm: Any = importlib.import_module("timm")
-    model: nn.Module = timm.create_model(args[0], **{**kwargs, "pretrained": False})
-    return model
+    return timm.create_model(args[0], **{**kwargs, "pretrained": False})
 
 
-def _timm_vit(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
+def _timm_vit(name: str, args: Args, kwargs: Kwargs) -> Any:
     models = importlib.import_module("timm.models")
     return None if args else models.VisionTransformer(**kwargs)
 
 
-def _get_torchvision(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
+def _get_torchvision(name: str, args: Args, kwargs: Kwargs) -> Any:
     models = importlib.import_module("torchvision.models")
     if len(args) != 1 or args[0] not in models.list_models():
         return None
     takes = inspect.signature(models.get_model_builder(args[0])).parameters
-    off = {key: None for key in ("weights", "weights_backbone") if key == "weights" or key in takes}
-    model: nn.Module = models.get_model(args[0], **{**kwargs, **off})
-    return model
+    off = dict.fromkeys({"weights", *takes} & {"weights", "weights_backbone"})
+    return models.get_model(args[0], **{**kwargs, **off})
 
 
-def _from_transformers(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> nn.Module | None:
+def _from_transformers(name: str, args: Args, kwargs: Kwargs) -> Any:
     transformers = importlib.import_module("transformers")
     class_name, _, method = name.removeprefix("transformers.").partition(".")
     cls: Any = getattr(transformers, class_name, None)
@@ -98,8 +97,7 @@ def _from_transformers(
     if implementation is not None:
         config._attn_implementation = implementation
     # Not from_config of a class: it may look for code beside the configuration.
-    model: nn.Module = cls.from_config(config, trust_remote_code=False) if auto else cls(config)
-    return model
+    return cls.from_config(config, trust_remote_code=False) if auto else cls(config)
 
 
 def _is_of_timm(config: Mapping[str, Any]) -> bool:
@@ -193,7 +191,7 @@ def build_model(build: object) -> nn.Module:
         if isinstance(value, str) and _ELSEWHERE.match(value):
             raise _refuse(name, "nothing from elsewhere", repr(value))
     with torch.random.fork_rng(devices=[]):
-        model = builder.call(name, args, kwargs)
+        model: nn.Module | None = builder.call(name, args, kwargs)
     if model is None:
         raise _refuse(name, builder.expected, args)
     return model

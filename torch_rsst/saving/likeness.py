@@ -62,18 +62,16 @@ def set_all(model: nn.Module, settings: Settings) -> None:
     """Set floats that modules have as attributes.
 
     Raises:
-        ValueError: for a module or an attribute that is not there; nothing is set.
+        ValueError: for a module or an attribute that is not there.
     """
     modules = _modules(model)
     for path, numbers in settings.items():
         held = vars(modules[path]) if path in modules else {}
         for key, value in numbers.items():
-            if key.startswith("_") or type(value) is not float or type(held.get(key)) is not float:
+            if key.startswith("_") or type(held.get(key)) is not float:
                 got, remedy = f"{path}.{key} = {value!r}", "The description is damaged."
-                expected = "numbers that the model has"
-                refuse(ValueError, "settings", expected, got, remedy)
-    for path, numbers in settings.items():
-        vars(modules[path]).update(numbers)
+                refuse(ValueError, "settings", "numbers that the model has", got, remedy)
+            held[key] = value
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
