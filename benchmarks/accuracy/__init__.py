@@ -1,0 +1,1 @@
+"""How much accuracy pruning costs, by this library's methods and by what people would do otherwise."""
