@@ -141,7 +141,7 @@ def test_masks_that_stay_survive_the_change_of_class() -> None:
     masks = torch_rsst.regroup(model, groups, amount=0.5)
     masks["attn.in_proj_weight"][:, 5] = False
     torch_rsst.apply_mask(model, masks)
-    small = torch_rsst.compact(model, groups)
+    small = torch_rsst.compact(model, groups, keep_masks=True)
     assert isinstance(small.attn, ReducedMultiheadAttention)
     assert torch_rsst.extract_mask(small)["attn.in_proj_weight"].shape == (18, 12)
     assert not bool(small.attn.in_proj_weight[:, 5].any())

@@ -135,7 +135,7 @@ def compacted(model: nn.Module, inputs: Any, amount: Any = 0.5) -> tuple[nn.Modu
     model = randomize(model.double().eval())
     groups = torch_rsst.find_groups(model, ("heads", "neurons"), example_inputs=inputs)
     torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=amount, min_keep=0))
-    return model, torch_rsst.compact(model, groups)
+    return model, torch_rsst.compact(model, groups, keep_masks=True)
 
 
 def test_what_modules_note_follows() -> None:

@@ -84,7 +84,7 @@ def assert_compacts(
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch_rsst.CompactionWarning)
         warnings.filterwarnings("ignore", "Nothing was cut")  # of a layer that keeps its only unit
-        small = torch_rsst.compact(model, groups)
+        small = torch_rsst.compact(model, groups, keep_masks=True)
     assert small.training == model.training
     for mode in (False, True) if train else (False,):
         error = difference(model.train(mode), small.train(mode), inputs)

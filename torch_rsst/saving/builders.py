@@ -26,7 +26,7 @@ Args: TypeAlias = Sequence[Any]
 Kwargs: TypeAlias = Mapping[str, Any]
 
 BUILT = "_compaction_build"
-"""Attribute of a loaded model: how the dense one was built."""
+"""The attribute in which a loaded model keeps how the dense one was built."""
 _ELSEWHERE = re.compile(r"(hf[-_]hub|local[-_]dir|https?|file):", re.IGNORECASE)
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
