@@ -196,7 +196,7 @@ class Experiment:
             self._train(Stage(f"round {rnd.index}", epochs, first, peak), rnd)
             self._record_round(rnd)
         self.progress.accuracy_before_cut = self.trainer.evaluate()
-        rounds.finalize()
+        rounds.finalize(force=True)
         self.trainer.masks_changed()
         self.progress.accuracy_after_cut = self.trainer.evaluate()
 
