@@ -162,7 +162,7 @@ def _ask_adapters(
     for adapter in ADAPTERS:
         if isinstance(adapter, WholeModelAdapter) and set(adapter.kinds) & set(kinds):
             taken = {(m.parameter, m.dim) for layer in layers for m in layer.members}
-            answers = adapter.survey(model, probe.example_inputs, taken)
+            answers = adapter.survey(model, probe.example_inputs, taken, kinds)
             reasons.update(answers.reasons)
             offered = [_checked(layer, refs) for layer in answers.layers]
             known = list(refused)

@@ -45,12 +45,19 @@ class WholeModelAdapter(Adapter):
         """No single module holds such units."""
         return
 
-    def survey(self, model: nn.Module, example_inputs: Any, taken: Collection[Place]) -> Survey:
+    def survey(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        taken: Collection[Place],
+        kinds: Collection[str],
+    ) -> Survey:
         """All units of a model, which is left as it was.
 
         Args:
             model: without wrappers around it.
             example_inputs: that it runs on, or None: to be guessed.
             taken: what units of other kinds hold; left to these.
+            kinds: that are asked for.
         """
         raise NotImplementedError

@@ -40,10 +40,19 @@ class ConvolutionChannels(WholeModelAdapter):
     kind = KIND
     least = 1
 
-    def survey(self, model: nn.Module, example_inputs: Any, taken: Collection[Place]) -> Survey:
+    def survey(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        taken: Collection[Place],
+        kinds: Collection[str],
+    ) -> Survey:
         """See :class:`torch_rsst.discovery.channels.base.WholeModelAdapter`."""
         convolutions = [m for m in model.modules() if isinstance(m, _ConvNd)]
-        if all(map(_is_patch_embedding, convolutions)) and not _feed_others(model, taken):
+        # Where neurons are not asked for: weights of convolutions that are made by a function.
+        least = 2 if "neurons" in kinds else 3
+        patches = all(map(_is_patch_embedding, convolutions))
+        if patches and not _feed_others(model, taken, least):
             return Survey()
         if any(parameter.is_meta for parameter in model.parameters()):
             return _refused(
@@ -67,14 +76,14 @@ def _is_patch_embedding(convolution: _ConvNd) -> bool:
     return convolution.stride == size and max(size) > 1
 
 
-def _feed_others(model: nn.Module, taken: Collection[Place]) -> bool:
+def _feed_others(model: nn.Module, taken: Collection[Place], ndim: int) -> bool:
     """Whether outputs of layers that are no convolutions may be units that other kinds do not hold.
 
     Told by widths, as following a transformer whose residual stream alone is left would be for nothing.
     """
     patches = {p for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters(False)}
-    weights = {n: w for n, w in named_weights(model).items() if w.ndim > 1 and w not in patches}
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    weights = {n: w for n, w in named_weights(model).items() if w.ndim >= ndim and w not in patches}
+    if ndim == 2 and any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return True
     normalized = {
         weight.shape[-1]
