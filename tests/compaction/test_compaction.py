@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import torch_rsst
 from torch_rsst import CompactionWarning, compact, find_groups
-from torch_rsst.groups.groups import GroupLayer, Groups, Member
+from torch_rsst.groups.groups import GroupLayer, Groups, Member, as_groups
 
 
 def mlp(hidden: int = 8, act: nn.Module | None = None, **options: Any) -> nn.Sequential:
@@ -307,7 +307,7 @@ def test_a_bias_that_folding_makes_is_trained_on() -> None:
 
 def test_a_layer_without_units_becomes_its_bias() -> None:
     model = nn.Sequential(nn.Linear(4, 4), mlp(), nn.Linear(3, 2)).double()
-    groups = find_groups(model)
+    groups = as_groups(find_groups(model).layers[:1])  # not the features between the modules
     drop(model, groups, *range(8))
     small = compact(model, groups)
     assert str(small[1]) == "BiasOnly()"
@@ -464,7 +464,7 @@ def test_training_goes_on_without_a_jump(kind: Any, options: dict[str, Any]) -> 
 
 def test_parameters_that_are_gone_leave_the_optimizer() -> None:
     model = nn.Sequential(nn.Linear(4, 4), mlp(), nn.Linear(3, 2)).double()
-    groups = find_groups(model)
+    groups = as_groups(find_groups(model).layers[:1])  # not the features between the modules
     drop(model, groups, *range(8))
     named = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.5}]
     optimizer = torch.optim.SGD(named, lr=0.1, momentum=0.9)

@@ -28,6 +28,8 @@ def blocks(shape: Sequence[int], size: int) -> Iterator[Index]:
     if not shape:
         yield ()
         return
+    if 0 in shape:
+        return
     first, *rest = shape
     inner = math.prod(rest)
     steps = max(1, size // max(1, inner))
