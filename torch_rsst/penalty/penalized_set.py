@@ -28,7 +28,7 @@ class PenalizedSet:
         refs = named_refs(model)
         self._entries: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self.pending: dict[str, float] = {}
-        """Name → factor that its weights have yet to be multiplied with; missing: 1."""
+        """By name, the factor that its weights have yet to be multiplied with; 1 where it is missing."""
         for name, mask in masks.items():
             subject = f"refill mask of {name!r}"
             if name not in refs:

@@ -183,7 +183,7 @@ def decide(
     plan: RegroupPlan,
     trained: Mapping[str, Tensor] | None = None,
 ) -> Decision:
-    """Choose the units that stay, scope by scope; see :func:`score_layers` for ``trained``."""
+    """Choose the units that stay, scope by scope; see ``score_layers`` for ``trained``."""
     if amount is not None:
         check_amount(amount)
     check_groups(weights, groups)

@@ -58,7 +58,7 @@ class RSST(Rounds):
 
     With ``kept_units="dense"`` the ranking, ``rnd.ranked_mask``, decides scores of weights and density
     budgets and masks nothing. A unit that was penalized for a full round and is to go again is masked when
-    the next round opens; :meth:`finalize` masks the rest. With ``kept_units="sparse"`` all entries that the
+    the next round opens; ``finalize()`` masks the rest. With ``kept_units="sparse"`` all entries that the
     ranking prunes are masked during training and stay masked, in kept units too.
 
     Args:
