@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_rsst.distributed.dtensor import total
 from torch_rsst.groups.groups import Groups
+from torch_rsst.importance.weights import Importance
 from torch_rsst.masking.mask_sets import alive_in
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.reconstruction.reconstruction import Method, Reconstruction
@@ -75,6 +76,7 @@ class Ranking:
 class Regrouping(RegroupPlan):
     """What is to go, and by what units compete."""
 
+    importance: str | Importance = "auto"
     regroup_amount: RegroupAmount = 0.5
 
     def __post_init__(self) -> None:
