@@ -167,7 +167,7 @@ class SparsityReport(Counts):
             >>> print(report.explain("", 1))
             neuron 1 of the model is to go: round 0 chose so, by its score
             score: 2 (magnitude), rank 2 of 2 in its layer, 2 below the lowest that stays (4)
-            penalty: coupled, strength 0.5; 2 penalized entries went from norm 1.41 to 1.41 in round 0
+            penalty: decoupled, strength 0.99; 2 penalized entries went from norm 1.41 to 1.41 in round 0
             >>> report.explain("", 0).margin
             2.0
 
