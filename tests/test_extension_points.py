@@ -106,17 +106,17 @@ def unregistered() -> Iterator[None]:
 
 def test_the_library_takes_what_is_registered(tmp_path, monkeypatch):
     own = imported(SOURCE, tmp_path, monkeypatch)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), own.ThreeTimes(4, 6), torch.nn.Linear(4, 2))
+    layers = (own.ThreeTimes(3, 6), torch.nn.Softmax(dim=-1), torch.nn.Linear(3, 2))
+    model = torch.nn.Sequential(*layers)
     groups = torch_rsst.find_groups(model, "neurons")
-    # Features between linear layers are offered as well.
-    assert ("ThreeTimesMLP", 6) in [(layer.family, layer.units) for layer in groups.layers]
+    assert [(layer.family, layer.units) for layer in groups.layers] == [("ThreeTimesMLP", 6)]
     data = {"batches": [torch.randn(5, 3)], "loss_fn": lambda output, batch: output.square().sum()}
     refill = torch_rsst.regroup(model, groups, amount=0.5, importance="steepness", **data)
-    assert refill["1.one.weight"].any(1).sum() == 3
+    assert refill["0.one.weight"].any(1).sum() == 3
     optimizer = torch.optim.AdamW(model.parameters())
     rsst = torch_rsst.RSST(
         model, groups, optimizer=optimizer, rounds=1, steps_per_round=4, importance="steepness",
-        schedule="second_half", **data,
+        schedule="second_half", strength=0.5, **data,
     )  # fmt: skip
     for rnd in rsst:
         strengths = []
@@ -127,7 +127,7 @@ def test_the_library_takes_what_is_registered(tmp_path, monkeypatch):
         assert strengths == [resolve_schedule("second_half")(t) for t in (0.25, 0.5, 0.75, 1.0)]
     rsst.finalize()
     small = torch_rsst.compact(model, groups)
-    assert small[1].down.in_features == 3
+    assert small[0].down.in_features == 3
     discovery.ADAPTERS.remove(discovery.family("ThreeTimesMLP"))
     with pytest.raises(ValueError, match="expected units of kind neurons, got none"):
         torch_rsst.find_groups(model, "neurons", on_unsupported="ignore")

@@ -116,12 +116,12 @@ def test_all_that_a_module_notes_about_its_heads_is_set() -> None:
 
 @pytest.mark.parametrize("name", [*HEADS, *KEY_VALUE_HEADS])
 def test_attention_that_cannot_be_cut_is_named_with_the_reason(name: str) -> None:
-    """Its layers are called as no adapter expects; nor are they taken for an MLP."""
+    """Its layers are called as no adapter expects."""
     attention = nn.Sequential()
     attention.first, attention.last = nn.Linear(8, 8), nn.Linear(8, 8)
     setattr(attention, name, 2)
     with pytest.raises(ValueError, match="no adapter knows the attention of Sequential"):
-        torch_rsst.find_groups(nn.Sequential(attention), on_unsupported="ignore")
+        torch_rsst.find_groups(nn.Sequential(attention), "heads", on_unsupported="ignore")
 
 
 def test_fewer_key_heads_in_a_fused_layer_are_refused() -> None:

@@ -461,14 +461,14 @@ def test_a_failing_removal_removes_nothing(
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-@pytest.mark.parametrize("kind", ["RSST", "Refill"])
-def test_rounds_freeze_masked_latents(kind: str, freeze: bool) -> None:
+@pytest.mark.parametrize(("kind", "rule"), [("RSST", {"kept_units": "sparse"}), ("Refill", {})])
+def test_rounds_freeze_masked_latents(kind: str, rule: dict[str, str], freeze: bool) -> None:
     model = mlp()
     groups = torch_rsst.find_groups(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     rounds = getattr(torch_rsst, kind)(
         model, groups, optimizer=optimizer, steps_per_round=4, rounds=2, regroup_amount=0.5,
-        freeze_masked=freeze,
+        freeze_masked=freeze, **rule,
     )  # fmt: skip
     for rnd in rounds:
         dead = {n: ~m for n, m in torch_rsst.extract_mask(model).items()}

@@ -407,7 +407,7 @@ def test_parameters_choose_what_is_ranked(as_pairs):
 
 
 def test_parameters_outside_the_groups_lose_single_entries():
-    model = nn.Sequential(mlp(), linear(6, 2))
+    model = nn.Sequential(nn.Sequential(*mlp(), nn.Softmax(dim=-1)), linear(6, 2))
     names = ["0.0.weight", "0.2.weight", "1.weight"]
     rsst, _, optimizer = rounds_of(model=model, parameters=names, amount=0.2, **SPARSE)
     for rnd in rsst:
@@ -418,7 +418,7 @@ def test_parameters_outside_the_groups_lose_single_entries():
 
 
 def test_ungrouped_elements_go_too_when_asked():
-    model = nn.Sequential(mlp(), linear(6, 2))
+    model = nn.Sequential(nn.Sequential(*mlp(), nn.Softmax(dim=-1)), linear(6, 2))
     names = ["0.0.weight", "0.2.weight", "1.weight"]
     rsst, _, _ = rounds_of(model=model, parameters=names, amount=0.1, ungrouped="element")
     rnd = next(rsst)

@@ -222,6 +222,10 @@ def _rank_all(model: nn.Sequential) -> None:
     torch_rsst.global_unstructured(pairs, torch_rsst.GlobalL1, amount=0.5)
 
 
+def _remove(module: nn.Module, name: str) -> None:
+    torch_rsst.remove(module, name, freeze_zeros=False)
+
+
 def _remove_all(model: nn.Module) -> None:
     torch_rsst.remove_all(model, freeze_zeros=False)
 
@@ -337,7 +341,7 @@ def test_a_masked_latent_that_diverged_reaches_no_output_and_no_gradient(latent:
         assert_mask_invariants(model)
 
 
-@pytest.mark.parametrize("permanent", [torch_rsst.remove, lambda m, _: _remove_all(m)])
+@pytest.mark.parametrize("permanent", [_remove, lambda m, _: _remove_all(m)])
 @pytest.mark.parametrize("mask", [torch_rsst.custom_from_mask, _mask_by_us])
 def test_a_masked_latent_that_diverged_is_zero_once_pruning_is_permanent(
     mask: Callable[[nn.Module, str, Tensor], Any], permanent: Callable[[nn.Module, str], Any]
@@ -388,6 +392,6 @@ def test_fillback_composes_with_stock_methods_before_and_after(module: Any) -> N
     assert layer.weight_orig.grad.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]
     (hook,) = layer._forward_pre_hooks.values()
     assert isinstance(hook, stock.PruningContainer)
-    module.remove(layer, "weight")
+    (stock.remove if module is stock else _remove)(layer, "weight")
     assert layer.weight.tolist() == [[0, 0, 0, 4, 5, 6, 7, 8]]
     assert not layer._forward_pre_hooks

@@ -16,7 +16,11 @@ from torch_rsst.masking.mask_sets import named_weights
 
 _EMBEDDING = "it holds embeddings of the model's input"
 _STREAM = "its features are those that norms over features join"
-_ROLES = {OUTPUT: "output", INPUT: "input", STEM: "input", _EMBEDDING: "input", _STREAM: "trunk"}
+_SINGLE = "its one feature cannot go"
+_ROLES = {
+    **{OUTPUT: "output", INPUT: "input", STEM: "input", _EMBEDDING: "input"},
+    **{_STREAM: "trunk", _SINGLE: "trunk"},
+}
 _UNKNOWN = "no adapter knows units of it"
 
 
@@ -131,4 +135,6 @@ class _Ends:
             return STEM if weight.ndim > 2 else INPUT
         # Rows, or what the one row of a table that is added to tokens is as wide as.
         along = weight.shape[-1:] if weight.shape[:1] == (1,) else weight.shape[:1]
-        return _STREAM if self.stream & set(along) else _UNKNOWN
+        if self.stream & set(along):
+            return _STREAM
+        return _SINGLE if weight.shape[:1] == (1,) else _UNKNOWN

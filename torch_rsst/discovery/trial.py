@@ -20,7 +20,11 @@ def randomized(module: nn.Module) -> nn.Module:
     """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
     module = deep_copy(module)
     module.eval()  # which returns nothing in some classes
-    restore(masked_refs(module.modules()))
+    refs = masked_refs(module.modules())
+    for ref in refs:  # fractions in masks say nothing about the structure
+        assert ref.mask is not None, "masked_refs() lists masked refs"
+        ref.mask.copy_(ref.mask != 0)
+    restore(refs)
     if any(is_half(p) for p in module.parameters()):
         module.float()
     generator = torch.Generator().manual_seed(0)

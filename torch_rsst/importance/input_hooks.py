@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member
 from torch_rsst.masking.mask_sets import named_refs
+from torch_rsst.masking.masked_product import masked_operand
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils import module_state
 from torch_rsst.utils.errors import refuse
@@ -180,8 +181,8 @@ class _Functions(TorchFunctionMode):
             if (hooked := self._hooked(given["out_proj_weight"])) is not None:
                 return self._attend(hooked, given)
         made = func(*args, **kwargs)
-        if func is torch.where and len(args) == 3 and id(args[2]) in self._inputs:
-            self._products[made] = self._inputs[id(args[2])]
+        if (hooked := self._inputs.get(id(masked_operand(func, args)))) is not None:
+            self._products[made] = hooked
         return made
 
     def _hooked(self, weight: Any) -> HookedInput | None:

@@ -43,6 +43,13 @@ def masked(original: Tensor, mask: Tensor, *, sparse: bool = False) -> Tensor:
     return _select(original, mask, 0)  # type: ignore[no-any-return]
 
 
+def masked_operand(function: Any, args: tuple[Any, ...]) -> Any:
+    """The weight that a call makes 0 where masked, as a ``TorchFunctionMode`` sees calls; None for others."""
+    if function is _select:
+        return args[0]
+    return args[2] if function is torch.where and len(args) == 3 else None
+
+
 # By the id of a mask: the alias of it that the graph of the last forward pass holds, while it does.
 _in_graph: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
