@@ -14,8 +14,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.penalty.settings import SHRINK_TO, Penalty
 from torch_rsst.report.sparsity import SparsityReport
-from torch_rsst.schedules import Schedule, name_of, resolve_schedule
+from torch_rsst.schedules import Schedule, name_of
 
 _ALIVE = "viridis"
 _STAYS, _GONE = "tab:blue", "tab:red"
@@ -68,7 +69,12 @@ def _annotate(axes: Axes, shares: np.ndarray[Any, np.dtype[np.float64]]) -> None
 
 
 def schedule(
-    schedule: str | Schedule, *, steps: int, rounds: int = 1, strength: float = 0.5
+    schedule: str | Schedule,
+    *,
+    steps: int,
+    rounds: int = 1,
+    strength: float | None = None,
+    shrink_to: float | None = None,
 ) -> Figure:
     """λ over the optimizer steps of all rounds.
 
@@ -80,9 +86,12 @@ def schedule(
         schedule: a name or a callable t → λ.
         steps: optimizer steps of a round.
         rounds: how many rounds, each starting anew.
-        strength: of a named schedule.
+        strength: of a named schedule, instead of ``shrink_to``.
+        shrink_to: what the penalty leaves of the weights over a round, 0.01 by default; see
+            :class:`torch_rsst.RegularizedPruner`.
     """
-    curve = resolve_schedule(schedule, strength)
+    penalty = Penalty(schedule, strength, SHRINK_TO if shrink_to is None else shrink_to)
+    curve = penalty.schedule_of(steps)
     strengths = [curve(step / steps) for step in range(1, steps + 1)] * rounds
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
@@ -92,7 +101,9 @@ def schedule(
     axes.set_xlabel("optimizer step" + (" (lines: rounds)" if rounds > 1 else ""))
     axes.set_ylabel("strength λ")
     axes.set_ylim(bottom=0)
-    named = f", strength {strength:g}" if isinstance(schedule, str) else ""
+    named = "" if penalty.strength is None else f", strength {penalty.strength:g}"
+    if penalty.shrink_to is not None:
+        named = f", shrinks to {penalty.shrink_to:.3g}"
     axes.set_title(f"Penalty: {name_of(schedule)}{named}")
     return figure
 

@@ -31,6 +31,11 @@ RUN = {
     "scope": ("type", SOFT),
     "schedule": ("linear", SOFT),
     "strength": (0.3, SOFT),
+    "shrink_to": (None, "test_every_way_to_prune_runs_to_its_end"),  # not beside strength
+    "kept_units": ("sparse", SOFT),
+    "reconstruct": ("mean", SOFT),
+    "distill": (0.5, "test_a_run_that_distils_resumes_to_the_same_bits"),
+    "distill_temperature": (3.0, "test_a_run_that_distils_resumes_to_the_same_bits"),
     "mode": ("coupled", SOFT),
     "fillback_rate": (0.25, MIXED),
     "rewind": ("init", MIXED),
@@ -306,6 +311,8 @@ def test_options_of_rounds_and_penalty(tmp_path, monkeypatch, capsys):
     assert watch.strengths[1] == watch.strengths[2] == pytest.approx(expected)
     assert watch.rnd is None
     assert watch.made["mode"] == "coupled"
+    assert watch.made["kept_units"] == "sparse"
+    assert watch.made["reconstruct"] == "mean"
     assert watch.made["scope"] == "type"
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rounds = [r for r in map(json.loads, lines) if r["event"] == "round"]

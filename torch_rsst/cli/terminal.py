@@ -37,6 +37,7 @@ class Terminal:
         self._started, self._made, self._to_make = time.monotonic(), 0, 0
         self._epochs = self._epoch = 0
         self._last: dict[str, Any] = {}
+        self._chance = 0.0
 
     def __enter__(self) -> Terminal:
         return self
@@ -57,6 +58,7 @@ class Terminal:
         )
         for note in notes(config):
             self._console.print(note)
+        self._chance = 100.0 / experiment.trainer.images.classes
         epochs = config.dense_epochs + config.rounds * config.epochs + config.finetune_epochs
         total = epochs * experiment.trainer.steps_per_epoch
         self._progress.reset(self._whole, total=total, completed=experiment.steps_done)
@@ -109,7 +111,8 @@ class Terminal:
 
     def _end_of_stage(self) -> None:
         if self._last.get("stage") == "dense":
-            self._console.print(f"dense: accuracy {self._last['accuracy']:.2f} %")
+            accuracy = f"{self._last['accuracy']:.2f} %"
+            self._console.print(f"dense: accuracy {accuracy} (chance: {self._chance:.2f} %)")
         self._last = {}
 
 

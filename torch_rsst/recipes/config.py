@@ -24,7 +24,7 @@ _STREAMS = ("wds/", "hfids/", "tfds/")
 # Options that say what to do now; config.yaml leaves them out.
 _ORDERS = ("resume", "config", "dry_run", "write_config")
 _ONLY_WITH = {
-    "rsst": ("schedule", "strength", "mode"),
+    "rsst": ("schedule", "shrink_to", "strength", "mode", "kept_units"),
     "refill": ("fillback_rate",),
 }
 _NOT_OF_DIGITS = (
@@ -83,6 +83,8 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
             idle |= dict.fromkeys(("pretrained", "drop_path"), "--model vit_digits")
         if not self.measures:
             idle["importance_batches"] = f"--importance {self.importance}"
+        if not self.distill:
+            idle["distill_temperature"] = "--distill 0"
         defaults = {f.name: f.default for f in fields(self)}
         return {name: why for name, why in idle.items() if getattr(self, name) != defaults[name]}
 

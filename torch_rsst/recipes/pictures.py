@@ -36,7 +36,11 @@ def draw_all(
     }
     if config.method == "rsst":
         figures["strength"] = plot.schedule(
-            config.schedule, steps=steps_per_round, rounds=config.rounds, strength=config.strength
+            config.schedule,
+            steps=steps_per_round,
+            rounds=config.rounds,
+            strength=config.strength,
+            shrink_to=config.shrink_to,
         )
     for name, figure in figures.items():
         _save(figure, folder.pictures / f"{name}.png")

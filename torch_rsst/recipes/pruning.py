@@ -35,6 +35,7 @@ def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
         "importance": config.importance,
         "scope": config.scope,
         "rewind": None if config.rewind == "none" else config.rewind,
+        "reconstruct": None if config.reconstruct == "none" else config.reconstruct,
         **data_source(config, trainer),
     }
     if config.method == "refill":
@@ -44,15 +45,14 @@ def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
     return torch_rsst.RSST(
         trainer.model,
         groups,
-        schedule=config.schedule,
-        strength=config.strength,
-        mode=config.mode,
+        kept_units=config.kept_units,
+        **config.penalty,
         **common,
     )
 
 
 def data_source(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
-    """The arguments that an importance needs which is measured on data; none for others."""
+    """The arguments for data: none where neither the importance nor the reconstruction needs any."""
     if not config.measures:
         return {}
     source: dict[str, Any] = {

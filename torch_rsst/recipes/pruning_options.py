@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from torch_rsst.schedules import ALIASES, SCHEDULES, resolve_schedule
+from torch_rsst.schedules import ALIASES, SCHEDULES
 from torch_rsst.utils.amounts import check_count, check_fraction
 from torch_rsst.utils.errors import refuse
 
@@ -22,7 +22,7 @@ def _importances() -> Any:
 
 
 def _one_of_importances(default: str) -> str:
-    return f"(one of: {', '.join(_importances().IMPORTANCES)}; default: {default})"
+    return f"(one of: {', '.join(_importances().importance_names())}; default: {default})"
 
 
 def _one_of_schedules(default: str) -> str:
@@ -55,18 +55,24 @@ class PruningOptions:
     """Share of all units to remove, rounded to whole units: 2 of 3 heads in a layer."""
     round_to: int = 1
     """Keep a number of units in each layer that is a multiple of this."""
-    importance: Annotated[str, _named(_one_of_importances)] = "magnitude"
-    """How units are scored: by their weights, or by their outputs on training images."""
+    importance: Annotated[str, _named(_one_of_importances)] = "auto"
+    """How units are scored: by their weights, or by their outputs on training images; auto: variance."""
     importance_batches: int = 8
-    """Batches of training images, for importances that need data."""
+    """Batches of training images, for importances that need data and for --reconstruct."""
     scope: Literal["layer", "type", "global"] = "layer"
     """Which units are compared: those of a layer, of a type, or all."""
     schedule: Annotated[str, _named(_one_of_schedules)] = "late_exponential"
     """How the penalty grows over a round (RSST)."""
-    strength: float = 0.5
-    """Strength of the penalty at the end of a round (RSST)."""
+    shrink_to: float | None = None
+    """Share of their norm that the penalty alone leaves of the weights that go, over a round: 0.01, unless --strength is given (RSST)."""
+    strength: float | None = None
+    """Strength of the penalty at the end of a round, in place of --shrink-to (RSST)."""
     mode: Literal["auto", "coupled", "decoupled"] = "auto"
-    """coupled adds the penalty to gradients, decoupled shrinks weights after the step, auto is coupled for SGD (RSST)."""
+    """decoupled shrinks weights after the step, coupled adds the penalty to gradients and needs --strength; auto is decoupled, or with --strength what the optimizer does with weight decay (RSST)."""
+    kept_units: Literal["dense", "sparse"] = "dense"
+    """sparse: also mask single weights in units that stay (RSST)."""
+    reconstruct: Literal["none", "mean", "least_squares"] = "none"
+    """How the layers that consume units are refitted on training images when the units are masked."""
     fillback_rate: float = 0.0
     """Share of the removed units that is given back (Refill)."""
     rewind: Literal["none", "init"] = "none"
@@ -80,13 +86,25 @@ class PruningOptions:
 
     @property
     def measures(self) -> bool:
-        """Whether units are scored on data."""
-        return next(_importances().data_parts(self.importance), None) is not None
+        """Whether pruning runs the model on data."""
+        return bool(self._data_parts) or self.reconstruct != "none"
 
     @property
     def needs_loss(self) -> bool:
         """Whether they are scored by gradients of the loss."""
-        return any(part.needs_gradient for part in _importances().data_parts(self.importance))
+        return any(part.needs_gradient for part in self._data_parts)
+
+    @property
+    def _data_parts(self) -> list[Any]:
+        chosen = _importances().choose_importance(self.importance, data=True)
+        return list(_importances().data_parts(chosen))
+
+    @property
+    def penalty(self) -> dict[str, Any]:
+        """The arguments of the penalty; those that are not given have the library's defaults."""
+        given = {"strength": self.strength, "shrink_to": self.shrink_to}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return {"schedule": self.schedule, "mode": self.mode, **chosen}
 
     def check(self) -> None:
         """Raise unless every option is in its range."""
@@ -101,4 +119,6 @@ class PruningOptions:
         check_count(self.round_to, "round_to", at_least=1)
         check_count(self.importance_batches, "importance_batches", at_least=1)
         check_fraction(self.fillback_rate, "fillback_rate")
-        resolve_schedule(self.schedule, self.strength)
+        from torch_rsst.penalty.settings import Penalty  # imports torch
+
+        Penalty(**self.penalty)  # for what it refuses

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from torch_rsst.masking.checkpoints import prepare_from_state_dict
@@ -77,6 +77,8 @@ class RunFolder:
     """The folder of TensorBoard's files."""
     checkpoint = _Inside("checkpoint.pt")
     """Where an unfinished run continues."""
+    teacher = _Inside("teacher.safetensors")
+    """The dense model of an unfinished run that distils from it."""
     _lock_file = _Inside(".lock")
 
     def open(self, config: RunConfig) -> None:
@@ -261,6 +263,12 @@ class RunFolder:
         receipt = read_description(self.compact).receipt
         _check_held(receipt, RECEIPT, self.compact)
         return receipt
+
+    def write_tensors(self, path: Path, model: nn.Module) -> None:
+        """Write parameters and buffers of a model to one of the files."""
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+        content = save(tensors, {"format": "pt"})
+        write_atomically(path, lambda file: file.write(content))
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
         """Save where to continue."""

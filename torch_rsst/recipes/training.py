@@ -94,6 +94,7 @@ class Trainer:
         self.bare: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.steps_per_epoch = len(self.loaders) // config.accumulation
         self.average = _average(config, self.bare)
+        self.teacher: nn.Module | None = None
         self._mixup = _mixup(config, images.classes)
         self._losses: list[Tensor] = []
 
@@ -202,7 +203,8 @@ class Trainer:
                 images, labels = self._mixup(images, labels)
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
-                    loss = self.loss(self.model(images), labels)
+                    outputs = self.model(images)
+                    loss = self._distilled(images, outputs, self.loss(outputs, labels))
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.config.clip_grad is not None:
                     self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.clip_grad)
@@ -212,6 +214,16 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.bare)
         return torch.stack(losses).mean()
+
+    def _distilled(self, images: Tensor, outputs: Tensor, loss: Tensor) -> Tensor:
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            wanted = self.teacher(images)
+        weight, temperature = self.config.distill, self.config.distill_temperature
+        return torch_rsst.distillation_loss(
+            outputs, wanted, loss, weight=weight, temperature=temperature
+        )
 
     def _schedule(self, stage: Stage) -> Any:
         rate = self.config.learning_rate * stage.peak

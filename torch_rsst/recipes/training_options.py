@@ -47,6 +47,10 @@ class TrainingOptions:
     """Learning-rate schedule of each stage; none: constant."""
     warmup_epochs: float = 1.0
     """Epochs of warmup in the dense stage, at most half of its epochs."""
+    distill: float = 0.0
+    """Weight in the loss of what the dense model predicts, from 0 to 1, in rounds and fine-tuning; try 0.5."""
+    distill_temperature: float = 2.0
+    """Temperature of these predictions; higher ones say more about unlikely classes."""
     clip_grad: float | None = None
     """Clip the norm of the gradients at this."""
     ema: float = 0.0
@@ -77,7 +81,8 @@ class TrainingOptions:
             check_number(getattr(self, name), name, above=0.0, or_equal=True)
         if self.clip_grad is not None:
             check_number(self.clip_grad, "clip_grad", above=0.0)
-        for name in ("drop_path", "momentum", "ema"):
+        check_number(self.distill_temperature, "distill_temperature", above=0.0)
+        for name in ("distill", "drop_path", "momentum", "ema"):
             check_fraction(getattr(self, name), name)
         if self.ema == 1.0:
             expected, remedy = "less than 1", "1 would keep the first weights: try 0.999."

@@ -205,6 +205,11 @@ class Rounds(ABC):
         self._apply(self._final_mask(self._last.chosen), how, data)
         self._finalized, self._reference = True, None
 
+    @property
+    def free_share(self) -> float:
+        """The share of its norm that P may have left where it is cut: max(5 %, 2 · ``shrink_to``)."""
+        return max(_FREE, 2.0 * (self.penalty.shrink_to or 0.0))
+
     @staticmethod
     def _reconstruction_of(method: Method | None) -> Reconstruction | None:
         return None if method is None else Reconstruction(method)
@@ -212,7 +217,7 @@ class Rounds(ABC):
     def _check_cut_is_free(self, last: Round) -> None:
         pruner = last.pruner
         start, norm = pruner.start_norm, pruner.penalized_norm()
-        limit = max(_FREE, 2.0 * (self.penalty.shrink_to or 0.0))
+        limit = self.free_share
         if not norm <= limit * start:  # nor where it is no number
             refuse(
                 RuntimeError,
