@@ -161,11 +161,16 @@ def _run(model: Callable[[Tensor], Tensor], images: Tensor, work: Work) -> Calla
 def _in_turns(
     runs: Mapping[str, Callable[[], object]], meter: Meter, repeats: int, warmup: int = 3
 ) -> dict[str, list[float]]:
-    """The seconds of every timed run; those of one turn came in a row, in alternating order."""
+    """The seconds of every timed run; those of one turn came in a row, in alternating order.
+
+    Each is run twice in a row and timed the second time, as in training: the first run after another
+    model's asks the system for the memory that the other has returned.
+    """
     seconds: dict[str, list[float]] = {label: [] for label in runs}
     labels = list(runs)
     for turn in range(-warmup, repeats):
         for label in labels if turn % 2 else reversed(labels):
+            runs[label]()
             took = meter.seconds(runs[label])
             if turn >= 0:
                 seconds[label].append(took)

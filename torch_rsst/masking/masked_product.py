@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_rsst.distributed.dtensor import is_sharded, placed_like
 
@@ -35,8 +36,19 @@ def masked(original: Tensor, mask: Tensor, *, sparse: bool = False) -> Tensor:
             return torch.where(torch.eq(mask, original.new_zeros(())), 0.0, original)
         traced = not isinstance(original, Tensor)  # by torch.fx
         if not traced and original.requires_grad and torch.is_grad_enabled():
-            _in_graph[id(mask)] = saved = mask.detach()
-            mask = saved
+            return _in_training(original, mask, sparse)
+    return _product(original, mask, sparse)
+
+
+def _in_training(original: Tensor, mask: Tensor, sparse: bool) -> Tensor:
+    _in_graph[id(mask)] = saved = mask.detach()
+    made = _product(original, saved, sparse)
+    if made.device.type == "cpu":
+        _memory[mask] = made.detach()
+    return made
+
+
+def _product(original: Tensor, mask: Tensor, sparse: bool) -> Tensor:
     mask = mask.to(original.dtype)
     if sparse:
         return _SparseGradient.apply(original, mask)  # type: ignore[no-any-return]
@@ -52,6 +64,10 @@ def masked_operand(function: Any, args: tuple[Any, ...]) -> Any:
 
 # By the id of a mask: the alias of it that the graph of the last forward pass holds, while it does.
 _in_graph: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+# The last product of each mask, which the next one replaces. Nothing reads it: were all products freed
+# after a backward pass, C libraries would return the memory, and each step would ask for it again.
+_memory: Any = WeakTensorKeyDictionary()
 
 
 def is_in_graph(mask: Tensor) -> bool:
