@@ -620,3 +620,22 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     small = compact(model, groups, example_inputs=tokens().to(dtype))
     assert {p.dtype for p in small.parameters()} == {dtype}
     assert small[0].out_features == 6
+
+
+def test_features_of_an_emptied_mlp_ask_for_inputs_to_be_measured():
+    """Its bias is all that they are: they go once the model can be run."""
+    first, second = (nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2))
+    model = nn.Sequential(first, second, nn.Linear(4, 3)).double()
+    groups = find_groups(model)
+    dead = {
+        name: torch.zeros_like(p).bool()
+        for name, p in second.named_parameters()
+        if name != "2.bias"
+    }
+    torch_rsst.apply_mask(model, {f"1.{name}": mask for name, mask in dead.items()})
+    with pytest.warns(CompactionWarning, match="pass example_inputs to measure"):
+        compact(model, groups)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    small = compact(model, groups, example_inputs=x)
+    assert small[2].in_features == 1
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)

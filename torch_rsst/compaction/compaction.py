@@ -260,8 +260,7 @@ def _choose(
             constants = _measured(model, layer, dead.constant, probe)
             goes = goes | constants.exact
             if left := int((dead.constant & ~constants.exact).sum()):
-                reason = "their output cannot be added to the next layer's bias exactly"
-                stay.append(f"{left} of {layer}: {reason}")
+                stay.append(f"{left} of {layer}: {constants.stay}")
         goes = padded(goes, dead.silent, layer, round_to)
         if constants is not None:
             emitted.append((constants, goes & ~dead.silent))

@@ -28,11 +28,13 @@ class Constants:
         layer: the units, by names within the model.
         exact: bool tensor over the units: which can be moved into biases without changing any output.
         values: per member that takes units in, what each of its inputs is.
+        stay: why the others stay.
     """
 
     layer: GroupLayer
     exact: Tensor
     values: tuple[Tensor, ...]
+    stay: str = "their output cannot be added to the next layer's bias exactly"
 
     def add_to(self, model: nn.Module, masked: nn.Module, units: Tensor) -> None:
         """Add what ``units`` contribute to the biases of the layers that take them in, in place.
@@ -74,7 +76,11 @@ def measure_constants(
     norms = [module for module in owner.modules() if isinstance(module, _NormBase)]
     for member, home in zip(members, homes, strict=True):
         size = member.unit_of.numel()
-        value, constant = _constants(_inputs_of(home, owner, calls, []), home, size)
+        inputs = _inputs_of(home, owner, calls, [])
+        if len(inputs) < 2:
+            none = torch.zeros_like(units)
+            return Constants(layer, none, tuple(torch.zeros(0) for _ in homes), _NOT_RUN)
+        value, constant = _constants(inputs, home, size)
         if layer.buffers or norms:
             trained, same = _constants(_inputs_of(home, owner, calls, norms), home, size)
             constant &= same & ((trained - value).abs() <= 1e-5 * (1.0 + value.abs()))
@@ -83,6 +89,11 @@ def measure_constants(
         exact[member.unit_of[owned & ~movable]] = False
         values.append(value)
     return Constants(layer, exact, tuple(values))
+
+
+_NOT_RUN = (
+    "what they put out is the same for all inputs: pass example_inputs to measure and move it"
+)
 
 
 def _taking(layer: GroupLayer) -> list[Member]:
@@ -114,8 +125,6 @@ def _inputs_of(
 
 def _constants(inputs: Sequence[Tensor], layer: nn.Module, features: int) -> tuple[Tensor, Tensor]:
     """Per feature of a layer's input: its value, and whether it is the same everywhere."""
-    if len(inputs) < 2:
-        return torch.zeros(features), torch.zeros(features, dtype=torch.bool)
     dim = -1 if isinstance(layer, nn.Linear) else 1
     flat = torch.cat([tensor.movedim(dim, -1).flatten(0, -2) for tensor in inputs]).double()
     low, high = flat.amin(0), flat.amax(0)
