@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PEAK = 1e-3  # the learning rate of the pruning budget, chosen on validation for one-shot magnitude
+# The learning rates of the pruning budget, chosen on validation for one-shot magnitude with the tuning seeds.
+PEAKS = {"language": 2e-3, "signal-transformer": 4e-3, "signal-resnet": 2e-3}
 MAIN_SEEDS, OTHER_SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2), (100, 101)
 TASKS = ("language", "signal-transformer", "signal-resnet")
 FIELDS = (
@@ -33,7 +34,7 @@ class Run:
         options: of the arm.
         amount: the share of units that go.
         budget: steps, as a fraction of the dense training's.
-        peak: the learning rate.
+        peak: the learning rate; that of the task in :data:`PEAKS` by default.
         seed: of everything.
     """
 
@@ -43,8 +44,12 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     amount: float = 0.5
     budget: float = 0.06
-    peak: float = PEAK
+    peak: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.peak is None:
+            object.__setattr__(self, "peak", PEAKS[self.task])
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -156,6 +161,7 @@ def run(of: Run, folder: Path) -> dict[str, Any]:
     torch.manual_seed(of.seed)
     criterion = arms.criterion_of(task, dense, of.options)
     steps = round(of.budget * task.dense_steps)
+    assert of.peak is not None, "set at construction"
     budget = training.Budget(task, steps, of.peak, of.seed + 1000, criterion)
     options = {key: value for key, value in of.options.items() if key != "distill"}
     model = arms.ARMS[of.arm](arms.Case(task, dense, of.amount, budget, of.seed, options))
