@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 from torch import Tensor
 
+from torch_rsst.penalty.hooks import Mode
 from torch_rsst.penalty.penalized_set import PenalizedSet
+from torch_rsst.utils.errors import InertPenaltyWarning
 
 SMALL = 0.01
 """The share of its first norm below which P counts as gone."""
+
+_FORGOTTEN = 3  # fewer passes may be those of an unusual loop
+_DIVERGED = "look for the step at which training diverged"
 
 
 class ShrinkProgress:
@@ -53,14 +59,49 @@ class UncountedSteps:
         self._last = (0, 0)  # its version and the counted steps, at its latest backward pass
         self._changes = 0
 
-    def after_backward(self, name: str, parameter: Tensor, steps: int) -> int:
-        """How many passes in a row have found the weights changed since the pass before."""
+    def after_backward(self, name: str, parameter: Tensor, steps: int, total_steps: int) -> None:
+        """Warn after the third pass in a row that finds the weights changed, and no step counted."""
         if self._name is None:
             self._name, self._last = name, (parameter._version, steps)
         if name != self._name:
-            return 0
-        version, counted = self._last
-        changed = parameter._version != version and steps == counted
-        self._changes = self._changes + changed if steps == counted else 0
-        self._last = parameter._version, steps
-        return self._changes if changed else 0
+            return
+        (version, counted), self._last = self._last, (parameter._version, steps)
+        if steps != counted:
+            self._changes = 0
+        elif parameter._version != version:
+            self._changes += 1
+            if self._changes == _FORGOTTEN:
+                warnings.warn(
+                    f"The penalized weights changed before each of the last {_FORGOTTEN} backward passes, "
+                    f"and no step was counted: the penalty stays at step {steps + 1} of {total_steps}. "
+                    f"Pass the optimizer, or call pruner.step() after each optimizer.step().",
+                    InertPenaltyWarning,
+                    stacklevel=3,
+                )
+
+
+def warn_if_inert(
+    start_norm: float,
+    norm: float,
+    steps: int,
+    total_steps: int,
+    mode: Mode,
+    strength: float,
+    *,
+    counted: bool,
+) -> None:
+    """Warn, in the name of the caller's caller, of a penalty after which the norm of P is not down."""
+    if not start_norm or norm < start_norm:  # NaN is not down either
+        return
+    ways = [] if counted else ["pass the optimizer or call pruner.step()"]
+    ways.append("raise the strength or lower shrink_to")
+    if mode != "decoupled":
+        ways.append("use mode='decoupled'")
+    remedy = ", or ".join(ways) if math.isfinite(norm) else _DIVERGED
+    warnings.warn(
+        f"The penalty did not act: the norm of the penalized weights went from {start_norm:.4g} to "
+        f"{norm:.4g} in {steps} of {total_steps} steps (mode {mode!r}, last strength {strength:.3g}). "
+        f"{remedy[0].upper()}{remedy[1:]}.",
+        InertPenaltyWarning,
+        stacklevel=3,
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 import weakref
 from collections.abc import Mapping
 from functools import partial
@@ -27,15 +25,13 @@ from torch_rsst.penalty.hooks import (
     is_coupled,
 )
 from torch_rsst.penalty.penalized_set import PenalizedSet
-from torch_rsst.penalty.progress import ShrinkProgress, UncountedSteps
+from torch_rsst.penalty.progress import ShrinkProgress, UncountedSteps, warn_if_inert
 from torch_rsst.penalty.settings import STRENGTH, GradScale, Penalty
 from torch_rsst.schedules import Schedule, strength_at
 from torch_rsst.utils.amounts import check_count, check_number
-from torch_rsst.utils.errors import InertPenaltyWarning, check_keys, listing, refuse
+from torch_rsst.utils.errors import check_keys, listing, refuse
 
 _ATTACHED: weakref.WeakSet[RegularizedPruner] = weakref.WeakSet()
-
-_FORGOTTEN = 3  # passes in a row whose steps nobody has counted; fewer may be an odd loop
 
 
 class RegularizedPruner:
@@ -276,8 +272,19 @@ class RegularizedPruner:
         Warns:
             InertPenaltyWarning: if P is not empty and its norm has not gone down.
         """
-        if self._release():
-            self._warn_if_inert()
+        steps = max(self._steps)
+        if self._release() and len(self._penalized) and (steps or self._hooks_fired):
+            acted = bool(self._optimizers) or steps == self.total_steps
+            strength = self._strength_of(max(1, steps))
+            warn_if_inert(
+                self.start_norm,
+                self.penalized_norm(),
+                steps,
+                self.total_steps,
+                self.mode,
+                strength,
+                counted=acted,
+            )
 
     def detach(self) -> None:
         """Detach like :meth:`remove`, without judging whether the penalty acted."""
@@ -403,14 +410,7 @@ class RegularizedPruner:
     def _after_backward(self, name: str) -> None:
         self._hooks_fired = True
         parameter = self._penalized.parameters()[name]
-        if self._uncounted.after_backward(name, parameter, self.steps) == _FORGOTTEN:
-            warnings.warn(
-                f"The penalized weights changed before each of the last {_FORGOTTEN} backward passes, and no "
-                f"step was counted: the penalty stays at step {self.steps + 1} of {self.total_steps}. Pass the "
-                f"optimizer, or call pruner.step() after each optimizer.step().",
-                InertPenaltyWarning,
-                stacklevel=2,
-            )
+        self._uncounted.after_backward(name, parameter, self.steps, self.total_steps)
         batches = 1 if self.block_loss_grad else self.accumulation_steps
         share = Share((name,), self._shares[0].coupled)
         scale = self._scale() if share.coupled else None
@@ -448,29 +448,3 @@ class RegularizedPruner:
     def _shrink(self, share: Share, strength: float, found_inf: Tensor | None) -> None:
         if not share.coupled:
             self._penalized.shrink(share.names, strength, found_inf)
-
-    def _warn_if_inert(self) -> None:
-        steps = max(self._steps)
-        if not len(self._penalized) or not (steps or self._hooks_fired):
-            return
-        norm = self.penalized_norm()
-        if self._start_norm > 0.0 and not norm < self._start_norm:  # NaN is not down either
-            strength = self._strength_of(max(1, steps))
-            warnings.warn(
-                f"The penalty did not act: the norm of the penalized weights went from "
-                f"{self._start_norm:.4g} to {norm:.4g} in {steps} of {self.total_steps} steps "
-                f"(mode {self.mode!r}, last strength {strength:.3g}). {self._remedy(norm)}",
-                InertPenaltyWarning,
-                stacklevel=3,
-            )
-
-    def _remedy(self, norm: float) -> str:
-        if not math.isfinite(norm):
-            return "Look for the step at which training diverged."
-        acted = self._optimizers or max(self._steps) == self.total_steps
-        ways = [] if acted else ["pass the optimizer or call pruner.step()"]
-        ways.append("raise the strength or lower shrink_to")
-        if self.mode != "decoupled":
-            ways.append("use mode='decoupled'")
-        text = ", or ".join(ways)
-        return f"{text[0].upper()}{text[1:]}."
