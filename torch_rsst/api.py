@@ -48,6 +48,7 @@ from torch_rsst.reconstruction.reconstruction import reconstruct
 from torch_rsst.regrouping.regrouping import regroup
 from torch_rsst.report.explanation import Explanation, UnitDecision
 from torch_rsst.report.sparsity import LayerReport, ParameterReport, SparsityReport, sparsity_report
+from torch_rsst.rounds.followers import follow
 from torch_rsst.rounds.refill import Refill
 from torch_rsst.rounds.round import Round
 from torch_rsst.rounds.rsst import RSST
@@ -117,6 +118,7 @@ __all__ = [
     "extract_mask",
     "fillback",
     "find_groups",
+    "follow",
     "freeze_masked",
     "global_unstructured",
     "head_layer",

@@ -18,7 +18,7 @@ from torch_rsst.rounds.settings import Course, Ranking, Regrouping
 
 CONCERNS = (Course, Ranking, Regrouping, Penalty, DataSource)
 # Keywords that are no setting, settings that a method does not have, and defaults that differ.
-OTHER = {"self", "model", "groups", "optimizer", "kept_units", "dense_training"}
+OTHER = {"follow", "self", "model", "groups", "optimizer", "kept_units", "dense_training"}
 MISSING_IN = {
     RSST: {"fillback_rate", "reset_moments"},
     Refill: {each.name for each in fields(Penalty)},

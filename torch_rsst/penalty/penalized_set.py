@@ -54,6 +54,13 @@ class PenalizedSet:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def in_other(self, model: nn.Module) -> PenalizedSet:
+        """The same entries of a module with the same parameters."""
+        made, refs = PenalizedSet(model, {}), named_refs(model)
+        for name, (_, in_p) in self._entries.items():
+            made._entries[name] = (refs[name][0].original, in_p)
+        return made
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name → the trainable parameter."""
         return {name: parameter for name, (parameter, _) in self._entries.items()}

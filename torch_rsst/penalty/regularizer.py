@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -138,6 +138,7 @@ class RegularizedPruner:
         self._model = unwrap(model)
         current = extract_mask(model) if current_mask is None else current_mask
         self._penalized = PenalizedSet(self._model, penalty_mask(current, refill_mask))
+        self._followers: list[PenalizedSet] = []
         self._optimizers: list[Optimizer] = []
         self._steps = [0]  # of each optimizer
         self._shares = [Share(tuple(self._penalized), is_coupled(self._requested_mode, None))]
@@ -236,6 +237,14 @@ class RegularizedPruner:
             self._handles += hook_steps(
                 each, partial(self._before_step, index), partial(self._after_step, index)
             )
+
+    def follow(self, modules: Iterable[nn.Module]) -> None:
+        """Shrink the same weights of other modules by the same factors, where the penalty is decoupled.
+
+        Args:
+            modules: averages of the model, with the same parameters, changed in place at each step.
+        """
+        self._followers = [self._penalized.in_other(module) for module in modules]
 
     def add_penalty(self) -> None:
         """Add λ · weight to the gradients on P, once, now.
@@ -447,4 +456,5 @@ class RegularizedPruner:
 
     def _shrink(self, share: Share, strength: float, found_inf: Tensor | None) -> None:
         if not share.coupled:
-            self._penalized.shrink(share.names, strength, found_inf)
+            for each in (self._penalized, *self._followers):
+                each.shrink(share.names, strength, found_inf)

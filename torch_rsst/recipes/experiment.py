@@ -220,7 +220,6 @@ class Experiment:
     def _prune(self, rounds: Rounds) -> None:
         epochs, peak = self.config.epochs, self.config.round_learning_rate
         for rnd in rounds:
-            self.trainer.masks_changed()
             first = self.config.dense_epochs + rnd.index * epochs
             self.progress.step = rnd.start_step
             self._train(Stage(f"round {rnd.index}", epochs, first, peak), rnd)
@@ -228,7 +227,6 @@ class Experiment:
         self.progress.accuracy_before_cut = self.trainer.evaluate()
         self._warn_of_a_cut_that_costs(rounds)
         rounds.finalize(force=True)
-        self.trainer.masks_changed()
         self.progress.accuracy_after_cut = self.trainer.evaluate()
 
     def _warn_of_a_cut_that_costs(self, rounds: Rounds) -> None:
@@ -397,7 +395,6 @@ class Experiment:
             self.rounds.load_state_dict(state["rounds"])
             if self.config.distill:
                 self._read_teacher()
-            self.trainer.masks_changed()
         self.model.load_state_dict(state["model"])
         if self.trainer.average is not None:
             self.trainer.average.load_state_dict(state["average"])

@@ -36,6 +36,7 @@ def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
         "scope": config.scope,
         "rewind": None if config.rewind == "none" else config.rewind,
         "reconstruct": None if config.reconstruct == "none" else config.reconstruct,
+        "follow": [] if trainer.average is None else [trainer.average],
         **data_source(config, trainer),
     }
     if config.method == "refill":

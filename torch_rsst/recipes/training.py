@@ -123,11 +123,6 @@ class Trainer:
         """A new optimizer like that of the run, for another model."""
         return _optimizer(self.config, model)
 
-    def masks_changed(self) -> None:
-        """Apply the present masks of the model to the moving average."""
-        if self.average is not None:
-            torch_rsst.apply_mask(self.average.module, torch_rsst.extract_mask(self.bare))
-
     def run(
         self, stage: Stage, start_step: int, after_step: Callable[[int], None]
     ) -> Iterator[Epoch]:

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
@@ -45,6 +46,7 @@ from torch_rsst.regrouping.history import DecisionHistory
 from torch_rsst.regrouping.ranking import rank, ranked_names
 from torch_rsst.regrouping.regrouping import Decision, RegroupPlan, decide, refill_from
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
+from torch_rsst.rounds.followers import Followers
 from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
 from torch_rsst.rounds.reference import Reference
 from torch_rsst.rounds.round import Chosen, Round, record_decision, record_end, warn_of_end
@@ -74,6 +76,7 @@ class Rounds(ABC):
         regrouping: Regrouping,
         penalty: Penalty,
         data: DataSource,
+        follow: Iterable[nn.Module] = (),
     ) -> None:
         if course.reset_moments and optimizer is None:
             remedy = "Pass the optimizer to Refill, or reset_moments=False."
@@ -94,6 +97,7 @@ class Rounds(ABC):
         self._ranked = ranked_names(model, self._groups, ranking.parameters)
         ranking.check({name: weights[name] for name in self._ranked}, extract_mask(model))
         regrouping.check(self._groups)
+        self._followers = Followers.of(model, follow)
         self._snapshot = Snapshot.of(model, course.rewind)
         self._optimizer = optimizer
         self._optimizers = [] if optimizer is None else as_optimizers(optimizer)
@@ -293,8 +297,10 @@ class Rounds(ABC):
             self._apply(trained, how if refits else None, self.data)
             if rewind and how is not None and not refits:
                 self._reference = Reference.of(self._model)
+            pruner.follow(self._followers.modules)
             if rewind and self._snapshot.weights:
-                self._snapshot.restore(self._model)
+                for module in (self._model, *self._followers.modules):
+                    self._snapshot.restore(module)
                 memory.apply(self._model, self._optimizers)
                 pruner.reset()
             if chosen.verdicts:
@@ -376,7 +382,7 @@ class Rounds(ABC):
         self._snapshot, self._reference = saved.snapshot, saved.reference
         self._optimizer_rewind = replace(self._optimizer_rewind, states=saved.optimizer_states)
         if saved.round is None:
-            apply_mask(self._model, saved.masks)
+            self._mask_all(saved.masks)
         else:
             self._reopen(saved.round, finalized=saved.finalized)
         self._history.load(saved.decisions)
@@ -408,16 +414,37 @@ class Rounds(ABC):
         as it is.
         """
         before = extract_mask(self._model) if self.course.reset_moments else {}
-        if how is None or data is None:
-            apply_mask(self._model, masks)
-        else:
-            kept = self._reference
-            towards = self._model if kept is None else kept.applied_to(self._model)
-            parts = (self._model, self._groups, masks, how, data)
-            reconstruct_towards(*parts, reference=towards, replicas=self._replicas)
+        self._mask_all(masks, how, data)
         reset_returned(self._optimizers, self._model, before)
         if self.course.freeze_masked:
             freeze_latents(masked_refs(self._model.modules()))
+
+    def _mask_all(
+        self, masks: Masks, how: Reconstruction | None = None, data: DataSource | None = None
+    ) -> None:
+        """The followers first, which are put back where the model's turn fails."""
+        with AllOrNothing(self._followers.refs()) as undo:
+            for module in self._followers.modules:
+                if how is not None:
+                    undo.append(partial(Snapshot.of(module, "init").restore, module))
+                self._mask(module, masks, how, data, module)
+            kept = self._reference
+            towards = self._model if how is None or kept is None else kept.applied_to(self._model)
+            self._mask(self._model, masks, how, data, towards)
+
+    def _mask(
+        self,
+        module: nn.Module,
+        masks: Masks,
+        how: Reconstruction | None,
+        data: DataSource | None,
+        towards: nn.Module,
+    ) -> None:
+        if how is None or data is None:
+            apply_mask(module, masks)
+            return
+        parts = (module, self._groups, masks, how, data)
+        reconstruct_towards(*parts, reference=towards, replicas=self._replicas)
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for a state to fit: plain values, callables by their name."""

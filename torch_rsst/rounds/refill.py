@@ -97,6 +97,7 @@ class Refill(Rounds):
         batches: Batches | None = None,
         forward: Forward | None = None,
         loss_fn: LossFn | None = None,
+        follow: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__(
             model,
@@ -118,6 +119,7 @@ class Refill(Rounds):
             ),
             penalty=Penalty(shrink_to=None),  # of an empty set: it only counts steps
             data=DataSource(batches, forward, loss_fn),
+            follow=follow,
         )
         self._warn_about_limit()
 

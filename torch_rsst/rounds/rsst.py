@@ -108,6 +108,8 @@ class RSST(Rounds):
             of the state, as are the arguments that follow: pass them again when you resume.
         forward: ``(model, batch) → output``, for batches that ``model(batch)`` does not take.
         loss_fn: ``(output, batch) → loss``, for ``importance="taylor"``.
+        follow: averages of the model's weights (EMA, SWA), changed in place: they get its masks, their weights in P
+            are shrunk by the same factors (decoupled), and rewinding puts back the same weights. See :func:`follow`.
 
     Raises:
         TypeError, ValueError, KeyError: for arguments out of range or groups of another model;
@@ -153,6 +155,7 @@ class RSST(Rounds):
         batches: Batches | None = None,
         forward: Forward | None = None,
         loss_fn: LossFn | None = None,
+        follow: Iterable[nn.Module] = (),
     ) -> None:
         self.kept_units = _kept_units(kept_units, dense_training)
         super().__init__(
@@ -183,6 +186,7 @@ class RSST(Rounds):
                 grad_scale,
             ),
             data=DataSource(batches, forward, loss_fn),
+            follow=follow,
         )
 
     def _trained_with(self, chosen: Chosen) -> Masks:

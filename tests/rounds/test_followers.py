@@ -1,0 +1,201 @@
+"""Averages of a model's weights, made before pruning: alike in masks, penalty and cut."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import gradient_step, mlp, same, tokens
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import torch_rsst
+from torch_rsst import RSST, Refill, extract_mask, find_groups
+from torch_rsst.masking.mask_sets import named_weights
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(optimizer steps|penalty did not act):torch_rsst.utils.errors.RSSTWarning"
+)
+STEPS = 6
+
+
+def torch_average(model, *, use_buffers=False):
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=use_buffers)
+
+
+def rounds_following(model, averages, method=RSST, **settings):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rounds = method(
+        model, find_groups(model), optimizer=optimizer, steps_per_round=STEPS, rounds=2,
+        regroup_amount=0.5, follow=averages, **settings,
+    )  # fmt: skip
+    return rounds, optimizer
+
+
+def train(rounds, model, optimizer, update=lambda: None):
+    for rnd in rounds:
+        for step in range(rnd.start_step, STEPS):
+            gradient_step(model, optimizer, 10 * rnd.index + step)
+            update()
+
+
+@pytest.mark.parametrize("method", [RSST, Refill])
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_average_made_before_pruning_ends_with_the_model_s_masks(method, use_buffers):
+    model = mlp()
+    average = torch_average(model, use_buffers=use_buffers)
+    rounds, optimizer = rounds_following(model, [average], method)
+    train(rounds, model, optimizer, lambda: average.update_parameters(model))
+    rounds.finalize()
+    masks, followed = extract_mask(model), extract_mask(average.module)
+    assert masks.keys() == followed.keys()
+    assert all(same(masks[name], followed[name]) for name in masks)
+    small = torch_rsst.compact(average.module, find_groups(mlp()))
+    assert small[0].out_features == 4
+    torch.testing.assert_close(small(tokens(0, 3, 4)), average(tokens(0, 3, 4)))
+
+
+def test_what_goes_is_as_small_in_the_average_as_in_the_model_when_it_is_cut():
+    """By itself an average at 0.999 would still hold most of it."""
+    model = mlp()
+    average, alone = torch_average(model), torch_average(model)
+    rounds, optimizer = rounds_following(model, [average])
+    rnd = next(rounds)
+    gone = {name: ~mask for name, mask in rnd.refill_mask.items()}
+    torch_rsst.follow(model, [alone])
+
+    def norm(of):
+        weights = named_weights(of)
+        return sum(float(weights[n][mask].square().sum()) for n, mask in gone.items()) ** 0.5
+
+    before = norm(average.module)
+    for step in range(STEPS):
+        gradient_step(model, optimizer, step)
+        average.update_parameters(model)
+        alone.update_parameters(model)
+    assert norm(alone.module) > 0.9 * before
+    assert norm(average.module) < 0.05 * before
+    one, other = named_weights(average.module), named_weights(alone.module)
+    assert all(same(one[name][mask], other[name][mask]) for name, mask in rnd.refill_mask.items())
+    rnd.pruner.detach()
+
+
+@given(stop=st.integers(0, 2 * STEPS - 1))
+def test_resuming_gives_an_average_its_masks_again(stop):
+    model, again = mlp(), mlp()
+    averages = [torch_average(each) for each in (model, again)]
+    rounds, optimizer = rounds_following(model, averages[:1])
+    for rnd in rounds:
+        for step in range(STEPS):
+            if rnd.index * STEPS + step == stop:
+                break
+            gradient_step(model, optimizer, step)
+            averages[0].update_parameters(model)
+        if rnd.index * STEPS + step == stop:
+            break
+    file = io.BytesIO()
+    torch.save([rounds.state_dict(), model.state_dict(), averages[0].state_dict()], file)
+    file.seek(0)
+    state, weights, averaged = torch.load(file, weights_only=True)
+    resumed, _ = rounds_following(again, averages[1:])
+    resumed.load_state_dict(state)
+    again.load_state_dict(weights)
+    averages[1].load_state_dict(averaged)  # strict: every mask has its place
+    for one, other in zip(
+        averages[0].state_dict().values(), averages[1].state_dict().values(), strict=True
+    ):
+        assert same(one, other)
+    for each in (rounds, resumed):
+        each.round.pruner.detach()
+
+
+def test_rewinding_puts_the_same_weights_into_the_average():
+    model = mlp()
+    initial = {name: w.clone() for name, w in named_weights(model).items()}
+    average = torch_average(model)
+    rounds, optimizer = rounds_following(model, [average], Refill, rewind="init")
+    rnd = next(rounds)
+    gradient_step(model, optimizer, 0)
+    average.update_parameters(model)
+    rnd = next(rounds)
+    for name, mask in rnd.refill_mask.items():
+        assert same(named_weights(average.module)[name][mask], initial[name][mask])
+    rnd.pruner.detach()
+
+
+def test_reconstruction_refits_the_average_too():
+    model = mlp()
+    average = torch_average(model)
+    data = [tokens(1, 64, 4)]
+    rounds, _ = rounds_following(
+        model, [average], Refill, reconstruct="least_squares", batches=data
+    )
+    twin = copy.deepcopy(average.module)
+    rnd = next(rounds)
+    torch_rsst.reconstruct(twin, find_groups(mlp()), rnd.refill_mask, batches=data)
+    torch.testing.assert_close(average.module(data[0]), twin(data[0]))
+    rnd.pruner.detach()
+
+
+@pytest.mark.needs_timm
+@pytest.mark.parametrize("name", ["ModelEmaV2", "ModelEmaV3"])
+def test_averages_of_timm_follow(name):
+    import timm.utils
+
+    model = mlp()
+    average = getattr(timm.utils, name)(model, decay=0.9)
+    rounds, optimizer = rounds_following(model, [average])
+    train(rounds, model, optimizer, lambda: average.update(model))
+    rounds.finalize()
+    masks, followed = extract_mask(model), extract_mask(average.module)
+    assert all(same(masks[name], followed[name]) for name in masks)
+
+
+def test_masks_without_rounds_are_followed():
+    model = mlp()
+    average = torch_average(model)
+    torch_rsst.l1_unstructured(model[0], "weight", amount=0.5)
+    torch_rsst.follow(model, [average])
+    average.update_parameters(model)
+    assert same(average.module[0].weight_mask, model[0].weight_mask)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda model: [model], ValueError, "follow: expected a module with the model's parameters, "
+         "got the model itself"),
+        (lambda model: [mlp(hidden=3)], ValueError, "got Sequential with others. Pass an average of this"),
+        (lambda model: [nn.Linear(1, 1)], ValueError, "only in one"),
+        (lambda model: [{}], TypeError, "follow: expected modules, got dict"),
+        (lambda model: torch_average(model), TypeError, "expected a list of modules, got AveragedModel"),
+    ],
+)  # fmt: skip
+def test_what_is_no_average_of_the_model_is_refused_before_anything(make, error, text):
+    model = mlp()
+    with pytest.raises(error, match=text):
+        rounds_following(model, make(model))
+    assert not extract_mask(model)
+
+
+def test_followers_are_put_back_where_the_model_cannot_be_masked(monkeypatch, fingerprint):
+    from torch_rsst.rounds import engine
+
+    model = mlp()
+    average = torch_average(model)
+    rounds, _ = rounds_following(model, [average], Refill)
+    before, real = fingerprint(average.module), engine.apply_mask
+
+    def failing(module, masks):
+        if module is model:
+            raise KeyboardInterrupt
+        real(module, masks)
+
+    monkeypatch.setattr(engine, "apply_mask", failing)
+    with pytest.raises(KeyboardInterrupt):
+        next(rounds)
+    assert fingerprint(average.module) == before

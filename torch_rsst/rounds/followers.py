@@ -1,0 +1,94 @@
+"""Averages of a model's weights (EMA, SWA): masked, shrunk, rewound and cut as the model is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.masking.mask_sets import apply_mask, extract_mask, named_refs, named_weights, unwrap
+from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.utils.errors import listing, refuse
+
+
+@dataclass(frozen=True)
+class Followers:
+    """Modules with the parameters of a model, without their wrappers."""
+
+    modules: tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, followers: Iterable[nn.Module]) -> Followers:
+        """Look inside the wrappers of averages.
+
+        Raises:
+            TypeError: for one that is no module.
+            ValueError: for one that has other parameters than the model, or is the model.
+        """
+        weights = named_weights(model)
+        if isinstance(followers, nn.Module):
+            remedy = "Pass a list: follow=[average]."
+            refuse(TypeError, "follow", "a list of modules", type(followers).__name__, remedy)
+        return cls(tuple(_inside(follower, unwrap(model), weights) for follower in followers))
+
+    def refs(self) -> list[ParameterRef]:
+        """All their parameters."""
+        places = (places for module in self.modules for places in named_refs(module).values())
+        return [ref for own in places for ref in own]
+
+
+def follow(model: nn.Module, followers: Iterable[nn.Module]) -> None:
+    """Mask averages of a model's weights as the model is masked.
+
+    Example:
+        >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+        >>> model = torch.nn.Linear(3, 1)
+        >>> average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        >>> torch_rsst.l1_unstructured(model, "weight", amount=1)
+        Linear(in_features=3, out_features=1, bias=True)
+        >>> torch_rsst.follow(model, [average])
+        >>> average.update_parameters(model)
+        >>> int(average.module.weight_mask.sum())
+        2
+
+    Averages go through the parameters of both models in parallel, so both must be masked, and alike. Call it
+    whenever masks have changed; ``RSST(follow=[average])`` and ``Refill(follow=[average])`` do.
+
+    Args:
+        model: has the masks; not changed.
+        followers: modules with the same parameters, changed in place: ``AveragedModel`` of PyTorch,
+            ``ModelEmaV2`` and ``ModelEmaV3`` of timm, or the averaged modules themselves.
+
+    Raises:
+        TypeError, ValueError: for a follower that is no module or has other parameters; nothing is changed then.
+    """
+    masks = extract_mask(model)
+    for module in Followers.of(model, followers).modules:
+        whole = {name: torch.ones_like(mask) for name, mask in extract_mask(module).items()}
+        apply_mask(module, {**whole, **masks})
+
+
+def _inside(follower: object, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The average within a wrapper that keeps it as ``module``."""
+    if not isinstance(follower, nn.Module):
+        remedy = "Pass the average, such as an AveragedModel."
+        refuse(TypeError, "follow", "modules", type(follower).__name__, remedy)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    inner: object = follower
+    while isinstance(inner, nn.Module):
+        own = unwrap(inner)
+        if own is not model and shapes == {n: w.shape for n, w in named_weights(own).items()}:
+            return own
+        inner = own._modules.get("module")
+    differing = shapes.keys() ^ named_weights(follower).keys()
+    got = (
+        "the model itself"
+        if unwrap(follower) is model
+        else f"{type(follower).__name__} with others"
+    )
+    if differing and unwrap(follower) is not model:
+        got += f": {listing(sorted(differing))} only in one"
+    remedy = "Pass an average of this very model: same names, same shapes."
+    refuse(ValueError, "follow", "a module with the model's parameters", got, remedy)
