@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_rsst
+from torch_rsst.testing import assert_mask_invariants
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available(), reason="torch was built without distributed"
@@ -90,7 +93,68 @@ def _all_cases(rank: int) -> dict[str, Any]:
         model = _wrapped()
         results[f"apply {wrong}"] = _outcome(model, _apply(model, rank, wrong))
     results["trained"] = _train(rank)
+    results |= _stock_shaped(rank)
     return results
+
+
+STOCK_SHAPED: dict[str, Callable[..., object]] = {
+    "identity": torch_rsst.identity,
+    "random_unstructured": partial(torch_rsst.random_unstructured, amount=0.5),
+    "random_structured": partial(torch_rsst.random_structured, amount=0.5, dim=0),
+    "l1_unstructured": partial(torch_rsst.l1_unstructured, amount=0.5),
+    "ln_structured": partial(torch_rsst.ln_structured, amount=0.5, n=2, dim=0),
+    "custom_from_mask": partial(torch_rsst.custom_from_mask, mask=torch.eye(8, 4)),
+    "head_structured": partial(
+        torch_rsst.head_structured, amount=0.5, num_heads=4, projections=1, importance="magnitude"
+    ),
+    "fillback": partial(torch_rsst.fillback, rate=0.5),
+    "global_unstructured": lambda module, name, **group: torch_rsst.global_unstructured(
+        [(module, name), (module, "bias")], torch_rsst.RandomUnstructured, amount=0.5, **group
+    ),
+}
+RANDOM = ("random_unstructured", "random_structured", "global_unstructured")
+
+
+def _stock_shaped(rank: int) -> dict[str, Any]:
+    """Every stock-shaped call: alike, where ranks differ, where one fails; random ones without a group."""
+    results: dict[str, Any] = {}
+
+    def run(call: str, spoil: Callable[[nn.Module, int], None], **group: Any) -> tuple[Any, ...]:
+        model = mlp()
+        if call == "fillback":
+            torch_rsst.custom_from_mask(model[0], "weight", torch.eye(8, 4))
+        spoil(model, rank)
+        torch.manual_seed(rank)  # as with a seed for the data of each rank
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", torch_rsst.RSSTWarning)
+            outcome = _outcome(model, lambda: STOCK_SHAPED[call](model[0], "weight", **group))
+        masks = {name: m.tolist() for name, m in torch_rsst.extract_mask(model).items()}
+        if not outcome[0]:
+            assert_mask_invariants(model)
+        return *outcome, masks, [(w.category, str(w.message), w.filename) for w in caught]
+
+    for call in STOCK_SHAPED:
+        for name, spoil in [("alike", _nothing), ("corrupt", _roll), ("fails", _obstruct)]:
+            results[f"{call} {name}"] = run(call, spoil, process_group=dist.group.WORLD)
+        results[f"{call} alone"] = run(call, _nothing)
+    return results
+
+
+def _nothing(model: nn.Module, rank: int) -> None:
+    """Ranks alike."""
+
+
+def _roll(model: nn.Module, rank: int) -> None:
+    if rank == 1:
+        with torch.no_grad():
+            model[0].weight.copy_(model[0].weight.roll(2, 0))
+
+
+def _obstruct(model: nn.Module, rank: int) -> None:
+    """A rank whose parameter cannot be masked, as a name is in use, or given back, as it is dense."""
+    if rank == 1:
+        torch_rsst.remove_all(model, freeze_zeros=False)
+        model[0].weight_mask = torch.ones(1)
 
 
 def _train(rank: int) -> list[float]:
@@ -158,3 +222,64 @@ def test_an_error_on_one_rank_leaves_none_waiting(
 def test_masks_set_after_wrapping_train_to_equal_replicas(outcomes: list[dict[str, Any]]) -> None:
     assert outcomes[0]["trained"] == outcomes[1]["trained"]
     assert outcomes[0]["trained"].count(0.0) > 0
+
+
+@pytest.mark.parametrize("call", RANDOM)
+def test_a_random_choice_of_the_first_rank_is_taken_on_all(
+    outcomes: list[dict[str, Any]], call: str
+) -> None:
+    (error, _, _, masks, warned), other = outcomes[0][f"{call} alike"], outcomes[1][f"{call} alike"]
+    assert error == other[0] == ""
+    assert masks == other[3]
+    assert masks == outcomes[0][f"{call} alone"][3]  # the first rank draws what it draws by itself
+    assert masks != outcomes[1][f"{call} alone"][3]
+    assert warned == other[4] == []
+
+
+@pytest.mark.parametrize("call", RANDOM)
+def test_random_masks_without_a_group_warn_on_several_ranks(
+    outcomes: list[dict[str, Any]], call: str
+) -> None:
+    for outcome in outcomes:
+        [(category, text, filename)] = outcome[f"{call} alone"][4]
+        assert category is torch_rsst.ReplicaWarning
+        assert text == (
+            f"{call} with random choices on 2 ranks: expected process_group=, got none: ranks with other "
+            "seeds choose other masks. Pass process_group=torch.distributed.group.WORLD, or the group "
+            "of ranks that hold replicas: the first one chooses for all."
+        )
+        assert filename == __file__
+
+
+@pytest.mark.parametrize("call", [call for call in STOCK_SHAPED if call not in RANDOM])
+def test_what_is_not_random_does_not_warn_and_must_agree(
+    outcomes: list[dict[str, Any]], call: str
+) -> None:
+    for outcome in outcomes:
+        error, _, _, masks, warned = outcome[f"{call} alike"]
+        assert error == ""
+        assert masks == outcomes[0][f"{call} alone"][3]
+        assert warned == outcome[f"{call} alone"][4] == []
+
+
+@pytest.mark.parametrize("call", ["l1_unstructured", "ln_structured", "head_structured"])
+def test_a_stock_shaped_call_on_replicas_that_differ_raises_on_every_rank(
+    outcomes: list[dict[str, Any]], call: str
+) -> None:
+    for outcome in outcomes:
+        error, unchanged, masks, _, _ = outcome[f"{call} corrupt"]
+        assert error.startswith(
+            "RuntimeError: replicas: expected the same masks on every rank, got others on rank(s) "
+            "[1] than on lower ranks for "
+        )
+        assert unchanged
+        assert masks == []
+
+
+@pytest.mark.parametrize("call", STOCK_SHAPED)
+def test_a_stock_shaped_call_that_fails_on_one_rank_leaves_none_waiting(
+    outcomes: list[dict[str, Any]], call: str
+) -> None:
+    assert outcomes[1][f"{call} fails"][0]
+    assert "an error on rank(s) [1]: " in outcomes[0][f"{call} fails"][0]
+    assert all(outcome[f"{call} fails"][1] for outcome in outcomes)

@@ -170,6 +170,10 @@ def test_a_tied_tensor_appears_once_under_its_first_name() -> None:
 def test_a_tied_tensor_that_stock_masked_in_one_place() -> None:
     model = Tied()
     stock.l1_unstructured(model.head, "weight", 2)
+    for given_ in (model, model.state_dict()):
+        with pytest.raises(ValueError, match=r"'embed\.weight': expected one mask for all that"):
+            extract_mask(given_)
+    torch_rsst.refresh(model)
     assert list(extract_mask(model)) == list(extract_mask(model.state_dict())) == ["embed.weight"]
 
 

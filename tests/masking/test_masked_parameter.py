@@ -579,10 +579,10 @@ def test_names_in_use_are_not_taken(taken: str, how: str, fingerprint: Fingerpri
     assert fingerprint(layer) == before
 
 
-def test_masks_of_one_tied_parameter_that_differ_meet_when_removed() -> None:
+def test_the_last_mask_of_a_tied_parameter_is_the_one_of_all_its_places() -> None:
     first, second = layer_of(3.0, 1.0, 2.0), layer_of(0.0, 0.0, 0.0)
     second.weight = first.weight
     mask(ParameterRef(first, "weight"), 1, 0, 1)
     mask(ParameterRef(second, "weight"), 1, 1, 0)
     torch_rsst.remove_all(nn.ModuleList([first, second]), freeze_zeros=False)
-    assert first.weight.tolist() == [[3.0, 0.0, 0.0]]
+    assert first.weight.tolist() == [[3.0, 1.0, 0.0]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TypeAlias, TypeVar
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import Layout, local
-from torch_rsst.utils.errors import listing, refuse
+from torch_rsst.utils.errors import ReplicaWarning, listing, message, refuse
 
 T = TypeVar("T")
 Digests: TypeAlias = dict[str, tuple[str, str]]
@@ -68,6 +69,40 @@ def agreed(
         )
         refuse(RuntimeError, "replicas", "the same masks on every rank", problem, remedy)
     return made
+
+
+def agreed_on_first(
+    group: dist.ProcessGroup | None,
+    make: Callable[[], T],
+    masks_of: Callable[[T], Iterable[tuple[str, Tensor]]],
+) -> T:
+    """What ``make`` returns, with the masks that the first rank of ``group`` has made; or all raise.
+
+    For masks that are drawn at random, and not sharded; they are overwritten in place.
+
+    Raises:
+        RuntimeError: where masks differ in shape, or where ``make`` failed on another rank.
+    """
+    made = agreed(
+        group, make, lambda m: ((name, torch.ones_like(mask)) for name, mask in masks_of(m))
+    )
+    for _, mask in masks_of(made):
+        from_first(mask.view(torch.uint8) if mask.dtype == torch.bool else mask, group)
+    return made
+
+
+def warn_of_draws(subject: str, group: dist.ProcessGroup | None) -> None:
+    """Warn the caller's caller where several ranks draw masks at random, each its own."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if group is None and ranks > 1:
+        text = message(
+            f"{subject} with random choices on {ranks} ranks",
+            expected="process_group=",
+            got="none: ranks with other seeds choose other masks",
+            remedy="Pass process_group=torch.distributed.group.WORLD, or the group of ranks that hold "
+            "replicas: the first one chooses for all.",
+        )
+        warnings.warn(text, ReplicaWarning, stacklevel=3)
 
 
 def summed(tensor: Tensor, group: dist.ProcessGroup | None) -> None:

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import is_sharded, placed_like
 from torch_rsst.masking.live_weight import MASK, ORIG
-from torch_rsst.masking.mask_sets import apply_mask, dense_keys, extract_mask, masked_names, unwrap
-from torch_rsst.masking.parameter_ref import masked_refs
+from torch_rsst.masking.mask_sets import (
+    apply_mask,
+    dense_keys,
+    extract_mask,
+    masked_names,
+    masked_places,
+    unwrap,
+)
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.masking.saved_masks import is_writable
@@ -90,7 +96,7 @@ def load_dense_state_dict(
     _check_fits(_dense_shapes(inner), loaded)
     tensors = [*inner.parameters(), *inner.buffers()]
     before = [(t, t.detach().clone()) for t in tensors if not t.is_meta and is_writable(t)]
-    with torch.no_grad(), AllOrNothing(masked_refs(inner.modules())) as undo:
+    with torch.no_grad(), AllOrNothing(masked_places(model)) as undo:
         undo += [partial(tensor.copy_, value) for tensor, value in before]
         _load(inner, loaded, mask)
     return model

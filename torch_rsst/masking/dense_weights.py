@@ -17,10 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torch_rsst.distributed.dtensor import is_sharded
-from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.freezing import move_freeze
 from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
-from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.masking.mask_sets import masked_places, unwrap
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import find_hook, reparametrize, set_hook, set_plain
 from torch_rsst.masking.masked_product import masked
@@ -144,7 +143,6 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
     def __enter__(self) -> nn.Module:
         self._root = unwrap(self._model)
         self._modules = dict(self._root.named_modules())
-        reshard(self._modules.values())
         self._check()
         self._guard = AllOrNothing(
             [ParameterRef(module, "") for module in self._modules.values()], written=[]
@@ -184,7 +182,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
         if any(id(module) in own for each in _active for module in each._modules.values()):
             remedy = "Use the block that is there: its parameters are plain already."
             refuse(RuntimeError, "dense_weights", "no other block for this model", "one", remedy)
-        for ref in masked_refs(self._modules.values()):
+        for ref in masked_places(self._root):
             if is_sharded(ref.original):
                 remedy = "Gather the model first, or read weights as DTensors through `weight`."
                 got = "one that is distributed over several ranks"
@@ -193,16 +191,15 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
 
     def _swapped(self) -> list[_Dense]:
         """Put plain parameters in place of all masked ones; those that are tied stay tied."""
-        found: dict[tuple[int, int], _Dense] = {}
+        found: dict[int, _Dense] = {}
         for path, module in self._modules.items():
             for ref in masked_refs([module]):
                 original, mask = ref.original, ref.mask
                 assert mask is not None, "masked_refs() lists masked refs"
-                key = (id(original), id(mask))
-                if key not in found:
+                if id(original) not in found:
                     plain = nn.Parameter(masked(original, mask).detach(), original.requires_grad)
-                    found[key] = _Dense(original, mask, plain, [])
-                found[key].places.append(_Place.of(path, ref))
+                    found[id(original)] = _Dense(original, mask, plain, [])
+                found[id(original)].places.append(_Place.of(path, ref))
         for dense in found.values():
             for place in dense.places:
                 set_plain(place.ref, dense.plain)

@@ -22,7 +22,6 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.distributed.dtensor import placed_like
-from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.errors import UnfrozenZerosWarning, message, refuse
 from torch_rsst.utils.optimizer_hooks import is_nested
@@ -117,7 +116,7 @@ class _Frozen:
     def is_of(self, ref: ParameterRef) -> bool:
         if self.module() is ref.module and self.name == ref.name:
             return True
-        held = ref.module._parameters.get(ref.name + ORIG if ref.is_masked else ref.name)
+        held = ref.held
         return held is not None and self.parameter() is held
 
     @property
@@ -127,8 +126,8 @@ class _Frozen:
         if module is None:
             return None
         ref = ParameterRef(module, self.name)
-        present = ref.is_masked or module._parameters.get(ref.name) is not None
-        return ref if present and ref.original.shape == self.shape else None
+        held = ref.held
+        return ref if held is not None and held.shape == self.shape else None
 
     def held(self, updated: Container[int]) -> nn.Parameter | None:
         """The parameter to hold in a step that updates those with these ids."""

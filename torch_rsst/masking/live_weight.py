@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import sys
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch_rsst.masking.weight_writes import (
 from torch_rsst.utils.errors import refuse
 
 ORIG, MASK = "_orig", "_mask"
+LIVE_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""All modules that have live names, or had."""
 PICKLE_FORMAT = 1  # of pickled modules and hooks: what a pickle names and with what arguments
 
 
@@ -64,6 +67,7 @@ def make_live(module: nn.Module, name: str) -> None:
     base, names = _base_and_names(_own_class(module))
     _set_own_class(module, _live_class(base, names | {name}))
     module.__dict__.pop(name, None)
+    LIVE_MODULES.add(module)
 
 
 def make_plain(module: nn.Module, name: str) -> None:
@@ -142,7 +146,9 @@ def _rebuild_masked_module(
     """What a pickle calls, by the path ``torch_rsst._rebuild_masked_module``, for a masked module."""
     check_pickle(version)
     cls = _live_class(base, frozenset(names))
-    return cls.__new__(cls, *args)
+    made = cls.__new__(cls, *args)
+    LIVE_MODULES.add(made)
+    return made
 
 
 def check_pickle(version: int) -> None:

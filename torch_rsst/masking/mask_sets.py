@@ -15,6 +15,7 @@ from torch_rsst.masking.live_weight import MASK, ORIG, make_live
 from torch_rsst.masking.mask_values import AVERAGED, is_binary
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, dense_name, masked_refs
+from torch_rsst.masking.tied import check_one_mask, check_shared
 from torch_rsst.utils.errors import MissingNameError, closest, listing, refuse
 
 Masks: TypeAlias = dict[str, Tensor]
@@ -59,7 +60,16 @@ def named_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
     """Dense name → every place that holds the parameter, in ``named_parameters`` order.
 
     Tied parameters appear once, under their first name, with all their refs.
+
+    Raises:
+        ValueError: where some modules that share a parameter have another mask for it, or none.
     """
+    refs = _places(model)
+    check_shared(refs)
+    return refs
+
+
+def _places(model: nn.Module) -> dict[str, list[ParameterRef]]:
     reshard(unwrap(model).modules())
     first_names: dict[int, str] = {}
     refs: dict[str, list[ParameterRef]] = {}
@@ -73,10 +83,14 @@ def named_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
     return refs
 
 
+def masked_places(model: nn.Module) -> list[ParameterRef]:
+    """Every place of a masked parameter; raises as :func:`named_refs` does."""
+    return [ref for places in named_refs(model).values() for ref in places if ref.is_masked]
+
+
 def masked_names(model: nn.Module) -> set[str]:
     """The dense names of all masked parameters; reads no values."""
-    refs = named_refs(model)
-    return {name for name, places in refs.items() if any(ref.is_masked for ref in places)}
+    return {name for name, places in named_refs(model).items() if places[0].is_masked}
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -101,7 +115,8 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
 
     Raises:
         TypeError: for anything but a module or a mapping.
-        ValueError: where a mask holds values other than 0 and 1.
+        ValueError: where a mask holds values other than 0 and 1, or a tied tensor has several masks, or
+            one for some of its names only.
     """
     if isinstance(model_or_state_dict, nn.Module):
         found: Mapping[str, Tensor] = _mask_buffers(model_or_state_dict)
@@ -145,8 +160,7 @@ def _mask_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: placed_like(mask, places[0].original)
         for name, places in named_refs(model).items()
-        for mask in [next((ref.mask for ref in places if ref.mask is not None), None)]
-        if mask is not None
+        if (mask := places[0].mask) is not None
     }
 
 
@@ -161,11 +175,11 @@ def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
         refuse(ValueError, "state dict", "tensors", f"none in {listing(state)}", remedy)
     dense_key = dense_keys(state)
     first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
-    found: Masks = {}
+    found: dict[str, list[Tensor | None]] = {}
     for key, original in state.items():
         own = key.removesuffix(ORIG)
         masked = own != key and own + MASK in state
-        name = own if masked else key
+        name = dense_key[key].removesuffix(ORIG) if masked else dense_key[key]
         # Sharded and meta tensors have no address of their own; extra state is no tensor.
         if (
             isinstance(original, Tensor)
@@ -174,10 +188,10 @@ def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
         ):
             place = (original.data_ptr(), original.shape, original.stride())
             name = first_names.setdefault(place, name)
-        if masked:
-            key_of = name + ORIG if name + ORIG in state else name
-            found.setdefault(dense_key[key_of].removesuffix(ORIG), state[own + MASK])
-    return found
+        found.setdefault(name, []).append(state[own + MASK] if masked else None)
+    for name, masks in found.items():
+        check_one_mask(name, masks)
+    return {name: masks[0] for name, masks in found.items() if masks[0] is not None}
 
 
 def dense_keys(state: Mapping[str, Any]) -> dict[str, str]:
@@ -261,8 +275,8 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
 
     For each name: ``name`` is replaced by the parameter ``name_orig`` (the same object, at the
     same place), the buffer ``name_mask`` (the parameter's dtype) and a forward pre-hook; where
-    they exist, the buffer is overwritten. Parameters that ``masks`` does not name are left alone.
-    Either all masks are set or, after an error, none.
+    they exist, the buffer is overwritten. A tied parameter is masked in all modules that share it, in
+    ``model`` or not. Parameters that ``masks`` does not name are left alone. Either all masks are set or, after an error, none.
 
     Args:
         model: the model, wrapped or not. In a ``DistributedDataParallel`` it is a collective call:
@@ -272,7 +286,8 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
 
     Raises:
         KeyError: for a name that the model does not have, or, if strict, lacks in ``masks``.
-        ValueError: for a mask of another shape or with values other than 0 and 1.
+        ValueError: for a mask of another shape or with values other than 0 and 1; where modules that share
+            a parameter cannot all be masked.
         RuntimeError: where the ranks of a ``DistributedDataParallel`` pass different masks.
     """
     work = agreed(
@@ -289,10 +304,12 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
 def _sites_to_mask(
     model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool
 ) -> list[tuple[ParameterRef, Tensor]]:
-    refs = named_refs(model)
+    refs = _places(model)
     chosen = _binary(masks)
     resolved = {name: _resolve(name, refs) for name in chosen}
-    if strict and (left := masked_names(model) - set(resolved.values())):
+    others = {name: refs[name] for name in refs.keys() - resolved.values()}
+    check_shared(others)
+    if strict and (left := [name for name, places in others.items() if places[0].is_masked]):
         refuse(
             MissingNameError,
             "masks",
@@ -430,13 +447,23 @@ def refresh(model: nn.Module) -> nn.Module:
     that reads, before the next forward pass, the list of weights that a recurrent layer keeps, and
     modules that a class of ``torch.nn.utils.prune`` has masked by itself, such as
     ``L1Unstructured.apply(layer, "weight", 0.5)``: their ``weight``, which was stored and cannot be copied, is
-    computed from now on, so that :func:`copy.deepcopy` works.
+    computed from now on, so that :func:`copy.deepcopy` works. Where such a class has masked a tied
+    weight for one module only, all that share it get its mask.
 
     Returns:
         the model that was given.
+
+    Raises:
+        ValueError: where modules that share a parameter have different masks for it.
     """
+    tied = {name: places for name, places in _places(model).items() if len(places) > 1}
+    masked = {n: found for n, p in tied.items() if (found := [ref for ref in p if ref.is_masked])}
+    check_shared(masked)
+    half = [name for name, found in masked.items() if len(found) < len(tied[name])]
+    alive = [mask for name in half if (mask := masked[name][0].alive) is not None]
+    install([ref for name in half for ref in tied[name]], NewMasks.of(alive))
     for ref in masked_refs(unwrap(model).modules()):
         make_live(ref.module, ref.name)
-        if found := find_hook(ref):
-            found[1](ref.module, ())
+        if hook := find_hook(ref):
+            hook[1](ref.module, ())
     return model

@@ -13,11 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.distributed.fsdp import rename_parameter
+from torch_rsst.distributed.replicas import agreed
 from torch_rsst.masking.blocks import as_bytes
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import (
@@ -35,6 +37,7 @@ from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.masking.saved_masks import is_writable
+from torch_rsst.masking.tied import masked_with, sharing
 from torch_rsst.utils.large_pages import with_large_pages
 
 
@@ -82,9 +85,11 @@ class _Masked(BasePruningMethod):
         """Make the pruning permanent: ``weight`` is a parameter again, zero where it was masked.
 
         As with the stock methods, the caller deletes the hook: :func:`torch.nn.utils.prune.remove`
-        and other libraries do.
+        and other libraries do. Other modules that share the parameter lose mask and hook, too.
         """
-        make_permanent(ParameterRef(module, self._tensor_name))
+        ref = ParameterRef(module, self._tensor_name)
+        restore(masked_with([ref]))
+        make_permanent(ref)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles of masked models name public paths only; see :data:`PICKLE_FORMAT`."""
@@ -117,20 +122,35 @@ class MaskHook(_Masked):
         name: str,
         *args: Any,
         importance_scores: Tensor | None = None,
+        process_group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ) -> BasePruningMethod:
-        """Mask one parameter, as :meth:`torch.nn.utils.prune.BasePruningMethod.apply` does."""
-        method = cls(*args, **kwargs)
-        method._apply_to(check_ref(module, name), importance_scores)
+        """Mask one parameter, as :meth:`torch.nn.utils.prune.BasePruningMethod.apply` does.
+
+        With a ``process_group``, all its ranks must choose the same mask, or all raise.
+        """
+
+        def choose() -> tuple[MaskHook, ParameterRef, Tensor]:
+            method, ref = cls(*args, **kwargs), check_ref(module, name)
+            return method, ref, method._choose(ref, importance_scores)
+
+        method, ref, alive = agreed(
+            process_group, choose, lambda chosen: [(str(chosen[1]), chosen[2])]
+        )
+        method._install(ref, alive)
+        method._tensor_name = name
         return method
 
-    def _apply_to(self, ref: ParameterRef, importance_scores: Tensor | None) -> None:
+    def _choose(self, ref: ParameterRef, importance_scores: Tensor | None) -> Tensor:
+        """What is to be alive; nothing is touched."""
         scores = check_scores(ref, importance_scores)
         check_binary(ref.mask, ref)
         default = torch.ones_like(ref.original) if ref.mask is None else ref.mask.clone()
         mask = self._new_mask(scores, default.detach(), given=importance_scores is not None)
-        install([ref], NewMasks.of([mask != 0]))
-        self._tensor_name = ref.name
+        return mask != 0
+
+    def _install(self, ref: ParameterRef, alive: Tensor) -> None:
+        install([ref], NewMasks.of([alive]))
 
     def _new_mask(self, scores: Tensor, mask: Tensor, *, given: bool) -> Tensor:
         """The mask from the weights, or from scores that the caller has given."""
@@ -159,9 +179,13 @@ def install(refs: Sequence[ParameterRef], new: NewMasks) -> None:
     """Set masks exactly, in place, all or none.
 
     Args:
-        refs: where to; those that share a parameter share its mask.
+        refs: where to; all modules that share a parameter share its mask, listed or not.
         new: the masks, one for each parameter in the order of ``refs``.
+
+    Raises:
+        ValueError: where one that is not listed cannot be masked.
     """
+    refs = [*refs, *(check_ref(ref.module, ref.name) for ref in sharing(refs))]
     # A mask made in inference mode could not be changed outside it.
     with torch.inference_mode(False), torch.no_grad():
         originals = [id(ref.original) for ref in refs]
@@ -183,6 +207,15 @@ def install(refs: Sequence[ParameterRef], new: NewMasks) -> None:
                 hook(ref.module, ())
             for ref in dense:
                 end_freeze(ref)
+
+
+def share_mask(ref: ParameterRef, others: Sequence[ParameterRef]) -> None:
+    """Mask other places of a parameter as this one is, all with hooks of ours, which undo it for all."""
+    mask = ref.mask
+    assert mask is not None, "only masks that are there are shared"
+    for each in [ref, *others] if others else []:
+        reparametrize(each, mask)
+        set_hook(each)(each.module, ())
 
 
 def _holds(ref: ParameterRef, mask: Tensor) -> bool:
@@ -262,7 +295,7 @@ def restore(
         refs: masked ones.
         hold_zeros: freezes what was masked, as the last step.
     """
-    masked = [(ref.original, ref.mask) for ref in refs]  # tied ones may differ in their masks
+    masked = [(ref.original, ref.mask) for ref in refs]  # before they go
     for ref in refs:
         check_binary(ref.mask, ref)
     with torch.no_grad(), AllOrNothing(refs) as undo:

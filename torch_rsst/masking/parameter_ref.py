@@ -31,9 +31,19 @@ class ParameterRef:
     name: str
 
     @property
+    def key(self) -> str:
+        """The parameter's name in the module now."""
+        return self.name + ORIG if self.is_masked else self.name
+
+    @property
+    def held(self) -> nn.Parameter | None:
+        """What the module has there, if anything."""
+        return self.module._parameters.get(self.key)
+
+    @property
     def original(self) -> nn.Parameter:
         """The trainable parameter, ``weight_orig`` where masked, else ``weight``."""
-        found = self.module._parameters.get(self.name + ORIG if self.is_masked else self.name)
+        found = self.held
         assert found is not None, "check_ref() lets no other parameter in"
         return found
 

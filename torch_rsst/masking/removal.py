@@ -9,9 +9,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
-from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.masking.mask_sets import masked_places
 from torch_rsst.masking.masked_parameter import restore
-from torch_rsst.masking.parameter_ref import masked_refs
+from torch_rsst.masking.tied import masked_with
 from torch_rsst.utils.errors import UnfrozenZerosWarning
 
 
@@ -27,7 +27,8 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
 
     Whatever pruned a parameter, ours or stock, ``name_orig`` becomes ``name`` again (the same
     object, its gradient and place kept) and ``name_mask`` and the hook go. Calling it again does
-    nothing. Either all parameters become plain or, after an error, none.
+    nothing. Either all parameters become plain or, after an error, none. Modules outside of ``model``
+    that share a parameter with it lose its mask, too.
 
     Args:
         model: the model, wrapped or not.
@@ -39,10 +40,14 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
     Returns:
         the model that was given.
 
+    Raises:
+        ValueError: where a tied parameter is masked for some of its modules only, or by different masks.
+
     Warns:
         UnfrozenZerosWarning: for ``freeze_zeros=None``, where masked entries became zeros.
     """
-    refs = masked_refs(unwrap(model).modules())
+    refs = masked_places(model)
+    refs += masked_with(refs)
     zeros = [(ref, ~alive) for ref in refs if (alive := ref.alive) is not None]
     restore(refs, hold_zeros=partial(hold_at_zero, zeros) if freeze_zeros else None)
     if freeze_zeros is None:

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.prune import BasePruningMethod
+from torch.optim import Optimizer
 
-from torch_rsst.distributed.replicas import agreed
+from torch_rsst.distributed.replicas import agreed, agreed_on_first, warn_of_draws
 from torch_rsst.importance.weights import Importance
 from torch_rsst.masking.freezing import freeze_latents
 from torch_rsst.masking.mask_values import check_binary
@@ -25,12 +26,14 @@ from torch_rsst.masking.parameter_ref import (
     parameter_list,
     ref_of,
 )
+from torch_rsst.masking.tied import by_parameter
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers, assign_to_optimizers
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.stock.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.utils.amounts import Amount, to_count
 from torch_rsst.utils.errors import refuse
 
+RANDOM = (prune.RandomUnstructured, prune.RandomStructured)
 # Methods whose rule is known, so that they need no joined vector; an override is called instead.
 _L1_RULES = (GlobalL1.compute_mask, prune.L1Unstructured.compute_mask)
 
@@ -63,7 +66,7 @@ def global_unstructured(
         importance_scores: (module, name) → scores of the parameter's shape, used in its place. Pairs that
             are not listed in ``parameters`` have no say.
         process_group: for replicas of one model on several ranks: all ranks must choose the same
-            entries, or all raise.
+            entries, or all raise. What a random method chooses on the first rank is taken on all.
         **kwargs: the arguments of ``pruning_method``, such as ``amount``: an int counts entries, a
             float is the fraction of what is still alive.
 
@@ -73,18 +76,32 @@ def global_unstructured(
         ValueError: for an empty list, a parameter listed twice, scores of another shape, NaN in
             the score of an alive entry, or an amount out of range.
         RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
+
+    Warns:
+        ReplicaWarning: for a random method on several ranks without a ``process_group``.
     """
-    refs, masks = agreed(
-        process_group,
-        lambda: _choose(_distinct_sites(parameters), pruning_method, importance_scores, kwargs),
-        lambda chosen: (
-            (f"{tied[0]}, number {i}", mask)
-            for i, (tied, mask) in enumerate(
-                zip(_by_parameter(chosen[0]), chosen[1].as_tensors(chosen[0]), strict=True)
-            )
-        ),
-    )
-    install(refs, masks)
+    draws = isinstance(pruning_method, type) and issubclass(pruning_method, RANDOM)
+    if draws:
+        warn_of_draws("global_unstructured", process_group)
+
+    def choose() -> tuple[list[ParameterRef], NewMasks]:
+        return _choose(_distinct_sites(parameters), pruning_method, importance_scores, kwargs)
+
+    if process_group is None:
+        install(*choose())
+        return
+
+    def choose_here() -> tuple[list[ParameterRef], list[Tensor]]:
+        refs, new = choose()
+        return refs, new.as_tensors(refs)
+
+    refs, masks = (agreed_on_first if draws else agreed)(process_group, choose_here, _named)
+    install(refs, NewMasks.of(masks))
+
+
+def _named(chosen: tuple[list[ParameterRef], list[Tensor]]) -> list[tuple[str, Tensor]]:
+    shared = zip(by_parameter(chosen[0]), chosen[1], strict=True)
+    return [(f"{places[0]}, number {i}", mask) for i, (places, mask) in enumerate(shared)]
 
 
 def _choose(
@@ -109,9 +126,9 @@ def _choose(
             "Use GlobalL1, or prune whole units with regroup() and apply_mask().",
         )
     _check_keys(importance_scores)
-    by_parameter = _by_parameter(refs)
-    unique = [tied[0] for tied in by_parameter]
-    scores = [_scores_of(tied, importance_scores) for tied in by_parameter]
+    shared = by_parameter(refs)
+    unique = [tied[0] for tied in shared]
+    scores = [_scores_of(tied, importance_scores) for tied in shared]
     masks = _rank(method, unique, scores)
     if importance_scores is not None:
         # Scores may be masks, or share their memory: take all that is wanted before any changes.
@@ -131,14 +148,6 @@ def _distinct_sites(parameters: Iterable[Parameter]) -> list[ParameterRef]:
     if not refs:
         refuse(ValueError, "parameters", "at least one", "none", "Name the parameters to prune.")
     return list(refs)
-
-
-def _by_parameter(refs: list[ParameterRef]) -> list[list[ParameterRef]]:
-    """The refs that share a parameter, together."""
-    tied: dict[int, list[ParameterRef]] = {}
-    for ref in refs:
-        tied.setdefault(id(ref.original), []).append(ref)
-    return list(tied.values())
 
 
 def _check_keys(importance_scores: object) -> None:
@@ -207,6 +216,7 @@ def head_structured(
     projections: int = 3,
     dim: int = 0,
     importance: str | Importance = "magnitude",
+    process_group: dist.ProcessGroup | None = None,
 ) -> nn.Module:
     """Mask the least important heads of one parameter whole, in place; the others become dense.
 
@@ -225,15 +235,24 @@ def head_structured(
         projections: projections stacked along ``dim``: 3 for a fused qkv, 1 for a single one.
         dim: 0 for weights that produce heads, 1 for an output projection.
         importance: ``"remain"``, ``"magnitude"`` or a callable.
+        process_group: for replicas: all ranks must choose the same heads, or all raise.
 
     Returns:
         the module that was given, with ``name_orig`` and ``name_mask`` added.
 
     Raises:
         ValueError: where heads do not divide the rows, or an argument is out of range.
+        RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
     """
     HeadRegroup.apply(
-        module, name, amount, num_heads, projections=projections, dim=dim, importance=importance
+        module,
+        name,
+        amount,
+        num_heads,
+        projections=projections,
+        dim=dim,
+        importance=importance,
+        process_group=process_group,
     )
     return module
 
@@ -248,6 +267,7 @@ def fillback(
     snapshot: Mapping[str, Tensor] | None = None,
     freeze_masked: bool = False,
     reset_moments: Optimizers | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> nn.Module:
     """Give the highest-scored masked entries of a parameter back, in place; take nothing.
 
@@ -271,6 +291,7 @@ def fillback(
         reset_moments: the optimizer (or several) whose momentum and running averages of the returned entries
             start again at 0. By default they are kept: entries go on with what the optimizer
             remembers of them.
+        process_group: for replicas: all ranks must choose the same entries, or all raise.
 
     Returns:
         the module that was given.
@@ -279,14 +300,26 @@ def fillback(
         TypeError: for anything but a torch optimizer in ``reset_moments``.
         ValueError: for a dense parameter, a rate out of range, a NaN score, a missing snapshot or
             optimizers that do not update the parameter.
+        RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
     """
-    ref = check_ref(module, name)
-    optimizers = [] if reset_moments is None else as_optimizers(reset_moments)
-    if optimizers:
-        assign_to_optimizers({name: ref.original}, optimizers, "auto")
+
+    def check() -> tuple[ParameterRef, list[Optimizer]]:
+        ref = check_ref(module, name)
+        optimizers = [] if reset_moments is None else as_optimizers(reset_moments)
+        if optimizers:
+            assign_to_optimizers({name: ref.original}, optimizers, "auto")
+        return ref, optimizers
+
+    ref, optimizers = agreed(process_group, check, lambda _: ())
     masked = None if ref.alive is None else ~ref.alive
     Fillback.apply(
-        module, name, rate, importance_scores=importance_scores, policy=policy, snapshot=snapshot
+        module,
+        name,
+        rate,
+        importance_scores=importance_scores,
+        policy=policy,
+        snapshot=snapshot,
+        process_group=process_group,
     )
     if masked is not None and ref.alive is not None:
         for optimizer in optimizers:

@@ -174,7 +174,7 @@ class Fillback(MaskHook):
             lowest([reverse], count, among=[masked], names=["the masked entries"])[0], 1
         )
 
-    def _apply_to(self, ref: ParameterRef, importance_scores: Tensor | None) -> None:
+    def _choose(self, ref: ParameterRef, importance_scores: Tensor | None) -> Tensor:
         if ref.mask is None:
             refuse(
                 ValueError,
@@ -183,14 +183,17 @@ class Fillback(MaskHook):
                 "a dense one",
                 "Prune it first; there is nothing to give back.",
             )
-        value = self._returning_value(ref.name, ref.original)
-        if value is None:
-            super()._apply_to(ref, importance_scores)
+        self._returning_value(ref.name, ref.original)  # refused here where it does not fit
+        return super()._choose(ref, importance_scores)
+
+    def _install(self, ref: ParameterRef, alive: Tensor) -> None:
+        value, before = self._returning_value(ref.name, ref.original), ref.alive
+        if value is None or before is None:
+            super()._install(ref, alive)
             return
-        masked = ref.mask == 0
         with torch.no_grad(), AllOrNothing([ref]):
-            super()._apply_to(ref, importance_scores)
-            returned = masked & (ref.mask != 0)
+            super()._install(ref, alive)
+            returned = alive & ~before
             # In one go, at the very end: nothing can fail after it.
             ref.original.copy_(torch.where(returned, value, ref.original))
 

@@ -8,73 +8,116 @@ nothing.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.prune import BasePruningMethod
 
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.distributed.fsdp import reshard
+from torch_rsst.distributed.replicas import agreed, agreed_on_first, warn_of_draws
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
-from torch_rsst.masking.live_weight import ORIG, make_live, make_plain
+from torch_rsst.masking.live_weight import make_live, make_plain
 from torch_rsst.masking.mask_values import check_binary
-from torch_rsst.masking.masked_parameter import MaskHook, find_hook, restore, zero
-from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.masking.masked_parameter import MaskHook, find_hook, restore, share_mask, zero
+from torch_rsst.masking.parameter_ref import ParameterRef, check_ref
 from torch_rsst.masking.removal import warn_unfrozen
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
+from torch_rsst.masking.tied import masked_with, sharing
 from torch_rsst.utils.errors import refuse
 
-F = TypeVar("F", bound=Callable[..., Any])
 
+def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[..., Any]:
+    """A stock function ``f(module, name, …)`` that keeps place and product, and is all or nothing.
 
-def _safe(function: F) -> F:
-    """A stock function ``f(module, name, …)`` that keeps place and product, and is all or nothing."""
+    Args:
+        function: of :mod:`torch.nn.utils.prune`.
+        draws: whether it draws random numbers.
+    """
 
     @functools.wraps(function)
-    def safe(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    def safe(
+        module: nn.Module,
+        name: str,
+        *args: Any,
+        process_group: dist.ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if not isinstance(module, nn.Module):  # PyTorch's own error
             return function(module, name, *args, **kwargs)
+        if draws:
+            warn_of_draws(function.__name__, process_group)
+        reshard([module])
         ref = ParameterRef(module, name)
-        if function is not prune.remove:
-            _refuse_shards(module, name)
-            reshard([module])
-        mask = ref.mask
-        check_binary(mask, ref)
-        with AllOrNothing([ref]) as undo, place_kept(ref):
-            undo.append(frozen_now([ref]))
-            result = function(module, name, *args, **kwargs)
-            (make_live if ref.is_masked else make_plain)(module, name)
-            if mask is None and ref.is_masked:
-                end_freeze(ref)
-            if mask is not None and not ref.is_masked:
-                zero(ref.original, mask)  # PyTorch multiplies, and NaN · 0 is NaN
+        mask, others = ref.mask, sharing([ref]) if ref.held is not None else []
+
+        def act() -> Any:
+            if function is not prune.remove:
+                _refuse_shards(ref)
+            check_binary(mask, ref)
+            for other in others:
+                check_ref(other.module, other.name)
+            return function(module, name, *args, **kwargs)
+
+        with AllOrNothing([ref, *others]) as undo, place_kept(ref):
+            undo.append(frozen_now([ref, *others]))
+            result = (agreed_on_first if draws else agreed)(
+                process_group, act, lambda _: [] if ref.mask is None else [(str(ref), ref.mask)]
+            )
+            if ref.is_masked:
+                make_live(module, name)
+                if mask is None:
+                    end_freeze(ref)
+                share_mask(ref, others)
+            else:
+                make_plain(module, name)
+                restore([other for other in others if other.is_masked])
+                if mask is not None:
+                    zero(ref.original, mask)  # PyTorch multiplies, and NaN · 0 is NaN
         return result
 
     safe.__module__ = __name__  # pickled by reference to this one
-    return safe  # type: ignore[return-value] # functools.wraps keeps the signature
+    safe.__doc__ = f"{function.__doc__}{_GROUP}"
+    safe.__signature__ = _with_process_group(function)  # type: ignore[attr-defined] # inspect's
+    return safe
 
 
-def _refuse_shards(module: nn.Module, name: str) -> None:
-    held = [module._parameters.get(key) for key in (name, name + ORIG)]
-    if any(is_sharded(parameter) for parameter in held):
+_GROUP = """
+    process_group: for replicas of one model on several ranks: all ranks must choose the same entries,
+        or all raise. What a random method chooses on the first rank is taken on all; without a group
+        it warns there. Other modules that share the parameter are masked, too.
+"""
+
+
+def _with_process_group(function: Callable[..., Any]) -> inspect.Signature:
+    known = inspect.signature(function)
+    group = inspect.Parameter("process_group", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return known.replace(parameters=[*known.parameters.values(), group])
+
+
+def _refuse_shards(ref: ParameterRef) -> None:
+    if is_sharded(ref.held):
         remedy = "Use global_unstructured with GlobalL1, fillback or apply_mask: they know shards."
         got = "one in parts on several ranks"
-        refuse(ValueError, f"parameter {name!r}", "a whole tensor", got, remedy)
+        refuse(ValueError, f"parameter {ref}", "a whole tensor", got, remedy)
 
 
 # How hooks are removed that restore() does the same for.
 _KNOWN = (BasePruningMethod.remove, MaskHook.remove)
 
 identity = _safe(prune.identity)
-random_unstructured = _safe(prune.random_unstructured)
+random_unstructured = _safe(prune.random_unstructured, draws=True)
 l1_unstructured = _safe(prune.l1_unstructured)
-random_structured = _safe(prune.random_structured)
+random_structured = _safe(prune.random_structured, draws=True)
 ln_structured = _safe(prune.ln_structured)
 custom_from_mask = _safe(prune.custom_from_mask)
+_remove = _safe(prune.remove)
 
 
 @functools.wraps(prune.remove)
@@ -89,11 +132,11 @@ def remove(module: nn.Module, name: str, *, freeze_zeros: bool | None = None) ->
     zeros = [] if ref is None or alive is None else [(ref, ~alive)]
     hold_zeros = partial(hold_at_zero, zeros) if freeze_zeros else None
     if ref is None or found is None or type(found[1]).remove not in _KNOWN:
-        _safe(prune.remove)(module, name)  # type: ignore[no-untyped-call]
+        _remove(module, name)
         if hold_zeros is not None:
             hold_zeros()
     else:
-        restore([ref], hold_zeros=hold_zeros)
+        restore([ref, *masked_with([ref])], hold_zeros=hold_zeros)
     if freeze_zeros is None:
         warn_unfrozen(dead for _, dead in zeros)
     return module

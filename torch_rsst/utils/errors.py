@@ -23,6 +23,10 @@ class FractionalMaskWarning(RSSTWarning):
     """A mask of a model holds other values than 0 and 1, as averaging of buffers leaves them."""
 
 
+class ReplicaWarning(RSSTWarning):
+    """Ranks that hold replicas of a model may have chosen different masks."""
+
+
 class UnfrozenZerosWarning(RSSTWarning):
     """Masks were removed, and nothing holds their zeros under further training."""
 

@@ -1,0 +1,413 @@
+"""A parameter that several modules share has one mask for all of them, whichever call sets it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor, nn
+from torch.nn.utils import prune as stock
+
+import torch_rsst
+from torch_rsst.masking import tied
+from torch_rsst.testing import assert_mask_invariants
+
+pytestmark = pytest.mark.filterwarnings("ignore::torch_rsst.UnfrozenZerosWarning")
+
+Fingerprint = Callable[[nn.Module], list[Any]]
+TOKENS = torch.arange(6)
+REFUSED = (
+    r"tied parameter 'embed\.weight': expected one mask for all that share it, got (none for some of "
+    r"them|different ones)\. Call torch_rsst\.refresh\(model\) .* or torch_rsst\.apply_mask"
+)
+
+
+class Language(nn.Module):
+    """As language models: the head's weight is that of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mlp = nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.embed.weight = self.head.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        return self.head(hidden + self.mlp(hidden).relu())
+
+
+def made() -> Language:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Language()
+
+
+def half() -> torch.Tensor:
+    return torch.arange(24).reshape(6, 4) % 3 != 0
+
+
+CALLS: dict[str, Callable[[nn.Module], object]] = {
+    "identity": lambda m: torch_rsst.identity(m, "weight"),
+    "l1_unstructured": lambda m: torch_rsst.l1_unstructured(m, "weight", 0.5),
+    "random_unstructured": lambda m: torch_rsst.random_unstructured(m, "weight", 0.5),
+    "ln_structured": lambda m: torch_rsst.ln_structured(m, "weight", 0.5, n=2, dim=0),
+    "random_structured": lambda m: torch_rsst.random_structured(m, "weight", 0.5, dim=1),
+    "custom_from_mask": lambda m: torch_rsst.custom_from_mask(m, "weight", half()),
+    "global_unstructured": lambda m: torch_rsst.global_unstructured(
+        [(m, "weight")], torch_rsst.L1Unstructured, amount=0.5
+    ),
+    "GlobalL1": lambda m: torch_rsst.GlobalL1.apply(m, "weight", 0.5),
+    "head_structured": lambda m: torch_rsst.head_structured(m, "weight", 1, 2, projections=1),
+    "apply_mask": lambda m: torch_rsst.apply_mask(m, {"weight": half()}),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+owners = pytest.mark.parametrize("owner", ["embed", "head"])
+
+
+def assert_agrees(model: nn.Module) -> None:
+    """Masks, checkpoints, removal and forward pass tell the same of a model."""
+    assert_mask_invariants(model)
+    masks, output = torch_rsst.extract_mask(model), model(TOKENS)
+    dtype = next(model.parameters()).dtype
+    fresh, again = made().to(dtype), made().to(dtype)
+    torch_rsst.prepare_from_state_dict(fresh, model.state_dict())
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(TOKENS), output)
+    plain = torch_rsst.remove_all(copy.deepcopy(model))
+    assert torch.equal(plain(TOKENS), output)
+    assert plain.embed.weight is plain.head.weight
+    again.load_state_dict(plain.state_dict())
+    torch_rsst.apply_mask(again, masks)
+    assert torch.equal(again(TOKENS), output)
+    with torch_rsst.dense_weights(fresh):
+        assert torch.equal(fresh(TOKENS), output)
+        assert fresh.embed.weight is fresh.head.weight
+
+
+def assert_shared(model: nn.Module) -> None:
+    assert model.embed.weight_orig is model.head.weight_orig
+    assert model.embed.weight_mask is model.head.weight_mask
+
+
+@owners
+@every_call
+def test_masking_one_owner_masks_all(call: Callable[[nn.Module], object], owner: str) -> None:
+    model = made()
+    names = [name for name, _ in model.named_parameters()]
+    call(getattr(model, owner))
+    assert_shared(model)
+    assert_agrees(model)
+    assert [name.removesuffix("_orig") for name, _ in model.named_parameters()] == names
+
+
+@owners
+@every_call
+def test_masking_one_owner_again_after_a_conversion_masks_all(
+    call: Callable[[nn.Module], object], owner: str
+) -> None:
+    model = made()
+    torch_rsst.apply_mask(model.head, {"weight": half().logical_not()})
+    model.double()  # which converts the buffer once for each module
+    assert model.embed.weight_mask is not model.head.weight_mask
+    assert_agrees(model)
+    call(getattr(model, owner))
+    assert_shared(model)
+    assert_agrees(model)
+
+
+@owners
+def test_the_mask_is_the_one_that_an_untied_weight_gets(owner: str) -> None:
+    model = made()
+    alone = nn.Linear(4, 6, bias=False)
+    alone.load_state_dict(model.head.state_dict())
+    torch_rsst.l1_unstructured(alone, "weight", 0.4)
+    torch_rsst.l1_unstructured(getattr(model, owner), "weight", 0.4)
+    assert torch.equal(model.embed.weight_mask, alone.weight_mask)
+    torch_rsst.fillback(getattr(model, owner), "weight", 0.5, policy="zero")
+    torch_rsst.fillback(alone, "weight", 0.5, policy="zero")
+    assert torch.equal(model.head.weight_mask, alone.weight_mask)
+    assert_agrees(model)
+
+
+@owners
+@pytest.mark.parametrize(
+    "remove",
+    [
+        lambda m: torch_rsst.remove(m, "weight", freeze_zeros=False),
+        lambda m: torch_rsst.remove_all(m, freeze_zeros=False),
+        lambda m: stock.remove(m, "weight"),
+    ],
+    ids=["remove", "remove_all", "stock"],
+)
+@pytest.mark.parametrize("by", ["apply_mask", "l1_unstructured"])
+def test_removing_at_one_owner_removes_at_all(owner: str, remove: Any, by: str) -> None:
+    model = made()
+    CALLS[by](model.embed)
+    output = model(TOKENS)
+    remove(getattr(model, owner))
+    assert model.embed.weight is model.head.weight
+    assert torch_rsst.extract_mask(model) == {}
+    assert not model.embed._forward_pre_hooks
+    assert not model.head._forward_pre_hooks
+    assert torch.equal(model(TOKENS), output)
+
+
+def test_owners_in_other_models_and_under_other_names_are_masked_and_copies_are_not() -> None:
+    model, other = made(), nn.Module()
+    average = copy.deepcopy(model)
+    other.table = model.head.weight
+    other.list = nn.ParameterList([model.head.weight])
+    torch_rsst.l1_unstructured(model.head, "weight", 0.5)
+    assert other.table_mask is model.head.weight_mask
+    assert torch.equal(other.list[0], model.head.weight)
+    assert torch_rsst.extract_mask(average) == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_traced_modules_stay_as_they_were_traced() -> None:
+    layer = nn.Linear(4, 6)
+    x = torch.ones(1, 4)
+    traced, before = torch.jit.trace(layer, x), layer(x)
+    torch_rsst.l1_unstructured(layer, "weight", 0.5)
+    assert torch.equal(traced(x), before)
+    assert not torch.equal(layer(x), before)
+
+
+@every_call
+def test_where_one_owner_cannot_be_masked_nothing_is(
+    call: Callable[[nn.Module], object], fingerprint: Fingerprint
+) -> None:
+    model = made()
+    model.embed.weight_mask = 3
+    before = fingerprint(model)[1:]
+    with pytest.raises(ValueError, match=r"'weight' of Embedding: expected .* to be free names"):
+        call(model.head)
+    assert fingerprint(model)[1:] == before
+
+
+def half_tied(kind: str) -> Language:
+    """What the stock module makes of a model; it cannot be changed."""
+    model = made()
+    stock.l1_unstructured(model.head, "weight", 0.5)
+    if kind == "two masks":
+        stock.custom_from_mask(model.embed, "weight", half())
+    return model
+
+
+WHOLE: dict[str, Callable[[nn.Module], object]] = {
+    "extract_mask": torch_rsst.extract_mask,
+    "extract_mask of a state dict": lambda m: torch_rsst.extract_mask(m.state_dict()),
+    "prepare_from_state_dict": lambda m: torch_rsst.prepare_from_state_dict(made(), m.state_dict()),
+    "apply_mask of others": lambda m: torch_rsst.apply_mask(m, {"mlp.bias": torch.ones(4)}),
+    "remove_all": torch_rsst.remove_all,
+    "find_groups": torch_rsst.find_groups,
+    "sparsity_report": torch_rsst.sparsity_report,
+    "dense_weights": lambda m: torch_rsst.dense_weights(m).__enter__(),
+    "load_dense_state_dict": lambda m: torch_rsst.load_dense_state_dict(
+        m, made().state_dict(), mask="keep"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["one mask", "two masks"])
+@pytest.mark.parametrize("call", WHOLE.values(), ids=WHOLE)
+def test_calls_that_see_a_half_tied_model_refuse_it_and_change_nothing(
+    call: Callable[[nn.Module], object], kind: str, fingerprint: Fingerprint
+) -> None:
+    model = half_tied(kind)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=REFUSED):
+        call(model)
+    assert fingerprint(model) == before
+
+
+@owners
+@pytest.mark.parametrize("remove", [torch_rsst.remove, lambda m, _: torch_rsst.remove_all(m)])
+def test_a_mask_that_another_owner_lacks_is_not_removed_at_one(
+    owner: str, remove: Any, fingerprint: Fingerprint
+) -> None:
+    model = half_tied("two masks" if owner == "embed" else "one mask")
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="tied parameter 'weight': expected one mask"):
+        remove(getattr(model, owner), "weight")
+    assert fingerprint(model) == before
+
+
+def test_refresh_gives_a_tied_weight_that_stock_has_masked_one_mask() -> None:
+    model = half_tied("one mask")
+    mask = model.head.weight_mask.clone()
+    assert torch_rsst.refresh(model) is model
+    assert torch.equal(model.embed.weight_mask, mask)
+    assert_shared(model)
+    assert_agrees(model)
+
+
+def test_refresh_does_not_choose_between_two_masks(fingerprint: Fingerprint) -> None:
+    model = half_tied("two masks")
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=REFUSED):
+        torch_rsst.refresh(model)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("kind", ["one mask", "two masks"])
+@every_call
+@owners
+def test_masking_a_half_tied_weight_completes_it(
+    owner: str, call: Callable[[nn.Module], object], kind: str
+) -> None:
+    model = half_tied(kind)
+    call(getattr(model, owner))
+    assert_shared(model)
+    assert_agrees(model)
+
+
+def test_apply_mask_sets_one_mask_where_there_were_two() -> None:
+    model = half_tied("two masks")
+    torch_rsst.apply_mask(model, {"embed.weight": half()}, strict=True)
+    assert torch.equal(torch_rsst.extract_mask(model)["embed.weight"], half())
+    assert_agrees(model)
+
+
+def test_invariants_tell_a_half_tied_model() -> None:
+    with pytest.raises(AssertionError, match=REFUSED):
+        assert_mask_invariants(half_tied("one mask"))
+
+
+def test_the_heap_is_searched_only_where_something_else_refers_to_a_parameter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches: list[int] = []
+    search = tied._modules_alive
+    monkeypatch.setattr(tied, "_modules_alive", lambda: searches.append(1) or search())
+    model, layers = made(), nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    for layer in layers:
+        torch_rsst.l1_unstructured(layer, "weight", 0.5)
+    torch_rsst.apply_mask(model, {"embed.weight": half()})  # which sees all owners
+    assert not searches
+    trained = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    pairs = [(layer, "weight") for layer in trained]
+    torch_rsst.global_unstructured(pairs, torch_rsst.GlobalL1, amount=0.5)
+    assert len(searches) == 1  # a call, not a parameter
+    for layer in trained:
+        torch_rsst.l1_unstructured(layer, "weight", 0.5)
+        torch_rsst.fillback(layer, "weight", 0.5)
+    torch_rsst.remove_all(trained, freeze_zeros=False)
+    assert len(searches) == 1
+    optimizer.step()
+
+
+class TiedModels(RuleBasedStateMachine):
+    """Any sequence of calls: what tells of masks agrees, or a call refused and changed nothing."""
+
+    owners = st.sampled_from(["embed", "head"])
+
+    @initialize()
+    def start(self) -> None:
+        self.model = made()
+        self.half_tied = False
+
+    @rule(owner=owners, call=st.sampled_from(sorted(CALLS)), seed=st.integers(0, 9))
+    def mask(self, owner: str, call: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        CALLS[call](getattr(self.model, owner))
+        self.half_tied = False
+
+    @rule(call=st.sampled_from(["l1_unstructured", "apply_mask"]))
+    def mask_another(self, call: str) -> None:
+        layer = self.model.mlp
+        if call == "apply_mask":
+            torch_rsst.apply_mask(layer, {"weight": torch.eye(4), "bias": torch.ones(4)})
+        else:
+            torch_rsst.l1_unstructured(layer, "weight", 0.5)
+
+    @rule(seed=st.integers(0, 9))
+    def mask_by_name(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.rand(6, 4, generator=generator) > 0.5
+        torch_rsst.apply_mask(self.model, {"embed.weight": mask})
+        self.half_tied = False
+
+    @rule(owner=owners)
+    def mask_by_stock(self, owner: str) -> None:
+        stock.l1_unstructured(getattr(self.model, owner), "weight", 0.5)
+        masks = [getattr(m, "weight_mask", None) for m in (self.model.embed, self.model.head)]
+        self.half_tied = any(mask is None for mask in masks) or not torch.equal(*masks)
+
+    @rule(owner=owners)
+    def give_back(self, owner: str) -> None:
+        module = getattr(self.model, owner)
+        if hasattr(module, "weight_mask"):
+            torch_rsst.fillback(module, "weight", 0.5)
+            self.half_tied = False
+
+    @rule(owner=owners, whole=st.booleans())
+    def remove(self, owner: str, whole: bool) -> None:
+        try:
+            torch_rsst.remove_all(self.model if whole else getattr(self.model, owner))
+        except ValueError:
+            assert self.half_tied
+
+    @rule()
+    def refresh(self) -> None:
+        try:
+            torch_rsst.refresh(self.model)
+        except ValueError:
+            assert self.half_tied
+        else:
+            self.half_tied = False
+
+    @rule()
+    def train(self) -> None:
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            self.model(TOKENS).square().mean().backward()
+            optimizer.step()
+
+    @rule(dtype=st.sampled_from([torch.float32, torch.float64]))
+    def convert(self, dtype: torch.dtype) -> None:
+        self.model.to(dtype)
+
+    @precondition(lambda self: not self.half_tied)
+    @rule(how=st.sampled_from(["copy", "pickle"]))
+    def replace(self, how: str) -> None:
+        torch_rsst.refresh(self.model)  # what a stock function has stored cannot be copied
+        if how == "copy":
+            self.model = copy.deepcopy(self.model)
+            return
+        file = io.BytesIO()
+        torch.save(self.model, file)
+        file.seek(0)
+        self.model = torch.load(file, weights_only=False)
+
+    @invariant()
+    def agrees(self) -> None:
+        if self.half_tied:
+            for call in ("extract_mask", "extract_mask of a state dict", "remove_all"):
+                with pytest.raises(ValueError, match=REFUSED):
+                    WHOLE[call](self.model)
+            return
+        torch_rsst.refresh(self.model)
+        assert_agrees(self.model)
+
+
+def test_after_any_sequence_of_calls_all_that_tells_of_masks_agrees() -> None:
+    run_state_machine_as_test(
+        TiedModels, settings=settings(max_examples=60, stateful_step_count=12)
+    )

@@ -1,0 +1,113 @@
+"""Parameters that several modules share have one mask for all of them, or none.
+
+A call that is given one module cannot see who else holds its parameter, so all modules that are alive are
+asked. Calls that are given a model refuse what others have left half masked.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torch_rsst.distributed.dtensor import local, placed_like
+from torch_rsst.masking.live_weight import LIVE_MODULES, is_live
+from torch_rsst.masking.parameter_ref import ParameterRef, dense_name
+from torch_rsst.utils.errors import refuse
+
+# What sys.getrefcount counts of its own argument.
+_ARGUMENT = sys.getrefcount({0: object()}[0])
+
+
+def by_parameter(refs: Iterable[ParameterRef]) -> list[list[ParameterRef]]:
+    """The refs that share a parameter, together."""
+    shared: dict[int, list[ParameterRef]] = {}
+    for ref in refs:
+        shared.setdefault(id(ref.original), []).append(ref)
+    return list(shared.values())
+
+
+def sharing(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
+    """The other places that hold the parameters of ``refs``, in whatever modules are alive.
+
+    Takes time only where something else refers to a parameter: another module, or an optimizer. Then
+    one pass over the heap, tens of milliseconds; none for parameters that are masked by us already.
+    """
+    suspects = [places for places in by_parameter(refs) if _is_held_elsewhere(places)]
+    if not suspects:
+        return []
+    given = {ref for places in suspects for ref in places}
+    known = all(is_live(ref.module, ref.name) for ref in given)
+    wanted = {id(places[0].original) for places in suspects}
+    found = [
+        ParameterRef(module, dense_name(module, key))
+        for module in (list(LIVE_MODULES) if known else _modules_alive())
+        for key, parameter in list(module._parameters.items())
+        if id(parameter) in wanted
+    ]
+    return [ref for ref in dict.fromkeys(found) if ref not in given]
+
+
+def _is_held_elsewhere(places: Sequence[ParameterRef]) -> bool:
+    registry, key = places[0].module._parameters, places[0].key
+    own = {(id(ref.module._parameters), ref.key) for ref in places}
+    return sys.getrefcount(registry[key]) > len(own) + _ARGUMENT
+
+
+def _modules_alive() -> list[nn.Module]:
+    """All but scripted ones, which are records of a program, and what gc.freeze() hides."""
+    return [
+        each
+        for each in gc.get_objects()
+        # By type: isinstance() asks proxies, some of whose objects are dead, for their class.
+        if issubclass(type(each), nn.Module)
+        and not issubclass(type(each), torch.jit.ScriptModule)
+        and "_parameters" in vars(each)
+    ]
+
+
+def masked_with(refs: Sequence[ParameterRef]) -> list[ParameterRef]:
+    """The other places of masked parameters: those that lose the mask with them.
+
+    Raises:
+        ValueError: where one of them has another mask, or none.
+    """
+    others = sharing(refs)
+    check_shared({places[0].name: places for places in by_parameter([*refs, *others])})
+    return others
+
+
+def check_shared(shared: Mapping[str, Sequence[ParameterRef]]) -> None:
+    """Raise a ValueError where modules that share a parameter have different masks for it, or none.
+
+    Args:
+        shared: by name, the places of each parameter.
+    """
+    for name, places in shared.items():
+        check_one_mask(name, [ref.mask for ref in places])
+
+
+def check_one_mask(name: str, masks: Sequence[Tensor | None]) -> None:
+    """Raise a ValueError unless the masks of one parameter are all the same, or all None."""
+    first = masks[0]
+    if all(mask is first or _equal(mask, first) for mask in masks[1:]):
+        return
+    refuse(
+        ValueError,
+        f"tied parameter {name!r}",
+        "one mask for all that share it",
+        "none for some of them" if any(mask is None for mask in masks) else "different ones",
+        "Call torch_rsst.refresh(model) to give all of them the mask that is there, or "
+        "torch_rsst.apply_mask(model, masks) to set one.",
+    )
+
+
+def _equal(mask: Tensor | None, other: Tensor | None) -> bool:
+    if mask is None or other is None:
+        return False
+    if mask.is_meta or other.is_meta:
+        return mask.is_meta == other.is_meta
+    return torch.equal(local(mask), local(placed_like(other, mask)).to(mask.dtype))
