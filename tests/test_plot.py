@@ -39,7 +39,16 @@ def test_head_map_of_a_kind_that_is_not_there_is_an_error():
 
 def test_schedule_starts_anew_in_every_round():
     figure = torch_rsst.plot.schedule("linear", steps=4, rounds=2, strength=1.0)
-    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.25, 0.5, 0.75, 1.0] * 2
+    lines = figure.axes[0].lines[:2]  # the third marks the boundary
+    assert [line.get_ydata().tolist() for line in lines] == [[0.25, 0.5, 0.75, 1.0]] * 2
+    assert [line.get_xdata().tolist() for line in lines] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_schedule_shows_what_shrink_to_makes_of_it():
+    figure = torch_rsst.plot.schedule("linear", steps=20, shrink_to=0.05)
+    assert figure.axes[0].get_title() == "Penalty: linear, shrinks to 0.05"
+    left = math.prod(1 - value for value in figure.axes[0].lines[0].get_ydata())
+    assert left == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,13 @@ def schedule(
     """
     penalty = Penalty(schedule, strength, SHRINK_TO if shrink_to is None else shrink_to)
     curve = penalty.schedule_of(steps)
-    strengths = [curve(step / steps) for step in range(1, steps + 1)] * rounds
+    strengths = [curve(step / steps) for step in range(1, steps + 1)]
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(range(1, len(strengths) + 1), strengths)
+    for first in range(
+        1, rounds * steps, steps
+    ):  # a line for each: the fall between them is no value
+        axes.plot(range(first, first + steps), strengths, color="C0")
     for boundary in range(1, rounds):
         axes.axvline(boundary * steps, color="0.8", linewidth=0.8, zorder=0)
     axes.set_xlabel("optimizer step" + (" (lines: rounds)" if rounds > 1 else ""))

@@ -159,3 +159,13 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["run"]) == 2
     assert "pip install" in capsys.readouterr().err
+
+
+def test_without_a_terminal_there_is_a_line_per_epoch(tmp_path, capsys):
+    args = ["--rounds", "1", "--finetune-epochs", "1"]
+    assert exit_code("run", "--output", str(tmp_path / "run"), *QUICK, *args) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    epochs = [r for r in map(json.loads, lines) if r["event"] == "epoch"]
+    assert out.count(", loss ") == len(epochs)
+    assert f"dense: epoch 1 of 1, loss {epochs[0]['loss']:.3f}" in out

@@ -102,6 +102,9 @@ class Terminal:
         self._last = record
         self._epoch += 1
         self._progress.reset(self._bar, description=self._description())
+        if not self._console.is_terminal:  # where no bar moves
+            done = f"epoch {self._epoch} of {self._epochs}, loss {record['loss']:.3f}"
+            self._console.print(f"{self._name}: {done}, accuracy {record['accuracy']:.2f} %")
 
     def _description(self) -> str:
         accuracy = f", accuracy {self._last['accuracy']:.1f} %" if self._last else ""
@@ -132,9 +135,9 @@ def _round_line(record: dict[str, Any], config: Any) -> str:
         f"round {record['round'] + 1} of {config.rounds}: accuracy {record['accuracy']:.2f} %, "
         f"weights {record['element_sparsity']:.1%} masked, {units}"
     )
-    if config.method == "rsst":
-        start, end = record["penalized_norm_start"], record["penalized_norm"]
-        line += f", λ {record['strength']:.2g}, penalized norm {start:.3g} → {end:.1e}"
+    start, end = record["penalized_norm_start"], record["penalized_norm"]
+    if start:
+        line += f", λ {record['strength']:.2g}, penalized norm {start:.3g} → {end:.2g}"
     return line
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.distributed.dtensor import local, placed_like
 from torch_rsst.masking.live_weight import LIVE_MODULES, is_live
@@ -33,18 +36,24 @@ def by_parameter(refs: Iterable[ParameterRef]) -> list[list[ParameterRef]]:
 def sharing(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
     """The other places that hold the parameters of ``refs``, in whatever modules are alive.
 
-    Takes time only where something else refers to a parameter: another module, or an optimizer. Then
-    one pass over the heap, tens of milliseconds; none for parameters that are masked by us already.
+    Takes time only where something else refers to a parameter: another module, or an optimizer. Then one
+    pass over the heap, tens of milliseconds, tells of all parameters until one of them is registered again.
+    There is none for parameters that are masked by us already.
     """
     suspects = [places for places in by_parameter(refs) if _is_held_elsewhere(places)]
+    live = all(is_live(ref.module, ref.name) for places in suspects for ref in places)
+    if not live:
+        suspects = [p for p in suspects if not (len(p) == 1 and _ALONE.has(p[0]))]
     if not suspects:
         return []
     given = {ref for places in suspects for ref in places}
-    known = all(is_live(ref.module, ref.name) for ref in given)
     wanted = {id(places[0].original) for places in suspects}
+    modules = list(LIVE_MODULES) if live else _modules_alive()
+    if not live:
+        _ALONE.note(modules)
     found = [
         ParameterRef(module, dense_name(module, key))
-        for module in (list(LIVE_MODULES) if known else _modules_alive())
+        for module in modules
         for key, parameter in list(module._parameters.items())
         if id(parameter) in wanted
     ]
@@ -55,6 +64,45 @@ def _is_held_elsewhere(places: Sequence[ParameterRef]) -> bool:
     registry, key = places[0].module._parameters, places[0].key
     own = {(id(ref.module._parameters), ref.key) for ref in places}
     return sys.getrefcount(registry[key]) > len(own) + _ARGUMENT
+
+
+class _Alone:
+    """Parameters that one module alone held when all were asked, until another registers one of them."""
+
+    def __init__(self) -> None:
+        self._owner: dict[int, tuple[weakref.ref[nn.Parameter], weakref.ref[nn.Module]]] = {}
+        self._hook: RemovableHandle | None = None
+
+    def has(self, ref: ParameterRef) -> bool:
+        known = self._owner.get(id(ref.held))
+        return known is not None and known[0]() is ref.held and known[1]() is ref.module
+
+    def note(self, modules: Iterable[nn.Module]) -> None:
+        self._forget()
+        places: dict[int, list[tuple[nn.Parameter, nn.Module]]] = {}
+        for module in modules:
+            for parameter in list(module._parameters.values()):
+                if parameter is not None:
+                    places.setdefault(id(parameter), []).append((parameter, module))
+        for key, held in places.items():
+            if len(held) == 1:
+                self._owner[key] = weakref.ref(held[0][0]), weakref.ref(held[0][1])
+        self._hook = register_module_parameter_registration_hook(self._registered)
+
+    def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        known = self._owner.get(id(parameter))
+        # Not where stock calls rename a parameter.
+        if known is not None and known[0]() is parameter and known[1]() is not module:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._owner.clear()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+_ALONE = _Alone()
 
 
 def _modules_alive() -> list[nn.Module]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -40,14 +42,19 @@ def write_page(
     environment = Environment(
         loader=PackageLoader("torch_rsst.recipes", "."), autoescape=True, undefined=StrictUndefined
     )
-    drawn = [(n, c) for n, c in _CAPTIONS.items() if (folder.pictures / f"{n}.png").is_file()]
+    paths = [(folder.pictures / f"{name}.png", caption) for name, caption in _CAPTIONS.items()]
     page = environment.get_template("report.html.jinja").render(
         results=results,
         config=config,
         soft=config.method == "rsst",
         last_round=[record for record in records if record["event"] == "round"][-1],
-        pictures=drawn,
+        pictures=[(_data(path), caption) for path, caption in paths if path.is_file()],
         receipt=receipt,
         percent=lambda share: f"{share:.1%}",
     )
     write_text(folder.page, page)
+
+
+def _data(picture: Path) -> str:
+    """A picture as an address that holds it: the page needs no other file."""
+    return f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
