@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
 from torch import nn
 
 import torch_rsst
 from torch_rsst.compaction.cost import measure_cost
+from torch_rsst.recipes.advice import warn_near_chance, warn_of_costly_cut
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import BadImages
 from torch_rsst.recipes.pruning import find_units, make_rounds
 from torch_rsst.recipes.run_folder import RunFolder
+from torch_rsst.recipes.teacher import read_teacher, write_teacher
 from torch_rsst.recipes.training import Epoch, Interrupted, Stage, StoppedElsewhere, Trainer
 from torch_rsst.report.sparsity import SparsityReport
 from torch_rsst.rounds.engine import Round, Rounds
-from torch_rsst.saving.builders import build_model
-from torch_rsst.utils.errors import RSSTWarning, listing, refuse
+from torch_rsst.utils.errors import listing, refuse
 
 # "First zero": the penalized norm fell below this share of its value at the start of the round.
 _ZERO = 0.01
-_NEAR_CHANCE = 1.5  # times the accuracy of guessing
 
 
 class Observer(Protocol):
@@ -171,8 +169,10 @@ class Experiment:
     def _run(self) -> dict[str, Any]:
         if self.progress.stage == "dense":
             self._train(self._dense_stage())
-            self._judge_dense(self.trainer.evaluate())
-            self._write_teacher()
+            self.progress.dense_accuracy = self.trainer.evaluate()
+            warn_near_chance(self.progress.dense_accuracy, self.trainer.images.classes)
+            if self.config.distill:
+                write_teacher(self.folder, self.trainer)
             self.rounds = make_rounds(self.config, self.trainer, self.groups)
             self._advance("rounds")
         assert self.rounds is not None, "the checkpoint of a later stage holds them"
@@ -183,33 +183,6 @@ class Experiment:
         peak = self.config.finetune_learning_rate
         self._train(Stage("finetune", self.config.finetune_epochs, first, peak))
         return self._finish()
-
-    # The dense model
-
-    def _judge_dense(self, accuracy: float) -> None:
-        self.progress.dense_accuracy = accuracy
-        chance = 100.0 / self.trainer.images.classes
-        if accuracy < _NEAR_CHANCE * chance:
-            warnings.warn(
-                f"The dense model's accuracy is {accuracy:.1f} %, where chance gives {chance:.1f} %: what "
-                "pruning costs cannot be told from it. Train longer (--dense-epochs), or change --learning-rate.",
-                RSSTWarning,
-                stacklevel=2,
-            )
-
-    def _write_teacher(self) -> None:
-        """Keep the dense model as the teacher, in a file that a resumed run reads again."""
-        if self.config.distill:
-            if self.writes:
-                self.folder.write_tensors(self.folder.teacher, self.trainer.outcome)
-            self.trainer.accelerator.wait_for_everyone()
-            self._read_teacher()
-
-    def _read_teacher(self) -> None:
-        teacher = build_model(self.trainer.build)
-        teacher.load_state_dict(load_file(self.folder.teacher))
-        teacher.eval().requires_grad_(False)
-        self.trainer.teacher = teacher.to(self.trainer.accelerator.device)
 
     # The stages
 
@@ -225,19 +198,10 @@ class Experiment:
             self._train(Stage(f"round {rnd.index}", epochs, first, peak), rnd)
             self._record_round(rnd)
         self.progress.accuracy_before_cut = self.trainer.evaluate()
-        self._warn_of_a_cut_that_costs(rounds)
+        if self.config.reconstruct == "none":
+            warn_of_costly_cut(rounds)
         rounds.finalize(force=True)
         self.progress.accuracy_after_cut = self.trainer.evaluate()
-
-    def _warn_of_a_cut_that_costs(self, rounds: Rounds) -> None:
-        left = rounds.report().penalized_norm_ratio
-        if self.config.reconstruct == "none" and left > rounds.free_share:
-            warnings.warn(
-                f"The penalty has left {left:.0%} of the norm of the weights that go: cutting them will "
-                "change the accuracy. Lower --shrink-to, raise --strength, or raise --epochs.",
-                RSSTWarning,
-                stacklevel=2,
-            )
 
     def _train(self, stage: Stage, rnd: Round | None = None) -> None:
         steps = stage.epochs * self.trainer.steps_per_epoch
@@ -394,7 +358,7 @@ class Experiment:
             self.rounds = make_rounds(self.config, self.trainer, self.groups)
             self.rounds.load_state_dict(state["rounds"])
             if self.config.distill:
-                self._read_teacher()
+                read_teacher(self.folder, self.trainer)
         self.model.load_state_dict(state["model"])
         if self.trainer.average is not None:
             self.trainer.average.load_state_dict(state["average"])
