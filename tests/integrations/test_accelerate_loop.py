@@ -17,7 +17,7 @@ accelerate = pytest.importorskip("accelerate")
 ACCUMULATED = 2
 
 
-class GoesDown(Exception):
+class PowerCutError(Exception):
     pass
 
 
@@ -47,7 +47,7 @@ def train(folder: Path, *, down_at: int | None = None) -> nn.Module:
             if accelerator.sync_gradients and rnd.pruner.steps == 2:
                 accelerator.save_state(folder)
                 if down_at == rnd.index:
-                    raise GoesDown
+                    raise PowerCutError
     rsst.finalize()
     return net
 
@@ -57,7 +57,7 @@ def test_the_loop_resumes_in_the_middle_of_a_round_to_the_same_bits(
     tmp_path: Path, down_at: int
 ) -> None:
     whole = train(tmp_path / "whole")
-    with pytest.raises(GoesDown):
+    with pytest.raises(PowerCutError):
         train(tmp_path / "run", down_at=down_at)
     resumed = train(tmp_path / "run")
     one, two = whole.state_dict(), resumed.state_dict()

@@ -191,8 +191,10 @@ class RSSTCallback(RoundsCallback):
     """:class:`torch_rsst.RSST` in a Lightning trainer.
 
     Example:
-        >>> callback = RSSTCallback(epochs_per_round=1, rounds=3, compact_to="small")
-        >>> trainer = lightning.Trainer(max_epochs=4, callbacks=[callback])  # doctest: +SKIP
+        >>> import lightning
+        >>> from torch_rsst.integrations.lightning import RSSTCallback
+        >>> prune = RSSTCallback(epochs_per_round=1, rounds=3, compact_to="small")
+        >>> trainer = lightning.Trainer(max_epochs=4, callbacks=[prune], accelerator="cpu")
 
     Rounds follow each other by optimizer steps, whatever accumulation and precision. After the last one
     the rounds are finalized, and what is left of the training goes on under the final masks. λ

@@ -241,8 +241,10 @@ class RSSTCallback(RoundsCallback):
     """:class:`torch_rsst.RSST` in a ``transformers.Trainer``.
 
     Example:
-        >>> callback = RSSTCallback(epochs_per_round=1, rounds=3, compact_to="small")
-        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])  # doctest: +SKIP
+        >>> from torch_rsst.integrations.transformers import RSSTCallback
+        >>> prune = RSSTCallback(epochs_per_round=1, rounds=3, compact_to="small")
+
+    Then ``Trainer(model, args, train_dataset=data, callbacks=[prune])``.
 
     Rounds follow each other by optimizer steps, whatever accumulation and precision. After the last one
     the rounds are finalized, and what is left of the training goes on under the final masks. λ
