@@ -25,6 +25,7 @@ PACKAGES = [
     "__main__",
     "cli",
     "recipes",
+    "integrations",
     "torch_rsst",
     "api",
     "plot",
