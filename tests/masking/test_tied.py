@@ -313,6 +313,29 @@ def test_the_heap_is_searched_only_where_something_else_refers_to_a_parameter(
     optimizer.step()
 
 
+def test_one_search_tells_of_all_layers_until_a_parameter_is_tied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches: list[int] = []
+    search = tied._modules_alive
+    monkeypatch.setattr(tied, "_modules_alive", lambda: searches.append(1) or search())
+    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    for layer in layers[:3]:
+        torch_rsst.l1_unstructured(layer, "weight", 0.5)
+    assert len(searches) == 1
+    del optimizer  # something else may hold a parameter now, and as many things as before
+    layers[4].weight = layers[5].weight
+    torch_rsst.l1_unstructured(layers[5], "weight", 0.5)
+    assert layers[4].weight_mask is layers[5].weight_mask
+    assert len(searches) == 2
+    copied = copy.deepcopy(layers[3])  # its parameters were not there when modules were asked
+    other = nn.Linear(4, 4)
+    other.weight = copied.weight
+    torch_rsst.l1_unstructured(copied, "weight", 0.5)
+    assert other.weight_mask is copied.weight_mask
+
+
 class TiedModels(RuleBasedStateMachine):
     """Any sequence of calls: what tells of masks agrees, or a call refused and changed nothing."""
 

@@ -31,8 +31,8 @@ from torch_rsst.masking.weight_writes import (
 from torch_rsst.utils.errors import refuse
 
 ORIG, MASK = "_orig", "_mask"
+# All modules that have live names, or had.
 LIVE_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""All modules that have live names, or had."""
 PICKLE_FORMAT = 1  # of pickled modules and hooks: what a pickle names and with what arguments
 
 

@@ -67,7 +67,10 @@ def _is_held_elsewhere(places: Sequence[ParameterRef]) -> bool:
 
 
 class _Alone:
-    """Parameters that one module alone held when all were asked, until another registers one of them."""
+    """Parameters that one module alone held when all were asked, until another registers one of them.
+
+    What is written into a module's ``_parameters`` directly is not seen.
+    """
 
     def __init__(self) -> None:
         self._owner: dict[int, tuple[weakref.ref[nn.Parameter], weakref.ref[nn.Module]]] = {}
