@@ -211,7 +211,7 @@ class Rounds(ABC):
 
     @property
     def free_share(self) -> float:
-        """The share of its norm that P may have left where it is cut: max(5 %, 2 · ``shrink_to``)."""
+        """What P may have left of its norm where it is cut, max(0.05, 2 · ``shrink_to``)."""
         return max(_FREE, 2.0 * (self.penalty.shrink_to or 0.0))
 
     @staticmethod
