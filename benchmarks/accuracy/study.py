@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # The learning rates of the pruning budget, chosen on validation for one-shot magnitude with the tuning seeds.
-PEAKS = {"language": 2e-3, "signal-transformer": 4e-3, "signal-resnet": 2e-3}
+PEAKS = {"language": 4e-3, "signal-transformer": 4e-3, "signal-resnet": 2e-3}
 MAIN_SEEDS, OTHER_SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2), (100, 101)
 TASKS = ("language", "signal-transformer", "signal-resnet")
 FIELDS = (
