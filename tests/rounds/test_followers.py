@@ -28,7 +28,9 @@ def torch_average(model, *, use_buffers=False):
 
 
 def rounds_following(model, averages, method=RSST, **settings):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    coupled = settings.get("mode") == "coupled"
+    kind, rate = (torch.optim.SGD, 0.5) if coupled else (torch.optim.AdamW, 0.01)
+    optimizer = kind(model.parameters(), lr=rate)
     rounds = method(
         model, find_groups(model), optimizer=optimizer, steps_per_round=STEPS, rounds=2,
         regroup_amount=0.5, follow=averages, **settings,
@@ -59,11 +61,14 @@ def test_an_average_made_before_pruning_ends_with_the_model_s_masks(method, use_
     torch.testing.assert_close(small(tokens(0, 3, 4)), average(tokens(0, 3, 4)))
 
 
-def test_what_goes_is_as_small_in_the_average_as_in_the_model_when_it_is_cut():
+@pytest.mark.parametrize(
+    "settings", [{}, {"strength": 1.5, "mode": "coupled", "schedule": "linear"}]
+)
+def test_what_goes_is_as_small_in_the_average_as_in_the_model_when_it_is_cut(settings):
     """By itself an average at 0.999 would still hold most of it."""
     model = mlp()
     average, alone = torch_average(model), torch_average(model)
-    rounds, optimizer = rounds_following(model, [average])
+    rounds, optimizer = rounds_following(model, [average], **settings)
     rnd = next(rounds)
     gone = {name: ~mask for name, mask in rnd.refill_mask.items()}
     torch_rsst.follow(model, [alone])
@@ -77,8 +82,9 @@ def test_what_goes_is_as_small_in_the_average_as_in_the_model_when_it_is_cut():
         gradient_step(model, optimizer, step)
         average.update_parameters(model)
         alone.update_parameters(model)
-    assert norm(alone.module) > 0.9 * before
-    assert norm(average.module) < 0.05 * before
+    assert norm(alone.module) > 0.8 * before  # its first update copies the model
+    assert norm(average.module) == pytest.approx(norm(model), rel=0.1)
+    assert norm(average.module) < 0.15 * before
     one, other = named_weights(average.module), named_weights(alone.module)
     assert all(same(one[name][mask], other[name][mask]) for name, mask in rnd.refill_mask.items())
     rnd.pruner.detach()

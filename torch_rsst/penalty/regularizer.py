@@ -139,6 +139,7 @@ class RegularizedPruner:
         current = extract_mask(model) if current_mask is None else current_mask
         self._penalized = PenalizedSet(self._model, penalty_mask(current, refill_mask))
         self._followers: list[PenalizedSet] = []
+        self._norm_before_step: float | None = None  # noted for followers of a coupled penalty
         self._optimizers: list[Optimizer] = []
         self._steps = [0]  # of each optimizer
         self._shares = [Share(tuple(self._penalized), is_coupled(self._requested_mode, None))]
@@ -239,7 +240,10 @@ class RegularizedPruner:
             )
 
     def follow(self, modules: Iterable[nn.Module]) -> None:
-        """Shrink the same weights of other modules by the same factors, where the penalty is decoupled.
+        """Shrink the same weights of other modules with those of the model.
+
+        By the same factors where the penalty is decoupled. Where it is coupled, loss and penalty act in one step:
+        then by the factor by which the step has shrunk the norm of P, which waits for the device.
 
         Args:
             modules: averages of the model, with the same parameters, changed in place at each step.
@@ -437,6 +441,8 @@ class RegularizedPruner:
         )
 
     def _before_step(self, index: int, scale: Tensor | None) -> None:
+        if self._followers and self._shares[index].coupled:
+            self._norm_before_step = self.penalized_norm()
         self._penalize(self._shares[index], self._strength_of(self._steps[index] + 1), scale)
 
     def _after_step(self, index: int, found_inf: Tensor | None) -> None:
@@ -456,5 +462,10 @@ class RegularizedPruner:
 
     def _shrink(self, share: Share, strength: float, found_inf: Tensor | None) -> None:
         if not share.coupled:
-            for each in (self._penalized, *self._followers):
-                each.shrink(share.names, strength, found_inf)
+            self._penalized.shrink(share.names, strength, found_inf)
+        elif self._followers:
+            before, now = self._norm_before_step, self.penalized_norm()
+            strength = max(0.0, 1.0 - now / before) if before else 0.0
+            self._norm_before_step = now
+        for follower in self._followers:
+            follower.shrink(share.names, strength, found_inf)

@@ -109,7 +109,7 @@ class RSST(Rounds):
         forward: ``(model, batch) → output``, for batches that ``model(batch)`` does not take.
         loss_fn: ``(output, batch) → loss``, for ``importance="taylor"``.
         follow: averages of the model's weights (EMA, SWA), changed in place: they get its masks, their weights in P
-            are shrunk by the same factors (decoupled), and rewinding puts back the same weights. See :func:`follow`.
+            are shrunk with the model's, and rewinding puts back the same weights. See :func:`follow`.
 
     Raises:
         TypeError, ValueError, KeyError: for arguments out of range or groups of another model;
