@@ -103,7 +103,7 @@ def two_layers() -> nn.Sequential:
 @pytest.mark.parametrize("scope", ["type", "global"])
 def test_scores_of_different_layers_are_compared_relative_to_their_sum(scope):
     model, batches = two_layers(), [tokens(0, 50, 4)]
-    groups = Groups(layer for layer in find_groups(model).layers if layer.name in ("0", "2"))
+    groups = Groups(tuple(la for la in find_groups(model).layers if la.name in ("0", "2")))
     refill = regroup(model, groups, amount=0.5, scope=scope, importance="variance", batches=batches)
     scores = list(measured(model, groups, "variance", batches).values())
     relative = torch.cat([s / s.sum() for s in scores])

@@ -220,7 +220,6 @@ def test_refill_is_exact_after_every_round(refill_run):
         {"method": "refill", "fillback_rate": 0.25},
     ],
 )
-@pytest.mark.filterwarnings("ignore:The penalty has left:torch_rsst.utils.errors.RSSTWarning")
 def test_every_way_to_prune_runs_to_its_end(tmp_path, options):
     results, _ = run(quick_config(tmp_path / "run", epochs=1, **options))
     expected = 0.5 if "fillback_rate" not in options else 0.375
@@ -393,7 +392,6 @@ def test_options_of_the_other_method_are_named(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore::torch_rsst.utils.errors.InertPenaltyWarning")
-@pytest.mark.filterwarnings("ignore:The penalty has left:torch_rsst.utils.errors.RSSTWarning")
 def test_the_page_says_what_was_measured(tmp_path, options, sentence):
     run(quick_config(tmp_path / "run", rounds=1, **{"epochs": 1, **options}))
     page = " ".join((tmp_path / "run" / "report.html").read_text().split())

@@ -255,7 +255,9 @@ def test_a_process_says_one_line_too(tmp_path, data):
 def test_unread_options_of_the_embedded_model_are_named(tmp_path):
     from torch_rsst.recipes.config import RunConfig
 
-    own = RunConfig(pretrained=True, drop_path=0.1, crop_scale=0.5, importance_batches=3)
+    own = RunConfig(
+        pretrained=True, drop_path=0.1, crop_scale=0.5, importance="magnitude", importance_batches=3
+    )
     assert own.without_effect() == {
         "crop_scale": "the digits",
         "pretrained": "--model vit_digits",

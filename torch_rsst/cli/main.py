@@ -54,7 +54,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if list(args) == ["--version"]:
             print(f"torch-rsst {__version__}")
             return 0
-        return _parse(args)()
+        try:
+            return _parse(args)()
+        finally:
+            sys.stdout.flush()  # not at exit, where a closed pipe is an error that nobody catches
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("torch_rsst"):
             raise
