@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
-# The tests' tensors are tiny: threads would only fight over the cores.
+# The tests' tensors are tiny: threads would only fight over the cores, also in processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Derandomized, so that a failure on one machine is a failure on all; HYPOTHESIS_PROFILE=explore
 # looks further.
@@ -21,6 +22,8 @@ _common: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 settings.register_profile("moderate", max_examples=40, derandomize=True, **_common)
+# Where the same tests run again, with other packages.
+settings.register_profile("few", max_examples=10, derandomize=True, **_common)
 settings.register_profile("explore", max_examples=1000, print_blob=True, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "moderate"))
 
