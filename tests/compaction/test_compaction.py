@@ -639,3 +639,14 @@ def test_features_of_an_emptied_mlp_ask_for_inputs_to_be_measured():
     small = compact(model, groups, example_inputs=x)
     assert small[2].in_features == 1
     torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_warning_that_is_an_error_leaves_the_optimizer_with_the_model():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompactionWarning)
+        with pytest.raises(CompactionWarning, match="Nothing was cut"):
+            compact(model, find_groups(model), optimizer=optimizer)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(a is b for a, b in zip(held, model.parameters(), strict=True))

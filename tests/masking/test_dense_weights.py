@@ -423,3 +423,45 @@ def test_an_unknown_choice_is_an_error() -> None:
         torch_rsst.dense_weights(mlp(), masked_writes="errors")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model: expected a module, got int"):
         torch_rsst.dense_weights(3)  # type: ignore[arg-type]
+
+
+def test_parameters_untied_inside_have_masks_of_their_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    torch_rsst.apply_mask(model, {"0.weight": torch.eye(4)})
+    with torch_rsst.dense_weights(model):
+        model[1].weight = nn.Parameter(3.0 * torch.eye(4))
+    torch_rsst.apply_mask(model, {"0.weight": torch.ones(4, 4)})
+    assert torch.equal(model[1].weight_mask, torch.eye(4))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_requires_gradients_is_kept_on_leaving_and_put_back_after_an_error(fails):
+    model = nn.Linear(4, 4)
+    torch_rsst.apply_mask(model, {"weight": torch.eye(4)})
+    try:
+        with torch_rsst.dense_weights(model):
+            model.requires_grad_(False)
+            if fails:
+                raise KeyError("mine")
+    except KeyError:
+        pass
+    assert [p.requires_grad for p in model.parameters()] == [fails, fails]
+
+
+@pytest.mark.parametrize("change", [lambda m: None, lambda m: m.cache.resize_(5)])
+def test_buffers_that_cannot_be_written_or_are_resized_do_not_hide_the_error(change):
+    model = nn.Linear(4, 4)
+    model.register_buffer("position", torch.zeros(1, 4).expand(3, 4))
+    model.register_buffer("cache", torch.ones(2))
+    torch_rsst.apply_mask(model, {"weight": torch.eye(4)})
+
+    def changed_and_failed():
+        with torch_rsst.dense_weights(model):
+            change(model)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        changed_and_failed()
+    assert model.cache.tolist() == [1.0, 1.0]
+    assert model.position.shape == (3, 4)

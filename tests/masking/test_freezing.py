@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -488,3 +489,15 @@ def test_fillback_freezes_what_stays_masked() -> None:
     train(layer, OPTIMIZERS["adamw"](layer.parameters()))
     assert int(dead.sum()) == 3
     assert same(layer.weight_orig[dead], before)
+
+
+@pytest.mark.parametrize(
+    "remove", [torch_rsst.remove_all, lambda layer: torch_rsst.remove(layer, "weight")]
+)
+def test_a_removal_whose_warning_is_an_error_removes_nothing(remove) -> None:
+    layer = masked_layer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch_rsst.UnfrozenZerosWarning)
+        with pytest.raises(torch_rsst.UnfrozenZerosWarning, match="come back to life"):
+            remove(layer)
+    assert "weight_mask" in dict(layer.named_buffers())

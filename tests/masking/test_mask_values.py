@@ -131,3 +131,13 @@ def test_nothing_is_kept_of_masks_that_are_gone() -> None:
     del model
     gc.collect()
     assert len(mask_values._seen) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_the_smallest_integer_is_no_mask(dtype):
+    """Its square is 0 or itself, as integers wrap around."""
+    layer = torch.nn.Linear(2, 2)
+    mask = torch.full((2, 2), torch.iinfo(dtype).min, dtype=dtype)
+    with pytest.raises(ValueError, match="expected zeros and ones"):
+        torch_rsst.apply_mask(layer, {"weight": mask})
+    assert not hasattr(layer, "weight_mask")

@@ -205,3 +205,82 @@ def test_followers_are_put_back_where_the_model_cannot_be_masked(monkeypatch, fi
     with pytest.raises(KeyboardInterrupt):
         next(rounds)
     assert fingerprint(average.module) == before
+
+
+def test_following_by_hand_is_all_or_nothing(fingerprint):
+    model = mlp()
+    good, bad = torch_average(model), torch_average(model)
+    torch_rsst.l1_unstructured(model[0], "weight", amount=0.5)
+    bad.module[0].register_buffer("weight_mask", torch.ones(1))
+    before = fingerprint(good)
+    with pytest.raises(ValueError, match="weight_mask"):
+        torch_rsst.follow(model, [good, bad])
+    assert fingerprint(good) == before
+
+
+def test_an_average_that_is_given_twice_is_shrunk_once():
+    model = mlp()
+    average = torch_average(model)
+    rounds, optimizer = rounds_following(model, [average, average.module])
+    rnd = next(rounds)
+    gradient_step(model, optimizer, 0)
+    name, goes = next((n, ~mask) for n, mask in rnd.refill_mask.items())
+    factor = 1 - rnd.pruner._strength_of(1)
+    before = named_weights(mlp())[name][goes]
+    torch.testing.assert_close(named_weights(average.module)[name][goes], factor * before)
+    rnd.pruner.detach()
+
+
+def test_an_average_that_shares_parameters_with_the_model_is_refused():
+    model = mlp()
+    other = copy.deepcopy(model)
+    other[0].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"'0\.weight' of the model itself"):
+        rounds_following(model, [other])
+
+
+class Caching(nn.Module):
+    """Keeps a buffer whose shape is that of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(3))
+
+    def forward(self, x):
+        self.cache = torch.ones(len(x))
+        return x
+
+
+def test_rewinding_gives_a_cache_its_former_shape():
+    model = nn.Sequential(*mlp(), Caching())
+    average = torch_average(model)
+    del average.module[3]._buffers["cache"]
+    optimizer = torch.optim.AdamW(model.parameters())
+    rounds = Refill(
+        model, find_groups(mlp()), optimizer=optimizer, steps_per_round=1, rounds=2,
+        regroup_amount=0.5, rewind="init", follow=[average],
+    )  # fmt: skip
+    model(tokens(0, 7, 4))
+    next(rounds)
+    assert model[3].cache.tolist() == [0.0] * 3
+    rounds.round.pruner.detach()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"start_norm": "x"}, {"steps": "a"}, {"fell_below": "x"}, {"pending": {"a": None}}]
+)
+def test_a_damaged_state_leaves_the_open_round_and_the_averages(damage, fingerprint):
+    model = mlp()
+    average = torch_average(model)
+    rounds, optimizer = rounds_following(model, [average])
+    rnd = next(rounds)
+    gradient_step(model, optimizer, 0)
+    state = copy.deepcopy(rounds.state_dict())
+    state["round"]["pruner"].update(damage)
+    before = fingerprint(model), fingerprint(average)
+    with pytest.raises(ValueError, match="The file is damaged"):
+        rounds.load_state_dict(state)
+    assert (fingerprint(model), fingerprint(average)) == before
+    assert rounds.round is rnd
+    assert rnd.pruner.attached
+    rnd.pruner.detach()

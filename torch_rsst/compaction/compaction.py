@@ -140,15 +140,15 @@ def compact(
         example_inputs = _example_of(bare)
     if example_inputs is not None:
         _compare(bare, small, example_inputs)
-    if optimizer is not None:
-        move_optimizer(optimizer, successors)
-        _give_biases(optimizer, small, new_biases)
     if keep_masks is None:
         warn_of_zeros("compact", zeros)
     if kept_whole:
         warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
     elif not dead:
         warnings.warn(_NOTHING, CompactionWarning, stacklevel=2)
+    if optimizer is not None:  # last: where warnings are errors, it is as before
+        move_optimizer(optimizer, successors)
+        _give_biases(optimizer, small, new_biases)
     return small
 
 

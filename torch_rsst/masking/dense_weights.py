@@ -25,6 +25,7 @@ from torch_rsst.masking.masked_parameter import find_hook, reparametrize, set_ho
 from torch_rsst.masking.masked_product import masked
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing
+from torch_rsst.masking.saved_masks import is_writable
 from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
 MaskedWrites: TypeAlias = Literal["error", "drop", "keep"]
@@ -249,8 +250,14 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             for dense in self._dense
             for place in dense.places
         }
+        given: set[int] = set()
         for each in returns:
             mask, target = each.dense.mask.to(each.parameter), each.target
+            if id(mask) in given:  # by a parameter that was tied and is not any more
+                mask = mask.clone()
+            given.add(id(mask))
+            self._undo.append(partial(target.requires_grad_, target.requires_grad))
+            target.requires_grad_(each.parameter.requires_grad)
             self._undo.append(partial(_set_data, target, target.detach().clone()))
             _set_data(target, self._value(each, mask))
             self._undo.append(partial(setattr, target, "grad", target.grad))
@@ -280,11 +287,13 @@ def _values_back(model: nn.Module) -> list[Any]:
     refs = masked_refs(model.modules())
     kept = {id(t) for ref in refs for t in (ref.original, ref.mask)}
     tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in kept]
-    return [partial(_set_data, t, t.detach().clone()) for t in tensors]
+    flags = [partial(p.requires_grad_, p.requires_grad) for p in model.parameters()]
+    return [*flags, *(partial(_set_data, t, t.detach().clone()) for t in tensors)]
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
-    if tensor.dtype == value.dtype and tensor.device == value.device and not tensor.is_inference():
+    alike = (tensor.dtype, tensor.device, tensor.shape) == (value.dtype, value.device, value.shape)
+    if alike and is_writable(tensor):
         tensor.copy_(value)
     else:
         tensor.data = value

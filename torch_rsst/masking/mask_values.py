@@ -23,7 +23,9 @@ AVERAGED = (
 def is_binary(mask: Tensor) -> bool:
     """Whether a mask holds nothing but 0 and 1, on all ranks."""
     part = local(mask).detach()
-    if part.is_complex():  # which has no order
+    if (
+        not part.is_floating_point()
+    ):  # complex numbers have no order, products of integers wrap around
         part = ((part != 0) & (part != 1)).float() * 2
     rest, odd = Scratch(part, part.dtype), part.new_zeros(())
     for index in block_indices(part):

@@ -286,14 +286,12 @@ def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
     ordered.update(items)
 
 
-def restore(
-    refs: Sequence[ParameterRef], *, hold_zeros: Callable[[], object] | None = None
-) -> None:
+def restore(refs: Sequence[ParameterRef], *, last: Callable[[], object] | None = None) -> None:
     """Make the pruning of masked refs permanent and delete their hooks, ours or stock; all or none.
 
     Args:
         refs: masked ones.
-        hold_zeros: freezes what was masked, as the last step.
+        last: called as the last step; where it raises, everything is put back.
     """
     masked = [(ref.original, ref.mask) for ref in refs]  # before they go
     for ref in refs:
@@ -310,8 +308,8 @@ def restore(
                 own, dead = local(original), local(_dead(original, mask))
                 undo.append(partial(own.index_put_, (dead,), own[dead]))
                 zero(original, mask)
-        if hold_zeros is not None:
-            hold_zeros()
+        if last is not None:
+            last()
 
 
 def make_permanent(ref: ParameterRef) -> None:

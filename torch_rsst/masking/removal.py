@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
 from torch_rsst.masking.mask_sets import masked_places
 from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.tied import masked_with
 from torch_rsst.utils.errors import UnfrozenZerosWarning
 
@@ -49,19 +50,25 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
     refs = masked_places(model)
     refs += masked_with(refs)
     zeros = [(ref, ~alive) for ref in refs if (alive := ref.alive) is not None]
-    restore(refs, hold_zeros=partial(hold_at_zero, zeros) if freeze_zeros else None)
-    if freeze_zeros is None:
-        warn_unfrozen(dead for _, dead in zeros)
+    restore(refs, last=what_becomes_of(zeros, freeze_zeros))
     return model
 
 
-def warn_unfrozen(zeros: Iterable[Tensor]) -> None:
-    """Warn the caller's caller where masks that were removed have left zeros."""
-    if any(bool(dead.any()) for dead in zeros):
+def what_becomes_of(
+    zeros: Sequence[tuple[ParameterRef, Tensor]], freeze_zeros: bool | None
+) -> Callable[[], object] | None:
+    """The last step of a removal: freeze what was masked, warn of it, or nothing."""
+    if freeze_zeros:
+        return partial(hold_at_zero, zeros)
+    return partial(_warn_unfrozen, zeros) if freeze_zeros is None else None
+
+
+def _warn_unfrozen(zeros: Iterable[tuple[ParameterRef, Tensor]]) -> None:
+    if any(bool(dead.any()) for _, dead in zeros):
         warnings.warn(
-            "The masks are gone, their zeros are ordinary weights now and come back to life if you "
+            "Without masks their zeros are ordinary weights, which come back to life if you "
             "train on. Pass freeze_zeros=True to hold them at 0, or freeze_zeros=False if you do "
             "not train on.",
             UnfrozenZerosWarning,
-            stacklevel=3,
+            stacklevel=4,  # through the removal and the public function
         )

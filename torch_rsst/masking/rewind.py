@@ -77,7 +77,11 @@ class Snapshot:
         )
 
     def restore(self, model: nn.Module) -> None:
-        """Put alive entries of every parameter and all buffers back, in place; masked latents stay."""
+        """Put alive entries of every parameter and all buffers back, in place; masked latents stay.
+
+        Buffers that a forward pass has given another shape, as caches, get their former one; those that the
+        module does not have are left out.
+        """
         present = _buffers(model)
         with torch.no_grad():
             for name, places in named_refs(model).items():
@@ -85,8 +89,11 @@ class Snapshot:
                     original, alive = places[0].original, places[0].alive
                     value = self.weights[name].to(original)
                     original.copy_(value if alive is None else torch.where(alive, value, original))
-            for name, buffer in self.buffers.items():
-                present[name].copy_(buffer)
+            for name in self.buffers.keys() & present.keys():
+                if present[name].shape == self.buffers[name].shape:
+                    present[name].copy_(self.buffers[name])
+                else:
+                    present[name].data = self.buffers[name].to(present[name])
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Copies, for a checkpoint."""

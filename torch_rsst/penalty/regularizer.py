@@ -334,6 +334,11 @@ class RegularizedPruner:
         """
         keys = ("steps", "optimizer_steps", "total_steps", "start_norm")
         check_keys(state, keys, "state of RegularizedPruner")
+        numbers = [state["steps"], *state["optimizer_steps"], state["start_norm"]]
+        numbers += [*state.get("pending", {}).values(), state.get("fell_below") or 0]
+        if odd := [each for each in numbers if not isinstance(each, (int, float))]:
+            remedy = "The file is damaged: load another one."
+            refuse(ValueError, "state of RegularizedPruner", "numbers", repr(odd[0]), remedy)
         if state["total_steps"] != total_steps:
             expected, got = f"total_steps={total_steps}", state["total_steps"]
             remedy = "Build the regularizer with the same arguments as the saved one."

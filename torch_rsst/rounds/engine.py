@@ -368,7 +368,7 @@ class Rounds(ABC):
                 groups=self._groups,
                 check_pruner=self._check_pruner,
             )
-            with AllOrNothing(refs):
+            with AllOrNothing([*refs, *self._followers.refs()]):
                 self._continue(saved)
 
     def _check_pruner(self, state: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.masking.mask_sets import apply_mask, extract_mask, named_refs, named_weights, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.utils.errors import listing, refuse
 
 
@@ -25,13 +26,20 @@ class Followers:
 
         Raises:
             TypeError: for one that is no module.
-            ValueError: for one that has other parameters than the model, or is the model.
+            ValueError: for one that has other parameters than the model, is the model, or shares parameters with it.
         """
         weights = named_weights(model)
         if isinstance(followers, nn.Module):
             remedy = "Pass a list: follow=[average]."
             refuse(TypeError, "follow", "a list of modules", type(followers).__name__, remedy)
-        return cls(tuple(_inside(follower, unwrap(model), weights) for follower in followers))
+        found = [_inside(follower, unwrap(model), weights) for follower in followers]
+        held = {id(p): name for name, p in unwrap(model).named_parameters()}
+        for module in found:
+            if shared := [held[id(p)] for p in module.parameters() if id(p) in held]:
+                remedy = "Pass an average, which has copies."
+                got = f"{listing(shared)} of the model itself"
+                refuse(ValueError, "follow", "parameters of its own", got, remedy)
+        return cls(tuple(dict.fromkeys(found)))  # each once, also where a wrapper is given with it
 
     def refs(self) -> list[ParameterRef]:
         """All their parameters."""
@@ -64,10 +72,11 @@ def follow(model: nn.Module, followers: Iterable[nn.Module]) -> None:
     Raises:
         TypeError, ValueError: for a follower that is no module or has other parameters; nothing is changed then.
     """
-    masks = extract_mask(model)
-    for module in Followers.of(model, followers).modules:
-        whole = {name: torch.ones_like(mask) for name, mask in extract_mask(module).items()}
-        apply_mask(module, {**whole, **masks})
+    masks, own = extract_mask(model), Followers.of(model, followers)
+    with AllOrNothing(own.refs()):
+        for module in own.modules:
+            whole = {name: torch.ones_like(mask) for name, mask in extract_mask(module).items()}
+            apply_mask(module, {**whole, **masks})
 
 
 def _inside(follower: object, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

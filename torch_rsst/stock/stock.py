@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -22,12 +21,11 @@ from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.distributed.replicas import agreed, agreed_on_first, warn_of_draws
 from torch_rsst.masking.freezing import end_freeze, frozen_now
-from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
 from torch_rsst.masking.live_weight import make_live, make_plain
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import MaskHook, find_hook, restore, share_mask, zero
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref
-from torch_rsst.masking.removal import warn_unfrozen
+from torch_rsst.masking.removal import what_becomes_of
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.masking.tied import masked_with, sharing
 from torch_rsst.utils.errors import refuse
@@ -130,15 +128,13 @@ def remove(module: nn.Module, name: str, *, freeze_zeros: bool | None = None) ->
     found = find_hook(ref) if ref is not None and ref.is_masked else None
     alive = None if ref is None else ref.alive
     zeros = [] if ref is None or alive is None else [(ref, ~alive)]
-    hold_zeros = partial(hold_at_zero, zeros) if freeze_zeros else None
+    last = what_becomes_of(zeros, freeze_zeros)
     if ref is None or found is None or type(found[1]).remove not in _KNOWN:
         _remove(module, name)
-        if hold_zeros is not None:
-            hold_zeros()
+        if last is not None:
+            last()
     else:
-        restore([ref, *masked_with([ref])], hold_zeros=hold_zeros)
-    if freeze_zeros is None:
-        warn_unfrozen(dead for _, dead in zeros)
+        restore([ref, *masked_with([ref])], last=last)
     return module
 
 
