@@ -24,8 +24,9 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "gallery"]
 
 # Pages
 
@@ -88,6 +89,20 @@ import torch, torch_rsst
 os.chdir(tempfile.mkdtemp())  # examples write files
 torch.manual_seed(0)
 """
+
+# Gallery: the scripts run when the pages are built (not with -D plot_gallery=0)
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "auto_gallery",
+    "within_subsection_order": "gallery_order.key",
+    "image_scrapers": ("gallery_order.unmanaged_figures", "matplotlib"),
+    "capture_repr": ("_repr_html_",),
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_memory": False,
+    "remove_config_comments": True,
+}
 
 # HTML
 
