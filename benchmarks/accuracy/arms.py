@@ -184,8 +184,11 @@ def refill(case: Case) -> nn.Module:
     """Refill: units are masked at once in each round, kept units are dense."""
     model = case.dense_again()
     groups = case.groups(model)
-    rounds = torch_rsst.Refill(model, groups, fillback_rate=0.0, **_rounds_options(case))
-    return _driven(case, rounds, model, case.budget.optimizer(model), groups)
+    optimizer = case.budget.optimizer(model)
+    rounds = torch_rsst.Refill(
+        model, groups, optimizer=optimizer, fillback_rate=0.0, **_rounds_options(case)
+    )
+    return _driven(case, rounds, model, optimizer, groups)
 
 
 @arm("rsst")
