@@ -434,3 +434,40 @@ def test_after_any_sequence_of_calls_all_that_tells_of_masks_agrees() -> None:
     run_state_machine_as_test(
         TiedModels, settings=settings(max_examples=60, stateful_step_count=12)
     )
+
+
+@pytest.mark.parametrize("kept", ["embed", "head"])
+def test_a_state_dict_may_hold_a_tied_weight_under_any_of_its_names(kept: str) -> None:
+    model = made()
+    torch_rsst.apply_mask(model, {"head.weight": half()})
+    state = model.state_dict()
+    other = "head" if kept == "embed" else "embed"
+    state = {key: value for key, value in state.items() if not key.startswith(other)}
+    fresh = torch_rsst.prepare_from_state_dict(made(), state)
+    fresh.load_state_dict(state, strict=False)
+    assert_shared(fresh)
+    assert torch.equal(fresh(TOKENS), model(TOKENS))
+
+
+def test_a_state_dict_may_hold_copies_of_a_tied_weight() -> None:
+    model = made()
+    torch_rsst.apply_mask(model, {"embed.weight": half()})
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    fresh = torch_rsst.prepare_from_state_dict(made(), state)
+    fresh.load_state_dict(state)
+    assert_shared(fresh)
+    assert_agrees(fresh)
+
+
+def test_different_masks_for_the_names_of_one_weight_are_refused(fingerprint: Fingerprint) -> None:
+    model = made()
+    before = fingerprint(model)
+    with pytest.raises(
+        ValueError,
+        match=r"mask 'head\.weight': expected that of 'embed\.weight', which it is tied to, got another one\. "
+        r"Pass one of the two\.",
+    ):
+        torch_rsst.apply_mask(model, {"embed.weight": half(), "head.weight": ~half()})
+    assert fingerprint(model) == before
+    torch_rsst.apply_mask(model, {"embed.weight": half(), "head.weight": half().int()})
+    assert_shared(model)

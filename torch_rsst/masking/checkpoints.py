@@ -15,6 +15,7 @@ from torch_rsst.masking.mask_sets import (
     apply_mask,
     dense_keys,
     extract_mask,
+    first_names,
     masked_names,
     masked_places,
     unwrap,
@@ -47,8 +48,8 @@ def prepare_from_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
         ValueError: where a parameter is masked in the model and dense in the state dict: what
             becomes of its mask is yours to say, see :func:`load_dense_state_dict`.
     """
-    masks = extract_mask(state_dict)
-    if left := masked_names(model) - masks.keys():
+    masks, names = extract_mask(state_dict), first_names(model)
+    if left := masked_names(model) - {names.get(name, name) for name in masks}:
         refuse(
             ValueError,
             "state_dict",

@@ -73,14 +73,24 @@ def _places(model: nn.Module) -> dict[str, list[ParameterRef]]:
     reshard(unwrap(model).modules())
     first_names: dict[int, str] = {}
     refs: dict[str, list[ParameterRef]] = {}
+    for full, ref in _every_place(model):
+        name = first_names.setdefault(id(ref.original), full)
+        refs.setdefault(name, []).append(ref)
+    return refs
+
+
+def _every_place(model: nn.Module) -> Iterator[tuple[str, ParameterRef]]:
     for path, module in unwrap(model).named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 own = dense_name(module, key)
-                full = without_wrappers(f"{path}.{own}" if path else own)
-                name = first_names.setdefault(id(parameter), full)
-                refs.setdefault(name, []).append(ParameterRef(module, own))
-    return refs
+                yield without_wrappers(f"{path}.{own}" if path else own), ParameterRef(module, own)
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every dense name of every parameter → its first one; tied parameters have several."""
+    first: dict[int, str] = {}
+    return {full: first.setdefault(id(ref.original), full) for full, ref in _every_place(model)}
 
 
 def masked_places(model: nn.Module) -> list[ParameterRef]:
@@ -281,7 +291,8 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
     Args:
         model: the model, wrapped or not. In a ``DistributedDataParallel`` it is a collective call:
             all ranks must pass the same masks, or all raise.
-        masks: dense parameter name → tensor of zeros and ones, of the parameter's shape.
+        masks: dense parameter name → tensor of zeros and ones, of the parameter's shape. A tied parameter
+            may have any of its names.
         strict: also require that every parameter that is masked now is named.
 
     Raises:
@@ -305,8 +316,9 @@ def _sites_to_mask(
     model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool
 ) -> list[tuple[ParameterRef, Tensor]]:
     refs = _places(model)
-    chosen = _binary(masks)
-    resolved = {name: _resolve(name, refs) for name in chosen}
+    chosen, names = _binary(masks), first_names(model)
+    resolved = {name: _resolve(name, names) for name in chosen}
+    _check_one_each(chosen, resolved)
     others = {name: refs[name] for name in refs.keys() - resolved.values()}
     check_shared(others)
     if strict and (left := [name for name, places in others.items() if places[0].is_masked]):
@@ -335,7 +347,19 @@ def _address(mask: Tensor | None) -> int:
     return 0 if mask is None else local(mask).untyped_storage().data_ptr()
 
 
-def _resolve(name: str, refs: Mapping[str, list[ParameterRef]]) -> str:
+def _check_one_each(masks: Mapping[str, Tensor], resolved: Mapping[str, str]) -> None:
+    """Raise a ValueError where a tied parameter is given different masks under several of its names."""
+    given: dict[str, tuple[str, Tensor]] = {}
+    for name, mask in masks.items():
+        other, first = given.setdefault(resolved[name], (name, mask))
+        if first is not mask and not (
+            first.shape == mask.shape and torch.equal(local(first) != 0, local(mask) != 0)
+        ):
+            expected, got = f"that of {other!r}, which it is tied to", "another one"
+            refuse(ValueError, f"mask {name!r}", expected, got, "Pass one of the two.")
+
+
+def _resolve(name: str, names: Mapping[str, str]) -> str:
     inner = without_wrappers(name)
     for candidate in (
         name,
@@ -343,10 +367,11 @@ def _resolve(name: str, refs: Mapping[str, list[ParameterRef]]) -> str:
         inner.removeprefix(_OUTER_PREFIX),
         _OUTER_PREFIX + inner,  # the model itself has one child, called "module"
     ):
-        if candidate in refs:
-            return candidate
-    near = name.removesuffix(ORIG) if name.removesuffix(ORIG) in refs else closest(name, refs, 0.85)
-    remedy = f"{f'Did you mean {near!r}? ' if near else ''}It has {listing(refs)}."
+        if candidate in names:
+            return names[candidate]
+    plain = name.removesuffix(ORIG)
+    near = plain if plain in names else closest(name, names, 0.85)
+    remedy = f"{f'Did you mean {near!r}? ' if near else ''}It has {listing(names)}."
     refuse(MissingNameError, f"mask {name!r}", "a parameter of the model", "no such name", remedy)
 
 
