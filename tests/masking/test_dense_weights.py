@@ -465,3 +465,33 @@ def test_buffers_that_cannot_be_written_or_are_resized_do_not_hide_the_error(cha
         changed_and_failed()
     assert model.cache.tolist() == [1.0, 1.0]
     assert model.position.shape == (3, 4)
+
+
+def test_sparse_gradients_made_inside_are_added_on_leaving() -> None:
+    table = nn.Embedding(4, 3, sparse=True)
+    mask = torch.arange(12).view(4, 3) % 2 == 0
+    torch_rsst.apply_mask(table, {"weight": mask})
+    with torch_rsst.dense_weights(table):
+        table(torch.tensor([0, 1, 1])).sum().backward()
+    expected = torch.tensor([[1.0], [2.0], [0.0], [0.0]]) * mask
+    assert torch.equal(table.weight_orig.grad.to_dense(), expected)
+
+
+def test_an_error_inside_leaves_pending_backward_passes_alone() -> None:
+    model, x = masked_mlp(), tokens(0, 2, 4)
+    output = model(x)
+    with pytest.raises(KeyError), torch_rsst.dense_weights(model):
+        raise KeyError
+    output.sum().backward()
+
+
+def test_a_conversion_to_meta_inside_is_refused() -> None:
+    layer = masked_layer()
+    with (
+        pytest.raises(
+            RuntimeError, match=r"'weight': expected values on leaving, got a parameter on the meta"
+        ),
+        torch_rsst.dense_weights(layer),
+    ):
+        layer.to("meta")
+    assert not layer.weight_orig.is_meta

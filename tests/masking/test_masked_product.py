@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn.utils import prune as stock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_rsst
+from torch_rsst.masking import live_weight
 from torch_rsst.masking.masked_product import is_in_graph, masked
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -251,3 +254,104 @@ def test_a_compiled_sparse_table_agrees(make: Callable[[], nn.Module]) -> None:
     compiled = torch.compile(table, backend="eager")
     torch.testing.assert_close(compiled(ids), table(ids))
     torch._dynamo.reset()
+
+
+def sparse_table(mask: Any) -> nn.Embedding:
+    """Of stock or of ours."""
+    torch.manual_seed(0)
+    table = nn.Embedding(4, 3, sparse=True, dtype=torch.float64)
+    mask(table, "weight", half_mask(table.weight.shape))
+    return table
+
+
+def penalized_gradient(mask: Any) -> list[Tensor]:
+    torch.manual_seed(1)
+    table, head = sparse_table(mask), nn.Linear(3, 1).double()
+    loss = head(table(torch.tensor([0, 1, 1]))).pow(3).sum()
+    (gradient,) = torch.autograd.grad(loss, [table.weight_orig], create_graph=True)
+    assert gradient.requires_grad
+    (loss + gradient.to_dense().square().sum()).backward()
+    return [head.weight.grad, table.weight_orig.grad.to_dense()]
+
+
+def test_a_second_derivative_through_a_sparse_table_is_that_of_stock() -> None:
+    for own, of_stock in zip(
+        penalized_gradient(torch_rsst.custom_from_mask),
+        penalized_gradient(stock.custom_from_mask),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, of_stock)
+
+
+def test_function_transforms_pass_through_sparse_tables() -> None:
+    rows = torch.tensor([0, 1, 1])
+    table = sparse_table(torch_rsst.custom_from_mask)
+    torch.testing.assert_close(vmap(table.requires_grad_(False))(rows), table(rows))
+    values = dict(table.named_parameters())
+    tangents = {name: torch.ones_like(value) for name, value in values.items()}
+    _, tangent = jvp(lambda p: functional_call(table, p, (rows,)), (values,), (tangents,))
+    torch.testing.assert_close(tangent, table.weight_mask[rows].double())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool])
+def test_numbers_of_other_types_can_be_masked_read_and_restored(dtype: torch.dtype) -> None:
+    layer, mask = nn.Linear(3, 3, bias=False), torch.eye(3)
+    weight = torch.ones(3, 3).to(dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    torch_rsst.custom_from_mask(layer, "weight", mask)
+    assert torch.equal(layer.weight.to(torch.complex64), mask.to(torch.complex64))
+    torch_rsst.remove_all(layer, freeze_zeros=False)
+    assert torch.equal(layer.weight.to(torch.complex64), mask.to(torch.complex64))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda layer, x: layer.weight.norm().item(),
+        lambda layer, x: layer(x),
+        lambda layer, x: layer(x).sum().backward(),
+    ],
+    ids=["a norm is logged", "a forward pass is dropped", "another backward pass"],
+)
+def test_a_pending_backward_pass_keeps_its_mask_whatever_was_read_since(between: Any) -> None:
+    layer, x = half_masked(linear()), tokens(0, 2, 4)
+    mask, output = layer.weight_mask.clone(), layer(x)
+    between(layer, x)
+    layer.zero_grad()
+    torch_rsst.apply_mask(layer, {"weight": torch.ones_like(mask)})
+    output.sum().backward()
+    torch.testing.assert_close(layer.weight_orig.grad, mask * x.sum(0))
+
+
+def test_masking_one_model_leaves_no_reference_to_the_parameters_of_others() -> None:
+    bystander, layer = linear(), linear()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    half_masked(layer)
+    assert not weakref.getweakrefs(bystander.weight)
+    assert optimizer.param_groups[0]["params"][0] is layer.weight_orig
+
+
+def test_products_are_held_in_training_only() -> None:
+    layer, x = half_masked(linear()), tokens(0, 2, 4)
+    layer(x).sum().backward()
+    assert live_weight._held[layer].keys() == {"weight"}
+    with torch.no_grad():
+        layer(x)
+    assert layer not in live_weight._held
+    layer(x).sum().backward()
+    with torch_rsst.dense_weights(layer):
+        assert layer not in live_weight._held
+
+
+def test_classes_made_in_functions_are_not_kept() -> None:
+    def trial() -> weakref.ref[type]:
+        class Mine(nn.Linear):
+            pass
+
+        layer = half_masked(Mine(4, 3))
+        layer(tokens(0, 2, 4)).sum().backward()
+        return weakref.ref(Mine)
+
+    kept = trial()
+    gc.collect()
+    assert kept() is None

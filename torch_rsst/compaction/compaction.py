@@ -24,7 +24,7 @@ from torch_rsst.compaction.cut_record import (
 )
 from torch_rsst.compaction.folding import Constants, measure_constants
 from torch_rsst.compaction.moved_optimizer import move_optimizer
-from torch_rsst.compaction.plain import is_full, warn_of_zeros
+from torch_rsst.compaction.plain import check_keep_masks, warn_of_zeros
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
 from torch_rsst.discovery.examples import small_guesses
@@ -50,6 +50,7 @@ from torch_rsst.masking.mask_sets import (
     unwrap,
     without_wrappers,
 )
+from torch_rsst.masking.mask_values import is_full
 from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.amounts import check_count
@@ -101,7 +102,7 @@ def compact(
         :class:`torch_rsst.discovery.BiasOnly`.
 
     Raises:
-        TypeError: unless given a module and groups.
+        TypeError: unless given a module and groups; for another ``keep_masks``.
         KeyError, ValueError: for groups of another model, tied or sharded parameters, groups made by
             hand that cannot be verified.
         RuntimeError: where the outputs on the inputs differ.
@@ -112,6 +113,7 @@ def compact(
     bare = unwrap(model)
     groups = as_groups(groups)
     check_count(round_to, "round_to", at_least=1)
+    check_keep_masks(keep_masks)
     check_compactable(bare, groups)
     probe = Probe(bare, example_inputs)
     removals, constants, kept_whole, dead = _choose(bare, groups, round_to, probe)

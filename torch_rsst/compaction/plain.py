@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import warnings
 
-from torch import Tensor, nn
+from torch import nn
 
 from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.parameter_ref import masked_refs
-from torch_rsst.utils.errors import UnfrozenZerosWarning
+from torch_rsst.utils.errors import UnfrozenZerosWarning, refuse
+
+
+def check_keep_masks(keep_masks: object) -> None:
+    """Raise a TypeError unless ``keep_masks`` is True, False or None."""
+    if keep_masks is not None and not isinstance(keep_masks, bool):
+        remedy = "True keeps masks, False makes them permanent, None decides by the optimizer."
+        refuse(TypeError, "keep_masks", "True, False or None", repr(keep_masks), remedy)
 
 
 def make_plain(model: nn.Module, subject: str, keep_masks: bool | None) -> None:
@@ -36,8 +43,3 @@ def warn_of_zeros(subject: str, zeros: int, *, stacklevel: int = 3) -> None:
             "keep_masks=False if you do not train on."
         )
         warnings.warn(text, UnfrozenZerosWarning, stacklevel=stacklevel)
-
-
-def is_full(mask: Tensor | None) -> bool:
-    """Whether a mask has no zeros."""
-    return mask is not None and (not mask.numel() or bool(mask.amin() > 0))

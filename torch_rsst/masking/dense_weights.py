@@ -22,7 +22,7 @@ from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
 from torch_rsst.masking.mask_sets import masked_places, unwrap
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import find_hook, reparametrize, set_hook, set_plain
-from torch_rsst.masking.masked_product import masked
+from torch_rsst.masking.masked_product import masked, masked_gradient
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.masking.saved_masks import is_writable
@@ -53,8 +53,9 @@ def dense_weights(
 
     On leaving, the masks are put back: in the same modules, and in modules that have taken their place,
     which are found by the parameter or by their name. Values that were written to entries
-    that are alive go to ``weight_orig``; gradients are added to its gradient. A parameter that was assigned
-    inside becomes ``weight_orig`` itself.
+    that are alive go to ``weight_orig``; gradients are added to its gradient on leaving, so that
+    ``zero_grad()`` and ``backward()`` belong inside or outside together. A parameter that was assigned
+    inside becomes ``weight_orig`` itself. Memory formats and sharing between processes that are set inside are not kept.
 
     Args:
         model: the model, wrapped or not; changed in place.
@@ -262,7 +263,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             _set_data(target, self._value(each, mask))
             self._undo.append(partial(setattr, target, "grad", target.grad))
             if each.parameter.grad is not None:
-                grad = masked(each.parameter.grad, mask)
+                grad = masked_gradient(each.parameter.grad, mask)
                 before = None if target is each.parameter else target.grad
                 target.grad = grad if before is None else before + grad
             for ref in each.refs:
@@ -293,6 +294,8 @@ def _values_back(model: nn.Module) -> list[Any]:
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     alike = (tensor.dtype, tensor.device, tensor.shape) == (value.dtype, value.device, value.shape)
+    if alike and torch.equal(tensor, value):
+        return  # a write would end the backward passes that are still to come
     if alike and is_writable(tensor):
         tensor.copy_(value)
     else:
@@ -330,6 +333,9 @@ def _now(
 
 def _check_return(each: _Return) -> None:
     subject = f"dense_weights: {each.name!r}"
+    if each.parameter.is_meta and not each.dense.mask.is_meta:
+        remedy = "Work on a copy (copy.deepcopy inside the block)."
+        refuse(RuntimeError, subject, "values on leaving", "a parameter on the meta device", remedy)
     if each.parameter.shape != each.dense.mask.shape:
         got = f"shape {tuple(each.parameter.shape)}"
         expected = f"shape {tuple(each.dense.mask.shape)} as before"

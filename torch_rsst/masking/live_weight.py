@@ -50,11 +50,27 @@ def product(module: nn.Module, name: str) -> Tensor:
     if original is not None and mask is not None:
         if type(mask) is Tensor and not torch.compiler.is_compiling():
             warn_if_averaged(mask, f"'{name}' of {type(module).__name__}")
-        return masked(original, mask, sparse=getattr(module, "sparse", False) is True)
+        made = masked(original, mask, sparse=getattr(module, "sparse", False) is True)
+        if not torch.compiler.is_compiling():
+            _hold(module, name, made)
+        return made
     plain = module._parameters.get(name)
     if plain is None:
         raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
     return plain
+
+
+# The last product of each masked weight in training, which the next one replaces. Nothing reads it: were all
+# products freed after a backward pass, C libraries would return the memory, and each step would ask for it again.
+_held: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _hold(module: nn.Module, name: str, made: Tensor) -> None:
+    if type(made) is Tensor and made.device.type == "cpu" and made.requires_grad:
+        if not torch._C._are_functorch_transforms_active():
+            _held.setdefault(module, {})[name] = made.detach()
+    elif module in _held:
+        del _held[module]
 
 
 def is_live(module: nn.Module, name: str) -> bool:
@@ -73,6 +89,7 @@ def make_live(module: nn.Module, name: str) -> None:
 def make_plain(module: nn.Module, name: str) -> None:
     """Undo :func:`make_live`; the last name brings the original class back."""
     base, names = _base_and_names(_own_class(module))
+    _held.pop(module, None)
     if name in names:
         rest = names - {name}
         _set_own_class(module, _live_class(base, rest) if rest else base)
@@ -104,25 +121,23 @@ def _base_and_names(cls: type[nn.Module]) -> tuple[type[nn.Module], frozenset[st
     return found
 
 
-_CLASSES: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
-
-
 def _live_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
-    """The subclass of ``base`` in which ``names`` are live, made once."""
-    if (base, names) not in _CLASSES:
-        body = {
-            # Its own module: torch.compile takes what stands in torch.nn as known and looks no further.
-            "__module__": __name__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": _reduce,
-            "_live": (base, names),
-            "register_parameter": registering(base, names),
-            "qconfig": quantization,
-            **{method: _reset(method) for method in _RESETS if hasattr(base, method)},
-            **{name: _property(name) for name in names},
-        }
-        _CLASSES[base, names] = type(base.__name__, (base,), body)
-    return _CLASSES[base, names]
+    """The subclass of ``base`` in which ``names`` are live, made once while any module is of it."""
+    for known in type.__subclasses__(base):
+        if vars(known).get("_live") == (base, names):
+            return known
+    body = {
+        # Its own module: torch.compile takes what stands in torch.nn as known and looks no further.
+        "__module__": __name__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_live": (base, names),
+        "register_parameter": registering(base, names),
+        "qconfig": quantization,
+        **{method: _reset(method) for method in _RESETS if hasattr(base, method)},
+        **{name: _property(name) for name in names},
+    }
+    return type(base.__name__, (base,), body)
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:

@@ -20,13 +20,16 @@ AVERAGED = (
 )
 
 
+_ORDERED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
 def is_binary(mask: Tensor) -> bool:
     """Whether a mask holds nothing but 0 and 1, on all ranks."""
     part = local(mask).detach()
     if (
-        not part.is_floating_point()
+        part.dtype not in _ORDERED
     ):  # complex numbers have no order, products of integers wrap around
-        part = ((part != 0) & (part != 1)).float() * 2
+        part = part.float() if part.is_floating_point() else ((part != 0) & (part != 1)).float() * 2
     rest, odd = Scratch(part, part.dtype), part.new_zeros(())
     for index in block_indices(part):
         own = part[index]
@@ -34,6 +37,18 @@ def is_binary(mask: Tensor) -> bool:
         torch.addcmul(own, own, own, value=-1, out=rest.shaped(own))
         odd = odd.maximum(rest.shaped(own).abs_().amax())
     return not int(Ranks.of([mask]).add_up((odd != 0).int()))
+
+
+def is_full(mask: Tensor | None) -> bool:
+    """Whether a mask has no zeros on this rank."""
+    if mask is None:
+        return False
+    part = local(mask)
+    if (
+        part.dtype in _ORDERED or part.dtype == torch.bool
+    ):  # the least one is found faster than zeros are
+        return not part.numel() or bool(part.amin() > 0)
+    return bool((part.float() if part.is_floating_point() else part != 0).all())
 
 
 def check_binary(mask: Tensor | None, subject: object) -> None:

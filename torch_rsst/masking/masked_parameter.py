@@ -32,7 +32,7 @@ from torch_rsst.masking.live_weight import (
     make_plain,
     product,
 )
-from torch_rsst.masking.mask_values import check_binary
+from torch_rsst.masking.mask_values import check_binary, is_full
 from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
@@ -304,7 +304,7 @@ def restore(refs: Sequence[ParameterRef], *, last: Callable[[], object] | None =
             if found is not None:
                 del ref.module._forward_pre_hooks[found[0]]
         for original, mask in masked:
-            if not _is_full(mask):
+            if not is_full(mask):
                 own, dead = local(original), local(_dead(original, mask))
                 undo.append(partial(own.index_put_, (dead,), own[dead]))
                 zero(original, mask)
@@ -323,13 +323,6 @@ def zero(original: nn.Parameter, mask: Tensor | None) -> None:
     """Set a parameter to 0 where its mask is 0."""
     with torch.no_grad():
         local(original).masked_fill_(local(_dead(original, mask)), 0.0)
-
-
-def _is_full(mask: Tensor | None) -> bool:
-    """Whether nothing is masked here; told faster than where."""
-    assert mask is not None, "only masked refs are made permanent"
-    part = local(mask)
-    return not part.numel() or bool(part.amin() > 0)
 
 
 def _dead(original: nn.Parameter, mask: Tensor | None) -> Tensor:

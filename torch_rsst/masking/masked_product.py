@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_rsst.distributed.dtensor import is_sharded, placed_like
 
 _select = torch.ops.aten.threshold_backward
+# The types of numbers that it takes.
+_SELECTED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def masked(original: Tensor, mask: Tensor, *, sparse: bool = False) -> Tensor:
@@ -41,18 +42,35 @@ def masked(original: Tensor, mask: Tensor, *, sparse: bool = False) -> Tensor:
 
 
 def _in_training(original: Tensor, mask: Tensor, sparse: bool) -> Tensor:
-    _in_graph[id(mask)] = saved = mask.detach()
-    made = _product(original, saved, sparse)
-    if made.device.type == "cpu":
-        _memory[mask] = made.detach()
-    return made
+    saved = mask.detach()
+    _note_graph(mask, saved)
+    return _product(original, saved, sparse)
 
 
 def _product(original: Tensor, mask: Tensor, sparse: bool) -> Tensor:
+    if isinstance(original, Tensor) and original.dtype not in _SELECTED:  # torch.fx has none
+        return torch.where(
+            mask == 0, torch.zeros((), dtype=original.dtype, device=original.device), original
+        )
     mask = mask.to(original.dtype)
     if sparse:
-        return _SparseGradient.apply(original, mask)  # type: ignore[no-any-return]
+        # Of the operations that let no NaN through, none takes a sparse gradient: a product meets it first.
+        # In compiled graphs nothing else may, so that there a NaN under the mask gets through.
+        compiling = torch.compiler.is_compiling()
+        return (original if compiling else _without_masked(original, mask)) * mask
     return _select(original, mask, 0)  # type: ignore[no-any-return]
+
+
+def masked_gradient(gradient: Tensor, mask: Tensor) -> Tensor:
+    """A gradient, which may hold some rows only, with 0 where it is masked."""
+    if not gradient.is_sparse:
+        return masked(gradient, mask)
+    gradient = gradient.coalesce()
+    rows = gradient.indices()
+    values = masked(gradient.values(), mask[tuple(rows)])
+    return torch.sparse_coo_tensor(
+        rows, values, gradient.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def masked_operand(function: Any, args: tuple[Any, ...]) -> Any:
@@ -62,21 +80,31 @@ def masked_operand(function: Any, args: tuple[Any, ...]) -> Any:
     return args[2] if function is torch.where and len(args) == 3 else None
 
 
-# By the id of a mask: the alias of it that the graph of the last forward pass holds, while it does.
-_in_graph: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+# By the id of a mask: the aliases of it that graphs of forward passes hold, while they do.
+_in_graph: dict[int, dict[int, weakref.ref[Tensor]]] = {}
 
-# The last product of each mask, which the next one replaces. Nothing reads it: were all products freed
-# after a backward pass, C libraries would return the memory, and each step would ask for it again.
-_memory: Any = WeakTensorKeyDictionary()
+
+def _note_graph(mask: Tensor, saved: Tensor) -> None:
+    of, own = id(mask), id(saved)
+
+    def forget(_: object) -> None:
+        held = _in_graph.get(of, {})
+        held.pop(own, None)
+        if not held:
+            _in_graph.pop(of, None)
+
+    _in_graph.setdefault(of, {})[own] = weakref.ref(saved, forget)
 
 
 def is_in_graph(mask: Tensor) -> bool:
-    """Whether a backward pass may still need the present values of a mask."""
+    """Whether a backward pass may still need the present values of a mask. Compiled ones are not known."""
     return id(mask) in _in_graph
 
 
-class _SparseGradient(torch.autograd.Function):
-    """The same selection, for gradients that hold some rows of an embedding."""
+class _WithoutMasked(torch.autograd.Function):
+    """0 where masked, with the gradient of what it is given: the product with the mask comes behind."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(original: Tensor, mask: Tensor) -> Tensor:
@@ -84,14 +112,16 @@ class _SparseGradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+        pass
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        if not gradient.is_sparse:
-            return _select(gradient, mask, 0), None
-        rows = gradient._indices()
-        values = _select(gradient._values(), mask[tuple(rows)], 0)
-        shape = gradient.shape
-        return torch.sparse_coo_tensor(rows, values, shape, check_invariants=False), None
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: object) -> Tensor:
+        return tangent
+
+
+def _without_masked(original: Tensor, mask: Tensor) -> Tensor:
+    return _WithoutMasked.apply(original, mask)  # type: ignore[no-any-return]

@@ -73,29 +73,31 @@ class _Alone:
     """
 
     def __init__(self) -> None:
-        self._owner: dict[int, tuple[weakref.ref[nn.Parameter], weakref.ref[nn.Module]]] = {}
+        # By the id of a parameter. No weak references to parameters: such cannot be swapped when models are
+        # converted. One that has died and another that has its id: the latter was registered, and seen, too.
+        self._owner: dict[int, weakref.ref[nn.Module]] = {}
         self._hook: RemovableHandle | None = None
 
     def has(self, ref: ParameterRef) -> bool:
         known = self._owner.get(id(ref.held))
-        return known is not None and known[0]() is ref.held and known[1]() is ref.module
+        return known is not None and known() is ref.module
 
     def note(self, modules: Iterable[nn.Module]) -> None:
         self._forget()
-        places: dict[int, list[tuple[nn.Parameter, nn.Module]]] = {}
+        places: dict[int, list[nn.Module]] = {}
         for module in modules:
             for parameter in list(module._parameters.values()):
                 if parameter is not None:
-                    places.setdefault(id(parameter), []).append((parameter, module))
-        for key, held in places.items():
-            if len(held) == 1:
-                self._owner[key] = weakref.ref(held[0][0]), weakref.ref(held[0][1])
+                    places.setdefault(id(parameter), []).append(module)
+        for key, holders in places.items():
+            if len(holders) == 1:
+                self._owner[key] = weakref.ref(holders[0])
         self._hook = register_module_parameter_registration_hook(self._registered)
 
     def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         known = self._owner.get(id(parameter))
         # Not where stock calls rename a parameter.
-        if known is not None and known[0]() is parameter and known[1]() is not module:
+        if known is not None and known() is not module:
             self._forget()
 
     def _forget(self) -> None:
