@@ -32,6 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--multipliers", action="store_true", help="list the penalty's measured multipliers"
     )
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="run every Nth test, for a shorter look"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -55,7 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_timm: skipped where timm cannot be imported")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = items[:: config.getoption("--every")]
     needing = [item for item in items if item.get_closest_marker("needs_timm")]
     if not needing:
         return
