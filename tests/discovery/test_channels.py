@@ -24,6 +24,7 @@ from channel_nets import (
 from contract import assert_contract
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils import parametrizations
 
 import torch_rsst
 from torch_rsst import UnsupportedModuleWarning, find_groups
@@ -359,3 +360,17 @@ def test_a_model_that_cannot_be_copied_is_reported() -> None:
     model = Single(conv(3, 4), conv(4, 2))
     expected = "it cannot be run (TypeError: there is but one of it); pass example_inputs"
     assert reasons(model) == {"": expected}
+
+
+def test_channels_with_a_weight_norm_are_told_to_take_it_off() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        parametrizations.weight_norm(nn.Conv2d(6, 6, 3)),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 1),
+    )
+    _, refused = survey(model, ["channels"], example_inputs=torch.randn(2, 3, 8, 8))
+    assert all(item.reason.startswith("weight_norm joins them; take it off") for item in refused)
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    found, refused = survey(model, ["channels"], example_inputs=torch.randn(2, 3, 8, 8))
+    assert sum(layer.units for layer in found.layers) == 6

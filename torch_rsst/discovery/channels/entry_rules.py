@@ -174,6 +174,10 @@ REDUCING = [
     "_softmax",
     "_weight_norm_interface",
 ]
+_JOINED = {
+    "_weight_norm_interface": "weight_norm joins them; take it off before you find groups, with "
+    "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
+}
 WINDOWED = [
     "_adaptive_avg_pool2d",
     "_adaptive_avg_pool3d",
@@ -281,7 +285,7 @@ def reduce(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
     given, kept = walk.labels(x).fields, []
     for field in given:
         if over & set(varying(field)):
-            walk.freeze([field], f"they are joined by {name.removeprefix('_')}")
+            walk.freeze([field], _JOINED.get(name, f"they are joined by {name.removeprefix('_')}"))
         else:
             kept.append(field)
     for tensor in tensors_in(out):
