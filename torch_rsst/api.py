@@ -53,6 +53,7 @@ from torch_rsst.rounds.refill import Refill
 from torch_rsst.rounds.round import Round
 from torch_rsst.rounds.rsst import RSST
 from torch_rsst.saving.compact_folder import load_compact, save_compact
+from torch_rsst.saving.info import CompactInfo, compact_info
 from torch_rsst.stock.functional import fillback, global_unstructured, head_structured
 from torch_rsst.stock.methods import Fillback, GlobalL1, HeadRegroup
 from torch_rsst.stock.stock import (
@@ -78,6 +79,7 @@ from torch_rsst.utils.errors import (
 __all__ = [
     "RSST",
     "BasePruningMethod",
+    "CompactInfo",
     "CompactionWarning",
     "CustomFromMask",
     "Explanation",
@@ -112,6 +114,7 @@ __all__ = [
     "__version__",
     "apply_mask",
     "compact",
+    "compact_info",
     "convert_optimizer_state",
     "custom_from_mask",
     "dense_weights",

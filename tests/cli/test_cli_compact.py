@@ -136,7 +136,7 @@ def test_the_smaller_model_loads_in_a_process_of_its_own(run, tmp_path, capsys):
     page = (run / "report.html").read_bytes()
     assert exit_code("compact", run, "--output", output, "--round-to", 16, "--export") == 0
     assert {path.name for path in output.iterdir()} == {
-        "compact.json", "model.safetensors", "model.pt2"
+        "README.md", "compact.json", "model.safetensors", "model.pt2"
     }  # fmt: skip
     assert not (run / "compact").exists()
     assert (run / "report.html").read_bytes() == page

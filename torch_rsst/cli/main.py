@@ -30,7 +30,7 @@ from torch_rsst.cli.terminal import (
 from torch_rsst.utils.errors import message, refuse
 
 if TYPE_CHECKING:
-    from torch_rsst.recipes.config import CompactConfig, RunConfig
+    from torch_rsst.recipes.config import CompactConfig, PredictConfig, RunConfig
 
 _EXTRA = (
     "torch-rsst: the command line needs more packages ({missing}): pip install 'torch-rsst[cli]'"
@@ -101,7 +101,7 @@ def _warnings_to(show: Callable[..., None]) -> Iterator[None]:
 
 def _parse(args: Sequence[str]) -> Callable[[], int]:
     """The command that the arguments name, ready to be called."""
-    from torch_rsst.recipes.config import CompactConfig, ReportConfig, RunConfig
+    from torch_rsst.recipes.config import CompactConfig, PredictConfig, ReportConfig, RunConfig
 
     with _reported(TypeError, ValueError, OSError):
         config = _read(args, RunConfig())
@@ -109,6 +109,8 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
             return partial(_report, config.folder)
         if isinstance(config, CompactConfig):
             return partial(_compact, config)
+        if isinstance(config, PredictConfig):
+            return partial(_predict, config)
         if config.resume:
             _check_only_resumes(config)
             from torch_rsst.recipes.run_folder import RunFolder
@@ -127,13 +129,14 @@ def _read(args: Sequence[str], default: RunConfig) -> Any:
     """The options of the command in the arguments; those of ``run`` start from a default."""
     import tyro
 
-    from torch_rsst.recipes.config import CompactConfig, ReportConfig, RunConfig
+    from torch_rsst.recipes.config import CompactConfig, PredictConfig, ReportConfig, RunConfig
 
     run = Annotated[RunConfig, tyro.conf.subcommand("run", default=default)]
     report = Annotated[ReportConfig, tyro.conf.subcommand("report")]
     compact = Annotated[CompactConfig, tyro.conf.subcommand("compact")]
     description = "Structured sparsity for vision transformers and CNNs: RSST and Refill."
-    commands: Any = run | report | compact
+    predict = Annotated[PredictConfig, tyro.conf.subcommand("predict")]
+    commands: Any = run | report | compact | predict
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
@@ -239,6 +242,16 @@ def _compact(config: CompactConfig) -> int:
     with _reported(*_MISTAKES, RuntimeError), _warnings_to(print_warning):
         receipt = compact_run(config)
     print_savings(receipt, config.output or RunFolder(config.folder).compact)
+    return 0
+
+
+def _predict(config: PredictConfig) -> int:
+    from torch_rsst.recipes.predicting import predict
+
+    with _reported(*_MISTAKES, RuntimeError), _warnings_to(print_warning):
+        for path, found in predict(config):
+            classes = ", ".join(f"{label} {share:.1%}" for label, share in found)
+            print(f"{path}: {classes}")
     return 0
 
 

@@ -235,4 +235,9 @@ def print_savings(receipt: dict[str, Any], folder: Path) -> None:
         f"Outputs for {images} held-out {one} differ by at most {receipt['max_error']:.1e}. "
         f"Times are medians of runs in turns; before: {timed['before']}; after: {timed['after']}."
     )
+    for name, error in receipt.get("exported", {}).items():
+        console.print(f"{name}: without masks, outputs differ by at most {error:.1e}.")
     console.print(f'Load it: torch_rsst.load_compact("{folder}")', soft_wrap=True)
+    console.print(
+        f"Use it: torch-rsst predict {folder} IMAGE; about it: {folder}/README.md", soft_wrap=True
+    )

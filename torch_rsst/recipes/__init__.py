@@ -10,6 +10,7 @@ Pruning is done by the library, training with Accelerate, timm and torchvision. 
 ``experiment.py``, ``run_folder.py``        stages of a run, and its folder: resumable after any step
 ``forecast.py``                             the dry run
 ``pictures.py``, ``page.py``                pictures and the report
-``compacting.py``                           ``torch-rsst compact``
+``training_text.py``                        what a run does, in sentences
+``compacting.py``, ``predicting.py``        ``torch-rsst compact``, ``torch-rsst predict``
 ==========================================  =========================================================
 """

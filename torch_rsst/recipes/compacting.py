@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import torch_rsst
+from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import CompactConfig, RunConfig
 from torch_rsst.recipes.images import open_images
 from torch_rsst.recipes.loading import held_out_loader
+from torch_rsst.recipes.models import form_of
 from torch_rsst.recipes.page import write_page
 from torch_rsst.recipes.run_folder import RunFolder
+from torch_rsst.recipes.training_text import training_text
+from torch_rsst.saving.info import CompactInfo
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import listing, refuse
 
@@ -40,7 +43,8 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
     records = run.read_metrics() if shown else []
     model = run.read_model(results["build"])
     own = own if config.data_dir is None else _moved(own, config)
-    loader = _held_out(own, model, results)
+    form = form_of(own, model, tuple(results["input_size"]))
+    loader = _held_out(own, form, results)
     images = _first(loader, config.images)
     groups = torch_rsst.find_groups(model, own.kinds, example_inputs=images[:2])
     keep_masks = config.keep_masks or None
@@ -51,7 +55,8 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
         round_to=config.round_to,
         keep_masks=keep_masks,
     )
-    before, after = _accuracies([model, small], loader)
+    (before, after), seen = _accuracies([model, small], loader)
+    measured = f"Accuracy is in percent, on {seen:,} held-out images."
     receipt = torch_rsst.save_compact(
         small,
         output,
@@ -60,6 +65,13 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
         example_inputs=images,
         build=results["build"],
         export=config.export,
+        onnx=config.onnx,
+        info=CompactInfo.of(
+            form,
+            classes=_names(own, results["classes"]),
+            metrics={"accuracy": {"dense": results["dense_accuracy"], "compacted": after}},
+            training=" ".join([*training_text(own), measured]),
+        ),
         keep_masks=keep_masks,
         notes={"accuracy": {"before": before, "after": after}, "images": len(images)},
     )
@@ -75,16 +87,23 @@ def _moved(own: RunConfig, config: CompactConfig) -> RunConfig:
     return moved
 
 
-def _held_out(config: RunConfig, model: nn.Module, results: Mapping[str, Any]) -> DataLoader[Any]:
+def _held_out(
+    config: RunConfig, form: Mapping[str, Any], results: Mapping[str, Any]
+) -> DataLoader[Any]:
     images = open_images(config, processes=1)
     if images.labels != results["classes"]:
         expected = f"the classes of the model: {_classes(results['classes'])}"
         remedy = "Pass --data-dir with the images of the run."
         got = _classes(images.labels)
         refuse(ValueError, "images", expected, got, remedy)
-    size = {"input_size": tuple(results["input_size"])}
-    form = size if config.source == "digits" else resolve_data_config(size, model=model)
     return held_out_loader(config, images.prepared(config, form))
+
+
+def _names(config: RunConfig, labels: list[str] | int) -> Sequence[str]:
+    """The names of the classes, where they are known."""
+    if isinstance(labels, list):
+        return labels
+    return digits.NAMES if config.source == "digits" else ()
 
 
 def _classes(labels: list[str] | int) -> str:
@@ -101,8 +120,10 @@ def _first(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
     return torch.cat(found)
 
 
-def _accuracies(models: list[nn.Module], batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
-    """The accuracy of each model in percent, on the same batches."""
+def _accuracies(
+    models: list[nn.Module], batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[list[float], int]:
+    """The accuracy of each model in percent, on the same batches, and the number of their images."""
     right, seen = torch.zeros(len(models), dtype=torch.float64), 0
     with torch.inference_mode():
         for images, labels in batches:
@@ -110,4 +131,4 @@ def _accuracies(models: list[nn.Module], batches: Iterable[tuple[Tensor, Tensor]
             right += torch.tensor(
                 [int((model(images).argmax(1) == labels).sum()) for model in models]
             )
-    return (100.0 * right / seen).tolist()
+    return (100.0 * right / seen).tolist(), seen

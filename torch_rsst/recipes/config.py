@@ -179,11 +179,25 @@ class CompactConfig:
     keep_masks: bool = False
     """Keep masks of single weights: zeros stay 0 in training, at the cost of time and memory."""
     export: bool = False
-    """Also write a torch.export program, which runs without this library."""
+    """Also write model.pt2, a program of torch.export, which runs without this library."""
+    onnx: bool = False
+    """Also write model.onnx; needs the extra onnx."""
     images: int = 512
     """Largest number of held-out images on which outputs are compared and times measured."""
     data_dir: Path | None = None
     """Folder of the images, if they have been moved since the run."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Classify images with the smaller model that torch-rsst compact, or save_compact, has written."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The folder of the smaller model."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """The files of the images."""
+    top: int = 1
+    """How many classes are printed for each image, the likeliest first."""
 
 
 def _bad_file(source: Path, got: str) -> str:

@@ -12,7 +12,9 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
 CLASSES = 10
+NAMES = tuple(map(str, range(CLASSES)))
 SIZE = 8
+_DARKEST = 16.0  # pixels are numbers from 0 to 16
 BUILD: dict[str, Any] = {
     "name": "timm.models.VisionTransformer",
     "kwargs": {
@@ -37,15 +39,26 @@ def model() -> nn.Module:
     return vit
 
 
+def form(size: int = SIZE) -> dict[str, Any]:
+    """What :func:`datasets` makes of images, as a data configuration of timm; 1.0 is the darkest pixel."""
+    mean, std = _statistics(_split()[0])
+    return {
+        "input_size": (1, size, size),
+        "interpolation": "bilinear",
+        "mean": (mean / _DARKEST,),
+        "std": (std / _DARKEST,),
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+
+
 def datasets(size: int = SIZE) -> tuple[TensorDataset, TensorDataset]:
     """Training and held-out data: images (1, size, size) float32, normalized, and labels int64.
 
     The held-out quarter does not depend on the seed of a run.
     """
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
-    train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in parts)
-    mean, std = train_x.mean(), train_x.std()
+    train_x, test_x, train_y, test_y = _split()
+    mean, std = _statistics(train_x)
 
     def dataset(x: Tensor, y: Tensor) -> TensorDataset:
         scaled = ((x - mean) / std).float().reshape(-1, 1, SIZE, SIZE)
@@ -54,6 +67,16 @@ def datasets(size: int = SIZE) -> tuple[TensorDataset, TensorDataset]:
         return TensorDataset(scaled, y.long())
 
     return dataset(train_x, train_y), dataset(test_x, test_y)
+
+
+def _split() -> list[Tensor]:
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
+    return [torch.from_numpy(part) for part in parts]
+
+
+def _statistics(images: Tensor) -> tuple[float, float]:
+    return float(images.mean()), float(images.std())
 
 
 class Shifted(Dataset[tuple[Tensor, Tensor]]):

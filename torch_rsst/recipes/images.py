@@ -18,6 +18,7 @@ from torchvision.transforms import Compose
 
 from torch_rsst.recipes import digits
 from torch_rsst.recipes.config import RunConfig
+from torch_rsst.saving.info import CompactInfo
 from torch_rsst.utils.errors import closest, listing, message, refuse, unknown_choice
 
 _HELD_OUT = ("validation", "val", "valid", "test")
@@ -74,18 +75,15 @@ class Images:
 
         Args:
             config: the options for augmentation.
-            form: size and normalization, from :func:`timm.data.resolve_data_config`.
+            form: size, normalization and crop, as a data configuration of timm.
         """
         if config.source == "digits":
             train, held_out = digits.datasets(form["input_size"][-1])
             return replace(self, train=digits.Shifted(train), held_out=held_out)
         shape = {key: form[key] for key in ("input_size", "interpolation", "mean", "std")}
-        evaluating = create_transform(
-            **shape, crop_pct=form["crop_pct"], crop_mode=form["crop_mode"]
-        )
         # Some data sets of torchvision have gray images; models take three channels.
         self.train.transform = Compose([_in_color, _augmenting(config, shape)])  # type: ignore[attr-defined]
-        self.held_out.transform = Compose([_in_color, evaluating])  # type: ignore[attr-defined]
+        self.held_out.transform = CompactInfo.of(form).transform()  # type: ignore[attr-defined]
         return self
 
 

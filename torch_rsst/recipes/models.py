@@ -26,7 +26,7 @@ class Chosen:
         model: the model, on the CPU.
         name: its name.
         build: for :func:`torch_rsst.save_compact`: builds it again, without pretrained weights.
-        form: size and normalization of images, from :func:`timm.data.resolve_data_config`.
+        form: size and normalization of images, see :func:`form_of`.
     """
 
     model: nn.Module
@@ -44,8 +44,7 @@ def choose_model(config: RunConfig, images: Images) -> Chosen:
     """
     name = _name(config)
     if name == DIGITS and config.source == "digits" and config.image_size in (None, digits.SIZE):
-        form = {"input_size": (1, digits.SIZE, digits.SIZE)}
-        return Chosen(digits.model(), name, digits.BUILD, form)
+        return Chosen(digits.model(), name, digits.BUILD, digits.form())
     if name == DIGITS:
         remedy = "Pass --model, for example vit_small_patch16_224."
         expected = f"a model for these images: {DIGITS} takes the digits, {digits.SIZE} pixels wide"
@@ -64,12 +63,26 @@ def choose_model(config: RunConfig, images: Images) -> Chosen:
             raise OSError(message("model", expected=expected, got=reason, remedy=remedy)) from error
         expected, remedy = f"options that {name} takes", "Check --image-size and --drop-path."
         raise ValueError(message("model", expected=expected, got=reason, remedy=remedy)) from error
-    form = resolve_data_config({"img_size": config.image_size}, model=model)
-    form["input_size"] = (images.channels, *form["input_size"][1:])
+    size = resolve_data_config({"img_size": config.image_size}, model=model)["input_size"]
+    form = form_of(config, model, (images.channels, *size[1:]))
     _try(model, name, form["input_size"], images.classes)
     return Chosen(
         model, name, {"name": "timm.create_model", "args": [name], "kwargs": options}, form
     )
+
+
+def form_of(config: RunConfig, model: nn.Module, size: tuple[int, ...]) -> dict[str, Any]:
+    """Size, normalization and crop of the images that a model of a run takes.
+
+    Args:
+        config: of the run.
+        model: of the run.
+        size: channels, height and width of an image.
+    """
+    if config.source == "digits":
+        return digits.form(size[-1])
+    form: dict[str, Any] = resolve_data_config({"input_size": size}, model=model)
+    return form
 
 
 def _try(model: nn.Module, name: str, size: tuple[int, ...], classes: int) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from torch_rsst.masking.checkpoints import prepare_from_state_dict
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.saving.builders import build_model
-from torch_rsst.saving.compact_folder import read_description
+from torch_rsst.saving.description import read_description
 from torch_rsst.utils.errors import listing, message, refuse
 from torch_rsst.utils.files import check_links, write_atomically, write_text
 

@@ -234,13 +234,22 @@ def guess_builds(model: nn.Module) -> Iterator[Build]:
             yield {"name": f"transformers.{cls.__name__}", "args": [config], "kwargs": kwargs}
     origin = getattr(model, "pretrained_cfg", None)
     if isinstance(origin, Mapping) and isinstance(origin.get("architecture"), str):
-        name, options = origin["architecture"], _timm_options(model, origin)
+        name, options = origin["architecture"], timm_options(model, origin)
         pools = {**options, "global_pool": _pool_of(model)}
         for kwargs in [options, pools] if pools["global_pool"] else [options]:
             yield {"name": "timm.create_model", "args": [name], "kwargs": kwargs}
 
 
-def _timm_options(model: nn.Module, origin: Mapping[str, Any]) -> dict[str, Any]:
+def timm_options(model: nn.Module, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :func:`timm.create_model` that a model seems to have been made with.
+
+    Args:
+        model: of timm.
+        origin: its ``pretrained_cfg``.
+
+    Returns:
+        ``num_classes``, ``in_chans`` and ``img_size``, where it is not that of ``origin``.
+    """
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     sizes = (vars(module).get("img_size") for module in model.modules())
     image = next((list(size) for size in sizes if isinstance(size, (list, tuple))), None)

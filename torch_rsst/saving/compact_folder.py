@@ -19,25 +19,26 @@ from torch_rsst.masking.mask_sets import unwrap
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.saving.builders import Build, as_build, build_model, guess_builds
 from torch_rsst.saving.description import (
+    INDEX,
     Description,
     Tensors,
     installed,
     put_together,
+    read_description,
     take_apart,
 )
-from torch_rsst.saving.exported import export_program
+from torch_rsst.saving.exported import check_onnx, export_onnx, export_program
+from torch_rsst.saving.info import CompactInfo
 from torch_rsst.saving.likeness import compare, set_all
+from torch_rsst.saving.model_card import model_card
 from torch_rsst.saving.receipt import Receipt, measure
-from torch_rsst.utils.errors import CompactionWarning, message, refuse
+from torch_rsst.utils.errors import CompactionWarning, message, one_line, refuse
 from torch_rsst.utils.files import check_links, digest, digest_of_file, find_written, write_together
 from torch_rsst.utils.module_state import deep_copy
 
-INDEX, WEIGHTS, BUFFERS, PROGRAM = (
-    "compact.json",
-    "model.safetensors",
-    "buffers.safetensors",
-    "model.pt2",
-)
+WEIGHTS, BUFFERS, CARD = "model.safetensors", "buffers.safetensors", "README.md"
+PROGRAM, ONNX = "model.pt2", "model.onnx"
+_OWN = (WEIGHTS, BUFFERS, PROGRAM, ONNX)
 
 
 def save_compact(
@@ -49,6 +50,8 @@ def save_compact(
     example_inputs: Any = None,
     build: Build | None = None,
     export: bool = False,
+    onnx: bool = False,
+    info: CompactInfo | None = None,
     notes: Mapping[str, Any] | None = None,
     keep_masks: bool | None = None,
 ) -> Receipt:
@@ -64,8 +67,9 @@ def save_compact(
         {'before': 76, 'after': 40}
 
     The folder gets ``model.safetensors``, ``compact.json`` (how to build the dense model, what was
-    cut, the receipt) and, if asked for, ``model.pt2``. A folder that was saved to before is replaced:
-    whatever interrupts it, the old or the new model can be loaded.
+    cut, the receipt, what :func:`torch_rsst.compact_info` returns), the model card ``README.md`` and, if asked
+    for, ``model.pt2`` and ``model.onnx``. A folder that was saved to before is replaced: whatever interrupts
+    it, the old or the new model can be loaded.
 
     Args:
         small: compacted; not changed. Wrappers are left out.
@@ -80,7 +84,11 @@ def save_compact(
             class of transformers. Left out, it is found for models of timm and transformers; where
             it is not, :func:`torch_rsst.load_compact` needs the dense model. It is tried before anything is
             written.
-        export: also write a program of :mod:`torch.export`, which runs without this library.
+        export: also write ``model.pt2``, a program of :mod:`torch.export`, which runs without this library.
+        onnx: also write ``model.onnx``; needs the extra ``onnx``. Both are without masks, and compared with the
+            model.
+        info: classes, images and metrics. What it leaves out is found for models of timm (its data
+            configuration) and transformers (the names of its classes), see :meth:`CompactInfo.of`.
         notes: plain values of your own for the receipt, such as accuracies.
         keep_masks: True saves masks that are left as masks; otherwise they are made permanent in what
             is saved, exported and measured. Pass True or False to do so without a warning.
@@ -90,12 +98,15 @@ def save_compact(
 
     Raises:
         ValueError: for a model that :func:`torch_rsst.compact` did not return, a ``build`` that makes another
-            model, ``export`` without ``example_inputs``, or a folder with links out of it.
+            model, ``export`` or ``onnx`` without ``example_inputs``, or a folder with links out of it.
         TypeError: for a state dict that holds more than tensors.
         FileExistsError, NotADirectoryError: where one of its files has a name that is written here.
-        RuntimeError: where the exported program puts out something else.
+        ModuleNotFoundError: where a package is missing that writes one of the files.
+        RuntimeError: where an exported file cannot be made, or puts out something else.
 
     Warns:
+        CompactionWarning: where the folder cannot say how to build the dense model, or holds a ``README.md``
+            of yours, which stays.
         UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights are saved as zeros.
     """
     bare, path = unwrap(small), Path(folder)
@@ -104,10 +115,13 @@ def save_compact(
         remedy = "Call compact first, and save its very result or a copy of it."
         got = f"a {type(bare).__name__} that does not say what was cut"
         refuse(ValueError, "save_compact", "what compact() returned", got, remedy)
-    if export and example_inputs is None:
+    if (export or onnx) and example_inputs is None:
         remedy = "Pass an example, such as torch.randn(1, 3, 224, 224)."
         refuse(ValueError, "export", "example_inputs to trace", "none", remedy)
+    if onnx:
+        check_onnx()
     _check_target(path)
+    info = (info or CompactInfo()).completed(bare, example_inputs)
     if masked_refs(bare.modules()) and not keep_masks:
         bare = deep_copy(bare)
         make_plain(bare, "save_compact", keep_masks)
@@ -122,17 +136,22 @@ def save_compact(
     receipt = measure(bare, None if masked is None else unwrap(masked), example_inputs)
     if groups is not None:
         receipt["units"] = of_kind(stages, as_groups(groups))
-    receipt |= notes or {}
     contents = {WEIGHTS: _packed(tensors.state)}
     if tensors.buffers:
         contents[BUFFERS] = _packed(tensors.buffers)
-    if export:
-        contents[PROGRAM] = export_program(bare, example_inputs)
+    exporters = {PROGRAM: export_program} if export else {}
+    exporters |= {ONNX: export_onnx} if onnx else {}
+    exported = {name: make(bare, example_inputs) for name, make in exporters.items()}
+    contents |= {name: file.content for name, file in exported.items()}
+    receipt["exported"] = {name: file.max_error for name, file in exported.items()}
+    receipt |= notes or {}
+    description = replace(description, info=info.to_dict(), receipt=receipt)
+    if _may_write_card(path):
+        contents[CARD] = model_card(description).encode()
     files = {name: digest(content) for name, content in contents.items()}
-    text = replace(description, receipt=receipt, files=files).to_json()
     path.mkdir(parents=True, exist_ok=True)
-    write_together(path, contents, INDEX, text)
-    for name in {BUFFERS, PROGRAM} - contents.keys():
+    write_together(path, contents, INDEX, replace(description, files=files).to_json())
+    for name in {*_OWN} - contents.keys():
         (path / name).unlink(missing_ok=True)
     return receipt
 
@@ -194,20 +213,6 @@ def load_compact(
     return small
 
 
-def read_description(folder: Path) -> Description:
-    """What a folder says of its model.
-
-    Raises:
-        FileNotFoundError, ValueError: where it says nothing that can be read.
-    """
-    if not (folder / INDEX).is_file():
-        got, remedy = f"no {INDEX}", "Save a compacted model there: save_compact(small, folder)."
-        refuse(FileNotFoundError, str(folder), "a saved model", got, remedy)
-    check_links(folder)
-    text = (folder / INDEX).read_text(encoding="utf-8", errors="replace")
-    return Description.from_json(text, str(folder / INDEX))
-
-
 def _check_target(folder: Path) -> None:
     """Raise unless a model can be saved to a folder without harm to what it holds."""
     if folder.is_symlink() or folder.exists():
@@ -215,11 +220,27 @@ def _check_target(folder: Path) -> None:
             got, remedy = "a file or a broken link", "Pass a new folder."
             refuse(NotADirectoryError, str(folder), "a folder", got, remedy)
         check_links(folder)
-        taken = [name for name in (WEIGHTS, BUFFERS, PROGRAM) if (folder / name).exists()]
+        taken = [name for name in _OWN if (folder / name).exists()]
         if taken and not (folder / INDEX).is_file():
             got, remedy = f"one with a {taken[0]} of another kind", "Pass a new folder."
             expected = "a new folder, or one of save_compact"
             refuse(FileExistsError, str(folder), expected, got, remedy)
+
+
+def _may_write_card(folder: Path) -> bool:
+    """Whether the model card may be written: not over one that somebody else has written or edited."""
+    card = folder / CARD
+    if not card.exists():
+        return True
+    try:
+        known = read_description(folder).files[CARD]
+        if digest_of_file(find_written(folder, CARD, known)) == known:
+            return True
+    except (KeyError, OSError, ValueError):  # not saved to before, or damaged
+        pass
+    text = f"{card} was written or edited by hand: it stays. Delete it to get one of this model."
+    warnings.warn(text, CompactionWarning, stacklevel=3)
+    return False
 
 
 def _with_build(
@@ -271,12 +292,6 @@ def _other_versions(description: Description) -> str:
         if here.get(name, version) != version
     ]
     return f"It was saved with {', '.join(other)}. " if other else ""
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text without line breaks and a full stop at its end: as part of a sentence."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split())[:300].rstrip(".") or type(error).__name__
 
 
 def _read_tensors(folder: Path, description: Description) -> Tensors:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -23,8 +24,11 @@ from torch_rsst.saving.builders import BUILT, Build
 from torch_rsst.saving.likeness import Settings, set_all
 from torch_rsst.saving.receipt import UNNAMED
 from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.files import check_links
 
 FORMAT, VERSION = "torch_rsst.compact", 1
+INDEX = "compact.json"
+"""The file of a description."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Description:
         settings: floats that modules have as attributes, where they were set after the model was built.
         frozen: parameters that require no gradient.
         channels_last: tensors in this memory format, on which the rounding of convolutions depends.
+        info: its classes, images and metrics, see :class:`torch_rsst.CompactInfo`.
         receipt: see :func:`torch_rsst.saving.receipt.measure`.
         files: the SHA-256 of each file.
         versions: of the packages that wrote it.
@@ -57,6 +62,7 @@ class Description:
     settings: Settings = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
     channels_last: list[str] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -110,6 +116,20 @@ def _is_a(value: object, hint: Any) -> bool:
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_is_a(each, inner[0]) for each in value)
     return hint is Any or isinstance(value, hint)
+
+
+def read_description(folder: Path) -> Description:
+    """What a folder says of its model.
+
+    Raises:
+        FileNotFoundError, ValueError: where it says nothing that can be read.
+    """
+    if not (folder / INDEX).is_file():
+        got, remedy = f"no {INDEX}", "Save a compacted model there: save_compact(small, folder)."
+        refuse(FileNotFoundError, str(folder), "a saved model", got, remedy)
+    check_links(folder)
+    text = (folder / INDEX).read_text(encoding="utf-8", errors="replace")
+    return Description.from_json(text, str(folder / INDEX))
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,12 @@ def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:
     return message(subject, expected=f"one of {listed}", got=repr(got), remedy=remedy)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's text without line breaks and a full stop at its end: as part of a sentence."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())[:300].rstrip(".") or type(error).__name__
+
+
 def closest(got: str, names: Iterable[str], alike: float = 0.6) -> str | None:
     """The name that was probably meant, None where none is like it.
 
