@@ -134,7 +134,7 @@ def mask(mask: Tensor, layer: GroupLayer, parameter: str, *, max_rows: int = 409
         raise ValueError(
             f"{layer} has no member {parameter!r}; it has {[m.parameter for m in layer.members]}"
         )
-    if mask.ndim < 2 or mask.shape[member.dim] != member.unit_of.numel():
+    if mask.ndim < 2 or not member.fits(mask.shape):
         raise ValueError(
             f"mask of {parameter!r}: expected {member.unit_of.numel()} entries along dim {member.dim}, "
             f"got shape {tuple(mask.shape)}"
@@ -151,7 +151,10 @@ def mask(mask: Tensor, layer: GroupLayer, parameter: str, *, max_rows: int = 409
         interpolation="nearest", extent=(0, width, height, 0),
     )  # fmt: skip
     dead = (counts == 0).tolist()
-    _outline(axes, member.unit_of.tolist(), member.dim, (height, width), layer, dead)
+    if (
+        member.unit_of.ndim == 1
+    ):  # units of stacked weights have no place of their own in the picture
+        _outline(axes, member.unit_of.tolist(), member.dim, (height, width), layer, dead)
     share = f"{alive.float().mean():.0%} alive"
     axes.set_title(f"{parameter}\n{sum(dead)} of {layer.units} {layer.kind} gone, {share}")
     axes.set_xlabel("input", labelpad=4 if member.dim == 0 else 40)

@@ -26,7 +26,7 @@ from torch_rsst.compaction.folding import Constants, measure_constants
 from torch_rsst.compaction.moved_optimizer import move_optimizer
 from torch_rsst.compaction.plain import check_keep_masks, warn_of_zeros
 from torch_rsst.discovery import Probe, family
-from torch_rsst.discovery.adapter import least_left
+from torch_rsst.discovery.adapter import least_left, step_of
 from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.discovery.probe import output_error, run_on
 from torch_rsst.distributed.dtensor import is_sharded
@@ -237,8 +237,8 @@ def check_compactable(model: nn.Module, groups: Groups) -> None:
                 untie = "Untie it, or leave these groups out."
                 refuse(ValueError, subject, "parameters of one module", got, untie)
         for member in layer.buffers:
-            shape, size = buffer_shape(model, member.parameter), member.unit_of.numel()
-            if shape is None or len(shape) <= member.dim or shape[member.dim] != size:
+            shape, size = buffer_shape(model, member.parameter), member.unit_of.shape[-1]
+            if shape is None or not member.fits(shape):
                 expected = f"a buffer {member.parameter!r} of size {size} along dim {member.dim}"
                 got = "none" if shape is None else f"shape {shape}"
                 refuse(ValueError, subject, expected, got, remedy)
@@ -309,18 +309,24 @@ def _zero_masked(
 
 
 def padded(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: int = 1) -> Tensor:
-    """Fewer units, so that those left can run and make a multiple of ``round_to`` features."""
+    """Fewer units, so that those left can run and make a multiple of ``round_to`` features.
+
+    Of stacked weights, as many are left of each.
+    """
     if layer.fixed:
         return torch.zeros_like(goes)
     taking = next(m for m in layer.members if m.consumes)
     features = int(torch.bincount(taking.unit_of[taking.unit_of != NO_UNIT]).max())
     step = round_to // math.gcd(round_to, features)
-    left = layer.units - int(goes.sum())
-    back = min(layer.units, max(-(-left // step) * step, least_left(layer))) - left
-    # Silent ones come back first: they put nothing out.
-    order = torch.cat([(goes & silent).nonzero(), (goes & ~silent).nonzero()]).flatten()
+    if layer.family:
+        step = math.lcm(step, step_of(layer, family(layer.family)))
+    left = (~goes)[layer.parts].sum(1)
+    stay = -(-max(int(left.max()), least_left(layer)) // step) * step
     goes = goes.clone()
-    goes[order[: max(0, back)]] = False
+    for units, own in zip(layer.parts, left.tolist(), strict=True):
+        # Silent ones come back first: they put nothing out.
+        first, then = goes[units] & silent[units], goes[units] & ~silent[units]
+        goes[units[torch.cat([first.nonzero(), then.nonzero()])[: max(0, stay - own)]]] = False
     return goes
 
 

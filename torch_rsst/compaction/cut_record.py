@@ -6,6 +6,7 @@ alone: it is copied and pickled along, and can be written as JSON.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,8 @@ def _table(member: Member) -> dict[str, Any]:
     return {
         "parameter": member.parameter,
         "dim": member.dim,
-        "unit_of": pack(member.unit_of.cpu()),
+        **({"stacked": True} if member.unit_of.ndim > 1 else {}),
+        "unit_of": pack(member.unit_of.cpu().flatten()),
         "ranked": member.ranked,
         "consumes": member.consumes,
     }
@@ -173,9 +175,10 @@ def _member(table: Any, units: int, sizes: Mapping[str, tuple[int, ...]]) -> Mem
     if shape is None or not 0 <= dim < len(shape):
         got = "none" if shape is None else f"shape {shape}"
         raise _damaged(f"a parameter {name!r} with a dimension {dim}", got)
+    of_dims = (shape[0], shape[dim]) if dim and table.get("stacked") is True else (shape[dim],)
     try:
         runs = _get(table, "unit_of", list)
-        unit_of = unpack(runs, size=shape[dim], at_most=units, low=NO_UNIT)
+        unit_of = unpack(runs, size=math.prod(of_dims), at_most=units, low=NO_UNIT).view(of_dims)
     except ValueError as error:
         raise ValueError(f"{name!r}, shape {shape}, dimension {dim}: {error}") from error
     return Member(name, dim, unit_of, _get(table, "ranked", bool), _get(table, "consumes", bool))
@@ -213,7 +216,7 @@ def _check_units(model: nn.Module, layer: GroupLayer) -> None:
     for member in layer.members:
         own, other = member.unit_of, theirs.get((member.parameter, member.dim))
         owned = own != NO_UNIT
-        if other is None or other.numel() != own.numel() or not bool(owned.any()):
+        if other is None or other.shape != own.shape or not bool(owned.any()):
             continue
         pairs = torch.unique(torch.stack([own[owned], other[owned]]), dim=1)
         # Units may have been left out, not divided or joined.

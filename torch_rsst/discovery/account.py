@@ -60,6 +60,26 @@ def account(
     return tuple(sorted(found, key=lambda whole: -whole.share))
 
 
+def routers(model: nn.Module, layers: Iterable[GroupLayer]) -> dict[str, str]:
+    """Parameters with an entry for each expert of a mixture, beside these, and why experts stay whole."""
+    weights = named_weights(model)
+    total, found = max(1, sum(weight.numel() for weight in weights.values())), {}
+    for layer in layers:
+        if (experts := len(layer.parts)) > 1:
+            own = {member.parameter for member in layer.members}
+            inside = f"{layer.name}." if layer.name else ""
+            share = sum(weights[name].numel() for name in own) / total
+            beside = layer.name.rpartition(".")[0]
+            for name, weight in weights.items():
+                near = f".{name}".startswith(f".{beside}." if beside else ".")
+                if near and not name.startswith(inside) and weight.shape[:1] == (experts,):
+                    found[name] = (
+                        f"it routes to {experts} whole experts ({share:.1%} of the parameters), without "
+                        "one of which the routing would change; neurons within them can go"
+                    )
+    return found
+
+
 def uncovered(
     refused: Sequence[Unsupported], whole: Sequence[Whole], model: nn.Module
 ) -> list[Unsupported]:
@@ -76,13 +96,10 @@ def uncovered(
 
 def _owned(weight: Tensor, members: Sequence[Member]) -> int:
     """How many entries of a parameter some unit owns."""
-    free = [torch.ones(size, dtype=torch.bool) for size in weight.shape]
+    free = torch.ones([1] * weight.ndim, dtype=torch.bool)  # as large as the dimensions of members
     for member in members:
-        free[member.dim] &= member.unit_of == NO_UNIT
-    outside = 1
-    for along in free:
-        outside *= int(along.sum())
-    return weight.numel() - outside
+        free = free & member.laid(member.unit_of == NO_UNIT, weight.ndim)
+    return weight.numel() - int(free.sum()) * (weight.numel() // max(1, free.numel()))
 
 
 def _reason(name: str, refused: Sequence[Unsupported], reasons: Mapping[str, str]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from torch_rsst.discovery.account import account, uncovered
+from torch_rsst.discovery.account import account, routers, uncovered
 from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported
 from torch_rsst.discovery.channels.base import WholeModelAdapter
 from torch_rsst.discovery.families import load_families
@@ -159,9 +159,11 @@ def _ask_adapters(
                 answer = Unsupported(reason)
             if answer is not None:
                 refused.append(replace(answer, layer=name, kind=kind))
+    routing = routers(model, layers)
     for adapter in ADAPTERS:
         if isinstance(adapter, WholeModelAdapter) and set(adapter.kinds) & set(kinds):
-            taken = {(m.parameter, m.dim) for layer in layers for m in layer.members}
+            taken = {(m.parameter, d) for layer in layers for m in layer.members for d in m.dims}
+            taken |= {(name, 0) for name in routing}
             answers = adapter.survey(model, probe.example_inputs, taken, kinds)
             reasons.update(answers.reasons)
             offered = [_checked(layer, refs) for layer in answers.layers]
@@ -174,7 +176,7 @@ def _ask_adapters(
                     layers.append(item)
                 else:
                     refused.append(item)
-    return layers, refused, reasons
+    return layers, refused, {**reasons, **routing}
 
 
 def _checked(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> GroupLayer | Unsupported:

@@ -62,14 +62,18 @@ def silence(module: nn.Module, removals: Iterable[Removal]) -> None:
     drop_caches(module)
 
 
-def choices(units: int, least: int) -> Iterator[Tensor]:
-    """Some units in no order that a layout could share; then as many as may go, those included."""
-    shuffled = torch.randperm(units, generator=torch.Generator().manual_seed(0))
-    for count in dict.fromkeys((max(1, units // 2), units - least)):
-        if 0 < count <= units - least:
-            gone = torch.zeros(units, dtype=torch.bool)
-            gone[shuffled[:count]] = True
-            yield gone
+def choices(units: int, least: int, parts: int = 1, step: int = 1) -> Iterator[Tensor]:
+    """Some units in no order that a layout could share; then as many as may go, those included.
+
+    Where units are of several parts, one after the other, as many of each: a multiple of ``step``.
+    """
+    each, generator = units // parts, torch.Generator().manual_seed(0)
+    least = -(-least // step) * step
+    shuffled = torch.stack([torch.randperm(each, generator=generator) for _ in range(parts)])
+    for count in dict.fromkeys((max(step, each // 2 // step * step), each - least)):
+        if 0 < count <= each - least:
+            gone = torch.zeros(parts, each, dtype=torch.bool)
+            yield gone.scatter_(1, shuffled[:, :count], True).flatten()
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

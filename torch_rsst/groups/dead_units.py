@@ -55,7 +55,7 @@ def acting_entries(
     """How many entries of each unit act: are alive and not 0."""
     along = member.zeros_along(weight)
     for index, block in acting(weight, mask):
-        add_along(block.bool(), member.dim, index, along)
+        add_along(block.bool(), member.dims, index, along)
     return member.per_unit(along, layer.units, weight)
 
 

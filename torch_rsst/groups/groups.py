@@ -25,7 +25,10 @@ KINDS = ("heads", "neurons", "channels")
 
 @dataclass(frozen=True)
 class Slab:
-    """One parameter's share in one unit: the slices ``index`` along ``dim``, which has ``size``."""
+    """One parameter's share in one unit: the slices ``index`` along ``dim``, which has ``size``.
+
+    Of stacked weights, those of one: ``stack`` is its index along dimension 0, and how many there are.
+    """
 
     parameter: str
     dim: int
@@ -33,6 +36,7 @@ class Slab:
     index: tuple[int, ...]
     ranked: bool
     consumes: bool = False
+    stack: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Member:
     Attributes:
         parameter: the dense name.
         dim: the dimension that is dealt out to units.
-        unit_of: int64 tensor, the unit of each index along ``dim``; −1 for none.
+        unit_of: int64 tensor, the unit of each index along ``dim``; −1 for none. Where weights are stacked
+            along dimension 0, as those of experts are, a row for each: shape (stacked, size).
         ranked: whether its entries are ranked and count in densities; biases and norm affines
             are followers instead.
         consumes: whether its entries take in what the unit puts out: the columns of a following
@@ -72,6 +77,21 @@ class Member:
     ranked: bool
     consumes: bool = False
 
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dimensions of the parameter that ``unit_of`` has."""
+        return (self.dim,) if self.unit_of.ndim == 1 else (0, self.dim)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a parameter of this shape can be dealt out so."""
+        sizes = zip(self.dims, self.unit_of.shape, strict=True)
+        return all(d < len(shape) and shape[d] == size for d, size in sizes)
+
+    def laid(self, along: Tensor, ndim: int) -> Tensor:
+        """Values of the shape of ``unit_of``, laid along :attr:`dims` of ``ndim`` dimensions."""
+        sizes = dict(zip(self.dims, along.shape, strict=True))
+        return along.reshape([sizes.get(d, 1) for d in range(ndim)])
+
     def spread(self, values: Tensor, over: Tensor, fill: bool = True) -> Tensor:
         """Per-unit values laid along ``dim``, of the shape and on the device of the parameter ``over``."""
         layout = Layout.of(over)
@@ -80,9 +100,7 @@ class Member:
         along = torch.full(unit_of.shape, fill, dtype=values.dtype)
         along[owned] = values.cpu()[unit_of[owned]]
         part = local(over)
-        along = along.to(part.device).reshape(
-            [-1 if d == self.dim else 1 for d in range(part.ndim)]
-        )
+        along = self.laid(along.to(part.device), part.ndim)
         return sharded_like(along.expand(part.shape), over)
 
     def owned(self, over: Tensor) -> Tensor:
@@ -121,7 +139,7 @@ class Member:
         for index, block in acting(local(entries), alive, double=True):
             if of is not None:
                 of(block)
-            add_along(block, self.dim, index, totals)
+            add_along(block, self.dims, index, totals)
         return self.per_unit(totals, units, entries)
 
     def count_per_unit(self, mask: Tensor, units: int) -> Tensor:
@@ -129,11 +147,11 @@ class Member:
         part = local(mask)
         totals = self.zeros_along(part)
         for index in block_indices(part):
-            add_along(part[index], self.dim, index, totals)
+            add_along(part[index], self.dims, index, totals)
         return self.per_unit(totals, units, mask)
 
     def per_unit(self, along: Tensor, units: int, over: Tensor) -> Tensor:
-        """Sum values along ``dim`` over each unit, in float64, on the CPU.
+        """Sum values along :attr:`dims` over each unit, in float64, on the CPU.
 
         Args:
             along: one for each index of the part that this rank holds.
@@ -148,8 +166,9 @@ class Member:
         return ranks.add_up(totals)
 
     def zeros_along(self, part: Tensor) -> Tensor:
-        """A float64 zero for each index along ``dim`` of the part that this rank holds."""
-        return torch.zeros(part.shape[self.dim], dtype=torch.float64, device=part.device)
+        """A float64 zero for each index along :attr:`dims` of the part that this rank holds."""
+        shape = [part.shape[dim] for dim in self.dims]
+        return torch.zeros(shape, dtype=torch.float64, device=part.device)
 
     def size_per_unit(self, over: Tensor, units: int) -> Tensor:
         """How many entries of the parameter ``over`` each unit has; float64, on the CPU."""
@@ -161,7 +180,8 @@ class Member:
         """The unit of each index of the part that this rank holds."""
         if layout is None:
             return self.unit_of
-        return self.unit_of.narrow(0, layout.start[self.dim], layout.size[self.dim])
+        here = [slice(layout.start[d], layout.start[d] + layout.size[d]) for d in self.dims]
+        return self.unit_of[tuple(here)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +215,17 @@ class GroupLayer:
         """Members whose entries are ranked."""
         return tuple(member for member in self.members if member.ranked)
 
+    @property
+    def parts(self) -> Tensor:
+        """The units of each of the weights that are stacked in one tensor, such as those of experts.
+
+        Each of them keeps as many units as the others. int64 of shape (parts, units of each); one row
+        where nothing is stacked.
+        """
+        stacked = (member.unit_of for member in self.members if member.unit_of.ndim > 1)
+        table = next(stacked, torch.arange(self.units)[None])
+        return torch.stack([row[row != NO_UNIT].unique() for row in table])
+
     def group(self, unit: int) -> Group:
         """One unit."""
         members, buffers = (tuple(_slabs(m, unit)) for m in (self.members, self.buffers))
@@ -211,8 +242,10 @@ class GroupLayer:
 
 def _slabs(members: Iterable[Member], unit: int) -> Iterator[Slab]:
     for m in members:
-        if index := (m.unit_of == unit).nonzero().flatten().tolist():
-            yield Slab(m.parameter, m.dim, m.unit_of.numel(), tuple(index), m.ranked, m.consumes)
+        size, places = m.unit_of.shape[-1], (m.unit_of == unit).nonzero()
+        if index := tuple(places[:, -1].tolist()):
+            stack = None if m.unit_of.ndim == 1 else (int(places[0, 0]), len(m.unit_of))
+            yield Slab(m.parameter, m.dim, size, index, m.ranked, m.consumes, stack)
 
 
 @dataclass(frozen=True)
@@ -350,8 +383,9 @@ def _tables(slabs: Sequence[tuple[Slab, ...]]) -> tuple[Member, ...]:
     for position, of_unit in enumerate(slabs):
         for slab in of_unit:
             key = (slab.parameter, slab.dim, slab.ranked, slab.consumes)
-            table = tables.setdefault(key, torch.full((slab.size,), NO_UNIT, dtype=torch.int64))
-            table[list(slab.index)] = position
+            row, *shape = (..., slab.size) if slab.stack is None else (*slab.stack, slab.size)
+            table = tables.setdefault(key, torch.full(shape, NO_UNIT, dtype=torch.int64))
+            table[row][list(slab.index)] = position
     return tuple(
         Member(parameter, dim, table, ranked, consumes)
         for (parameter, dim, ranked, consumes), table in tables.items()
@@ -375,10 +409,15 @@ def check_groups(weights: Mapping[str, Tensor], groups: Groups) -> None:
             if weight.is_meta:
                 got, remedy = "a parameter on the meta device", "Materialize the model first."
                 refuse(ValueError, subject, "values", got, remedy)
-            size = member.unit_of.numel()
-            if member.dim >= weight.ndim or weight.shape[member.dim] != size:
-                expected = f"size {size} along dim {member.dim}"
+            if not member.fits(weight.shape):
+                expected = " and ".join(
+                    f"size {size} along dim {dim}"
+                    for dim, size in zip(member.dims, member.unit_of.shape, strict=True)
+                )
                 refuse(ValueError, subject, expected, f"shape {tuple(weight.shape)}", remedy)
+            if len({int(row) for row in (member.unit_of != NO_UNIT).sum(-1).view(-1)}) > 1:
+                remedy = "List as many units of each of the stacked weights, or all of them."
+                refuse(ValueError, subject, "as many units of each", "different numbers", remedy)
 
 
 def head_rows(rows: int, num_heads: int, projections: int = 1) -> Tensor:

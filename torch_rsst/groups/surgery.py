@@ -23,7 +23,7 @@ from torch_rsst.utils.large_pages import with_large_pages
 from torch_rsst.utils.module_state import drop_caches
 
 Kept = dict[int, Tensor]
-"""Dimension → the indices along it that stay."""
+"""Dimension → the indices along it that stay; of stacked weights, as many in a row for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +97,27 @@ def kept_indices(
         dims = stays.setdefault(member.parameter, {})
         dims[member.dim] = dims[member.dim] & here if member.dim in dims else here
     for name, dims in stays.items():
-        if kept := {d: s.nonzero().flatten() for d, s in dims.items() if not bool(s.all())}:
+        if kept := {d: _places(name, s) for d, s in dims.items() if not bool(s.all())}:
             yield name, kept
+
+
+def _places(name: str, stays: Tensor) -> Tensor:
+    """The indices that stay; of stacked weights, a row for each."""
+    index, left = stays.nonzero()[:, -1], stays.sum(-1).view(-1)
+    if len(set(left.tolist())) > 1:
+        expected, got = "as many units left of each of its stacked weights", f"{left.tolist()[:5]}"
+        refuse(ValueError, repr(name), expected, got, "Let as many go of each, as regroup does.")
+    return index if stays.ndim == 1 else index.view(len(stays), -1)
 
 
 def select(tensor: Tensor, kept: Kept) -> Tensor:
     """A copy of what stays of a tensor, in its memory format."""
     part = tensor.detach()
     for dim, index in kept.items():
+        if index.ndim > 1:
+            pairs = zip(part, index, strict=True)
+            part = torch.stack([select(each, {dim - 1: stays}) for each, stays in pairs])
+            continue
         shape = [index.numel() if d == dim else size for d, size in enumerate(part.shape)]
         stays = with_large_pages(part.new_empty(shape))
         part = torch.index_select(part, dim, index.to(part.device), out=stays)

@@ -51,6 +51,7 @@ class HookedInput:
         axis: the dimension of the input along which the features lie, from the end.
         size: how many features there are.
         shares: which of them belong to which units.
+        stack: of stacked weights, the index of the one that meets this input; None where there is one.
     """
 
     name: str
@@ -59,7 +60,11 @@ class HookedInput:
     axis: int
     size: int
     shares: tuple[Share, ...]
+    stack: int | None = None
 
+
+_EXPERTS = "_experts_implementation"
+_INDEX, _MATMULS = Tensor.__getitem__, (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 Record: TypeAlias = Callable[[HookedInput, Tensor], Tensor]
 """``(hooked, input) → the input that the layer is called with``."""
@@ -72,22 +77,27 @@ def hooked_inputs(model: nn.Module, groups: Groups) -> list[HookedInput]:
         ValueError: for a layer of units none of whose members consumes them.
     """
     refs = named_refs(model)
-    shares: dict[str, list[tuple[Member, Share]]] = {}
+    shares: dict[tuple[str, int | None], list[tuple[Member, Share]]] = {}
     for position, layer in enumerate(groups.layers):
         for member in _consumers(layer, refs):
-            owned = member.unit_of != NO_UNIT
-            share = Share(position, owned.nonzero().flatten(), member.unit_of[owned])
-            shares.setdefault(member.parameter, []).append((member, share))
+            rows = (
+                enumerate(member.unit_of) if member.unit_of.ndim > 1 else [(None, member.unit_of)]
+            )
+            for stack, unit_of in rows:
+                owned = unit_of != NO_UNIT
+                share = Share(position, owned.nonzero().flatten(), unit_of[owned])
+                shares.setdefault((member.parameter, stack), []).append((member, share))
     return [
         HookedInput(
             name,
             ref,
             found[0][0].dim,
             _axis(ref.module),
-            found[0][0].unit_of.numel(),
+            found[0][0].unit_of.shape[-1],
             tuple(share for _, share in found),
+            stack,
         )
-        for name, found in shares.items()
+        for (name, stack), found in shares.items()
         for ref in refs[name]
     ]
 
@@ -126,12 +136,16 @@ def recorded(inputs: Sequence[HookedInput], record: Record) -> Iterator[None]:
     """Call ``record`` with each of these inputs whenever a layer receives it; its result replaces the input.
 
     Modules that are called have a forward pre-hook. Where a module is not called and its weight is passed to
-    ``F.linear`` or ``F.multi_head_attention_forward``, as in attention, these functions are intercepted.
+    ``F.linear`` or ``F.multi_head_attention_forward``, as in attention, these functions are intercepted. So are
+    those that multiply by one of several stacked weights; experts run one after the other meanwhile.
     """
     within: set[int] = set()
     with ExitStack() as stack:
         for hooked in inputs:
             module = hooked.ref.module
+            if hooked.stack is not None:
+                stack.callback(_run_experts_singly(getattr(module, "config", None)))
+                continue
 
             def before(
                 module: nn.Module,
@@ -155,14 +169,28 @@ def recorded(inputs: Sequence[HookedInput], record: Record) -> Iterator[None]:
         yield
 
 
+def _run_experts_singly(config: Any) -> Callable[[], None]:
+    """Let experts of transformers run one by one, not in fused kernels; returns what undoes it."""
+    before = getattr(config, _EXPERTS, None)
+    if before is None:
+        return lambda: None
+    setattr(config, _EXPERTS, "eager")
+    return lambda: setattr(config, _EXPERTS, before)
+
+
 class _Functions(TorchFunctionMode):
     """Records the inputs that are passed to functions together with the weight of a consumer."""
 
     def __init__(self, inputs: Sequence[HookedInput], record: Record, within: set[int]) -> None:
         super().__init__()
-        self._inputs = {id(hooked.ref.original): hooked for hooked in inputs}
+        self._inputs = {id(h.ref.original): h for h in inputs if h.stack is None}
+        self._stacks: dict[int, dict[int, HookedInput]] = {}
+        for hooked in inputs:
+            if hooked.stack is not None:
+                self._stacks.setdefault(id(hooked.ref.original), {})[hooked.stack] = hooked
         self._record, self._within = record, within
-        self._products: Any = WeakTensorKeyDictionary()  # of weights and masks
+        # Products of weights and masks, and single ones of stacked weights.
+        self._products: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -180,17 +208,36 @@ class _Functions(TorchFunctionMode):
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             if (hooked := self._hooked(given["out_proj_weight"])) is not None:
                 return self._attend(hooked, given)
+        elif self._stacks and len(args) == 2:
+            args = (self._seen_by_experts(func, *args), args[1])
         made = func(*args, **kwargs)
-        if (hooked := self._inputs.get(id(masked_operand(func, args)))) is not None:
-            self._products[made] = hooked
+        operand = id(masked_operand(func, args))
+        if (found := self._inputs.get(operand) or self._stacks.get(operand)) is not None:
+            self._products[made] = found
+        elif func is _INDEX and (every := self._stack_of(args[0])) and made.ndim == 2:
+            self._products[made] = every[int(args[1])]  # one of weights of three dimensions
         return made
+
+    def _seen_by_experts(self, func: Any, value: Any, weight: Any) -> Any:
+        """The first operand of a product with one of stacked weights, or with all of them, recorded."""
+        if func in _MATMULS and (hooked := self._hooked(weight)) is not None:
+            return self._record(hooked, value)
+        if func is torch.bmm and (every := self._stack_of(weight)):
+            return torch.stack([self._record(every[i], each) for i, each in enumerate(value)])
+        return value
+
+    def _stack_of(self, weights: Any) -> dict[int, HookedInput]:
+        """The inputs of stacked weights, or of their product with a mask."""
+        found = self._stacks.get(id(weights)) or self._products.get(weights)
+        return found if isinstance(found, dict) else {}
 
     def _hooked(self, weight: Any) -> HookedInput | None:
         """The input that a weight belongs to; None within a call of its module, which has a hook."""
-        hooked: HookedInput | None = self._inputs.get(id(weight))
+        hooked: Any = self._inputs.get(id(weight))
         if hooked is None and isinstance(weight, Tensor):
             hooked = self._products.get(weight)
-        return None if hooked is None or id(hooked.ref.original) in self._within else hooked
+        known = isinstance(hooked, HookedInput) and id(hooked.ref.original) not in self._within
+        return hooked if known else None
 
     def _attend(self, hooked: HookedInput, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Run attention with an identity as its output layer, then apply that layer here.

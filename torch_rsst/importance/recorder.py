@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,8 +72,8 @@ def check_recorded(inputs: Sequence[InputSums], groups: Groups) -> None:
                 "some",
                 f"none for unit(s) {which[:5]} at {', '.join(consumers)}",
                 "Pass a forward that runs this layer and batches that are not empty, or leave its "
-                "groups out. Inputs are recorded where a module is called or its weight is passed to "
-                "F.linear, nowhere else.",
+                "groups out; every expert needs tokens that are routed to it. Inputs are recorded where a "
+                "module is called or its weight is passed to F.linear, nowhere else.",
             )
 
 
@@ -97,22 +98,31 @@ def feature_sums(
                     share.unit,
                     each.sums[row][:, share.index],
                     float(each.count),
-                    norms[each.hooked.name][share.index],
+                    _of_stack(norms[each.hooked.name], each.hooked)[share.index],
                 )
+
+
+def _of_stack(values: Tensor, hooked: HookedInput) -> Tensor:
+    return values if hooked.stack is None else values[hooked.stack]
 
 
 def weight_norms(
     inputs: Sequence[InputSums], weights: Mapping[str, Tensor], current: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Σ w² over the alive weights that read each input feature, by the name of the weight."""
+    """Σ w² over the alive weights that read each input feature, by the name of the weight.
+
+    Of stacked weights, a row for each.
+    """
     norms = {}
     for hooked in {each.hooked.name: each.hooked for each in inputs}.values():
         weight = weights[hooked.name]
         alive = alive_in(weights, current, hooked.name)
         wide = weight if weight.device.type == "mps" else weight.double()
-        every = Member(hooked.name, hooked.dim, torch.arange(hooked.size), ranked=True)
+        shape = (hooked.size,) if hooked.stack is None else (weight.shape[0], hooked.size)
+        features = torch.arange(math.prod(shape)).view(shape)
+        every = Member(hooked.name, hooked.dim, features, ranked=True)
         squares = wide.masked_fill(~alive, 0.0).square()
-        norms[hooked.name] = every.sum_per_unit(squares, hooked.size)
+        norms[hooked.name] = every.sum_per_unit(squares, features.numel()).view(shape)
     return norms
 
 

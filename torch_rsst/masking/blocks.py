@@ -105,12 +105,13 @@ def zero_where_masked(block: Tensor, alive: Tensor, *, out: Tensor) -> Tensor:
     return out
 
 
-def add_along(block: Tensor, dim: int, index: Index, totals: Tensor) -> None:
-    """Add the sums of a block over all dimensions but one to their place in a vector.
+def add_along(block: Tensor, dims: Sequence[int], index: Index, totals: Tensor) -> None:
+    """Add the sums of a block over all dimensions but some to their place in a tensor of these.
 
     Flags and masks are counted: in integers, and in float32, which is exact for so few.
     """
-    others = [d for d in range(block.ndim) if d != dim]
+    others = [d for d in range(block.ndim) if d not in dims]
     dtypes = {torch.bool: torch.int32, torch.float64: torch.float64}
     dtype = dtypes.get(block.dtype, torch.float32)
-    totals[index[dim]] += block.sum(others, dtype=dtype) if others else block
+    place = tuple(index[d] for d in dims)
+    totals[place] += block.sum(others, dtype=dtype) if others else block

@@ -36,6 +36,24 @@ class ScoredLayer:
         total = self.scores.sum()
         return replace(self, scores=self.scores / torch.where(total > 0, total, 1.0))
 
+    def stacked(self, parts: Tensor) -> tuple[ScoredLayer, Tensor]:
+        """Units of stacked weights by their rank among those of the same weight.
+
+        Those of one rank stand or fall together, so that as many are left of each weight: they count as one
+        unit, of all their entries.
+
+        Args:
+            parts: the units of each weight, shape (parts, units of each).
+
+        Returns:
+            the ranks as units, the lowest first, and the units of each: int64 of the shape of ``parts``.
+        """
+        order = parts.gather(1, torch.sort(self.sort_keys[parts], stable=True).indices)
+        dead = self.sort_keys.isneginf()[order].all(0)
+        # Where dead units are many and a callable scores below 0, sums need not rise by themselves.
+        scores = self.scores[order].sum(0).cummax(0).values
+        return ScoredLayer(scores, self.alive[order].sum(0), self.sizes[order].sum(0), dead), order
+
     @property
     def sort_keys(self) -> Tensor:
         """Scores with the dead ones below whatever a callable gives the living."""

@@ -46,20 +46,21 @@ class Decision:
     Attributes:
         kept: per layer of the groups, a bool tensor, True for units kept.
         budgets: per scope.
-        selections: per scope, with the positions of its layers: what it came from.
+        selections: per scope, with the positions of its layers and the units of each of their ranks: what
+            it came from.
     """
 
     kept: tuple[Tensor, ...]
     budgets: tuple[ScopeBudget, ...]
-    selections: tuple[tuple[tuple[int, ...], Selection], ...]
+    selections: tuple[tuple[tuple[int, ...], tuple[Tensor, ...], Selection], ...]
 
     def verdicts(self) -> tuple[Verdicts, ...]:
         """Per layer of the groups: scores as they were compared, and what decided."""
         found = {
-            position: Verdicts(keys, kept, reasons)
-            for positions, chosen in self.selections
-            for position, keys, kept, reasons in zip(
-                positions, chosen.keys, chosen.kept, chosen.reasons(), strict=True
+            position: Verdicts(*(_of_units(each, order) for each in columns))
+            for positions, orders, chosen in self.selections
+            for position, order, *columns in zip(
+                positions, orders, chosen.keys, chosen.kept, chosen.reasons(), strict=True
             )
         }
         return tuple(found[position] for position in range(len(self.kept)))
@@ -130,7 +131,7 @@ def regroup(
         model: gives the weights (``weight_orig`` where masked); not changed.
         groups: from :func:`find_groups`, or a selection of its items.
         amount: the fraction of *all* units of a scope, dead ones included, that are absent from the
-            refill mask; an int counts units per scope. None takes the budget from the density:
+            refill mask; an int counts units per scope, of experts in each. None takes the budget from the density:
             ``round(d + fillback_rate · (n − d))`` units stay, d = Σ alive ranked entries / size.
         importance: a name from ``torch_rsst.importance.IMPORTANCES``, such as ``"magnitude"`` or, with
             ``batches``, ``"variance"``; ``"auto"``, which is ``"variance"`` with ``batches`` and
@@ -221,21 +222,31 @@ def choose(
     kept: dict[int, Tensor] = {}
     budgets, selections = [], []
     for (label, kind), positions in scopes_of(groups, plan.scope).items():
+        layers, orders = zip(
+            *(scored[i].stacked(groups.layers[i].parts) for i in positions), strict=True
+        )
         chosen = keep_units(
-            [scored[i] for i in positions],
+            layers,
             amount=amount,
             fillback_rate=plan.fillback_rate,
             min_keep=plan.min_keep,
             round_to=plan.round_to,
             per_entry=plan.scope == "global",
         )
-        kept.update(zip(positions, chosen.kept, strict=True))
-        units = sum(groups.layers[i].units for i in positions)
+        kept.update(zip(positions, map(_of_units, chosen.kept, orders), strict=True))
+        units = sum(layer.scores.numel() for layer in layers)
         realized = sum(int(k.sum()) for k in chosen.kept)
         budgets.append(ScopeBudget(label, kind, units, chosen.requested, realized))
-        selections.append((tuple(positions), chosen))
+        selections.append((tuple(positions), orders, chosen))
     every = tuple(kept[i] for i in range(len(groups.layers)))
     return Decision(every, tuple(budgets), tuple(selections))
+
+
+def _of_units(values: Tensor, order: Tensor) -> Tensor:
+    """A value for each unit, from one for each rank; see :meth:`ScoredLayer.stacked`."""
+    of_units = values.new_empty(order.numel())
+    of_units[order] = values
+    return of_units
 
 
 def scopes_of(groups: Groups, scope: Scope) -> dict[tuple[str, str], list[int]]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch_rsst.distributed.dtensor import Ranks, local
 from torch_rsst.masking.blocks import Scratch, acting, add_along, zero_where_masked
 
+Dims = tuple[int, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class EntryCounts:
@@ -25,7 +27,7 @@ class EntryCounts:
         penalized: how many are alive and 0 in the refill mask.
         penalized_squares: the sum of squares of these.
         kept_squares: the sum of squares of the other alive ones.
-        nonzero_along: per dimension, how many entries of each of its indices are not 0; of a sharded
+        nonzero_along: per dimension, or several, how many entries of each index are not 0; of a sharded
             parameter those of this rank.
         staying_along: the same of entries that are 1 in the refill mask; empty without one.
     """
@@ -36,12 +38,12 @@ class EntryCounts:
     penalized: int
     penalized_squares: float
     kept_squares: float
-    nonzero_along: dict[int, Tensor]
-    staying_along: dict[int, Tensor]
+    nonzero_along: dict[Dims, Tensor]
+    staying_along: dict[Dims, Tensor]
 
 
 def count_entries(
-    weight: Tensor, mask: Tensor | None, refill: Tensor | None, dims: Iterable[int]
+    weight: Tensor, mask: Tensor | None, refill: Tensor | None, dims: Iterable[Dims]
 ) -> EntryCounts:
     """Count a parameter's entries as they act; of a sharded one over all ranks.
 
@@ -55,8 +57,11 @@ def count_entries(
     mask_, refill_ = (None if t is None else _flat_if_scalar(t) for t in (mask, refill))
     device = weight_.device
     nonzero, staying = (
-        {dim: torch.zeros(weight_.shape[dim], dtype=torch.float64, device=device) for dim in which}
-        for which in ({0, *dims}, () if refill_ is None else set(dims))
+        {
+            each: torch.zeros([weight_.shape[d] for d in each], dtype=torch.float64, device=device)
+            for each in which
+        }
+        for which in ({(0,), *dims}, () if refill_ is None else set(dims))
     )
     wide, chosen, part = (Scratch(weight_, torch.float64) for _ in range(3))
     alive, penalized, penalized_squares, kept_squares = torch.zeros(
@@ -79,7 +84,7 @@ def count_entries(
         for flags, squares in ((wanted, kept_squares), (~wanted, penalized_squares)):
             zero_where_masked(values, chosen.copy(flags), out=part.shaped(block))
             squares += _squares(part.shaped(block))
-    counts = torch.stack([nonzero[0].sum(), alive, penalized, penalized_squares, kept_squares])
+    counts = torch.stack([nonzero[(0,)].sum(), alive, penalized, penalized_squares, kept_squares])
     ranks, elements = Ranks.of([weight]), weight.numel()
     found = ranks.add_up(counts if ranks.counts(weight) else torch.zeros_like(counts)).tolist()
     return EntryCounts(

@@ -302,9 +302,9 @@ def sparsity_report(
     weights, current = named_weights(model), ModelMasks(model)
     check_groups(weights, Groups(layers))
     refill = None if refill_mask is None else check_masks(weights, refill_mask)
-    dims: dict[str, set[int]] = {}
+    dims: dict[str, set[tuple[int, ...]]] = {}
     for member in (member for layer in layers for member in layer.members):
-        dims.setdefault(member.parameter, set()).add(member.dim)
+        dims.setdefault(member.parameter, set()).add(member.dims)
     counts = {
         name: count_entries(
             weights[name],
@@ -348,12 +348,12 @@ def _layer_report(
     for member in layer.members:
         weight, found = weights[member.parameter], counts[member.parameter]
         of_unit = member.size_per_unit(weight, layer.units)
-        nonzero = member.per_unit(found.nonzero_along[member.dim], layer.units, weight)
+        nonzero = member.per_unit(found.nonzero_along[member.dims], layer.units, weight)
         every += nonzero
         if member.ranked:
             ranked += nonzero
             size += of_unit
-        staying = found.staying_along.get(member.dim)
+        staying = found.staying_along.get(member.dims)
         stays += of_unit if staying is None else member.per_unit(staying, layer.units, weight)
     together = summed(counts[member.parameter] for member in layer.members)
     gone = every == 0

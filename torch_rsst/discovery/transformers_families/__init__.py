@@ -2,12 +2,14 @@
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.transformers_families.conv1d import Conv1DAttention, Conv1DMLP
+from torch_rsst.discovery.transformers_families.experts import StackedExperts
 from torch_rsst.discovery.transformers_families.fused_heads import (
     FusedHeads,
     InterleavedHeads,
     StackedHeads,
 )
 from torch_rsst.discovery.transformers_families.intermediate_output import IntermediateOutput
+from torch_rsst.discovery.transformers_families.latent_heads import LatentHeads
 from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads, SomeHeads
 
 register(Conv1DAttention())
@@ -16,5 +18,7 @@ register(FusedHeads())
 register(InterleavedHeads())
 register(StackedHeads())
 register(IntermediateOutput())
+register(StackedExperts())
+register(LatentHeads())
 register(SomeHeads())
 register(SeparateHeads())  # asked first: which of the two it is depends on the module
