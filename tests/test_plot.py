@@ -105,3 +105,14 @@ def test_history_draws_rounds_where_they_end_and_the_cut():
     assert (gone.get_xdata().tolist(), gone.get_ydata().tolist()) == ([3, 3], [0.0, 0.5])
     assert (to_go.get_xdata().tolist(), to_go.get_ydata().tolist()) == ([3], [0.5])
     assert masked.get_ydata().tolist() == [0.2, 0.5]
+
+
+def test_comparison_has_a_point_for_each_model_in_both_panels():
+    points = {"half": (97.0, 0.55, 0.6), "quarter": (94.0, 0.3, 1.2)}
+    left, right = torch_rsst.plot.comparison(points, dense=97.5).axes
+    for axes, place in ((left, 1), (right, 2)):
+        dense, *lines = axes.lines
+        assert set(dense.get_ydata()) == {97.5}
+        drawn = {line.get_label(): (line.get_ydata()[0], line.get_xdata()[0]) for line in lines}
+        assert drawn == {name: (values[0], values[place]) for name, values in points.items()}
+    assert right.get_xlim()[1] > 1.2

@@ -255,3 +255,30 @@ def _round_ends(epochs: Sequence[Mapping[str, Any]]) -> dict[int, int]:
         for record in epochs
         if record["stage"].startswith("round ")
     }
+
+
+def comparison(points: Mapping[str, tuple[float, float, float]], *, dense: float) -> Figure:
+    """Accuracy of smaller models against their size and against their time.
+
+    Example:
+        >>> figure = torch_rsst.plot.comparison({"half": (97.1, 0.55, 0.62)}, dense=97.5)
+        >>> [axes.get_xlabel() for axes in figure.axes]
+        ['parameters, of the dense model', 'time, of the dense model']
+
+    Args:
+        points: name → accuracy in percent, parameters and time as shares of the dense model's.
+        dense: accuracy of the dense model, a dashed line.
+    """
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for place, (axes, what) in enumerate(zip(panels, ("parameters", "time"), strict=True), start=1):
+        axes.axhline(dense, color="0.6", linestyle="--", linewidth=1, label="dense")
+        for number, (name, values) in enumerate(points.items()):
+            axes.plot(values[place], values[0], "o", color=f"C{number % 10}", label=name)
+        axes.set_xlabel(f"{what}, of the dense model")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlim(0, 1.05 * max(1.0, *(values[place] for values in points.values())))
+        axes.grid(color="0.93")
+    panels[0].set_ylabel("held-out accuracy (%)")
+    panels[1].legend(fontsize=8)
+    return figure

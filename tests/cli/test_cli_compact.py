@@ -277,3 +277,39 @@ def test_digits_are_as_large_as_the_model_has_seen_them(tmp_path, capsys):
     assert before["input_size"] == [1, 160, 160]
     assert receipt["multiply_adds"]["before"] == 4 * before["multiply_adds"]
     assert receipt["accuracy"]["before"] == pytest.approx(before["accuracy"])
+
+
+def test_several_runs_are_compared_on_one_page(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    assert exit_code("compact", run) == 0
+    capsys.readouterr()
+    assert exit_code("report", run, other, "--output", tmp_path / "side by side") == 0
+    out = said(capsys)
+    assert "not compacted" in out
+    page = (tmp_path / "side by side" / "comparison.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 1
+    assert "<td>run</td>" in page
+    assert "<td>other</td>" in page
+    receipt = json.loads((run / "compact" / "compact.json").read_text())["receipt"]
+    assert f"{receipt['parameters']['after']:,}" in page
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        (["run"], "report: expected each run once"),
+        (["nowhere"], "expected the folder of a"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_named_and_nothing_is_written(
+    others, words, run, tmp_path, capsys
+):
+    folders = [run, *(tmp_path / name for name in others)]
+    assert exit_code("report", *folders, "--output", tmp_path / "pages") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "pages").exists()
+
+
+def test_an_output_folder_is_for_several_runs(run, tmp_path, capsys):
+    assert exit_code("report", run, "--output", tmp_path / "pages") == 2
+    assert "--output: expected several runs to compare, got one run" in capsys.readouterr().err

@@ -85,7 +85,10 @@ RUN = {
     "dry_run": (None, "test_a_dry_run_tells_what_the_run_comes_to"),
     "write_config": (None, "test_what_is_written_is_read_back"),
 }
-REPORT = {"folder": "test_report_shows_the_results_of_a_run"}
+REPORT = {
+    "folders": "test_report_shows_the_results_of_a_run",
+    "output": "test_several_runs_are_compared_on_one_page",
+}
 COMPACT = {
     "folder": "test_compact_prints_before_and_after_and_report_repeats_it",
     "output": "test_the_smaller_model_loads_in_a_process_of_its_own",
@@ -143,7 +146,9 @@ def test_every_option_has_a_test():
 def test_help_shows_every_option(command, names, capsys):
     assert exit_code(command, "--help") == 0
     out = capsys.readouterr().out
-    assert all((name == "folder" and "PATH" in out) or flag(name) in out for name in names)
+    assert all(
+        (name in ("folder", "folders") and "PATH" in out) or flag(name) in out for name in names
+    )
 
 
 def test_every_option_reaches_the_run(tmp_path):

@@ -22,6 +22,7 @@ from torch_rsst.cli.terminal import (
     flag,
     is_main_process,
     notes,
+    print_comparison,
     print_forecast,
     print_savings,
     print_summary,
@@ -30,7 +31,7 @@ from torch_rsst.cli.terminal import (
 from torch_rsst.utils.errors import message, refuse
 
 if TYPE_CHECKING:
-    from torch_rsst.recipes.config import CompactConfig, PredictConfig, RunConfig
+    from torch_rsst.recipes.config import CompactConfig, PredictConfig, ReportConfig, RunConfig
 
 _EXTRA = (
     "torch-rsst: the command line needs more packages ({missing}): pip install 'torch-rsst[cli]'"
@@ -106,7 +107,8 @@ def _parse(args: Sequence[str]) -> Callable[[], int]:
     with _reported(TypeError, ValueError, OSError):
         config = _read(args, RunConfig())
         if isinstance(config, ReportConfig):
-            return partial(_report, config.folder)
+            several = len(config.folders) > 1
+            return partial(_compare, config) if several else partial(_report, config.folders[0])
         if isinstance(config, CompactConfig):
             return partial(_compact, config)
         if isinstance(config, PredictConfig):
@@ -232,6 +234,16 @@ def _report(path: Path) -> int:
     print_summary(path, results, offer=receipt is None)
     if receipt is not None:
         print_savings(receipt, folder.compact)
+    return 0
+
+
+def _compare(config: ReportConfig) -> int:
+    from torch_rsst.recipes.comparison import PAGE, compare
+
+    output = config.output or config.folders[0].parent
+    with _reported(ValueError, KeyError, OSError):
+        results = compare(config.folders, output)
+    print_comparison(results, output / PAGE)
     return 0
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch_rsst.recipes.comparison import Result
 
 
 def is_main_process() -> bool:
@@ -208,6 +211,23 @@ def print_summary(path: Path, results: dict[str, Any], *, offer: bool = True) ->
     console.print(f"Open {path}/report.html; weights, numbers and pictures are beside it.")
     if offer:
         console.print(f"Cut out what is gone: torch-rsst compact {path}", soft_wrap=True)
+
+
+def print_comparison(results: Sequence[Result], page: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "dense", "final", "parameters", "time", title=f"{len(results)} runs")
+    for each in results:
+        size, time = (
+            "not compacted" if share is None else f"{share:.1%}" for share in (each.size, each.time)
+        )
+        accuracies = (f"{each.dense_accuracy:.2f} %", f"{each.accuracy:.2f} %")
+        table.add_row(each.name, *accuracies, size, time)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("Parameters and time are shares of the dense model's.")
+    console.print(f"Open {page}.", soft_wrap=True)
 
 
 def print_savings(receipt: dict[str, Any], folder: Path) -> None:

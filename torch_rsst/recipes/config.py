@@ -160,10 +160,20 @@ def _configs() -> list[Any]:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Show the results of a finished run."""
+    """Show the results of a finished run; those of several side by side."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """The run's output folder."""
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Output folders of one or more runs."""
+    output: Path | None = None
+    """Folder for comparison.html, of several runs; by default the one that the first run is in."""
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError unless a folder is given, and --output only with several."""
+        if not self.folders:
+            refuse(ValueError, "report", "the folder of a run", "none", "Try runs/latest.")
+        if self.output is not None and len(self.folders) == 1:
+            got, remedy = "one run", "Name several, or leave --output away."
+            refuse(ValueError, "--output", "several runs to compare", got, remedy)
 
 
 @dataclass(frozen=True)
