@@ -24,14 +24,14 @@ def digits_run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def pets(tmp_path, capsys):
-    data = image_folder(tmp_path / "data")
-    args = ["--output", tmp_path / "run", "--data-dir", data, *TINY, *QUICK, "--method", "refill"]
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pets")
+    data = image_folder(folder / "data")
+    args = ["--output", folder / "run", "--data-dir", data, *TINY, *QUICK, "--method", "refill"]
     assert exit_code("run", *args) == 0
-    assert exit_code("compact", tmp_path / "run") == 0
-    capsys.readouterr()
-    return tmp_path
+    assert exit_code("compact", folder / "run") == 0
+    return folder
 
 
 def digit_files(folder, count=60):
@@ -96,6 +96,7 @@ def test_classes_of_a_folder_are_named_likeliest_first(pets, capsys):
     for label, file in enumerate(files):
         picture(label, 7, 30).save(file)
     compact = pets / "run" / "compact"
+    capsys.readouterr()
     assert exit_code("predict", compact, *files, "--top", 2) == 0
     out = capsys.readouterr().out.splitlines()
     info, model = torch_rsst.compact_info(compact), torch_rsst.load_compact(compact).eval()
@@ -112,7 +113,9 @@ def test_compact_writes_onnx_and_says_how_far_it_is_off(pets, capsys):
     assert exit_code("compact", pets / "run", "--onnx", "--export") == 0
     out = " ".join(capsys.readouterr().out.split())
     for name in ("model.pt2", "model.onnx"):
-        assert re.search(rf"{name}: without masks, outputs differ by at most \d\.\de-\d\d\.", out)
+        assert re.search(
+            rf"{name}: without masks, outputs differ by at most \d\.\de[-+]\d\d\.", out
+        )
         assert (pets / "run" / "compact" / name).is_file()
     assert f"Use it: torch-rsst predict {pets / 'run/compact'} IMAGE" in out
 
@@ -128,7 +131,7 @@ def _broken(folder):
     [
         (lambda f: [f / "run/compact"], "images: expected at least one file, got none"),
         (lambda f: [f / "run/compact", f / "no.png"], "no.png: expected an image, got no such file"),
-        (lambda f: [f / "run/compact", _broken(f)], "broken.png: expected an image, got (cannot ide"),
+        (lambda f: [f / "run/compact", _broken(f)], "broken.png: expected an image, got ("),
         (lambda f: [f / "run/compact", f], "expected an image, got ("),
         (lambda f: [f / "run", f / "one.png"], "expected a saved model, got no compact.json"),
         (lambda f: [f / "run/compact", f / "one.png", "--top", 3], "at most 2, the number of cl"),
@@ -137,6 +140,7 @@ def _broken(folder):
 )  # fmt: skip
 def test_mistakes_are_one_line(pets, capsys, args, words):
     picture(0, 0, 30).save(pets / "one.png")
+    capsys.readouterr()
     assert exit_code("predict", *args(pets)) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("torch-rsst: ")
@@ -145,9 +149,6 @@ def test_mistakes_are_one_line(pets, capsys, args, words):
 
 
 def test_a_model_with_other_outputs_than_classes_is_refused(tmp_path, capsys):
-    from torch import nn
-
-    pytest.importorskip("safetensors")
     import timm
 
     model = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
@@ -156,7 +157,6 @@ def test_a_model_with_other_outputs_than_classes_is_refused(tmp_path, capsys):
     small = torch_rsst.compact(model, groups)
     info = torch_rsst.CompactInfo(classes=("cat", "dog", "cow"))
     torch_rsst.save_compact(small, tmp_path / "small", info=info)
-    assert isinstance(small, nn.Module)
     picture(0, 0, 30).save(tmp_path / "one.png")
     assert exit_code("predict", tmp_path / "small", tmp_path / "one.png") == 2
     assert "expected a score for each of 3 classes, got outputs of" in capsys.readouterr().err

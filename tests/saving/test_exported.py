@@ -122,3 +122,51 @@ def test_a_missing_package_is_named_before_anything_is_written(
     assert not (tmp_path / "small").exists()
     with pytest.raises(ValueError, match="export: expected example_inputs to trace, got none"):
         torch_rsst.save_compact(masked(), tmp_path / "small", onnx=True, keep_masks=True)
+
+
+# Files that load by the names of other packages, as docs/saving.md says
+
+
+@pytest.mark.needs_timm
+def test_half_of_the_neurons_is_another_mlp_ratio_of_timm(tmp_path: Path) -> None:
+    import timm
+
+    name, options, x = "test_vit", {"num_classes": 3, "img_size": 32}, torch.randn(2, 3, 32, 32)
+    model = timm.create_model(name, **options).eval()
+    ratio = model.blocks[0].mlp.fc1.out_features / model.embed_dim
+    groups = torch_rsst.find_groups(model, ("neurons",))
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
+    small = torch_rsst.compact(model, groups)
+    torch_rsst.save_compact(small, tmp_path)
+    file = tmp_path / "model.safetensors"
+    again = timm.create_model(name, **options, mlp_ratio=ratio / 2, checkpoint_path=str(file))
+    assert torch.equal(again.eval()(x), small(x))
+
+
+@pytest.mark.needs_timm
+@pytest.mark.parametrize("family", ["ViT", "Llama"])
+def test_the_same_share_of_each_layer_is_another_configuration(family: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    sizes = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
+    }  # fmt: skip
+    if family == "ViT":
+        cls, kinds, after = transformers.ViTForImageClassification, ["neurons"], {}
+        sizes |= {"image_size": 8, "patch_size": 4}
+        inputs = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    else:
+        cls, kinds = transformers.LlamaForCausalLM, ["neurons", "heads"]
+        sizes |= {"num_key_value_heads": 4, "head_dim": 4, "vocab_size": 11}
+        after = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        inputs = {"input_ids": torch.arange(8).view(2, 4)}
+    model = cls(cls.config_class(**sizes)).eval()
+    groups = torch_rsst.find_groups(model, kinds, example_inputs=inputs)
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
+    small = torch_rsst.compact(model, groups, example_inputs=inputs)
+    torch_rsst.save_compact(small, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    config = cls.config_class(**{**sizes, **after, "intermediate_size": 16})
+    again = cls.from_pretrained(None, config=config, state_dict=state).eval()
+    torch.testing.assert_close(again(**inputs).logits, small(**inputs).logits)

@@ -241,7 +241,7 @@ def guess_builds(model: nn.Module) -> Iterator[Build]:
 
 
 def timm_options(model: nn.Module, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of :func:`timm.create_model` that a model seems to have been made with.
+    """Arguments of ``timm.create_model`` that a model seems to have been made with.
 
     Args:
         model: of timm.

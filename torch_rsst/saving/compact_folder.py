@@ -88,7 +88,7 @@ def save_compact(
         onnx: also write ``model.onnx``; needs the extra ``onnx``. Both are without masks, and compared with the
             model.
         info: classes, images and metrics. What it leaves out is found for models of timm (its data
-            configuration) and transformers (the names of its classes), see :meth:`CompactInfo.of`.
+            configuration) and transformers (the names of its classes), see :meth:`torch_rsst.CompactInfo.of`.
         notes: plain values of your own for the receipt, such as accuracies.
         keep_masks: True saves masks that are left as masks; otherwise they are made permanent in what
             is saved, exported and measured. Pass True or False to do so without a warning.
@@ -165,6 +165,9 @@ def load_compact(
         >>> dense = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
         >>> torch_rsst.load_compact(folder, model=dense)[0]
         Linear(in_features=4, out_features=4, bias=True)
+
+    Where each layer has lost the same share, ``timm.create_model`` or ``from_pretrained`` may make the model with
+    other arguments: see :doc:`/saving`. This function makes any of them.
 
     No pickle is read, and of what the folder names only a few well-known builders are called, with
     plain values; nothing is downloaded.

@@ -104,7 +104,7 @@ class CompactInfo:
         Args:
             source: a model of timm (its data configuration) or transformers (the names of its classes); weights
                 of torchvision such as ``ResNet18_Weights.DEFAULT``, or their ``transforms()``; or a data
-                configuration, as :func:`timm.data.resolve_model_data_config` returns it. Of any other model
+                configuration, as ``timm.data.resolve_model_data_config`` returns it. Of any other model
                 nothing is known.
             known: attributes that override what is found.
 
@@ -178,10 +178,13 @@ def compact_info(folder: str | Path) -> CompactInfo:
     """What belongs to the model that :func:`torch_rsst.save_compact` saved; the model is not loaded.
 
     Example:
-        >>> info = torch_rsst.compact_info(folder)
-        >>> info.classes, info.metrics
-        (('cat', 'dog'), {'accuracy': {'dense': 97.5, 'compacted': 97.0}})
-        >>> transform = info.transform()  # PIL image → tensor  # doctest: +SKIP
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+        >>> groups = torch_rsst.find_groups(mlp)
+        >>> torch_rsst.apply_mask(mlp, torch_rsst.regroup(mlp, groups, amount=0.5))
+        >>> small, info = torch_rsst.compact(mlp, groups), torch_rsst.CompactInfo(classes=("cat", "dog"))
+        >>> receipt = torch_rsst.save_compact(small, folder, info=info)
+        >>> torch_rsst.compact_info(folder).classes
+        ('cat', 'dog')
 
     Raises:
         FileNotFoundError: where the folder was not saved to.
