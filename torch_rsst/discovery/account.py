@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.walk import INPUT, OUTPUT, STEM
-from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member, Whole
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member, Whole
 from torch_rsst.masking.mask_sets import named_weights
 
 _EMBEDDING = "it holds embeddings of the model's input"
@@ -50,7 +50,8 @@ def account(
         entries = weight.numel() - _owned(weight, by_name.get(name, ()))
         if entries:
             path = name.rpartition(".")[0]
-            reason = _reason(name, refused, reasons) or ends.reason(name, weight)
+            known = _EMBEDDING if path in ends.embeddings else _reason(name, refused, reasons)
+            reason = known or ends.reason(name, weight)
             left.setdefault(path, []).append((entries, reason))
     found = []
     for path, parts in left.items():
@@ -81,15 +82,17 @@ def routers(model: nn.Module, layers: Iterable[GroupLayer]) -> dict[str, str]:
 
 
 def uncovered(
-    refused: Sequence[Unsupported], whole: Sequence[Whole], model: nn.Module
+    refused: Sequence[Unsupported], groups: Groups, model: nn.Module
 ) -> list[Unsupported]:
     """The refusals, but for those of modules all of whose layers have units of another kind."""
-    stays = {item.name for item in whole}
+    mixers = {layer.name for layer in groups.layers if layer.kind == "channels"}
+    stays = {item.name for item in groups.whole}
     held = {name.rpartition(".")[0] for name, w in named_weights(model).items() if w.ndim > 1}
 
     def is_left(item: Unsupported) -> bool:
         inside = [p for p in held if p == item.layer or p.startswith(f"{item.layer}.")]
-        return item.kind == "heads" or not inside or any(path in stays for path in inside)
+        is_head = item.kind == "heads" and item.layer not in mixers
+        return is_head or not inside or any(path in stays for path in inside)
 
     return [item for item in refused if is_left(item)]
 

@@ -127,8 +127,8 @@ def survey(
         example_inputs: as for :func:`torch_rsst.find_groups`.
     """
     layers, refused, reasons = _ask_adapters(model, kinds, Probe.of(model, example_inputs))
-    whole = account(model, layers, refused, reasons)
-    return Groups(tuple(layers), whole), uncovered(refused, whole, model)
+    groups = Groups(tuple(layers), account(model, layers, refused, reasons))
+    return groups, uncovered(refused, groups, model)
 
 
 def _ask_adapters(

@@ -214,8 +214,13 @@ class _Functions(TorchFunctionMode):
         operand = id(masked_operand(func, args))
         if (found := self._inputs.get(operand) or self._stacks.get(operand)) is not None:
             self._products[made] = found
-        elif func is _INDEX and (every := self._stack_of(args[0])) and made.ndim == 2:
-            self._products[made] = every[int(args[1])]  # one of weights of three dimensions
+        elif (
+            func is _INDEX
+            and made.ndim == 2
+            and isinstance(args[1], (int, Tensor))
+            and (every := self._stack_of(args[0]))
+        ):
+            self._products[made] = every[int(args[1])]
         return made
 
     def _seen_by_experts(self, func: Any, value: Any, weight: Any) -> Any:

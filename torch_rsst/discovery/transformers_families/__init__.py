@@ -11,6 +11,7 @@ from torch_rsst.discovery.transformers_families.fused_heads import (
 from torch_rsst.discovery.transformers_families.intermediate_output import IntermediateOutput
 from torch_rsst.discovery.transformers_families.latent_heads import LatentHeads
 from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads, SomeHeads
+from torch_rsst.discovery.transformers_families.state_spaces import StateSpace
 
 register(Conv1DAttention())
 register(Conv1DMLP())
@@ -20,5 +21,6 @@ register(StackedHeads())
 register(IntermediateOutput())
 register(StackedExperts())
 register(LatentHeads())
+register(StateSpace())
 register(SomeHeads())
 register(SeparateHeads())  # asked first: which of the two it is depends on the module
