@@ -16,7 +16,7 @@ from torch_rsst.cli.main import main
 pytestmark = pytest.mark.needs_timm
 
 QUICK = [
-    "--dense-epochs", "1", "--epochs", "1", "--rounds", "2", "--finetune-epochs", "1",
+    "--method", "rsst", "--dense-epochs", "1", "--epochs", "1", "--rounds", "2", "--finetune-epochs", "1",
     "--batch-size", "256", "--device", "cpu",
 ]  # fmt: skip
 

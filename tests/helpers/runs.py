@@ -16,7 +16,7 @@ TINY = ["--model", "test_vit", "--image-size", "32", "--device", "cpu", "--worke
 QUICK = [
     "--dense-epochs", "1", "--epochs", "1", "--rounds", "1", "--finetune-epochs", "1",
     "--batch-size", "8", "--warmup-epochs", "0", "--learning-rate", "0.001", "--strength", "1",
-    "--mode", "decoupled", "--schedule", "linear",
+    "--method", "rsst", "--mode", "decoupled", "--schedule", "linear",
 ]  # fmt: skip
 
 

@@ -13,7 +13,14 @@ from torch_rsst.utils.errors import RSSTWarning
 
 pytestmark = pytest.mark.needs_timm
 
-QUICK = {"dense_epochs": 1, "epochs": 2, "rounds": 2, "finetune_epochs": 1, "batch_size": 256}
+QUICK = {
+    "method": "rsst",
+    "dense_epochs": 1,
+    "epochs": 2,
+    "rounds": 2,
+    "finetune_epochs": 1,
+    "batch_size": 256,
+}
 
 
 class Silent:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.needs_timm
 MIXED, SOFT = "test_options_of_data_and_training", "test_options_of_rounds_and_penalty"
 READ = "test_each_option_of_augmentation_changes_images"
 RUN = {
-    "method": ("refill", MIXED),
+    "method": ("rsst", SOFT),
     "kinds": (("heads",), SOFT),
     "rounds": (2, SOFT),
     "amount": (0.3, SOFT),
@@ -94,6 +94,7 @@ COMPACT = {
     "output": "test_the_smaller_model_loads_in_a_process_of_its_own",
     "round_to": "test_the_smaller_model_loads_in_a_process_of_its_own",
     "keep_masks": "test_masks_of_single_weights_are_made_permanent_and_counted",
+    "onnx": "test_compact_writes_onnx_and_says_how_far_it_is_off",
     "export": "test_the_smaller_model_loads_in_a_process_of_its_own",
     "images": "test_fewer_images_are_compared_and_counted",
     "data_dir": "test_a_folder_is_run_compacted_and_found_again_where_it_was_moved",

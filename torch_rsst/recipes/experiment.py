@@ -198,7 +198,7 @@ class Experiment:
             self._train(Stage(f"round {rnd.index}", epochs, first, peak), rnd)
             self._record_round(rnd)
         self.progress.accuracy_before_cut = self.trainer.evaluate()
-        if self.config.reconstruct == "none":
+        if self.config.reconstruction is None:
             warn_of_costly_cut(rounds)
         rounds.finalize(force=True)
         self.progress.accuracy_after_cut = self.trainer.evaluate()

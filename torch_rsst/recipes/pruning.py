@@ -35,7 +35,7 @@ def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
         "importance": config.importance,
         "scope": config.scope,
         "rewind": None if config.rewind == "none" else config.rewind,
-        "reconstruct": None if config.reconstruct == "none" else config.reconstruct,
+        "reconstruct": config.reconstruction,
         "follow": [] if trainer.average is None else [trainer.average],
         **data_source(config, trainer),
     }

@@ -43,8 +43,8 @@ def _named(choices: Any) -> Any:
 class PruningOptions:
     """What is pruned, and how."""
 
-    method: Literal["rsst", "refill"] = "rsst"
-    """rsst: a growing penalty, then a cut that costs nothing. refill: mask at once, then train."""
+    method: Literal["rsst", "refill"] = "refill"
+    """refill: mask at once, then train. rsst: a growing penalty, then a cut of what has shrunk."""
     kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
     """Kinds of units to prune, of those that the model has."""
     rounds: int = 4
@@ -71,8 +71,8 @@ class PruningOptions:
     """decoupled shrinks weights after the step, coupled adds the penalty to gradients and needs --strength; auto is decoupled, or with --strength what the optimizer does with weight decay (RSST)."""
     kept_units: Literal["dense", "sparse"] = "dense"
     """sparse: also mask single weights in units that stay (RSST)."""
-    reconstruct: Literal["none", "mean", "least_squares"] = "none"
-    """How the layers that consume units are refitted on training images when the units are masked."""
+    reconstruct: Literal["auto", "none", "mean", "least_squares"] = "auto"
+    """How the layers that consume units are refitted on training images when the units are masked; auto: least_squares with Refill, unless it rewinds."""
     fillback_rate: float = 0.0
     """Share of the removed units that is given back (Refill)."""
     rewind: Literal["none", "init"] = "none"
@@ -87,7 +87,15 @@ class PruningOptions:
     @property
     def measures(self) -> bool:
         """Whether pruning runs the model on data."""
-        return bool(self._data_parts) or self.reconstruct != "none"
+        return bool(self._data_parts) or self.reconstruction is not None
+
+    @property
+    def reconstruction(self) -> Literal["mean", "least_squares"] | None:
+        """How consumers are refitted."""
+        if self.reconstruct == "auto":
+            hard = self.method == "refill" and self.rewind == "none"
+            return "least_squares" if hard else None
+        return None if self.reconstruct == "none" else self.reconstruct
 
     @property
     def needs_loss(self) -> bool:

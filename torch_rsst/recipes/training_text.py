@@ -24,10 +24,10 @@ def training_text(config: RunConfig) -> list[str]:
             f"Distilled: in rounds and fine-tuning, what the dense model predicts has the weight "
             f"{config.distill:g} in the loss, at temperature {config.distill_temperature:g}."
         )
-    if config.reconstruct != "none":
+    if config.reconstruction is not None:
         sentences.append(
             f"Reconstructed: when units are masked, the layers that consume them are refitted on "
-            f"{_count(config.importance_batches, 'batch')} of training images ({config.reconstruct})."
+            f"{_count(config.importance_batches, 'batch')} of training images ({config.reconstruction})."
         )
     return sentences
 
