@@ -101,7 +101,7 @@ def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:
     near = closest(str(got), names)
     remedy = f"Did you mean {near!r}?" if near else "Choose one of these."
     listed = ", ".join(map(repr, names))
-    return message(subject, expected=f"one of {listed}", got=repr(got), remedy=remedy)
+    return message(subject, expected=f"one of {listed}", got=shown(got), remedy=remedy)
 
 
 def one_line(error: BaseException) -> str:
