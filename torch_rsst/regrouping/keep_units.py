@@ -46,7 +46,7 @@ class ScoredLayer:
             parts: the units of each weight, shape (parts, units of each).
 
         Returns:
-            the ranks as units, the lowest first, and the units of each: int64 of the shape of ``parts``.
+            the ranks as units, the lowest first, and the units of each rank, int64 of the shape of ``parts``.
         """
         order = parts.gather(1, torch.sort(self.sort_keys[parts], stable=True).indices)
         dead = self.sort_keys.isneginf()[order].all(0)
