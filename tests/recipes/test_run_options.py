@@ -25,6 +25,10 @@ RUN = {
     "rounds": (2, SOFT),
     "amount": (0.3, SOFT),
     "regroup_amount": (0.25, SOFT),
+    # One of them, and not beside fillback_rate.
+    "target_parameters": (None, "test_a_target_is_met_by_the_compacted_model"),
+    "target_macs": (None, "test_a_target_is_met_by_the_compacted_model"),
+    "target_latency": (None, "test_a_target_of_latency_is_measured_and_kept"),
     "round_to": (2, MIXED),
     "importance": ("taylor", MIXED),
     "importance_batches": (2, MIXED),
@@ -94,10 +98,15 @@ COMPACT = {
     "output": "test_the_smaller_model_loads_in_a_process_of_its_own",
     "round_to": "test_the_smaller_model_loads_in_a_process_of_its_own",
     "keep_masks": "test_masks_of_single_weights_are_made_permanent_and_counted",
-    "onnx": "test_compact_writes_onnx_and_says_how_far_it_is_off",
     "export": "test_the_smaller_model_loads_in_a_process_of_its_own",
+    "onnx": "test_compact_writes_onnx_and_says_how_far_it_is_off",
     "images": "test_fewer_images_are_compared_and_counted",
     "data_dir": "test_a_folder_is_run_compacted_and_found_again_where_it_was_moved",
+}
+PREDICT = {
+    "folder": "test_digits_in_files_are_told_apart_as_well_as_in_the_run",
+    "images": "test_digits_in_files_are_told_apart_as_well_as_in_the_run",
+    "top": "test_classes_of_a_folder_are_named_likeliest_first",
 }
 
 
@@ -129,11 +138,12 @@ def chosen(*names, **others):
 
 
 def test_every_option_has_a_test():
-    from torch_rsst.recipes.config import CompactConfig, ReportConfig, RunConfig
+    from torch_rsst.recipes import config
 
-    for config, tests in ((RunConfig, RUN), (ReportConfig, REPORT), (CompactConfig, COMPACT)):
-        assert {f.name for f in fields(config)} == tests.keys()
-    named = {test for _, test in RUN.values()} | {*REPORT.values(), *COMPACT.values()}
+    others = {"ReportConfig": REPORT, "CompactConfig": COMPACT, "PredictConfig": PREDICT}
+    for name, tests in {"RunConfig": RUN, **others}.items():
+        assert {f.name for f in fields(getattr(config, name))} == tests.keys()
+    named = {test for _, test in RUN.values()}.union(*(tests.values() for tests in others.values()))
     found = set()
     for path in Path(__file__).parents[1].rglob("test_*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -142,14 +152,16 @@ def test_every_option_has_a_test():
 
 
 @pytest.mark.parametrize(
-    ("command", "names"), [("run", RUN), ("report", REPORT), ("compact", COMPACT)]
+    ("command", "names"),
+    [("run", RUN), ("report", REPORT), ("compact", COMPACT), ("predict", PREDICT)],
 )
 def test_help_shows_every_option(command, names, capsys):
     assert exit_code(command, "--help") == 0
     out = capsys.readouterr().out
-    assert all(
-        (name in ("folder", "folders") and "PATH" in out) or flag(name) in out for name in names
-    )
+    positional = {"report": ["folders"], "compact": ["folder"], "predict": ["folder", "images"]}
+    typed = set(names) - set(positional.get(command, ()))
+    assert all(flag(name) in out for name in typed)
+    assert out.count("PATH") >= len(names) - len(typed)
 
 
 def test_every_option_reaches_the_run(tmp_path):

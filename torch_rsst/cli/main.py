@@ -221,7 +221,7 @@ def _run(config: RunConfig) -> int:
         text = message(str(folder.path), expected="to write there", got=str(error), remedy=remedy)
         raise _WrongInput(text) from error
     if is_main_process():
-        print_summary(config.output, results)
+        print_summary(config.output, results, config)
     return 0
 
 
@@ -230,8 +230,8 @@ def _report(path: Path) -> int:
 
     folder = RunFolder(path)
     with _reported(ValueError, KeyError, OSError):
-        results, receipt = folder.read_report(), folder.read_receipt()
-    print_summary(path, results, offer=receipt is None)
+        results, receipt, config = folder.read_report(), folder.read_receipt(), folder.read_config()
+    print_summary(path, results, config, offer=receipt is None)
     if receipt is not None:
         print_savings(receipt, folder.compact)
     return 0

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch_rsst.recipes.comparison import Result
 
+from torch_rsst.recipes.training_text import extras_text
+
 
 def is_main_process() -> bool:
     """Whether this process prints: under torchrun, the first one."""
@@ -59,8 +61,8 @@ class Terminal:
             f"{config.rounds} rounds on {experiment.trainer.accelerator.device}; "
             f"all files are written to {config.output}/"
         )
-        for note in notes(config):
-            self._console.print(note)
+        for line in [*extras_text(config, experiment.progress.plan), *notes(config)]:
+            self._console.print(line)
         self._chance = 100.0 / experiment.trainer.images.classes
         epochs = config.dense_epochs + config.rounds * config.epochs + config.finetune_epochs
         total = epochs * experiment.trainer.steps_per_epoch
@@ -169,6 +171,8 @@ def print_forecast(found: Any, config: Any) -> None:
         f"Steps: {dense:,} dense, {rounds:,} in {config.rounds} rounds, {finetune:,} of fine-tuning; "
         f"{config.batch_size * config.accumulation} images each."
     )
+    for sentence in extras_text(config, found.plan):
+        console.print(sentence)
     memory = found.memory
     console.print(
         f"Memory of a process: about {decimal(memory.total)} beside PyTorch and the images: weights and masks {decimal(memory.model)}, "
@@ -186,7 +190,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def print_summary(path: Path, results: dict[str, Any], *, offer: bool = True) -> None:
+def print_summary(path: Path, results: dict[str, Any], config: Any, *, offer: bool = True) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -208,6 +212,8 @@ def print_summary(path: Path, results: dict[str, Any], *, offer: bool = True) ->
     table.add_row("multiply-adds per image, masked", f"{results['multiply_adds']:,}")
     console = Console(highlight=False)
     console.print(table)
+    for sentence in extras_text(config, results.get("plan")):
+        console.print(sentence)
     console.print(f"Open {path}/report.html; weights, numbers and pictures are beside it.")
     if offer:
         console.print(f"Cut out what is gone: torch-rsst compact {path}", soft_wrap=True)

@@ -18,7 +18,7 @@ from torch_rsst.recipes.loading import held_out_loader
 from torch_rsst.recipes.models import form_of
 from torch_rsst.recipes.page import write_page
 from torch_rsst.recipes.run_folder import RunFolder
-from torch_rsst.recipes.training_text import training_text
+from torch_rsst.recipes.training_text import extras_text, stages_text
 from torch_rsst.saving.info import CompactInfo
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import listing, refuse
@@ -70,7 +70,7 @@ def compact_run(config: CompactConfig) -> dict[str, Any]:
             form,
             classes=_names(own, results["classes"]),
             metrics={"accuracy": {"dense": results["dense_accuracy"], "compacted": after}},
-            training=" ".join([*training_text(own), measured]),
+            training=" ".join([stages_text(own), *extras_text(own, results.get("plan")), measured]),
         ),
         keep_masks=keep_masks,
         notes={"accuracy": {"before": before, "after": after}, "images": len(images)},

@@ -81,6 +81,8 @@ class RunConfig(TrainingOptions, DataOptions, PruningOptions):
             idle |= dict.fromkeys(_NOT_OF_DIGITS, "the digits")
         if self.model in ("auto", "vit_digits"):
             idle |= dict.fromkeys(("pretrained", "drop_path"), "--model vit_digits")
+        if self.budget:
+            idle["regroup_amount"] = "a target"
         if not self.measures:
             idle["importance_batches"] = f"--importance {self.importance}"
         if not self.distill:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list
@@ -12,10 +12,10 @@ from torch import nn
 
 import torch_rsst
 from torch_rsst.compaction.cost import measure_cost
-from torch_rsst.recipes.advice import warn_near_chance, warn_of_costly_cut
+from torch_rsst.recipes.advice import warn_near_chance, warn_of_costly_cut, warn_of_rounding
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import BadImages
-from torch_rsst.recipes.pruning import find_units, make_rounds
+from torch_rsst.recipes.pruning import find_units, make_rounds, plan_target
 from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.recipes.teacher import read_teacher, write_teacher
 from torch_rsst.recipes.training import Epoch, Interrupted, Stage, StoppedElsewhere, Trainer
@@ -51,6 +51,7 @@ class Progress:
     accuracy_before_cut: float = 0.0
     accuracy_after_cut: float = 0.0
     accuracy_first_zero: float | None = None
+    plan: dict[str, Any] | None = None
 
 
 class Experiment:
@@ -71,7 +72,10 @@ class Experiment:
         self.model: nn.Module = self.trainer.bare
         self.writes = self.trainer.accelerator.is_main_process
         self.groups = find_units(config, self.trainer)
-        self.progress = Progress()
+        warn_of_rounding(config, self.model, self.groups)
+        # Tried now, so that a target out of reach ends the run before its training.
+        plan = None if config.resume else plan_target(config, self.trainer, self.groups)
+        self.progress = Progress(plan=plan)
         self.records: list[dict[str, Any]] = []
         self.rounds: Rounds | None = None
         self._started = time.monotonic()
@@ -173,7 +177,8 @@ class Experiment:
             warn_near_chance(self.progress.dense_accuracy, self.trainer.images.classes)
             if self.config.distill:
                 write_teacher(self.folder, self.trainer)
-            self.rounds = make_rounds(self.config, self.trainer, self.groups)
+            self.progress.plan = plan_target(self.config, self.trainer, self.groups)
+            self.rounds = self._make_rounds()
             self._advance("rounds")
         assert self.rounds is not None, "the checkpoint of a later stage holds them"
         if self.progress.stage == "rounds":
@@ -189,6 +194,11 @@ class Experiment:
     def _dense_stage(self) -> Stage:
         epochs = self.config.dense_epochs
         return Stage("dense", epochs, 0, 1.0, min(self.config.warmup_epochs, epochs / 2))
+
+    def _make_rounds(self) -> Rounds:
+        plan = self.progress.plan
+        config = replace(self.config, regroup_amount=plan["amount"]) if plan else self.config
+        return make_rounds(config, self.trainer, self.groups)
 
     def _prune(self, rounds: Rounds) -> None:
         epochs, peak = self.config.epochs, self.config.round_learning_rate
@@ -293,6 +303,7 @@ class Experiment:
             "accuracy_after_cut": self.progress.accuracy_after_cut,
             "accuracy_first_zero": self.progress.accuracy_first_zero,
             "accuracy": self.trainer.evaluate(),
+            "plan": self.progress.plan,
             "element_sparsity": report.element_sparsity,
             **{sparsity_of(kind): report.unit_sparsity(kind) for kind in report.kinds},
             "parameters": cost.parameters,
@@ -355,7 +366,8 @@ class Experiment:
             raise ValueError("no rounds in a stage that has them, or the reverse")
         list(map(dict, state["records"]))
         if state["rounds"] is not None:
-            self.rounds = make_rounds(self.config, self.trainer, self.groups)
+            self.progress.plan = state.get("plan")
+            self.rounds = self._make_rounds()
             self.rounds.load_state_dict(state["rounds"])
             if self.config.distill:
                 read_teacher(self.folder, self.trainer)
@@ -367,6 +379,7 @@ class Experiment:
             self.trainer.accelerator.scaler.load_state_dict(state["scaler"])
         self.trainer.losses = state["losses"]
         self.records = state["records"]
+        state = {"plan": None, **state}  # which earlier versions did not have
         self.progress = Progress(**{key: state[key] for key in vars(self.progress)})
 
 

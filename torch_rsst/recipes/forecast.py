@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ import torch_rsst
 from torch_rsst.compaction.cost import Cost, measure_cost
 from torch_rsst.compaction.planning import PlannedLayer
 from torch_rsst.groups.groups import Groups
+from torch_rsst.recipes.advice import warn_of_rounding
 from torch_rsst.recipes.config import RunConfig
-from torch_rsst.recipes.pruning import data_source, find_units, make_rounds
+from torch_rsst.recipes.pruning import data_source, find_units, make_rounds, plan_target
 from torch_rsst.recipes.training import Trainer
 from torch_rsst.utils.errors import RSSTWarning
 
@@ -56,6 +57,7 @@ class Forecast:
         after: the same of the compacted model.
         steps: optimizer steps of the dense stage, of all rounds and of fine-tuning.
         memory: the memory that training takes.
+        plan: how much is pruned for a target, from :meth:`torch_rsst.Plan.to_dict`; None without one.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Forecast:
     after: Cost
     steps: tuple[int, int, int]
     memory: Memory
+    plan: dict[str, Any] | None = None
 
 
 def forecast(config: RunConfig) -> Forecast:
@@ -78,6 +81,9 @@ def forecast(config: RunConfig) -> Forecast:
     config.check()
     trainer = Trainer(config)
     groups = find_units(config, trainer)
+    warn_of_rounding(config, trainer.bare, groups)
+    if (plan := plan_target(config, trainer, groups)) is not None:
+        config = replace(config, regroup_amount=plan["amount"])
     make_rounds(config, trainer, groups)  # raises where the options do not fit
     model, device = trainer.bare, trainer.accelerator.device
     image = trainer.example[:1].to(device)
@@ -97,6 +103,7 @@ def forecast(config: RunConfig) -> Forecast:
             config.finetune_epochs * trainer.steps_per_epoch,
         ),
         memory=_memory(config, trainer, groups),
+        plan=plan,
     )
 
 

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.run_folder import RunFolder
+from torch_rsst.recipes.training_text import extras_text
 from torch_rsst.utils.files import write_text
 
 _CAPTIONS = {
@@ -46,6 +47,7 @@ def write_page(
     page = environment.get_template("report.html.jinja").render(
         results=results,
         config=config,
+        extras=extras_text(config, results.get("plan")),
         soft=config.method == "rsst",
         last_round=[record for record in records if record["event"] == "round"][-1],
         pictures=[(_data(path), caption) for path, caption in paths if path.is_file()],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 import torch_rsst
@@ -21,6 +22,37 @@ def find_units(config: RunConfig, trainer: Trainer) -> Groups:
     """
     example = trainer.example.to(trainer.accelerator.device)
     return torch_rsst.find_groups(trainer.bare, config.kinds, example_inputs=example)
+
+
+def plan_target(config: RunConfig, trainer: Trainer, groups: Groups) -> dict[str, Any] | None:
+    """How much to prune for the target of a run, by the weights as they are: a plan as plain data.
+
+    None without a target. A collective call: all processes get the plan of the first.
+
+    Raises:
+        ValueError: where the target cannot be met.
+    """
+    if not config.budget:
+        return None
+    importance: Any = config.importance
+    if config.scores_on_data:
+        importance = torch_rsst.measure_importance(
+            trainer.model, groups, importance, **data_source(config, trainer)
+        )
+    images = config.batch_size // trainer.processes if "latency" in config.budget else 1
+    example = trainer.example[:1].repeat(images, 1, 1, 1).to(trainer.accelerator.device)
+    planned = torch_rsst.plan(
+        trainer.bare,
+        groups,
+        budget=config.budget,
+        importance=importance,
+        example_inputs=example,
+        scope=config.scope,
+        round_to=config.round_to,
+    )
+    plan: dict[str, Any]
+    (plan,) = broadcast_object_list([planned.to_dict()])  # times differ from process to process
+    return plan
 
 
 def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:

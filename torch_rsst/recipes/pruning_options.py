@@ -9,8 +9,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from torch_rsst.schedules import ALIASES, SCHEDULES
-from torch_rsst.utils.amounts import check_count, check_fraction
+from torch_rsst.utils.amounts import check_count, check_fraction, check_number
 from torch_rsst.utils.errors import refuse
+
+TARGETS = {"target_parameters": "params", "target_macs": "macs", "target_latency": "latency"}
+"""Option → the budget of :func:`torch_rsst.plan`."""
 
 Kind = Literal["heads", "neurons", "channels"]
 
@@ -53,6 +56,12 @@ class PruningOptions:
     """Share of the alive weights that each round prunes."""
     regroup_amount: float = 0.5
     """Share of all units to remove, rounded to whole units: 2 of 3 heads in a layer."""
+    target_parameters: float | None = None
+    """Share of the dense model's parameters that the compacted one may have, in place of --regroup-amount."""
+    target_macs: float | None = None
+    """Share of the dense model's multiply-adds, likewise."""
+    target_latency: float | None = None
+    """Share of the dense model's time for a batch, likewise; measured where the run is."""
     round_to: int = 1
     """Keep a number of units in each layer that is a multiple of this."""
     importance: Annotated[str, _named(_one_of_importances)] = "auto"
@@ -87,7 +96,12 @@ class PruningOptions:
     @property
     def measures(self) -> bool:
         """Whether pruning runs the model on data."""
-        return bool(self._data_parts) or self.reconstruction is not None
+        return self.scores_on_data or self.reconstruction is not None
+
+    @property
+    def scores_on_data(self) -> bool:
+        """Whether units are scored by what they do on data."""
+        return bool(self._data_parts)
 
     @property
     def reconstruction(self) -> Literal["mean", "least_squares"] | None:
@@ -114,6 +128,29 @@ class PruningOptions:
         chosen = {name: value for name, value in given.items() if value is not None}
         return {"schedule": self.schedule, "mode": self.mode, **chosen}
 
+    @property
+    def budget(self) -> dict[str, float]:
+        """The target, as :func:`torch_rsst.plan` takes it; empty where there is none."""
+        given = {budget: getattr(self, option) for option, budget in TARGETS.items()}
+        return {budget: value for budget, value in given.items() if value is not None}
+
+    def _check_target(self) -> None:
+        options = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(options) > 1:
+            got, remedy = " and ".join(options), "Pass the one that matters most."
+            refuse(ValueError, "target", "one of them", got, remedy)
+        for name in options:
+            check_number(value := getattr(self, name), name, above=0.0)
+            if value > 1:
+                expected, remedy = "a share of the dense model, at most 1", "Pass 0.5 for half."
+                refuse(ValueError, name, expected, value, remedy)
+            if self.fillback_rate:
+                got, remedy = (
+                    f"{self.fillback_rate}, beside --{name.replace('_', '-')}",
+                    "Leave one away.",
+                )
+                refuse(ValueError, "fillback_rate", "0, so that the target is met", got, remedy)
+
     def check(self) -> None:
         """Raise unless every option is in its range."""
         _importances().resolve_importance(self.importance)
@@ -127,6 +164,7 @@ class PruningOptions:
         check_count(self.round_to, "round_to", at_least=1)
         check_count(self.importance_batches, "importance_batches", at_least=1)
         check_fraction(self.fillback_rate, "fillback_rate")
+        self._check_target()
         from torch_rsst.penalty.settings import Penalty  # imports torch
 
         Penalty(**self.penalty)  # for what it refuses
