@@ -78,12 +78,12 @@ def models(draw: st.DrawFn) -> nn.Module:
 @st.composite
 def mask_like(draw: st.DrawFn, model: nn.Module) -> Any:
     """A mask set, or something like one."""
-    known = list(torch_rsst.masking.mask_sets.named_weights(model))
+    known = list(torch_rsst.masking.names.named_weights(model))
     if draw(st.integers(0, 9)) == 0:
         return draw(things)
     found: dict[Any, Any] = {}
     for name in draw(st.lists(st.sampled_from(known), unique=True)):
-        shape = tuple(torch_rsst.masking.mask_sets.named_weights(model)[name].shape)
+        shape = tuple(torch_rsst.masking.names.named_weights(model)[name].shape)
         found[name] = draw(masks(shape)).to(draw(dtypes))
     if draw(st.integers(0, 3)) == 0:
         hashable = st.one_of(st.sampled_from(known), st.text(max_size=8), st.integers(), st.none())

@@ -34,12 +34,7 @@ from torch_rsst.masking.checkpoints import load_dense_state_dict, prepare_from_s
 from torch_rsst.masking.dense_weights import dense_weights
 from torch_rsst.masking.freezing import freeze_masked
 from torch_rsst.masking.live_weight import _rebuild_masked_module
-from torch_rsst.masking.mask_sets import (
-    apply_mask,
-    extract_mask,
-    penalty_mask,
-    refresh,
-)
+from torch_rsst.masking.mask_sets import apply_mask, extract_mask, penalty_mask, refresh
 from torch_rsst.masking.masked_parameter import _rebuild_mask_hook
 from torch_rsst.masking.optimizer_state import convert_optimizer_state
 from torch_rsst.masking.removal import remove_all

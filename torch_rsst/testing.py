@@ -26,15 +26,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch_rsst.discovery import find_groups
 from torch_rsst.groups.groups import Groups, head_layer
 from torch_rsst.masking.live_weight import MASK, ORIG
-from torch_rsst.masking.mask_sets import (
-    Masks,
-    apply_mask,
-    as_masks,
-    extract_mask,
-    named_weights,
-    unwrap,
-)
+from torch_rsst.masking.mask_sets import Masks, apply_mask, as_masks, extract_mask
 from torch_rsst.masking.masked_parameter import MaskContainer, MaskHook
+from torch_rsst.masking.names import named_weights, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch_rsst
 from torch_rsst import UnsupportedModuleWarning, find_groups
 from torch_rsst.discovery.account import _UNKNOWN
 from torch_rsst.groups.groups import NO_UNIT, Groups
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 
 def offered_share(model: nn.Module, groups: Groups) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_rsst import Group, GroupLayer, Groups, Member, find_groups, head_layer
 from torch_rsst.groups.groups import NO_UNIT, Slab, as_groups, check_groups, head_rows
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 from torch_rsst.testing import models_with_groups
 
 

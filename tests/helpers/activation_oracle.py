@@ -15,7 +15,7 @@ from torch_rsst import find_groups, measure_importance
 from torch_rsst.groups.groups import GroupLayer, Groups
 from torch_rsst.groups.surgery import module_at
 from torch_rsst.importance import Variance
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 NAMES = ["activation_l1", "activation_l2", "taylor", "variance"]
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import torch_rsst
 from torch_rsst.groups.groups import NO_UNIT, Groups
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

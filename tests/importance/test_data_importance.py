@@ -20,7 +20,7 @@ import torch_rsst
 from torch_rsst import find_groups, measure_importance, regroup
 from torch_rsst.groups.groups import GroupLayer, Groups, Member
 from torch_rsst.importance import DataImportance, Variance
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 from torch_rsst.testing import models_with_groups
 
 

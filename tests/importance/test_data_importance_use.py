@@ -26,7 +26,7 @@ from torch_rsst.importance import (
     resolve_importance,
     weighted_sum,
 )
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 # Your own, and combinations
 

@@ -22,7 +22,8 @@ from torch_rsst.importance import (
     resolve_importance,
     score_units,
 )
-from torch_rsst.masking.mask_sets import extract_mask, named_weights
+from torch_rsst.masking.mask_sets import extract_mask
+from torch_rsst.masking.names import named_weights
 from torch_rsst.testing import models_with_groups
 
 LAYER = head_layer("w", rows=4, num_heads=2, projections=1)

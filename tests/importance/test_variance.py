@@ -23,7 +23,7 @@ from torch_rsst.importance import (
     resolve_importance,
     weighted_sum,
 )
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 
 @given(seed=st.integers(0, 99), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3))

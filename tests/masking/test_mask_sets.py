@@ -15,14 +15,8 @@ from torch.nn.utils import prune as stock
 
 import torch_rsst
 from torch_rsst import apply_mask, extract_mask, penalty_mask, prepare_from_state_dict, remove_all
-from torch_rsst.masking.mask_sets import (
-    ModelMasks,
-    check_masks,
-    mask_of,
-    named_weights,
-    unwrap,
-    without_wrappers,
-)
+from torch_rsst.masking.mask_sets import ModelMasks, check_masks, mask_of
+from torch_rsst.masking.names import named_weights, unwrap, without_wrappers
 from torch_rsst.testing import assert_mask_invariants, mask_sets, models_with_groups
 
 Fingerprint = Callable[[nn.Module], list[Any]]

@@ -157,8 +157,8 @@ def test_layers_whose_units_stay_keep_their_weights(tiny_transformer):
     groups, batches = find_groups(model), [tokens(0, 4, 5, 16)]
     heads = Groups(groups.layers[:1])
     made = cut(model, groups, regroup(model, heads, amount=0.5), batches)
-    before = torch_rsst.masking.mask_sets.named_weights(model)
-    after = torch_rsst.masking.mask_sets.named_weights(made)
+    before = torch_rsst.masking.names.named_weights(model)
+    after = torch_rsst.masking.names.named_weights(made)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"}
 

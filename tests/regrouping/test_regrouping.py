@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import torch_rsst
 from torch_rsst import Group, GroupLayer, Groups, Member, find_groups, head_layer, regroup
-from torch_rsst.masking.mask_sets import extract_mask, named_weights
+from torch_rsst.masking.mask_sets import extract_mask
+from torch_rsst.masking.names import named_weights
 from torch_rsst.regrouping.regrouping import RegroupPlan, decide
 from torch_rsst.testing import mask_sets, models_with_groups
 from torch_rsst.utils.amounts import units_to_keep

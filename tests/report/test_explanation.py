@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import torch_rsst
 from torch_rsst import RSST, Explanation, Refill, extract_mask, find_groups, sparsity_report
 from torch_rsst.groups.groups import GroupLayer, Groups, Member
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 from torch_rsst.utils.amounts import units_to_keep
 
 pytestmark = pytest.mark.filterwarnings(

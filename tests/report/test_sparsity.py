@@ -24,7 +24,8 @@ from torch_rsst import (
     sparsity_report,
 )
 from torch_rsst.groups.groups import GroupLayer
-from torch_rsst.masking.mask_sets import extract_mask, named_weights
+from torch_rsst.masking.mask_sets import extract_mask
+from torch_rsst.masking.names import named_weights
 
 
 class Recount:

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torch_rsst
 from torch_rsst import RSST, Refill, extract_mask, find_groups
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(optimizer steps|penalty did not act):torch_rsst.utils.errors.RSSTWarning"

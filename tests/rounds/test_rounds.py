@@ -27,7 +27,7 @@ from torch_rsst import (
     remove_all,
     sparsity_report,
 )
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 from torch_rsst.regrouping.ranking import rank, ranked_names
 from torch_rsst.rounds import engine as round_engine
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_rsst import RSST, Refill, apply_mask, extract_mask, find_groups, reconstruct, regroup
 from torch_rsst.importance.batches import DataSource
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 from torch_rsst.reconstruction.reconstruction import Reconstruction, reconstruct_towards
 
 BATCHES = [tokens(50 + i, 20, 4) for i in range(2)]

@@ -43,15 +43,10 @@ from torch_rsst.groups.surgery import (
     select,
 )
 from torch_rsst.masking.live_weight import product
-from torch_rsst.masking.mask_sets import (
-    ModelMasks,
-    named_refs,
-    named_weights,
-    unwrap,
-    without_wrappers,
-)
+from torch_rsst.masking.mask_sets import ModelMasks
 from torch_rsst.masking.mask_values import is_full
 from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.names import named_refs, named_weights, unwrap, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import CompactionWarning, MissingNameError, refuse

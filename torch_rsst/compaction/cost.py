@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torch_rsst.discovery.examples import guesses
 from torch_rsst.discovery.probe import run_on
-from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.masking.names import unwrap
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.module_state import undisturbed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_rsst.discovery import family
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member
 from torch_rsst.groups.surgery import Removal, buffer_shape, module_at
-from torch_rsst.masking.mask_sets import named_weights, without_wrappers
+from torch_rsst.masking.names import named_weights, without_wrappers
 from torch_rsst.utils.errors import message, refuse
 
 Stage = dict[str, Any]

@@ -14,8 +14,8 @@ from torch_rsst.discovery.probe import run_call
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.groups.surgery import module_at
 from torch_rsst.masking.live_weight import product
-from torch_rsst.masking.mask_sets import named_refs
 from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.names import named_refs
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.module_state import undisturbed
 

@@ -26,8 +26,9 @@ from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
 from torch_rsst.groups.surgery import Removal
 from torch_rsst.importance.registry import name_of
 from torch_rsst.importance.weights import Importance
-from torch_rsst.masking.mask_sets import extract_mask, named_weights, unwrap
+from torch_rsst.masking.mask_sets import extract_mask
 from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.names import named_weights, unwrap
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, choose, score_layers
 from torch_rsst.utils.amounts import check_count

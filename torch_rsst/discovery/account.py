@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.walk import INPUT, OUTPUT, STEM
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member, Whole
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 _EMBEDDING = "it holds embeddings of the model's input"
 _STREAM = "its features are those that norms over features join"

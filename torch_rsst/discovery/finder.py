@@ -17,7 +17,7 @@ from torch_rsst.discovery.families import load_families
 from torch_rsst.discovery.probe import Probe
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.groups import GroupLayer, Groups
-from torch_rsst.masking.mask_sets import named_refs, unwrap, without_wrappers
+from torch_rsst.masking.names import named_refs, unwrap, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.errors import UnsupportedModuleWarning, refuse, unknown_choice
 

@@ -28,7 +28,7 @@ from torch_rsst.discovery.trial import (
 from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.groups.surgery import Removal, cut, module_at
 from torch_rsst.masking.live_weight import MASK
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 from torch_rsst.utils.module_state import deep_copy, undisturbed
 
 Fact = tuple[Any, ...]

@@ -7,7 +7,7 @@ from torch import nn
 from torch_rsst.discovery.adapter import Unsupported, foreign
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 from torch_rsst.groups.groups import GroupLayer
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 QUERIES = ("q", "q_proj", "query", "query_proj", "to_q", "wq")
 KEYS = ("k", "k_proj", "key", "key_proj", "to_k", "wk")

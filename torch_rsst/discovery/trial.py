@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torch_rsst.groups.surgery import Removal
-from torch_rsst.masking.mask_sets import named_weights
 from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.names import named_weights
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.utils.module_state import deep_copy, drop_caches
 

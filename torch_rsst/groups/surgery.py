@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.masking.live_weight import MASK, ORIG, product
-from torch_rsst.masking.mask_sets import named_refs, without_wrappers
+from torch_rsst.masking.names import named_refs, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.large_pages import with_large_pages

@@ -18,8 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member
-from torch_rsst.masking.mask_sets import named_refs
 from torch_rsst.masking.masked_product import masked_operand
+from torch_rsst.masking.names import named_refs
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils import module_state
 from torch_rsst.utils.errors import refuse

@@ -32,7 +32,8 @@ from torch_rsst.importance.recorder import (
 )
 from torch_rsst.importance.registry import name_of, resolve_importance
 from torch_rsst.importance.weights import Importance
-from torch_rsst.masking.mask_sets import check_masks, extract_mask, named_weights, unwrap
+from torch_rsst.masking.mask_sets import check_masks, extract_mask
+from torch_rsst.masking.names import named_weights, unwrap
 from torch_rsst.utils.errors import refuse
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.masking.live_weight import MASK, ORIG
-from torch_rsst.masking.mask_sets import apply_mask, extract_mask, masked_names, named_weights
+from torch_rsst.masking.mask_sets import apply_mask, extract_mask
+from torch_rsst.masking.names import masked_names, named_weights
 from torch_rsst.utils.errors import listing, refuse
 
 

@@ -3,109 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import local, placed_like
-from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.masking.live_weight import MASK, ORIG, make_live
 from torch_rsst.masking.mask_values import AVERAGED, is_binary
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
-from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, dense_name, masked_refs
+from torch_rsst.masking.names import (
+    OUTER_PREFIX,
+    dense_keys,
+    first_names,
+    named_refs,
+    places_of,
+    unwrap,
+    without_wrappers,
+)
+from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, masked_refs
 from torch_rsst.masking.tied import check_one_mask, check_shared
 from torch_rsst.utils.errors import MissingNameError, closest, listing, refuse
 
 Masks: TypeAlias = dict[str, Tensor]
 
 THRESHOLD = "Compare with a threshold first: mask > 0.5."
-
-# What DataParallel and DistributedDataParallel, torch.compile and FSDP put around a module.
-_OUTER_PREFIX = "module."
-_INNER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers.
-
-    Raises:
-        TypeError: unless given a module.
-    """
-    if not isinstance(model, nn.Module):
-        got, remedy = type(model).__name__, "Pass the torch.nn.Module to prune."
-        refuse(TypeError, "model", "a module", got, remedy)
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def without_wrappers(name: str) -> str:
-    """A dotted name without the prefixes of wrappers inside the model.
-
-    >>> without_wrappers("blocks.0._orig_mod.mlp"), without_wrappers("mlp._orig_mod")
-    ('blocks.0.mlp', 'mlp')
-    """
-    for prefix in _INNER_PREFIXES:
-        name = name.replace(prefix, "").removesuffix(f".{prefix[:-1]}")
-    return name
-
-
-def named_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
-    """Dense name → every place that holds the parameter, in ``named_parameters`` order.
-
-    Tied parameters appear once, under their first name, with all their refs.
-
-    Raises:
-        ValueError: where some modules that share a parameter have another mask for it, or none.
-    """
-    refs = _places(model)
-    check_shared(refs)
-    return refs
-
-
-def _places(model: nn.Module) -> dict[str, list[ParameterRef]]:
-    reshard(unwrap(model).modules())
-    first_names: dict[int, str] = {}
-    refs: dict[str, list[ParameterRef]] = {}
-    for full, ref in _every_place(model):
-        name = first_names.setdefault(id(ref.original), full)
-        refs.setdefault(name, []).append(ref)
-    return refs
-
-
-def _every_place(model: nn.Module) -> Iterator[tuple[str, ParameterRef]]:
-    for path, module in unwrap(model).named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                own = dense_name(module, key)
-                yield without_wrappers(f"{path}.{own}" if path else own), ParameterRef(module, own)
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """Every dense name of every parameter → its first one; tied parameters have several."""
-    first: dict[int, str] = {}
-    return {full: first.setdefault(id(ref.original), full) for full, ref in _every_place(model)}
-
-
-def masked_places(model: nn.Module) -> list[ParameterRef]:
-    """Every place of a masked parameter; raises as :func:`named_refs` does."""
-    return [ref for places in named_refs(model).values() for ref in places if ref.is_masked]
-
-
-def masked_names(model: nn.Module) -> set[str]:
-    """The dense names of all masked parameters; reads no values."""
-    return {name for name, places in named_refs(model).items() if places[0].is_masked}
-
-
-def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Dense name → trainable tensor, ``weight_orig`` where masked; detached, sharing memory."""
-    return {name: places[0].original.detach() for name, places in named_refs(model).items()}
 
 
 def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks:
@@ -202,18 +125,6 @@ def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
     for name, masks in found.items():
         check_one_mask(name, masks)
     return {name: masks[0] for name, masks in found.items() if masks[0] is not None}
-
-
-def dense_keys(state: Mapping[str, Any]) -> dict[str, str]:
-    """Each key of a state dict without the prefixes of wrappers, where all keys have them.
-
-    >>> dense_keys({"module.fc.weight": 0, "module.fc.bias": 0})["module.fc.bias"]
-    'fc.bias'
-    """
-    inner = {key: without_wrappers(key) for key in state}
-    if all(name.startswith(_OUTER_PREFIX) for name in inner.values()):
-        return {key: name.removeprefix(_OUTER_PREFIX) for key, name in inner.items()}
-    return inner
 
 
 def as_bool(mask: Tensor, name: str, *, remedy: str = THRESHOLD) -> Tensor:
@@ -315,7 +226,7 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
 def _sites_to_mask(
     model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool
 ) -> list[tuple[ParameterRef, Tensor]]:
-    refs = _places(model)
+    refs = places_of(model)
     chosen, names = _binary(masks), first_names(model)
     resolved = {name: _resolve(name, names) for name in chosen}
     _check_one_each(chosen, resolved)
@@ -364,8 +275,8 @@ def _resolve(name: str, names: Mapping[str, str]) -> str:
     for candidate in (
         name,
         inner,
-        inner.removeprefix(_OUTER_PREFIX),
-        _OUTER_PREFIX + inner,  # the model itself has one child, called "module"
+        inner.removeprefix(OUTER_PREFIX),
+        OUTER_PREFIX + inner,  # the model itself has one child, called "module"
     ):
         if candidate in names:
             return names[candidate]
@@ -481,7 +392,7 @@ def refresh(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: where modules that share a parameter have different masks for it.
     """
-    tied = {name: places for name, places in _places(model).items() if len(places) > 1}
+    tied = {name: places for name, places in places_of(model).items() if len(places) > 1}
     masked = {n: found for n, p in tied.items() if (found := [ref for ref in p if ref.is_masked])}
     check_shared(masked)
     half = [name for name, found in masked.items() if len(found) < len(tied[name])]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_rsst.masking.live_weight import ORIG
-from torch_rsst.masking.mask_sets import Masks, named_refs, without_wrappers
+from torch_rsst.masking.mask_sets import Masks
+from torch_rsst.masking.names import named_refs, without_wrappers
 from torch_rsst.utils.errors import MissingNameError, check_keys, listing, refuse
 
 # Names that torch.optim gives to state with one value per entry: their shapes tell a wrong order.

@@ -9,8 +9,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
-from torch_rsst.masking.mask_sets import masked_places
 from torch_rsst.masking.masked_parameter import restore
+from torch_rsst.masking.names import masked_places
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.tied import masked_with
 from torch_rsst.utils.errors import UnfrozenZerosWarning

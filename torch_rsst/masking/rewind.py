@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.masking.live_weight import ORIG
-from torch_rsst.masking.mask_sets import (
-    dense_keys,
-    named_refs,
-    named_weights,
-    unwrap,
-    without_wrappers,
-)
+from torch_rsst.masking.names import dense_keys, named_refs, named_weights, unwrap, without_wrappers
 from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import Ranks, local, placed_like, redistributed_like, total
-from torch_rsst.masking.mask_sets import named_refs
+from torch_rsst.masking.names import named_refs
 from torch_rsst.masking.parameter_ref import MASKABLE
 from torch_rsst.utils.errors import MissingNameError, listing, refuse
 

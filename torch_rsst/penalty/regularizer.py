@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torch_rsst.masking.mask_sets import extract_mask, penalty_mask, unwrap
+from torch_rsst.masking.mask_sets import extract_mask, penalty_mask
+from torch_rsst.masking.names import unwrap
 from torch_rsst.penalty.hooks import (
     Mode,
     Optimizers,

@@ -15,16 +15,8 @@ from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward
-from torch_rsst.masking.mask_sets import (
-    Masks,
-    alive_in,
-    apply_mask,
-    check_masks,
-    extract_mask,
-    named_refs,
-    named_weights,
-    unwrap,
-)
+from torch_rsst.masking.mask_sets import Masks, alive_in, apply_mask, check_masks, extract_mask
+from torch_rsst.masking.names import named_refs, named_weights, unwrap
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.reconstruction.refit import Refit
 from torch_rsst.utils.amounts import check_number

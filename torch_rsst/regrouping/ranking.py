@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from torch_rsst.groups.groups import Groups
 from torch_rsst.importance.weights import remain
-from torch_rsst.masking.mask_sets import Masks, alive_in, named_refs
+from torch_rsst.masking.mask_sets import Masks, alive_in
+from torch_rsst.masking.names import named_refs
 from torch_rsst.masking.parameter_ref import (
     Parameter,
     check_has_values,

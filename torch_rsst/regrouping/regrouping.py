@@ -19,14 +19,8 @@ from torch_rsst.importance.combinations import choose_importance
 from torch_rsst.importance.measuring import measured
 from torch_rsst.importance.registry import name_of, resolve_importance
 from torch_rsst.importance.weights import Importance, remain, score_units
-from torch_rsst.masking.mask_sets import (
-    Masks,
-    ModelMasks,
-    alive_in,
-    check_masks,
-    named_weights,
-    unwrap,
-)
+from torch_rsst.masking.mask_sets import Masks, ModelMasks, alive_in, check_masks
+from torch_rsst.masking.names import named_weights, unwrap
 from torch_rsst.regrouping.history import Rules, Verdicts
 from torch_rsst.regrouping.keep_units import ScopeBudget, ScoredLayer, Selection, keep_units
 from torch_rsst.selection.topk import lowest

@@ -12,12 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.groups.groups import KINDS, Group, GroupLayer, Groups, as_groups, check_groups
-from torch_rsst.masking.mask_sets import (
-    ModelMasks,
-    check_masks,
-    mask_of,
-    named_weights,
-)
+from torch_rsst.masking.mask_sets import ModelMasks, check_masks, mask_of
+from torch_rsst.masking.names import named_weights
 from torch_rsst.regrouping.history import DecisionLog
 from torch_rsst.regrouping.keep_units import ScopeBudget
 from torch_rsst.report.entry_counts import EntryCounts, count_entries, summed

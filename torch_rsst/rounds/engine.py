@@ -21,14 +21,8 @@ from torch_rsst.importance.combinations import choose_importance, data_parts
 from torch_rsst.importance.measuring import check_source, measured
 from torch_rsst.importance.registry import name_of
 from torch_rsst.masking.freezing import freeze_latents
-from torch_rsst.masking.mask_sets import (
-    Masks,
-    apply_mask,
-    extract_mask,
-    named_refs,
-    named_weights,
-    unwrap,
-)
+from torch_rsst.masking.mask_sets import Masks, apply_mask, extract_mask
+from torch_rsst.masking.names import named_refs, named_weights, unwrap
 from torch_rsst.masking.optimizer_state import reset_returned
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.masking.rewind import Snapshot

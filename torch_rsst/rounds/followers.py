@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.masking.mask_sets import apply_mask, extract_mask, named_refs, named_weights, unwrap
+from torch_rsst.masking.mask_sets import apply_mask, extract_mask
+from torch_rsst.masking.names import named_refs, named_weights, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.utils.errors import listing, refuse

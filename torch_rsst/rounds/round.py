@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from torch_rsst.groups.groups import Groups
-from torch_rsst.masking.mask_sets import Masks, check_masks, named_weights, penalty_mask
+from torch_rsst.masking.mask_sets import Masks, check_masks, penalty_mask
+from torch_rsst.masking.names import named_weights
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers
 from torch_rsst.penalty.regularizer import RegularizedPruner
 from torch_rsst.regrouping.history import (

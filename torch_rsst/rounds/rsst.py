@@ -11,7 +11,8 @@ from torch import nn
 from torch_rsst.groups.groups import Group, GroupLayer, Groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward, LossFn
 from torch_rsst.importance.weights import Importance, remain
-from torch_rsst.masking.mask_sets import Masks, alive_in, extract_mask, named_weights
+from torch_rsst.masking.mask_sets import Masks, alive_in, extract_mask
+from torch_rsst.masking.names import named_weights
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.penalty.hooks import Mode, Optimizers
 from torch_rsst.penalty.settings import SHRINK_TO, GradScale, Penalty

@@ -15,7 +15,7 @@ from torch_rsst.compaction.cut_record import of_kind, stages_of
 from torch_rsst.compaction.plain import make_plain
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
-from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.masking.names import unwrap
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.saving.builders import Build, as_build, build_model, guess_builds
 from torch_rsst.saving.description import (

@@ -19,7 +19,7 @@ from torch_rsst.compaction.compaction import replay
 from torch_rsst.compaction.cut_record import Stage, remember
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.masking.checkpoints import prepare_from_state_dict
-from torch_rsst.masking.mask_sets import without_wrappers
+from torch_rsst.masking.names import without_wrappers
 from torch_rsst.saving.builders import BUILT, Build
 from torch_rsst.saving.likeness import Settings, set_all
 from torch_rsst.saving.receipt import UNNAMED

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from torch_rsst.compaction.compaction import is_rounding
 from torch_rsst.discovery.probe import output_error
-from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.masking.names import unwrap
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.utils.errors import message, one_line, refuse
 

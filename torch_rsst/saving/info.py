@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torch_rsst.masking.mask_sets import unwrap
+from torch_rsst.masking.names import unwrap
 from torch_rsst.saving.builders import timm_options
 from torch_rsst.saving.description import INDEX, read_description
 from torch_rsst.utils.amounts import check_number

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_rsst.masking.mask_sets import unwrap, without_wrappers
+from torch_rsst.masking.names import unwrap, without_wrappers
 from torch_rsst.utils.errors import listing, refuse
 
 Settings = dict[str, dict[str, float]]

@@ -20,7 +20,7 @@ from torch_rsst.discovery.channels.verify import Trials
 from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.discovery.probe import run_on
 from torch_rsst.discovery.trial import one_line, randomized
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 KIND = "channels"
 LARGE = 300_000_000

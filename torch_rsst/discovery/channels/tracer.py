@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_rsst.discovery.channels import entry_rules, layer_rules, moving_rules
 from torch_rsst.discovery.channels.ledger import Ledger
 from torch_rsst.discovery.channels.walk import OUTPUT, RULES, Walk, tensors_in, unknown
-from torch_rsst.masking.mask_sets import without_wrappers
+from torch_rsst.masking.names import without_wrappers
 from torch_rsst.utils.module_state import kept_state
 
 RULE_FILES = (entry_rules, layer_rules, moving_rules)

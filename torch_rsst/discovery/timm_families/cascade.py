@@ -17,7 +17,7 @@ from torch_rsst.discovery.head_parts import recall
 from torch_rsst.discovery.timm_families.levit import forget_biases
 from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, named_buffers
-from torch_rsst.masking.mask_sets import named_weights
+from torch_rsst.masking.names import named_weights
 
 
 class SlimCascadedGroupAttention(CascadedGroupAttention):

@@ -1,0 +1,111 @@
+"""Dense names of parameters: what they are called before masks and wrappers are put around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_rsst.distributed.fsdp import reshard
+from torch_rsst.masking.parameter_ref import ParameterRef, dense_name
+from torch_rsst.masking.tied import check_shared
+from torch_rsst.utils.errors import refuse
+
+# What DataParallel and DistributedDataParallel, torch.compile and FSDP put around a module.
+OUTER_PREFIX = "module."
+_INNER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers.
+
+    Raises:
+        TypeError: unless given a module.
+    """
+    if not isinstance(model, nn.Module):
+        got, remedy = type(model).__name__, "Pass the torch.nn.Module to prune."
+        refuse(TypeError, "model", "a module", got, remedy)
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def without_wrappers(name: str) -> str:
+    """A dotted name without the prefixes of wrappers inside the model.
+
+    >>> without_wrappers("blocks.0._orig_mod.mlp"), without_wrappers("mlp._orig_mod")
+    ('blocks.0.mlp', 'mlp')
+    """
+    for prefix in _INNER_PREFIXES:
+        name = name.replace(prefix, "").removesuffix(f".{prefix[:-1]}")
+    return name
+
+
+def named_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
+    """Dense name → every place that holds the parameter, in ``named_parameters`` order.
+
+    Tied parameters appear once, under their first name, with all their refs.
+
+    Raises:
+        ValueError: where some modules that share a parameter have another mask for it, or none.
+    """
+    refs = places_of(model)
+    check_shared(refs)
+    return refs
+
+
+def places_of(model: nn.Module) -> dict[str, list[ParameterRef]]:
+    """As :func:`named_refs`, also where modules that share a parameter have different masks."""
+    reshard(unwrap(model).modules())
+    first_names: dict[int, str] = {}
+    refs: dict[str, list[ParameterRef]] = {}
+    for full, ref in _every_place(model):
+        name = first_names.setdefault(id(ref.original), full)
+        refs.setdefault(name, []).append(ref)
+    return refs
+
+
+def _every_place(model: nn.Module) -> Iterator[tuple[str, ParameterRef]]:
+    for path, module in unwrap(model).named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                own = dense_name(module, key)
+                yield without_wrappers(f"{path}.{own}" if path else own), ParameterRef(module, own)
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every dense name of every parameter → its first one; tied parameters have several."""
+    first: dict[int, str] = {}
+    return {full: first.setdefault(id(ref.original), full) for full, ref in _every_place(model)}
+
+
+def masked_places(model: nn.Module) -> list[ParameterRef]:
+    """Every place of a masked parameter; raises as :func:`named_refs` does."""
+    return [ref for places in named_refs(model).values() for ref in places if ref.is_masked]
+
+
+def masked_names(model: nn.Module) -> set[str]:
+    """The dense names of all masked parameters; reads no values."""
+    return {name for name, places in named_refs(model).items() if places[0].is_masked}
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Dense name → trainable tensor, ``weight_orig`` where masked; detached, sharing memory."""
+    return {name: places[0].original.detach() for name, places in named_refs(model).items()}
+
+
+def dense_keys(state: Mapping[str, Any]) -> dict[str, str]:
+    """Each key of a state dict without the prefixes of wrappers, where all keys have them.
+
+    >>> dense_keys({"module.fc.weight": 0, "module.fc.bias": 0})["module.fc.bias"]
+    'fc.bias'
+    """
+    inner = {key: without_wrappers(key) for key in state}
+    if all(name.startswith(OUTER_PREFIX) for name in inner.values()):
+        return {key: name.removeprefix(OUTER_PREFIX) for key, name in inner.items()}
+    return inner
