@@ -7,7 +7,8 @@ import warnings
 from torch import nn
 
 from torch_rsst.groups.groups import Groups
-from torch_rsst.masking.mask_sets import extract_mask, named_weights
+from torch_rsst.masking.mask_sets import extract_mask
+from torch_rsst.masking.names import named_weights
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, choose, score_layers
 from torch_rsst.rounds.engine import Rounds
