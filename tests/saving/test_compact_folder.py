@@ -923,3 +923,15 @@ def _fork_and_kill(work: Any, at: int) -> bool:
         work()
     finally:
         os._exit(0)
+
+
+def test_a_masked_model_of_other_outputs_is_no_model_that_was_cut(tmp_path: Path) -> None:
+    small, other = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 5))
+    with pytest.raises(
+        ValueError,
+        match="masked: expected the model that this one was cut from, got one with outputs of other shapes",
+    ):
+        torch_rsst.save_compact(
+            small, tmp_path / "small", masked=other, example_inputs=torch.ones(2, 4)
+        )
+    assert not (tmp_path / "small").exists()

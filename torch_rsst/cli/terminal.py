@@ -133,7 +133,7 @@ def print_warning(text: Warning | str, *where: object, console: Any = None) -> N
 
 def _round_line(record: dict[str, Any], config: Any) -> str:
     units = ", ".join(
-        f"{kind}: {record['share_to_go'][kind]:.0%} to go, {share:.0%} gone so far"
+        f"{kind}: {share:.0%} gone, of {record['share_to_go'][kind]:.0%} that are meant to go"
         for kind, share in record["share_gone"].items()
     )
     line = (

@@ -20,7 +20,7 @@ _CAPTIONS = {
     "channels": "Each channel's share of weights that are alive.",
     "mask": "The mask of one layer: alive weights are dark. Units are framed where they are few, red "
     "where they are gone.",
-    "strength": "The strength of the penalty, which starts anew in every round.",
+    "strength": "The strength of the penalty, which starts anew in every round. It acts on what is left to shrink.",
 }
 
 

@@ -18,6 +18,7 @@ from torch_rsst.discovery.probe import output_error
 from torch_rsst.masking.mask_sets import extract_mask
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.masking.removal import remove_all
+from torch_rsst.utils.errors import refuse
 
 Receipt = dict[str, Any]
 """What :func:`measure` returns: plain values, as they stand in ``compact.json``."""
@@ -54,7 +55,12 @@ def measure(small: nn.Module, masked: nn.Module | None, example_inputs: Any) -> 
         numbers["parameters"]["before"] = count_parameters(masked)
     if masked is not None and example_inputs is not None:
         models["before"] = remove_all(copy.deepcopy(masked), freeze_zeros=False)
-        error, largest = (_finite(v) for v in output_error(masked, small, example_inputs))
+        differ, most = output_error(masked, small, example_inputs)
+        if math.isinf(differ) and math.isnan(most):
+            remedy = "Pass the one that compact() was called with."
+            got = "one with outputs of other shapes"
+            refuse(ValueError, "masked", "the model that this one was cut from", got, remedy)
+        error, largest = _finite(differ), _finite(most)
     if example_inputs is not None:
         runs = time_in_turns([*models.values()], example_inputs, repeats=_RUNS, warmup=2)
         for (when, model), seconds in zip(models.items(), runs, strict=True):
