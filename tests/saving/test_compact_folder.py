@@ -926,7 +926,10 @@ def _fork_and_kill(work: Any, at: int) -> bool:
 
 
 def test_a_masked_model_of_other_outputs_is_no_model_that_was_cut(tmp_path: Path) -> None:
-    small, other = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 5))
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    groups, other = torch_rsst.find_groups(model), nn.Sequential(nn.Linear(4, 5))
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
+    small = torch_rsst.compact(model, groups)
     with pytest.raises(
         ValueError,
         match="masked: expected the model that this one was cut from, got one with outputs of other shapes",
