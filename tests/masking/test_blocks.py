@@ -42,13 +42,16 @@ def test_a_weight_acts_as_it_does_in_a_whole_tensor(
         weight = weight.contiguous(memory_format=torch.channels_last)
     given = None if mask_dtype is None else mask.to(dtype if mask_dtype == "own" else mask_dtype)
     found, sums = torch.full_like(expected, 9.0), torch.zeros(4, dtype=torch.float64)
+    of_two = torch.zeros(3, 2, dtype=torch.float64)
     before = weight.clone()
     for index, block in acting(weight, given, double=double):
         assert block.dtype == (torch.float64 if double or dtype == torch.float64 else torch.float32)
         found[index] = block.to(dtype)
-        add_along(block.bool(), 1, index, sums)
+        add_along(block.bool(), (1,), index, sums)
+        add_along(block.bool(), (0, 3), index, of_two)
     assert torch.equal(found, expected)
     assert sums.tolist() == (expected != 0).sum((0, 2, 3)).tolist()
+    assert of_two.tolist() == (expected != 0).sum((1, 2)).tolist()
     assert torch.equal(weight, before)
 
 

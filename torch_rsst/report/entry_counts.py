@@ -69,8 +69,8 @@ def count_entries(
     )
     for index, block in acting(weight_, mask_):
         flags = block.bool()
-        for dim, totals in nonzero.items():
-            add_along(flags, dim, index, totals)
+        for along, totals in nonzero.items():
+            add_along(flags, along, index, totals)
         values = wide.copy(block)
         own = None if mask_ is None else mask_[index]
         alive += block.numel() if own is None else _count(own)
@@ -78,8 +78,8 @@ def count_entries(
             kept_squares += _squares(values)
             continue
         wanted = refill_[index]
-        for dim, totals in staying.items():
-            add_along(wanted, dim, index, totals)
+        for along, totals in staying.items():
+            add_along(wanted, along, index, totals)
         penalized += _count(~wanted if own is None else own.bool() > wanted)
         for flags, squares in ((wanted, kept_squares), (~wanted, penalized_squares)):
             zero_where_masked(values, chosen.copy(flags), out=part.shaped(block))
