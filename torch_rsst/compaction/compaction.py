@@ -164,9 +164,11 @@ def remove(
     shortened = cut(model, removals)
     for removal in reversed(removals):  # what is inside first: an emptied module loses it
         layer = removal.layer
-        if layer.family and not family(layer.family).whole_model:
-            new = family(layer.family).shrink(module_at(model, layer.name), removal)
-            model = replace_module(model, layer.name, new)
+        if layer.family:
+            adapter = family(layer.family)
+            path = "" if adapter.whole_model else layer.name
+            new = adapter.shrink(module_at(model, path), removal)
+            model = replace_module(model, path, new)
     return model, shortened
 
 
@@ -313,8 +315,8 @@ def padded(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: int = 1) -
     """
     if layer.fixed:
         return torch.zeros_like(goes)
-    taking = next(m for m in layer.members if m.consumes)
-    features = int(torch.bincount(taking.unit_of[taking.unit_of != NO_UNIT]).max())
+    taking = (m.unit_of[m.unit_of != NO_UNIT] for m in layer.members if m.consumes)
+    features = int(torch.bincount(next(taking, torch.zeros(1, dtype=torch.int64))).max())
     step = round_to // math.gcd(round_to, features)
     if layer.family:
         step = math.lcm(step, step_of(layer, family(layer.family)))

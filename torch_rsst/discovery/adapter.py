@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.families import load_families
-from torch_rsst.groups.groups import KINDS, GroupLayer, Member
+from torch_rsst.groups.groups import BLOCKS, KINDS, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.utils.errors import MissingNameError, refuse, unknown_choice
@@ -91,8 +91,8 @@ def register(adapter: Adapter) -> Adapter:
         remedy = "Derive its class from torch_rsst.discovery.Adapter."
         got = repr(adapter)
         refuse(TypeError, "adapter", "an Adapter", got, remedy)
-    if adapter.kind not in KINDS:
-        raise ValueError(unknown_choice(f"kind of {type(adapter).__name__}", adapter.kind, KINDS))
+    if adapter.kind not in (known := (*KINDS, BLOCKS)):
+        raise ValueError(unknown_choice(f"kind of {type(adapter).__name__}", adapter.kind, known))
     ADAPTERS.insert(0, adapter)
     return adapter
 

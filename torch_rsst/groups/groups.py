@@ -21,6 +21,8 @@ from torch_rsst.utils.errors import MissingNameError, refuse, shown
 
 NO_UNIT = -1
 KINDS = ("heads", "neurons", "channels")
+BLOCKS = "blocks"
+"""The kind of whole residual blocks, which stands alone: other units lie within them."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class GroupLayer:
 
     Attributes:
         name: the dotted name of the module that owns the units, "" for the model itself.
-        kind: ``"heads"``, ``"neurons"`` or ``"channels"``.
+        kind: ``"heads"``, ``"neurons"``, ``"channels"`` or ``"blocks"``.
         units: how many there are.
         members: the parameters that take part.
         buffers: buffers that are cut along with the units, and have no say in anything else: the
