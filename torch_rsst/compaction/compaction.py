@@ -26,7 +26,7 @@ from torch_rsst.compaction.folding import Constants, measure_constants
 from torch_rsst.compaction.moved_optimizer import move_optimizer
 from torch_rsst.compaction.plain import is_full, warn_of_zeros
 from torch_rsst.discovery import Probe, family
-from torch_rsst.discovery.adapter import least_left, step_of
+from torch_rsst.discovery.adapter import least_left
 from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.discovery.probe import output_error, run_on
 from torch_rsst.distributed.dtensor import is_sharded
@@ -263,7 +263,9 @@ def _choose(
             goes = goes | constants.exact
             if left := int((dead.constant & ~constants.exact).sum()):
                 stay.append(f"{left} of {layer}: {constants.stay}")
-        goes = padded(goes, dead.silent, layer, round_to)
+        wanted, goes = goes, padded(goes, dead.silent, layer, round_to)
+        if len(layer.parts) > 1 and (back := int((wanted & ~goes).sum())):
+            stay.append(f"{back} of {layer}: as many are left of each of its stacked weights")
         if constants is not None:
             emitted.append((constants, goes & ~dead.silent))
         removals.append(Removal(layer, goes))
@@ -318,8 +320,7 @@ def padded(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: int = 1) -
     taking = (m.unit_of[m.unit_of != NO_UNIT] for m in layer.members if m.consumes)
     features = int(torch.bincount(next(taking, torch.zeros(1, dtype=torch.int64))).max())
     step = round_to // math.gcd(round_to, features)
-    if layer.family:
-        step = math.lcm(step, step_of(layer, family(layer.family)))
+    step = math.lcm(step, layer.multiple)
     left = (~goes)[layer.parts].sum(1)
     stay = -(-max(int(left.max()), least_left(layer)) // step) * step
     goes = goes.clone()

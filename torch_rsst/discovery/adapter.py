@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,8 +42,6 @@ class Adapter:
     kind: ClassVar[str]
     least: ClassVar[int] = 0
     """How many units must be left for the module to run."""
-    multiple: ClassVar[int] = 1
-    """What the number of units that are left is a multiple of, as kernels need it, if it was before."""
     whole_model: ClassVar[bool] = False
     """Whether its units spread over the model, so that the model is run to look at them."""
 
@@ -116,11 +113,6 @@ def least_left(layer: GroupLayer) -> int:
     return max(layer.least, family(layer.family).least) if layer.family else 1
 
 
-def step_of(layer: GroupLayer, adapter: Adapter) -> int:
-    """What the number of units that are left, of each stacked weight, has to be a multiple of."""
-    return math.gcd(adapter.multiple, layer.parts.shape[1])
-
-
 def rows(path: str, layer: nn.Module, unit_of: Tensor) -> list[Member]:
     """Members of a layer that puts units out: the rows of its weight, and its bias if it has one."""
     members = [Member(f"{path}.weight", 0, unit_of, ranked=True)]
@@ -179,5 +171,4 @@ __all__ = [
     "own_parameters",
     "register",
     "rows",
-    "step_of",
 ]

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch_rsst.discovery.adapter import Call, Unsupported
 from torch_rsst.discovery.channels.base import Place, Survey, WholeModelAdapter
 from torch_rsst.discovery.examples import small_guesses
-from torch_rsst.discovery.probe import Probe, Verdict, run_call
+from torch_rsst.discovery.probe import Probe, Verdict
 from torch_rsst.discovery.trial import is_half, one_line, randomized
 from torch_rsst.groups.groups import BLOCKS, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, replace_module
@@ -51,7 +51,10 @@ class ResidualBlocks(WholeModelAdapter):
             except Exception as failure:
                 error = f"it cannot be run ({one_line(failure)})"
                 continue
-            return self._offered(model, paths, probe)
+            if paths:
+                return self._offered(model, paths, probe)
+            error = "no module of it puts out what is added to its own input"
+            break
         return Survey(refused=(Unsupported(error, "", BLOCKS),))
 
     def _offered(self, model: nn.Module, paths: list[str], probe: Probe) -> Survey:
@@ -175,7 +178,8 @@ def _residual(model: nn.Module, call: Call) -> list[str]:
     for module in model.modules():
         module.register_forward_hook(note, with_kwargs=True)
     with torch.enable_grad():
-        outputs = run_call(model, tree_map(_differentiable, call))
+        args, kwargs = tree_map(_differentiable, call)
+        outputs = model(*args, **kwargs)
     users: dict[Node, list[Node]] = {}
     waiting = [get_gradient_edge(t).node for t in tree_leaves(outputs) if _has_graph(t)]
     seen = set(waiting)
@@ -191,34 +195,37 @@ def _residual(model: nn.Module, call: Call) -> list[str]:
     for path, module in model.named_modules():
         own = [name for name in refs if name.startswith(f"{path}.")]
         alone = own and _owner_of(own) == path and all(len(refs[name]) == 1 for name in own)
-        if alone and len(done := runs.get(module, [])) == 1 and _is_residual(done[0], users):
-            found[path] = done[0].made
-    return [path for path in found if not _is_within(path, found) and not _holds(path, found)]
+        once = len(done := runs.get(module, [])) == 1
+        if alone and once and (added := _added_at(done[0], users)) is not None:
+            found[path] = added
+    return [path for path in found if not any(_goes_before(p, path, found) for p in found)]
 
 
-def _is_within(path: str, found: dict[str, Node]) -> bool:
-    """Whether a larger module puts out the same."""
-    return any(path.startswith(f"{p}.") and found[p] is found[path] for p in found)
+def _goes_before(other: str, path: str, found: dict[str, Node]) -> bool:
+    """Whether another module is the block: a larger one that is added at the same place, or one of a stage."""
+    if found[other] is found[path]:
+        return path.startswith(f"{other}.")
+    return other.startswith(f"{path}.")
 
 
-def _holds(path: str, found: dict[str, Node]) -> bool:
-    """Whether a block stands inside, so that this is a stage of several."""
-    return any(p.startswith(f"{path}.") and found[p] is not found[path] for p in found)
-
-
-def _is_residual(run: _Run, users: dict[Node, list[Node]]) -> bool:
-    """Whether an output is added to what its input was made of, without matrices on the way."""
-    node = run.made
-    for _ in range(_MOST_STEPS):
-        if len(above := users.get(node, [])) != 1:
-            return False
-        others = [source for source in _sources(above[0]) if source is not node]
-        if any(map(_is_matrix, others)):
-            return False
-        if above[0].name().startswith("Add") and any(_reaches(run.given, o) for o in others):
-            return True
-        node = above[0]
-    return False
+def _added_at(run: _Run, users: dict[Node, list[Node]]) -> Node | None:
+    """Where an output is added to what its input was made of, without matrices on the way; or None."""
+    waiting, inside, end = [run.made], {run.made}, None
+    while waiting and len(inside) < _MOST_STEPS:
+        node = waiting.pop()
+        for above in users.get(node, [node]):
+            others = [source for source in _sources(above) if source not in inside]
+            if above is node or any(map(_is_matrix, others)):
+                return None  # it is put out, or followed by another layer
+            is_sum = above.name().startswith("Add")
+            if is_sum and any(_reaches(run.given, _viewed(other)) for other in others):
+                if end is not None and end is not above:
+                    return None
+                end = above
+            elif above not in inside:
+                inside.add(above)
+                waiting.append(above)
+    return None if waiting else end
 
 
 def _reaches(node: Node, target: Node) -> bool:
@@ -241,18 +248,23 @@ def _sources(node: Node) -> list[Node]:
     return [source for source, _ in node.next_functions if source is not None]
 
 
-def _is_matrix(node: Node) -> bool:
-    """Whether a node is a parameter of two dimensions or more, or a view of one."""
+def _viewed(node: Node) -> Node:
+    """What a node is a view of, or a copy of another type."""
     while node.name().startswith(_VIEWS):
         node = _sources(node)[0]
-    variable = getattr(node, "variable", None)
+    return node
+
+
+def _is_matrix(node: Node) -> bool:
+    """Whether a node is a parameter of two dimensions or more, or a view of one."""
+    variable = getattr(_viewed(node), "variable", None)
     return isinstance(variable, nn.Parameter) and sum(size > 1 for size in variable.shape) > 1
 
 
 def _differentiable(value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    return (value.float() if is_half(value) else value).detach().requires_grad_()
+    return (value.float() if is_half(value) else value).detach().requires_grad_().clone()
 
 
 def _has_graph(value: Any) -> bool:
