@@ -38,6 +38,20 @@ SOUND = {
     "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2,
 }
+EAGER = {"experts_implementation": "eager"}  # grouped products know no float64
+MIXTURE = {**DECODER, **EAGER, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {**MIXTURE, "moe_intermediate_size": 24, "head_dim": 8}
+GROUPED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {
+    **{**ROUTED, **GROUPED, "num_key_value_heads": 4},
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+STATES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+STATES_2 = {**STATES, "num_heads": 8, "head_dim": 8, "n_groups": 4, "chunk_size": 4}
 BIASES = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 SHARED = "use_shared_relative_position_bias"
 
@@ -172,6 +186,24 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {**DECODER, "num_local_experts": 2, "experts_implementation": "eager"},
         "text so far",
     ),
+    "qwen2_moe": (
+        "Qwen2MoeModel",
+        {**ROUTED, "shared_expert_intermediate_size": 40},
+        "text so far",
+    ),
+    "qwen3_moe": ("Qwen3MoeModel", ROUTED, "text so far"),
+    "olmoe": ("OlmoeModel", ROUTED, "text so far"),
+    "phimoe": ("PhimoeModel", MIXTURE, "text so far"),
+    "granitemoe": ("GraniteMoeModel", MIXTURE, "text so far"),
+    "glm4_moe": ("Glm4MoeModel", {**ROUTED, **GROUPED}, "text so far"),
+    "gpt_oss": ("GptOssModel", {**MIXTURE, "head_dim": 8}, "text so far"),
+    "deepseek_v2": ("DeepseekV2Model", LATENT, "text so far"),
+    "deepseek_v3": ("DeepseekV3Model", LATENT, "text so far"),
+    "mamba": ("MambaModel", STATES, "text so far"),
+    "falcon_mamba": ("FalconMambaModel", STATES, "text so far"),
+    "mamba2": ("Mamba2Model", STATES_2, "text so far"),
+    "mamba2, one group": ("Mamba2Model", {**STATES_2, "n_groups": 1}, "text so far"),
+    "jamba": ("JambaModel", {**MIXTURE, "mamba_d_state": 4, "num_hidden_layers": 8}, "text so far"),
     "qwen2": ("Qwen2Model", DECODER, "text so far"),
     "qwen3": ("Qwen3Model", {**DECODER, "head_dim": 8}, "text so far"),
     "gemma": ("GemmaModel", {**DECODER, "head_dim": 8}, "text so far"),

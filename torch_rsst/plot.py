@@ -22,7 +22,12 @@ _ALIVE = "viridis"
 _STAYS, _GONE = "tab:blue", "tab:red"
 _MOST_FRAMES = 40  # of one picture: more lie on top of each other
 _MOST_NUMBERS = 24  # of one row
-_KIND_COLORS = {"heads": "tab:blue", "neurons": "tab:orange", "channels": "tab:green"}
+_KIND_COLORS = {
+    "heads": "tab:blue",
+    "neurons": "tab:orange",
+    "channels": "tab:green",
+    "blocks": "tab:red",
+}
 
 
 def head_map(report: SparsityReport, *, kind: str = "heads") -> Figure:

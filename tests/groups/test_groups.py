@@ -12,6 +12,7 @@ from torch import nn
 
 from torch_rsst import Group, GroupLayer, Groups, Member, find_groups, head_layer
 from torch_rsst.groups.groups import NO_UNIT, Slab, as_groups, check_groups, head_rows
+from torch_rsst.groups.surgery import Removal, cut
 from torch_rsst.masking.names import named_weights
 from torch_rsst.testing import models_with_groups
 
@@ -204,3 +205,49 @@ def test_groups_are_frozen() -> None:
     for item in (groups, groups.layers[0], groups.layers[0].members[0], groups[0]):
         with pytest.raises(AttributeError):
             item.name = "another"
+
+
+def stacked_layer() -> GroupLayer:
+    """Three weights of two units each, stacked; the second dimension in turns, one index is free."""
+    turns = torch.tensor([[0, 1, 0, NO_UNIT, 1], [2, 3, 2, NO_UNIT, 3], [4, 5, 4, NO_UNIT, 5]])
+    up = Member("up", 1, turns, ranked=True)
+    down = Member("down", 2, torch.arange(6).view(3, 2), ranked=True, consumes=True)
+    return GroupLayer("", "neurons", 6, (up, down))
+
+
+def test_members_of_stacked_weights_against_loops() -> None:
+    layer = stacked_layer()
+    up, down = torch.randn(3, 5, 4), torch.randn(3, 4, 2)
+    values = torch.arange(6.0) + 1
+    for member, weight in zip(layer.members, (up, down), strict=True):
+        laid = member.spread(values, weight, fill=False)
+        sums = member.sum_per_unit(weight, 6, of=torch.Tensor.abs_)
+        counts, sizes = member.count_per_unit(weight > 0, 6), member.size_per_unit(weight, 6)
+        for unit in range(6):
+            own = laid == values[unit]
+            assert sums[unit] == pytest.approx(float(weight[own].abs().sum()))
+            assert counts[unit] == int((weight[own] > 0).sum())
+            assert sizes[unit] == int(own.sum())
+    assert bool((layer.members[0].spread(values, up, fill=False)[:, 3] == 0).all())
+    assert layer.parts.tolist() == [[0, 1], [2, 3], [4, 5]]
+    regathered = as_groups(list(Groups((layer,)))).layers[0]
+    for one, other in zip(layer.members, regathered.members, strict=True):
+        assert one.dims == other.dims
+        assert torch.equal(one.unit_of, other.unit_of)
+
+
+def test_stacked_weights_are_cut_in_rows_and_only_evenly() -> None:
+    layer = stacked_layer()
+    model = nn.Module()
+    model.up = nn.Parameter(torch.randn(3, 5, 4))
+    model.down = nn.Parameter(torch.randn(3, 4, 2))
+    up, down = model.up.detach(), model.down.detach()
+    with pytest.raises(ValueError, match=r"'up': expected as many units left of each"):
+        cut(model, [Removal(layer, torch.tensor([True, False, False, False, False, False]))])
+    cut(model, [Removal(layer, torch.tensor([True, False, False, True, True, False]))])
+    assert torch.equal(
+        model.up, torch.stack([up[0][[1, 3, 4]], up[1][[0, 2, 3]], up[2][[1, 3, 4]]])
+    )
+    assert torch.equal(model.down, torch.stack([down[0][:, 1:], down[1][:, :1], down[2][:, 1:]]))
+    with pytest.raises(ValueError, match="expected size 3 along dim 0 and size 5 along dim 1"):
+        check_groups({"up": torch.zeros(2, 5, 4), "down": down}, Groups((layer,)))

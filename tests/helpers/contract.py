@@ -64,7 +64,7 @@ def assert_partition(model: nn.Module, groups: Groups) -> None:
     weights, seen = named_weights(model), {}
     for layer in groups.layers:
         for member in layer.members:
-            assert weights[member.parameter].shape[member.dim] == member.unit_of.numel()
+            assert member.fits(weights[member.parameter].shape)
             assert member.unit_of.min() >= NO_UNIT
             assert member.unit_of.max() < layer.units
             owned = member.unit_of != NO_UNIT

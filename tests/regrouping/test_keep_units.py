@@ -223,3 +223,34 @@ def test_a_budget_says_what_was_asked_and_what_was_done() -> None:
     budget = ScopeBudget("blocks.0.mlp", "neurons", 8, requested=3, realized=4)
     assert str(budget) == "blocks.0.mlp: 3 of 8 neurons were to stay, 4 do"
     assert str(ScopeBudget("", "heads", 2, 1, 1)).startswith("the model: ")
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda parts: st.lists(
+            st.lists(st.integers(-2, 3), min_size=parts, max_size=parts), min_size=1, max_size=6
+        )
+    ),
+    st.integers(0, 6),
+)
+def test_units_of_stacked_weights_go_by_their_rank_in_each(
+    rows: list[list[int]], drop: int
+) -> None:
+    scores = torch.tensor(rows, dtype=torch.float64).T.contiguous()  # (parts, units of each)
+    parts = torch.arange(scores.numel()).view(scores.shape)
+    every = layer(scores.flatten().tolist())
+    stacked, order = every.stacked(parts)
+    assert stacked.sizes.tolist() == [4.0 * len(parts)] * len(rows)
+    assert bool((stacked.scores.diff() >= 0).all())
+    stays = keep_units([stacked], amount=min(drop, len(rows)), min_keep=0).kept[0]
+    for own, units in zip(scores, order % len(rows), strict=True):
+        goes = sorted(range(len(rows)), key=lambda i: (float(own[i]), i))[: min(drop, len(rows))]
+        assert sorted(units[~stays].tolist()) == sorted(goes)
+
+
+def test_a_rank_is_dead_where_all_its_units_are_and_multiples_hold() -> None:
+    one = layer([9.0, 1.0, 2.0, 3.0, -1.0, 5.0], alive=[0, 4, 4, 0, 0, 4])
+    stacked, order = one.stacked(torch.arange(6).view(2, 3), multiple=2)
+    assert order.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert stacked.sort_keys.tolist() == [-torch.inf, 12.0, 12.0]
+    assert keep_units([stacked], amount=2).kept[0].tolist() == [False, True, True]

@@ -26,7 +26,7 @@ from torch_rsst.compaction.folding import Constants, measure_constants
 from torch_rsst.compaction.moved_optimizer import move_optimizer
 from torch_rsst.compaction.plain import check_keep_masks, warn_of_zeros
 from torch_rsst.discovery import Probe, family
-from torch_rsst.discovery.adapter import least_left, step_of
+from torch_rsst.discovery.adapter import least_left
 from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.discovery.probe import output_error, run_on
 from torch_rsst.distributed.dtensor import is_sharded
@@ -161,9 +161,11 @@ def remove(
     shortened = cut(model, removals)
     for removal in reversed(removals):  # what is inside first: an emptied module loses it
         layer = removal.layer
-        if layer.family and not family(layer.family).whole_model:
-            new = family(layer.family).shrink(module_at(model, layer.name), removal)
-            model = replace_module(model, layer.name, new)
+        if layer.family:
+            adapter = family(layer.family)
+            path = "" if adapter.whole_model else layer.name
+            new = adapter.shrink(module_at(model, path), removal)
+            model = replace_module(model, path, new)
     return model, shortened
 
 
@@ -258,7 +260,9 @@ def _choose(
             goes = goes | constants.exact
             if left := int((dead.constant & ~constants.exact).sum()):
                 stay.append(f"{left} of {layer}: {constants.stay}")
-        goes = padded(goes, dead.silent, layer, round_to)
+        wanted, goes = goes, padded(goes, dead.silent, layer, round_to)
+        if len(layer.parts) > 1 and (back := int((wanted & ~goes).sum())):
+            stay.append(f"{back} of {layer}: as many are left of each of its stacked weights")
         if constants is not None:
             emitted.append((constants, goes & ~dead.silent))
         removals.append(Removal(layer, goes))
@@ -310,11 +314,10 @@ def padded(goes: Tensor, silent: Tensor, layer: GroupLayer, round_to: int = 1) -
     """
     if layer.fixed:
         return torch.zeros_like(goes)
-    taking = next(m for m in layer.members if m.consumes)
-    features = int(torch.bincount(taking.unit_of[taking.unit_of != NO_UNIT]).max())
+    taking = (m.unit_of[m.unit_of != NO_UNIT] for m in layer.members if m.consumes)
+    features = int(torch.bincount(next(taking, torch.zeros(1, dtype=torch.int64))).max())
     step = round_to // math.gcd(round_to, features)
-    if layer.family:
-        step = math.lcm(step, step_of(layer, family(layer.family)))
+    step = math.lcm(step, layer.multiple)
     left = (~goes)[layer.parts].sum(1)
     stay = -(-max(int(left.max()), least_left(layer)) // step) * step
     goes = goes.clone()

@@ -10,6 +10,7 @@ from torch_rsst.discovery.adapter import (
     register,
     rows,
 )
+from torch_rsst.discovery.blocks import ResidualBlocks
 from torch_rsst.discovery.channels.convolutions import ConvolutionChannels
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.finder import find_groups, survey
@@ -31,6 +32,7 @@ register(GatedMLP())
 register(GatedConvolution())
 register(TwoLayerMLP())
 register(ConvolutionChannels())
+register(ResidualBlocks())
 
 __all__ = [
     "ADAPTERS",
@@ -43,6 +45,7 @@ __all__ = [
     "GatedMLP",
     "Probe",
     "ReducedMultiheadAttention",
+    "ResidualBlocks",
     "SeparateAttention",
     "TorchAttention",
     "TwoLayerMLP",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.families import load_families
-from torch_rsst.groups.groups import KINDS, GroupLayer, Member
+from torch_rsst.groups.groups import BLOCKS, KINDS, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.utils.errors import MissingNameError, refuse, unknown_choice
@@ -43,8 +42,6 @@ class Adapter:
     kind: ClassVar[str]
     least: ClassVar[int] = 0
     """How many units must be left for the module to run."""
-    multiple: ClassVar[int] = 1
-    """What the number of units that are left is a multiple of, as kernels need it, if it was before."""
     whole_model: ClassVar[bool] = False
     """Whether its units spread over the model, so that the model is run to look at them."""
 
@@ -91,8 +88,8 @@ def register(adapter: Adapter) -> Adapter:
         remedy = "Derive its class from torch_rsst.discovery.Adapter."
         got = repr(adapter)
         refuse(TypeError, "adapter", "an Adapter", got, remedy)
-    if adapter.kind not in KINDS:
-        raise ValueError(unknown_choice(f"kind of {type(adapter).__name__}", adapter.kind, KINDS))
+    if adapter.kind not in (known := (*KINDS, BLOCKS)):
+        raise ValueError(unknown_choice(f"kind of {type(adapter).__name__}", adapter.kind, known))
     ADAPTERS.insert(0, adapter)
     return adapter
 
@@ -114,11 +111,6 @@ def family(name: str) -> Adapter:
 def least_left(layer: GroupLayer) -> int:
     """How many units must be left in a layer, of each stacked weight, for the model to run."""
     return max(layer.least, family(layer.family).least) if layer.family else 1
-
-
-def step_of(layer: GroupLayer, adapter: Adapter) -> int:
-    """What the number of units that are left, of each stacked weight, has to be a multiple of."""
-    return math.gcd(adapter.multiple, layer.parts.shape[1])
 
 
 def rows(path: str, layer: nn.Module, unit_of: Tensor) -> list[Member]:
@@ -179,5 +171,4 @@ __all__ = [
     "own_parameters",
     "register",
     "rows",
-    "step_of",
 ]

@@ -16,7 +16,7 @@ from torch_rsst.discovery.channels.base import WholeModelAdapter
 from torch_rsst.discovery.families import load_families
 from torch_rsst.discovery.probe import Probe
 from torch_rsst.distributed.dtensor import is_sharded
-from torch_rsst.groups.groups import GroupLayer, Groups
+from torch_rsst.groups.groups import BLOCKS, GroupLayer, Groups
 from torch_rsst.masking.names import named_refs, unwrap, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.errors import UnsupportedModuleWarning, refuse, unknown_choice
@@ -48,7 +48,8 @@ def find_groups(
     Args:
         model: any module.
         kinds: of ``"heads"``, ``"neurons"``, ``"channels"``; the default takes whatever there is,
-            kinds that you name must all be found.
+            kinds that you name must all be found. Or ``"blocks"`` alone: whole residual sublayers, an
+            attention or an MLP each.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for
             ``model``. Given, each module is checked on what it gets in that run instead of on
             random (batch, tokens, features): needed where a module takes more than one tensor, and
@@ -68,8 +69,11 @@ def find_groups(
     bare = unwrap(model)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(unknown_choice("kinds", kind, KINDS))
+        if kind not in (*KINDS, BLOCKS):
+            raise ValueError(unknown_choice("kinds", kind, (*KINDS, BLOCKS)))
+    if BLOCKS in kinds and len(kinds) > 1:
+        remedy = "Ask for them alone, find_groups(model, ('blocks',)): other units lie within them."
+        refuse(ValueError, "kinds", "blocks without other kinds", repr(kinds), remedy)
     if on_unsupported not in ("warn", "raise", "ignore"):
         raise ValueError(
             unknown_choice("on_unsupported", on_unsupported, ("warn", "raise", "ignore"))

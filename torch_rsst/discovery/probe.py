@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torch_rsst.discovery.adapter import Adapter, Call, family, step_of
+from torch_rsst.discovery.adapter import Adapter, Call, family
 from torch_rsst.discovery.examples import guesses
 from torch_rsst.discovery.separate import why_mixed
 from torch_rsst.discovery.trial import (
@@ -260,8 +260,7 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
     if not all(bool(tensor.isfinite().all()) for tensor in before):
         return Verdict(refused=_why_not_finite(module))
     differs = exact = False
-    step = step_of(layer, adapter)
-    for gone in choices(layer.units, adapter.least, len(layer.parts), step):
+    for gone in choices(layer.units, adapter.least, len(layer.parts), layer.multiple):
         removal = Removal(layer, gone)
         # Each choice has the units of the one before: so parameters need no copy of their own.
         masked = deep_copy(whole, {id(parameter): parameter for parameter in whole.parameters()})

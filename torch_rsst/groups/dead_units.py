@@ -46,7 +46,9 @@ def dead_units(
     silent = ~_any(acts.values(), layer)
     giving = [member for member in layer.ranked if not member.consumes]
     unfed = ~_any((acts[member] for member in giving), layer) if giving else silent
-    return DeadUnits(silent, unfed & ~silent)
+    # What takes in the output of a block is no member, and has no bias to move a constant into.
+    heard = torch.tensor(any(member.consumes for member in layer.members))
+    return DeadUnits(silent, unfed & ~silent & heard)
 
 
 def acting_entries(

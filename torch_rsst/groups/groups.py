@@ -21,6 +21,8 @@ from torch_rsst.utils.errors import MissingNameError, refuse, shown
 
 NO_UNIT = -1
 KINDS = ("heads", "neurons", "channels")
+BLOCKS = "blocks"
+"""The kind of whole residual blocks, which stands alone: other units lie within them."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Group:
     family: str = ""
     fixed: str = ""
     least: int = 0
+    multiple: int = 1
 
     def __str__(self) -> str:
         return f"{self.layer or 'the model'} {self.kind}[{self.unit}]"
@@ -190,7 +193,7 @@ class GroupLayer:
 
     Attributes:
         name: the dotted name of the module that owns the units, "" for the model itself.
-        kind: ``"heads"``, ``"neurons"`` or ``"channels"``.
+        kind: ``"heads"``, ``"neurons"``, ``"channels"`` or ``"blocks"``.
         units: how many there are.
         members: the parameters that take part.
         buffers: buffers that are cut along with the units, and have no say in anything else: the
@@ -199,6 +202,7 @@ class GroupLayer:
             was made by hand.
         fixed: why its units can be masked but not cut out of the module; "" where they can.
         least: how many units the module needs to run.
+        multiple: what the number of units that stay is raised to a multiple of, of each of stacked weights.
     """
 
     name: str
@@ -209,6 +213,7 @@ class GroupLayer:
     family: str = ""
     fixed: str = ""
     least: int = 0
+    multiple: int = 1
 
     @property
     def ranked(self) -> tuple[Member, ...]:
@@ -229,9 +234,8 @@ class GroupLayer:
     def group(self, unit: int) -> Group:
         """One unit."""
         members, buffers = (tuple(_slabs(m, unit)) for m in (self.members, self.buffers))
-        return Group(
-            self.name, self.kind, unit, members, buffers, self.family, self.fixed, self.least
-        )
+        rest = (self.family, self.fixed, self.least, self.multiple)
+        return Group(self.name, self.kind, unit, members, buffers, *rest)
 
     def __str__(self) -> str:
         return f"{self.name or 'the model'} ({self.units} {self.kind})"
@@ -362,19 +366,20 @@ def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLaye
 
 def _regather(units: Sequence[Group]) -> Iterator[GroupLayer]:
     """Layers made of the given units only; their other units belong to no group."""
-    by_layer: dict[tuple[str, str, str, str, int], list[Group]] = {}
+    by_layer: dict[tuple[str, str, str, str, int, int], list[Group]] = {}
     if len(set(units)) < len(units):
         twice = next(unit for i, unit in enumerate(units) if unit in units[:i])
         remedy = "List every unit once: twice, it would count twice in the budget."
         refuse(ValueError, f"groups: {twice}", "it once", "it twice", remedy)
     for unit in units:
-        by_layer.setdefault(
-            (unit.layer, unit.kind, unit.family, unit.fixed, unit.least), []
-        ).append(unit)
-    for (name, kind, family, fixed, least), chosen in by_layer.items():
+        key = (unit.layer, unit.kind, unit.family, unit.fixed, unit.least, unit.multiple)
+        by_layer.setdefault(key, []).append(unit)
+    for (name, kind, *_), chosen in by_layer.items():
         members = _tables([unit.members for unit in chosen])
         buffers = _tables([unit.buffers for unit in chosen])
-        yield GroupLayer(name, kind, len(chosen), members, buffers, family, fixed, least)
+        one = chosen[0]
+        rest = (one.family, one.fixed, one.least, one.multiple)
+        yield GroupLayer(name, kind, len(chosen), members, buffers, *rest)
 
 
 def _tables(slabs: Sequence[tuple[Slab, ...]]) -> tuple[Member, ...]:

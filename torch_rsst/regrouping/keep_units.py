@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,19 +25,21 @@ class ScoredLayer:
         alive: alive ranked entries.
         sizes: ranked entries.
         dead: units that the model does not use any more; by default those without alive ranked entries.
+        multiple: what the number of units that stay is raised to a multiple of.
     """
 
     scores: Tensor
     alive: Tensor
     sizes: Tensor
     dead: Tensor | None = None
+    multiple: int = 1
 
     def normalized(self) -> ScoredLayer:
         """With scores that sum to 1, unless all are 0."""
         total = self.scores.sum()
         return replace(self, scores=self.scores / torch.where(total > 0, total, 1.0))
 
-    def stacked(self, parts: Tensor) -> tuple[ScoredLayer, Tensor]:
+    def stacked(self, parts: Tensor, multiple: int = 1) -> tuple[ScoredLayer, Tensor]:
         """Units of stacked weights by their rank among those of the same weight.
 
         Those of one rank stand or fall together, so that as many are left of each weight: they count as one
@@ -44,6 +47,7 @@ class ScoredLayer:
 
         Args:
             parts: the units of each weight, shape (parts, units of each).
+            multiple: of the ranks.
 
         Returns:
             the ranks as units, the lowest first, and the units of each rank, int64 of the shape of ``parts``.
@@ -52,7 +56,8 @@ class ScoredLayer:
         dead = self.sort_keys.isneginf()[order].all(0)
         # Where dead units are many and a callable scores below 0, sums need not rise by themselves.
         scores = self.scores[order].sum(0).cummax(0).values
-        return ScoredLayer(scores, self.alive[order].sum(0), self.sizes[order].sum(0), dead), order
+        alive, sizes = self.alive[order].sum(0), self.sizes[order].sum(0)
+        return ScoredLayer(scores, alive, sizes, dead, multiple), order
 
     @property
     def sort_keys(self) -> Tensor:
@@ -160,8 +165,9 @@ def keep_units(
     droppable = [~mask for mask in protected]
     drop = min(units - requested, sum(int(mask.sum()) for mask in droppable))
     kept = budgeted = [~mask for mask in _lowest(keys, drop, droppable)]
-    if round_to is not None:
-        counts = [-(-int(keep.sum()) // round_to) * round_to for keep in kept]
+    steps = [math.lcm(round_to or 1, layer.multiple) for layer in layers]
+    if max(steps, default=1) > 1:
+        counts = [-(-int(k.sum()) // step) * step for k, step in zip(kept, steps, strict=True)]
         kept = [keep | _best(key, n) for keep, key, n in zip(kept, keys, counts, strict=True)]
     without = units_to_keep(amount, units, alive_of_size, 0.0) if fillback_rate else requested
     return Selection(tuple(kept), requested, tuple(keys), tuple(budgeted), without)

@@ -216,9 +216,10 @@ def choose(
     kept: dict[int, Tensor] = {}
     budgets, selections = [], []
     for (label, kind), positions in scopes_of(groups, plan.scope).items():
-        layers, orders = zip(
-            *(scored[i].stacked(groups.layers[i].parts) for i in positions), strict=True
-        )
+        own = [groups.layers[i] for i in positions]
+        pairs = zip(own, (scored[i] for i in positions), strict=True)
+        stacked = [scores.stacked(layer.parts, layer.multiple) for layer, scores in pairs]
+        layers, orders = zip(*stacked, strict=True)
         chosen = keep_units(
             layers,
             amount=amount,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -25,7 +26,6 @@ class StackedExperts(Adapter):
 
     kind = "neurons"
     least = 1
-    multiple = 8  # grouped products need rows of 16 bytes, or a multiple
 
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
@@ -49,7 +49,8 @@ class StackedExperts(Adapter):
         ]
         if holds(module, f"{first}_bias"):
             members.insert(1, Member(f"{first}_bias", 1, halves, ranked=False))
-        return GroupLayer("", self.kind, experts * neurons, tuple(members))
+        step = math.gcd(_step(module), neurons)
+        return GroupLayer("", self.kind, experts * neurons, tuple(members), multiple=step)
 
     def examples(self, module: nn.Module) -> Iterator[Call]:
         """See :class:`torch_rsst.discovery.Adapter`: tokens, the experts of each, and their weights."""
@@ -75,6 +76,13 @@ class StackedExperts(Adapter):
 def _takes_turns(module: nn.Module) -> bool:
     """Whether rows of gate and value follow each other in turns."""
     return getattr(module, "is_concatenated", True) is False
+
+
+def _step(module: nn.Module) -> int:
+    """How many neurons make rows of 16 bytes, as kernels for all experts at once need them."""
+    used = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    bytes_each = ParameterRef(module, "down_proj").original.element_size()
+    return 1 if used in (None, "eager") else max(1, 16 // bytes_each)
 
 
 def _shape(module: nn.Module, name: str) -> torch.Size:
