@@ -283,7 +283,7 @@ def attention_with(tiny_transformer: Any, change: Callable[[nn.Module], None]) -
 
 
 def _norm_over_all_heads(attention: nn.Module) -> None:
-    attention.q_norm = nn.LayerNorm(16)
+    attention.proj = nn.Sequential(nn.LayerNorm(16), attention.proj)
 
 
 def _own_parameter(attention: nn.Module) -> None:
@@ -326,11 +326,9 @@ def _talking_heads(attention: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_norm_over_all_heads, "its q_norm (LayerNorm) spans heads"),
-        (_own_parameter, "its own parameter relative_bias spans heads"),
-        (_other_widths, "qkv has 24 rows and proj 16 columns for 4 heads"),
-        (_uneven_heads, "for 5 heads; expected equal widths"),
-        (_narrow_gate, "its gate is not as wide as its heads"),
+        (_norm_over_all_heads, "its units mix before the output layer"),
+        (_other_widths, "no adapter knows the attention of Attention: it cannot be run alone"),
+        (_uneven_heads, "no adapter knows the attention of Attention: it cannot be run alone"),
         (_interleaved, "its units mix"),
         (_talking_heads, "its units mix"),
     ],
@@ -341,6 +339,16 @@ def test_attention_that_cannot_be_cut_exactly(
     text = refusals(attention_with(tiny_transformer, change))
     assert "the model (heads): " in text
     assert reason in text
+
+
+@pytest.mark.parametrize("change", [_own_parameter, _narrow_gate])
+def test_what_a_forward_does_not_use_is_no_reason_to_refuse(
+    tiny_transformer: Any, change: Callable[[nn.Module], None]
+) -> None:
+    (layer,) = find_groups(attention_with(tiny_transformer, change)).layers
+    names = [member.parameter for member in layer.members]
+    assert names == ["qkv.weight", "qkv.bias", "proj.weight"]
+    assert (layer.units, layer.fixed) == (4, "")
 
 
 def test_norms_over_the_width_of_one_head_are_shared_by_all(tiny_transformer: Any) -> None:
@@ -371,8 +379,8 @@ def test_tied_weights_cannot_be_cut(tiny_transformer: Any) -> None:
 
 def test_what_is_not_understood_is_warned_of_and_stays_whole(tiny_transformer: Any) -> None:
     model = tiny_transformer()
-    model.blocks[1].attn.q_norm = nn.LayerNorm(16)
-    with pytest.warns(UnsupportedModuleWarning, match=r"blocks.1.attn.*spans heads.* They stay"):
+    _norm_over_all_heads(model.blocks[1].attn)
+    with pytest.warns(UnsupportedModuleWarning, match=r"blocks.1.attn.*units mix.* They stay"):
         groups = find_groups(model)
     assert "blocks.1.attn" not in [layer.name for layer in groups.layers]
     with warnings.catch_warnings():

@@ -78,7 +78,7 @@ def check(attention: Attention, units: int, family: str) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_are_found_and_cut_by_every_name_of_their_number(name: str, fused: bool) -> None:
-    family = "FusedAttention" if fused else "SeparateAttention"
+    family = "FusedAttention" if fused else "FlowHeads"
     check(Attention(name, fused=fused), 4, family)
 
 
@@ -87,13 +87,13 @@ def test_heads_are_found_and_cut_by_every_name_of_their_number(name: str, fused:
     [*((name, KEY_VALUE_HEADS[0]) for name in HEADS), *((HEADS[0], kv) for kv in KEY_VALUE_HEADS)],
 )
 def test_query_heads_go_with_the_key_heads_that_they_share(name: str, kv_name: str) -> None:
-    check(Attention(name, kv_name, heads=4, kv_heads=2), 2, "SeparateAttention")
+    check(Attention(name, kv_name, heads=4, kv_heads=2), 2, "FlowHeads")
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", TOTAL_WIDTHS)
 def test_the_width_of_all_heads_follows_under_every_name(name: str, fused: bool) -> None:
-    family = "FusedAttention" if fused else "SeparateAttention"
+    family = "FusedAttention" if fused else "FlowHeads"
     check(Attention("num_heads", "", name, fused=fused), 4, family)
 
 
@@ -114,20 +114,29 @@ def test_all_that_a_module_notes_about_its_heads_is_set() -> None:
     }
 
 
+class NoAttention(nn.Module):
+    """Two layers in a row."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        setattr(self, name, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))
+
+
 @pytest.mark.parametrize("name", [*HEADS, *KEY_VALUE_HEADS])
-def test_attention_that_cannot_be_cut_is_named_with_the_reason(name: str) -> None:
-    """Its layers are called as no adapter expects."""
-    attention = nn.Sequential()
-    attention.first, attention.last = nn.Linear(8, 8), nn.Linear(8, 8)
-    setattr(attention, name, 2)
-    with pytest.raises(ValueError, match="no adapter knows the attention of Sequential"):
-        torch_rsst.find_groups(nn.Sequential(attention), "heads", on_unsupported="ignore")
+def test_a_number_of_heads_without_an_attention_is_named_with_the_reason(name: str) -> None:
+    reason = "no adapter knows the attention of NoAttention: nothing is attended in it"
+    with pytest.raises(ValueError, match=reason):
+        torch_rsst.find_groups(nn.Sequential(NoAttention(name)), "heads", on_unsupported="ignore")
 
 
-def test_fewer_key_heads_in_a_fused_layer_are_refused() -> None:
+def test_attention_that_does_not_run_is_named_with_the_error() -> None:
     attention = Attention("n_head", "n_kv_head", heads=4, kv_heads=2, fused=True)
     attention.qkv = nn.Linear(8, 32)
-    with pytest.raises(ValueError, match="qkv has 32 rows and proj 16 columns for 2 heads"):
+    with pytest.raises(ValueError, match=r"Attention: it cannot be run alone \(unflatten"):
         torch_rsst.find_groups(attention, "heads", on_unsupported="ignore")
 
 

@@ -14,19 +14,17 @@ from torch_rsst.discovery.blocks import ResidualBlocks
 from torch_rsst.discovery.channels.convolutions import ConvolutionChannels
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.finder import find_groups, survey
+from torch_rsst.discovery.flow_heads import FlowHeads
 from torch_rsst.discovery.fused_attention import FusedAttention
 from torch_rsst.discovery.gated_convolution import GatedConvolution
 from torch_rsst.discovery.gated_mlp import GatedMLP
 from torch_rsst.discovery.probe import Probe
 from torch_rsst.discovery.reduced_attention import ReducedMultiheadAttention
-from torch_rsst.discovery.separate_attention import SeparateAttention
 from torch_rsst.discovery.torch_attention import TorchAttention
 from torch_rsst.discovery.two_layer_mlp import TwoLayerMLP
-from torch_rsst.discovery.unknown_attention import UnknownAttention
 
-register(UnknownAttention())  # asked last
+register(FlowHeads())
 register(FusedAttention())
-register(SeparateAttention())
 register(TorchAttention())
 register(GatedMLP())
 register(GatedConvolution())
@@ -40,16 +38,15 @@ __all__ = [
     "Adapter",
     "BiasOnly",
     "ConvolutionChannels",
+    "FlowHeads",
     "FusedAttention",
     "GatedConvolution",
     "GatedMLP",
     "Probe",
     "ReducedMultiheadAttention",
     "ResidualBlocks",
-    "SeparateAttention",
     "TorchAttention",
     "TwoLayerMLP",
-    "UnknownAttention",
     "Unsupported",
     "columns",
     "family",

@@ -44,6 +44,8 @@ class Adapter:
     """How many units must be left for the module to run."""
     whole_model: ClassVar[bool] = False
     """Whether its units spread over the model, so that the model is run to look at them."""
+    told_apart: ClassVar[bool] = False
+    """Whether its units are known not to mix, so that they can be masked even where they cannot be cut."""
 
     def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """The units of ``module``, why they cannot be offered, or None for another family.

@@ -14,6 +14,7 @@ from torch_rsst.discovery.account import account, routers, uncovered
 from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported
 from torch_rsst.discovery.channels.base import WholeModelAdapter
 from torch_rsst.discovery.families import load_families
+from torch_rsst.discovery.flow_heads import search
 from torch_rsst.discovery.probe import Probe
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.groups import BLOCKS, GroupLayer, Groups
@@ -163,6 +164,19 @@ def _ask_adapters(
                 answer = Unsupported(reason)
             if answer is not None:
                 refused.append(replace(answer, layer=name, kind=kind))
+    if "heads" in kinds:
+        for name, answer in search(probe, layers, refused):
+            if isinstance(answer, GroupLayer):
+                answer = _checked(_relocated(answer, name), refs)
+            if isinstance(answer, GroupLayer):
+                layers.append(answer)
+                refused = [item for item in refused if item.layer != name or item.kind == "heads"]
+            else:
+                refused.append(replace(answer, layer=name, kind="heads"))
+        order = {
+            path: i for i, path in enumerate(without_wrappers(n) for n, _ in model.named_modules())
+        }
+        layers.sort(key=lambda layer: order[layer.name])
     routing = routers(model, layers)
     for adapter in ADAPTERS:
         if isinstance(adapter, WholeModelAdapter) and set(adapter.kinds) & set(kinds):

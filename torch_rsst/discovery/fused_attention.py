@@ -6,13 +6,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from torch_rsst.discovery.adapter import (
-    Adapter,
-    Unsupported,
-    columns,
-    foreign,
-    rows,
-)
+from torch_rsst.discovery.adapter import Adapter, columns, foreign, rows
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.head_attributes import head_count, reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, head_rows
@@ -29,32 +23,27 @@ class FusedAttention(Adapter):
 
     kind = "heads"
 
-    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
+    def find(self, module: nn.Module) -> GroupLayer | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
         qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
         heads = head_count(module)
         if not (_is_projection(qkv) and _is_projection(proj)) or heads is None:
             return None
         given, width = _widths(qkv)[0], _widths(proj)[1]
-        if not heads and not width:
-            return None  # it has lost them all
         if given != 3 * width or heads < 1 or width % heads:
-            return Unsupported(
-                f"qkv has {given} rows and proj {width} columns for {heads} heads; "
-                "expected equal widths of q, k and v, split evenly"
-            )
+            return None
         members = rows("qkv", qkv, head_rows(3 * width, heads, 3))
         unit_of = head_rows(width, heads)
         gate = getattr(module, "gate", None)
         if _is_projection(gate):
             if _widths(gate)[0] != width:
-                return Unsupported("its gate is not as wide as its heads")
+                return None
             members += rows("gate", gate, unit_of)
         members.append(columns("proj", unit_of))
         shared = _of_one_head(module, width // heads)
         known = [*(m.parameter for m in members), "proj.bias", *shared]
-        if (name := foreign(module, known)) is not None:
-            return Unsupported(f"its {name} spans heads or is not known to this adapter")
+        if foreign(module, known) is not None:
+            return None
         return GroupLayer("", self.kind, heads, tuple(members))
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:

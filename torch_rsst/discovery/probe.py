@@ -83,18 +83,17 @@ class Probe:
         if any(parameter.is_meta for parameter in module.parameters()):
             return Verdict(refused="its weights are on the meta device, so that it cannot be run")
         # Modules of one signature differ in nothing but the values of their tensors.
-        alike = (type(adapter), self._signature(module))
+        alike = (type(adapter), self.signature(module))
         if (fitting := self._fitting.get(alike)) is not None:
             call = next(islice(self.calls(module, layer, adapter), fitting, None), None)
-            if (verdict := self._verdicts.get((alike, _signature_of_call(call)))) is not None:
+            if (verdict := self._verdicts.get((alike, signature_of_call(call)))) is not None:
                 return verdict
         fitting, call, error = self._call_of(module, layer, adapter)
         if call is None:
             return Verdict(refused=self._why_not_run(module, error))
         self._fitting[alike] = fitting
-        with undisturbed(module):
-            verdict = _check(module, adapter, layer, call)
-        self._verdicts[alike, _signature_of_call(call)] = verdict
+        verdict = check_on(module, adapter, layer, call)
+        self._verdicts[alike, signature_of_call(call)] = verdict
         return verdict
 
     def _why_not_run(self, module: nn.Module, error: object) -> str:
@@ -106,11 +105,15 @@ class Probe:
 
     def two_calls(self, module: nn.Module, layer: GroupLayer) -> list[Call]:
         """Two different inputs that the module runs on, or none; of other lengths if these fit."""
-        _, call, _ = self._call_of(module, layer, family(layer.family) if layer.family else None)
-        if call is None:
-            return []
-        longer = tree_map(_longer, tree_map(_other, call))
-        return [call, longer if _failure(module, longer) is None else tree_map(_other, call)]
+        call, _ = self.call_of(module, layer, family(layer.family) if layer.family else None)
+        return [] if call is None else [call, other_call(module, call)]
+
+    def call_of(
+        self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
+    ) -> tuple[Call | None, str]:
+        """The first arguments that fit a module; or None, and why none do."""
+        _, call, error = self._call_of(module, layer, adapter)
+        return call, "" if call is not None else self._why_not_run(module, error)
 
     def calls(
         self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
@@ -142,7 +145,7 @@ class Probe:
             error = failure
         return -1, None, error
 
-    def _signature(self, module: nn.Module) -> Fact:
+    def signature(self, module: nn.Module) -> Fact:
         """What two modules share that differ in the values of their tensors only."""
         return tuple(
             (
@@ -189,6 +192,13 @@ class Probe:
             except Exception:
                 continue
         return {}
+
+
+def other_call(module: nn.Module, call: Call) -> Call:
+    """Other random inputs, of another length if the module runs on them."""
+    longer = tree_map(_longer, tree_map(_other, call))
+    found: Call = longer if _failure(module, longer) is None else tree_map(_other, call)
+    return found
 
 
 def record_calls(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Call]:
@@ -250,6 +260,12 @@ def _copied(value: Any) -> Any:
         return value
 
 
+def check_on(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -> Verdict:
+    """Whether units can be cut from a module exactly, by one call of it."""
+    with undisturbed(module):
+        return _check(module, adapter, layer, call)
+
+
 def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -> Verdict:
     weights = named_weights(module)
     if tied := [m.parameter for m in layer.members if m.parameter not in weights]:
@@ -260,7 +276,9 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
     if not all(bool(tensor.isfinite().all()) for tensor in before):
         return Verdict(refused=_why_not_finite(module))
     differs = exact = False
-    for gone in choices(layer.units, adapter.least, len(layer.parts), layer.multiple):
+    mixes = (lambda *_: None) if adapter.told_apart else _why_mixed
+    least = max(adapter.least, layer.least)
+    for gone in choices(layer.units, least, len(layer.parts), layer.multiple):
         removal = Removal(layer, gone)
         # Each choice has the units of the one before: so parameters need no copy of their own.
         masked = deep_copy(whole, {id(parameter): parameter for parameter in whole.parameters()})
@@ -273,7 +291,7 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
         except Exception as error:
             if differs and bool(gone.all()):
                 return Verdict(least=1)  # some may go, but not all
-            if mixed := _why_mixed(module, layer, given):
+            if mixed := mixes(module, layer, given):
                 return Verdict(refused=mixed)
             text = "it does not run without some of its units, as where its forward fixes how many it has"
             return Verdict(fixed=f"{text} ({one_line(error)})")
@@ -281,11 +299,11 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
             if exact and bool(gone.all()):
                 return Verdict(least=1)
             reason = "its output without some of its units differs"
-            return Verdict(refused=_why_mixed(module, layer, given) or reason)
+            return Verdict(refused=mixes(module, layer, given) or reason)
         exact = differs
     # On few tokens, no unit may be active at all: larger inputs show a difference if any can.
-    mixed = None if differs else _why_mixed(module, layer, given)
-    if mixed and layer.units <= adapter.least:
+    mixed = None if differs else mixes(module, layer, given)
+    if mixed and layer.units <= least:
         mixed = f"it has no more {layer.kind} than it needs to run ({layer.units})"
     return Verdict(refused=mixed or "")
 
@@ -320,16 +338,21 @@ def _tokens(module: nn.Module, layer: GroupLayer, *, sequence: bool = True) -> I
     inner = module_at(module, first.parameter.rpartition(".")[0])
     weight = named_weights(module)[first.parameter]
     generator = torch.Generator().manual_seed(0)
-    if isinstance(inner, nn.Linear):
-        shape: tuple[int, ...] = (2, *[4] * sequence, inner.in_features)
-    elif isinstance(inner, nn.Conv2d) and sequence:
-        shape = (2, inner.in_channels, 4, 4)
-    else:
-        return
-    yield (torch.randn(shape, generator=generator).to(weight),), {}
+    between = (4,) * sequence
+    shapes: list[tuple[int, ...]]
+    if isinstance(inner, nn.Conv2d):
+        shapes = [(2, inner.in_channels, 4, 4)] if sequence else []
+    elif isinstance(inner, nn.Linear):
+        shapes = [(2, *between, inner.in_features)]
+    else:  # which of its dimensions meets the input is not known
+        widths = dict.fromkeys(weight.shape if weight.ndim > 1 else ())
+        shapes = [(2, *between, width) for width in widths]
+    for shape in shapes:
+        yield (torch.randn(shape, generator=generator).to(weight),), {}
 
 
-def _signature_of_call(call: Call | None) -> Fact:
+def signature_of_call(call: Call | None) -> Fact:
+    """What two calls share that differ in the values of their tensors only."""
     return tuple(_fact(value) for value in tree_leaves(call))
 
 

@@ -6,8 +6,10 @@ say, is for its adapter to set.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,45 +141,81 @@ def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 @dataclass(frozen=True, eq=False)
 class NotedSize:
-    """A number that a module keeps as an attribute, or as an item of a list or tuple.
+    """A number that a module keeps as an attribute, or in one: a list, a tuple, a dict, a configuration.
 
     Among the buffers of groups it stands for a tensor of that many entries.
     """
 
     module: nn.Module
     attribute: str
-    item: int | None = None
+    item: str | None = None
 
     @property
     def value(self) -> int | None:
         """The number; None where there is none."""
         held = vars(self.module).get(self.attribute)
         if self.item is not None:
-            items = held if isinstance(held, (list, tuple)) else ()
-            held = items[self.item] if self.item < len(items) else None
+            held = _items(held).get(self.item)
         return held if type(held) is int else None
 
     def set(self, value: int) -> None:
-        """Change the number."""
-        if self.item is None:
-            setattr(self.module, self.attribute, value)
-            return
-        held = vars(self.module)[self.attribute]
-        items = [value if i == self.item else v for i, v in enumerate(held)]
-        setattr(self.module, self.attribute, type(held)(items))
+        """Change the number. What holds it is replaced: other modules may hold it, too."""
+        held: Any = value
+        if self.item is not None:
+            held = vars(self.module)[self.attribute]
+            if isinstance(held, (list, tuple)):
+                items = [value if k == self.item else v for k, v in _items(held).items()]
+                held = type(held)(items)
+            else:
+                held = copy.copy(held)
+                (held if isinstance(held, dict) else vars(held))[self.item] = value
+        setattr(self.module, self.attribute, held)
+
+
+def noted_numbers(module: nn.Module, path: str, *, objects: bool = False) -> dict[str, int]:
+    """The numbers that a module at a path keeps, by their names within the model.
+
+    Layers of PyTorch with parameters have none: their sizes are those of the parameters.
+
+    Args:
+        module: not changed.
+        path: where it stands.
+        objects: whether to look into dicts and configurations, too, not just into lists and tuples.
+    """
+    if isinstance(module, tuple(SIZES)) and any(p is not None for p in module._parameters.values()):
+        return {}
+    held = {key: value for key, value in vars(module).items() if key[:1] != "_"}
+    inside = {
+        f"{key}.{k}": v
+        for key, value in held.items()
+        if objects or isinstance(value, (list, tuple))
+        for k, v in _items(value).items()
+    }
+    prefix = f"{path}." if path else ""
+    return {prefix + key: v for key, v in (held | inside).items() if type(v) is int}
+
+
+def _items(held: Any) -> dict[str, Any]:
+    """What a list, a tuple, a dict or an object with attributes holds, by names."""
+    if isinstance(held, (list, tuple)):
+        return {str(i): value for i, value in enumerate(held)}
+    if isinstance(held, (nn.Module, Tensor, type)) or callable(held):
+        return {}
+    found = held if isinstance(held, dict) else getattr(held, "__dict__", {})
+    return {key: value for key, value in found.items() if isinstance(key, str) and "." not in key}
 
 
 def noted_size(model: nn.Module, name: str) -> NotedSize | None:
-    """The number noted under a name, ``norm.num_groups`` or ``block.splits.1``; None where there is none."""
+    """The number noted under a name, ``norm.num_groups``, ``block.splits.1`` or ``attn.config.n_head``, if any."""
     modules = {without_wrappers(path): module for path, module in model.named_modules()}
     path, _, last = name.rpartition(".")
     if path in modules:
         found = NotedSize(modules[path], last)
     else:
         path, _, attribute = path.rpartition(".")
-        if path not in modules or not last.isdecimal():
+        if path not in modules:
             return None
-        found = NotedSize(modules[path], attribute, int(last))
+        found = NotedSize(modules[path], attribute, last)
     return None if found.value is None else found
 
 

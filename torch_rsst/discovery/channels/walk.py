@@ -13,10 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torch_rsst.discovery.adapter import own_parameters
 from torch_rsst.discovery.channels.labels import Labels, compressed, varying, vector
 from torch_rsst.discovery.channels.ledger import Ledger
-from torch_rsst.groups.surgery import OWNERS, SIZES, sizes_of
+from torch_rsst.groups.surgery import OWNERS, noted_numbers, sizes_of
 
 UNLABELED = Labels()
 OUTPUT = "they are outputs of the model"
@@ -77,22 +76,13 @@ class Walk:
             self.ledger.note(name, labels, sure=sure)
 
     def numbers(self) -> list[tuple[str, int]]:
-        """The names and values of the numbers that the running module keeps.
-
-        Layers of PyTorch with parameters are left out: their sizes are those of the parameters.
-        """
+        """The names and values of the numbers above 1 that the running module keeps."""
         module = self.running[-1] if self.running else None
-        if module is None or (isinstance(module, tuple(SIZES)) and own_parameters(module)):
+        if module is None:
             return []
         if module not in self._numbers:
-            named = [(k, v) for k, v in vars(module).items() if k[:1] != "_"]
-            for key, items in list(named):
-                if isinstance(items, (list, tuple)):
-                    named += [(f"{key}.{i}", item) for i, item in enumerate(items)]
-            prefix = f"{self.paths[module]}." if self.paths.get(module) else ""
-            self._numbers[module] = [
-                (prefix + key, value) for key, value in named if type(value) is int and value > 1
-            ]
+            found = noted_numbers(module, self.paths.get(module, ""))
+            self._numbers[module] = [(name, size) for name, size in found.items() if size > 1]
         return self._numbers[module]
 
     def weigh(self, given: Iterable[Tensor], out: Iterable[Tensor]) -> None:

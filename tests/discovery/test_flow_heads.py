@@ -74,7 +74,7 @@ def test_separate_projections(heads: int, kv_heads: int, amount: float) -> None:
     inputs = torch.randn(2, 6, 5, dtype=torch.float64)
     (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[amount]).layers
     assert layer.units == kv_heads
-    assert layer.family == "SeparateAttention"
+    assert layer.family == "FlowHeads"
 
 
 def test_numbers_follow() -> None:
@@ -93,7 +93,7 @@ def test_a_forward_that_fixes_the_width_is_masked_only() -> None:
 
 
 def test_a_norm_over_all_heads_is_refused() -> None:
-    reason = "its norm (LayerNorm) spans heads or is not known to this adapter"
+    reason = "its units mix before the output layer, so that none can be removed exactly"
     with pytest.raises(ValueError, match="got none") as caught:
         torch_rsst.find_groups(Separate(norm=True), "heads", on_unsupported="ignore")
     assert reason in str(caught.value)

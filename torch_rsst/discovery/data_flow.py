@@ -1,0 +1,226 @@
+"""What flows from one layer of a module to the next: which of their features meet, told by derivatives.
+
+A module is run with noise in the place of what each product with its parameters puts out. So every such
+product is followed by itself, whatever its inputs are, and whatever the module computes between.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from torch_rsst.discovery.adapter import Call
+from torch_rsst.discovery.probe import run_call
+
+PRODUCTS = {
+    *(F.linear, torch.addmm, torch.mm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
+    *(Tensor.mm, Tensor.bmm, Tensor.matmul, torch.tensordot, F.conv1d, F.conv2d, F.conv3d),
+}
+"""Functions that multiply activations by matrices of parameters."""
+_CONTRACTIONS = ("Bmm", "Mm", "Mv", "Baddbmm", "Addmm", "Dot", "ScaledDotProduct")
+"""How nodes of a graph begin that multiply activations and sum over a dimension."""
+
+Masks = Mapping[int, Tensor]
+"""Place of a product among all → bool, of the shape of what it puts out."""
+Reached = dict[str, tuple[Tensor, ...]]
+"""Name of a parameter or buffer → for each of its dimensions, which indices have an entry that takes part."""
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of activations with parameters.
+
+    Attributes:
+        again: makes it of other activations.
+        given: the activations, in the graph that they were made in.
+        out: what it puts out, in a graph that reaches its parameters only.
+        noise: what went on instead.
+    """
+
+    again: Callable[[Tensor], Tensor]
+    given: Tensor
+    out: Tensor
+    noise: Tensor
+
+
+def contracts(out: Tensor) -> bool:
+    """Whether a tensor was made by multiplying activations and summing over a dimension."""
+    waiting, seen = [out.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().startswith(_CONTRACTIONS):
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
+
+
+class Flow:
+    """The products in one run of a module, and what reaches them from each other.
+
+    Args:
+        module: in eval mode; its parameters, and buffers, are made to require gradients.
+        call: its arguments.
+        buffers: whether to look at those, too.
+
+    Attributes:
+        tensors: its parameters and buffers of floats, by name.
+        products: in the order in which they ran.
+        out: what it puts out.
+    """
+
+    def __init__(self, module: nn.Module, call: Call, *, buffers: bool = True) -> None:
+        self.module, self.call = module, call
+        self.tensors: dict[str, Tensor] = {
+            name: tensor.requires_grad_()
+            for name, tensor in (
+                *module.named_parameters(),
+                *(module.named_buffers() if buffers else ()),
+            )
+            if tensor.is_floating_point()
+        }
+        self.products, self.out = self._run()
+
+    def _run(self, known: Sequence[Tensor] = ()) -> tuple[list[Product], Any]:
+        noisy = _Noisy([*self.module.parameters()], known)
+        with torch.enable_grad(), torch.random.fork_rng(devices=_devices(self.module)), noisy:
+            torch.manual_seed(0)
+            out = run_call(self.module, self.call)
+        return noisy.products, out
+
+    def reach(self, place: int, mask: Tensor) -> tuple[dict[int, Tensor], Reached]:
+        """What a part of the activations of a product depends on.
+
+        Args:
+            place: of the product.
+            mask: of its activations, broadcastable to them.
+
+        Returns:
+            of the products before it, and of parameters and buffers used between.
+        """
+        before = {i: self.products[i].noise for i in range(place)}
+        gradients = _gradients(
+            self.products[place].given, mask, [*before.values(), *self.tensors.values()]
+        )
+        outs = {
+            i: g != 0
+            for i, g in zip(before, gradients, strict=False)
+            if g is not None and bool((g != 0).any())
+        }
+        return outs, _reached(self.tensors, gradients[len(before) :])
+
+    def gives(self, place: int, mask: Tensor) -> Reached:
+        """The entries of parameters that make a part of what a product puts out."""
+        gradients = _gradients(self.products[place].out, mask, [*self.tensors.values()])
+        return _reached(self.tensors, gradients)
+
+    def takes(self, place: int, mask: Tensor) -> Reached:
+        """The entries of parameters that a part of the activations of a product is multiplied by."""
+        product = self.products[place]
+        with torch.enable_grad():
+            out = product.again(product.given.detach() * mask)
+        return _reached(self.tensors, _gradients(out, None, [*self.tensors.values()]))
+
+    def moved(self, place: int, added: Masks) -> Tensor:
+        """The activations of a product where something is added to what products before it put out."""
+        made = [p.noise.detach() + added.get(i, 0.0) for i, p in enumerate(self.products)]
+        return self._run(made)[0][place].given.detach()
+
+
+class _Noisy(TorchFunctionMode):
+    """Puts noise in the place of every product with parameters."""
+
+    def __init__(self, parameters: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.products: list[Product] = []
+        self._weights = {id(p): p for p in parameters}  # held, so that ids stay unique
+        self._known = known
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """See :class:`torch.overrides.TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        tensors = list(tensors_in((args, kwargs)))
+        weights = [tensor for tensor in tensors if id(tensor) in self._weights]
+        given = [tensor for tensor in tensors if id(tensor) not in self._weights]
+        # A grouped convolution maps no features to others: it is followed through.
+        is_product = func in PRODUCTS and len(given) == 1 and any(w.ndim > 1 for w in weights)
+        if is_product and _groups(args, kwargs) == 1:
+            return self._noise(func, args, kwargs, given[0])
+        out = func(*args, **kwargs)
+        if weights and not given:  # made of parameters alone
+            self._weights.update({id(tensor): tensor for tensor in tensors_in(out)})
+        return out
+
+    def _noise(self, func: Any, args: Any, kwargs: Any, given: Tensor) -> Tensor:
+        def again(x: Tensor) -> Tensor:
+            changed = tree_map(lambda value: x if value is given else value, (args, kwargs))
+            out: Tensor = func(*changed[0], **changed[1])
+            return out
+
+        place = len(self.products)
+        if place < len(self._known):
+            out = made = self._known[place]
+        else:
+            out = again(given.detach())
+            made = noise(out.shape, seed=place).to(out.detach()).requires_grad_()
+        self.products.append(Product(again, given, out, made))
+        return made.clone()  # which may be written to
+
+
+def noise(shape: Sequence[int], *, seed: int) -> Tensor:
+    """Normal random numbers, on the CPU; others for another seed."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def _gradients(
+    out: Tensor, mask: Tensor | None, inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Of a random sum over a part of a tensor, so that nothing cancels."""
+    if not out.requires_grad:
+        return [None] * len(inputs)
+    weights = noise(out.shape, seed=-2).to(out)
+    if mask is not None:
+        weights = weights * mask
+    return torch.autograd.grad(out, inputs, weights, retain_graph=True, allow_unused=True)
+
+
+def _reached(tensors: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> Reached:
+    found: Reached = {}
+    for name, gradient in zip(tensors, gradients, strict=True):
+        if gradient is not None and bool((hit := gradient != 0).any()):
+            dims = range(hit.ndim)
+            found[name] = tuple(_any_but(hit, dim).cpu() for dim in dims)
+    return found
+
+
+def _any_but(hit: Tensor, dim: int) -> Tensor:
+    """Along one dimension, whether any entry is True."""
+    return hit.movedim(dim, 0).flatten(1).any(1) if hit.ndim > 1 else hit
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """All tensors among arguments or results."""
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _groups(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of a convolution; 1 for other functions."""
+    groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
+    return groups if isinstance(groups, int) else 1
+
+
+def _devices(module: nn.Module) -> list[torch.device]:
+    return list({p.device for p in module.parameters() if p.device.type == "cuda"})

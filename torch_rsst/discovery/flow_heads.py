@@ -1,0 +1,266 @@
+"""Heads of attention that no other adapter knows, found by what flows in the modules that compute it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
+from torch_rsst.discovery.data_flow import Flow, contracts, tensors_in
+from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
+from torch_rsst.discovery.flow_units import divisions
+from torch_rsst.discovery.head_attributes import CUT, HEAD_WIDTHS, head_count
+from torch_rsst.discovery.probe import (
+    Fact,
+    Probe,
+    Verdict,
+    check_on,
+    other_call,
+    signature_of_call,
+)
+from torch_rsst.discovery.trial import is_half, randomized
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
+from torch_rsst.groups.surgery import Removal, module_at, noted_numbers, replace_module
+from torch_rsst.masking.names import named_weights, without_wrappers
+from torch_rsst.utils.module_state import undisturbed
+
+Answer = GroupLayer | Unsupported
+MIXED = "its units mix before the output layer, so that none can be removed exactly"
+NO_OUTPUT = "its attention leads to no layer that takes its heads in"
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_MOST_TRIALS = 64
+
+
+class FlowHeads(Adapter):
+    """Heads that :func:`search` finds: they are cut together with the numbers that modules keep of them."""
+
+    kind = "heads"
+    told_apart = True
+
+    def find(self, module: nn.Module) -> None:
+        """None: the module has to be run."""
+        return
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`: what has lost all of its features is replaced."""
+        if bool(removal.gone.all()):
+            output = next(m.parameter for m in removal.layer.members if m.consumes)
+            inside = output.removeprefix(f"{removal.layer.name}.")
+            last = module_at(module, inside.rpartition(".")[0])
+            return BiasOnly(last) if isinstance(last, (nn.Linear, nn.Conv2d)) else module
+        for path, part in list(module.named_modules()):
+            weights = [w for w in part.parameters() if w.ndim > 1]
+            if len(weights) > 1 and not any(w.numel() for w in weights):
+                replace_module(module, path, NoFeatures())
+        return module
+
+
+def search(
+    probe: Probe, layers: Sequence[GroupLayer], refused: Sequence[Unsupported]
+) -> Iterator[tuple[str, Answer]]:
+    """The heads of modules in which no adapter has found or refused any, or why there are none.
+
+    The innermost are run first; where their attention leads to no output layer, those around them.
+
+    Args:
+        probe: of the model.
+        layers: that are known.
+        refused: modules whose units cannot be offered.
+
+    Yields:
+        the path of a module, and an answer by names within it.
+    """
+    own = _own_matrices(probe.model, {m.parameter for layer in layers for m in layer.members})
+    known = [item.name for item in layers if item.kind == "heads"]
+    known += [item.layer for item in refused if item.kind == "heads"]
+    look = _Look(probe, FlowHeads())
+    waiting: dict[str, list[Answer]] = {}
+    tries: Counter[str] = Counter()
+    for path, module in reversed(list(probe.model.named_modules())):
+        name = without_wrappers(path)
+        inside = [inner for inner in waiting if _is_in(inner, name) and tries[inner] < 2]
+        asked = inside or own[module] > 1 or (own[module] and head_count(module))
+        if isinstance(module, _CONTAINERS) or not asked:
+            continue
+        if any(_is_in(name, other) or _is_in(other, name) for other in known):
+            continue
+        answers = look.at(module)
+        found = any(isinstance(answer, GroupLayer) for answer in answers)
+        for inner in inside:
+            tries[inner] += 1
+            if found:
+                del waiting[inner]
+        if found:
+            known.append(name)
+        if found or not inside:
+            waiting[name] = answers
+            tries[name] = 2 if found else 0
+    for name, answers in reversed(waiting.items()):
+        yield from ((name, answer) for answer in answers)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Looks at modules, at those alike once."""
+
+    probe: Probe
+    adapter: FlowHeads
+    _answers: dict[Fact, list[Answer]] = field(default_factory=dict)
+
+    def at(self, module: nn.Module) -> list[Answer]:
+        """The heads of a module, or why there are none; nothing where it is no attention."""
+        call, why = self._call(module)
+        unknown = f"no adapter knows the attention of {type(module).__name__}"
+        if call is None:
+            return [Unsupported(f"{unknown}: {why}")] if head_count(module) else []
+        key = (self.probe.signature(module), signature_of_call(call))
+        if key not in self._answers:
+            with undisturbed(module):
+                self._answers[key] = self._looked_at(module, call)
+        if self._answers[key] or not head_count(module):
+            return self._answers[key]
+        return [Unsupported(f"{unknown}: nothing is attended in it")]
+
+    def _call(self, module: nn.Module) -> tuple[Call | None, str]:
+        """Arguments that fit, as wide as a matrix of the module; or None, and why there are none."""
+        shapes = {tuple(w.shape): name for name, w in named_weights(module).items() if w.ndim > 1}
+        why = "it holds no matrices"
+        for name in reversed(shapes.values()):  # the first of each shape comes last
+            stub = GroupLayer("", "heads", 1, (Member(name, 0, torch.zeros(1), ranked=True),))
+            call, why = self.probe.call_of(module, stub, self.adapter)
+            if call is not None:
+                break
+        return call, why
+
+    def _looked_at(self, module: nn.Module, call: Call) -> list[Answer]:
+        flow = _flow(module, call)
+        if flow is None:
+            return []
+        ends = [i for i, product in enumerate(flow.products) if contracts(product.given)]
+        if not ends:
+            attends = any(map(contracts, tensors_in(flow.out)))
+            return [Unsupported(NO_OUTPUT)] if attends else []
+        least = 0 if len(ends) == 1 and isinstance(flow.out, Tensor) else 1
+        answers = [self._best(module, flow, place, least, call) for place in ends]
+        return answers if len(ends) == 1 else [_named(answer) for answer in answers]
+
+    def _best(self, module: nn.Module, flow: Flow, place: int, least: int, call: Call) -> Answer:
+        """Of all ways to divide what a product takes in: one that can be cut, which owns the most."""
+        ways = [way.layer() for way in divisions(flow, place) if way.attends()]
+        layers = sorted(filter(None, ways), key=partial(_size, flow), reverse=True)
+        calls = [call, other_call(module, call)]
+        best: Answer = Unsupported(MIXED)
+        for layer in layers:
+            answer = self._tried(module, replace(layer, least=least), calls)
+            if isinstance(answer, GroupLayer):
+                if not answer.fixed:
+                    return answer
+                best = best if isinstance(best, GroupLayer) else answer
+            elif isinstance(best, Unsupported):
+                best = answer
+        return best
+
+    def _tried(self, module: nn.Module, found: GroupLayer, calls: Sequence[Call]) -> Answer:
+        """Units with the numbers that have to be changed with them; as these cannot be told, they are tried."""
+        verdicts = []
+        for numbers in _choices(module, found):
+            layer = replace(found, buffers=(*found.buffers, *numbers), family="FlowHeads")
+            verdict = self._verdict(module, layer, calls)
+            if not verdict.refused and not verdict.fixed:
+                return replace(layer, least=verdict.least)
+            verdicts.append(verdict)
+        fixed = next((verdict.fixed for verdict in verdicts if verdict.fixed), "")
+        if fixed:
+            return replace(found, family="FlowHeads", fixed=fixed, least=found.least)
+        return Unsupported(verdicts[0].refused)
+
+    def _verdict(self, module: nn.Module, layer: GroupLayer, calls: Sequence[Call]) -> Verdict:
+        least = layer.least
+        for call in calls:
+            verdict = check_on(module, self.adapter, layer, call)
+            if verdict.refused or verdict.fixed:
+                return verdict
+            least = max(least, verdict.least)
+        return Verdict(least=least)
+
+
+def _named(answer: Answer) -> Answer:
+    """Of one of several attentions in a module: named after the layer that takes its heads in."""
+    if isinstance(answer, Unsupported):
+        return answer
+    output = next(member.parameter for member in answer.members if member.consumes)
+    path = output.rpartition(".")[0]
+    return (
+        replace(answer, name=path)
+        if path
+        else Unsupported(f"{output} belongs to one of several attentions of one module")
+    )
+
+
+def _flow(module: nn.Module, call: Call) -> Flow | None:
+    """What flows in a copy of a module; None where it does not run so."""
+    call = tree_map(lambda value: value.float() if is_half(value) else value, call)
+    for buffers in (True, False):  # some are written to
+        with suppress(Exception):
+            return Flow(randomized(module), call, buffers=buffers)
+    return None
+
+
+def _size(flow: Flow, layer: GroupLayer) -> float:
+    """How many entries of parameters units own."""
+    owned = ((m, float((m.unit_of != NO_UNIT).float().mean())) for m in layer.ranked)
+    return sum(flow.tensors[member.parameter].numel() * share for member, share in owned)
+
+
+def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
+    """Numbers that may count units, or features of theirs: the likeliest choice, then what differs least from it."""
+    owned = [(m, m.unit_of != NO_UNIT) for m in layer.members]
+    counts = {int(own.sum()) for _, own in owned}
+    known = {(m.parameter, m.dim) for m in layer.members}
+    shapes = ((name, w.shape) for name, w in named_weights(module).items())
+    others = {size for name, s in shapes for d, size in enumerate(s) if (name, d) not in known}
+    numbers, likely = [], []
+    for path, part in module.named_modules():
+        for name, value in noted_numbers(part, path, objects=True).items():
+            if value <= 0 or value % layer.units or all(count % value for count in counts):
+                continue
+            each = torch.arange(layer.units).repeat_interleave(value // layer.units)
+            numbers.append(Member(name, 0, each, ranked=False))
+            last = name.rpartition(".")[2]
+            likely.append(last in CUT or (last not in HEAD_WIDTHS and value not in others))
+    places = range(len(numbers))
+    ways = itertools.chain.from_iterable(
+        itertools.combinations(places, count) for count in range(len(numbers) + 1)
+    )
+    for other in itertools.islice(ways, _MOST_TRIALS):
+        yield [number for i, number in enumerate(numbers) if likely[i] != (i in other)]
+
+
+def _own_matrices(model: nn.Module, taken: Collection[str]) -> Counter[nn.Module]:
+    """How many matrices that are no unit's a module holds itself, in layers or in containers of these."""
+    modules = {without_wrappers(path): module for path, module in model.named_modules()}
+    names = [n for n, w in named_weights(model).items() if w.ndim > 1 and n not in taken]
+    direct = Counter(name.rpartition(".")[0] for name in names)
+    found: Counter[nn.Module] = Counter()
+    for path, count in direct.items():
+        module = modules[path]
+        if isinstance(module, (nn.Embedding, nn.modules.batchnorm._NormBase)):
+            continue
+        while path and (isinstance(module, _CONTAINERS) or (count < 2 and not module._modules)):
+            path = path.rpartition(".")[0]
+            module = modules[path]
+        found[module] += count
+    return found
+
+
+def _is_in(name: str, outer: str) -> bool:
+    """Whether a path is another one, or leads into it."""
+    return not outer or name == outer or name.startswith(f"{outer}.")

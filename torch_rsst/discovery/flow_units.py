@@ -1,0 +1,188 @@
+"""Units of an attention from what flows in it: parts of a layer's input that nothing mixes."""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_rsst.discovery.data_flow import Flow, Reached, noise
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
+
+_SAME = 1e-5
+"""Relative to the largest: below, values differ by how sums are rounded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Division:
+    """What a product takes in, divided along one dimension into parts that depend on different features.
+
+    Attributes:
+        flow: of the module.
+        place: of the product.
+        dim: of its activations.
+        part_of: of each index along the dimension.
+    """
+
+    flow: Flow
+    place: int
+    dim: int
+    part_of: Tensor
+
+    def mask(self, part: int) -> Tensor:
+        """Of the activations, broadcastable to them."""
+        return _along(self.flow.products[self.place].given, self.dim, self.part_of == part)
+
+    def layer(self) -> GroupLayer | None:
+        """The parts as units, with the entries of parameters and buffers that are of one part alone."""
+        makes, between, takes = [], [], []
+        features: dict[str, set[int]] = {}
+        parts = range(int(self.part_of.max()) + 1)
+        for part in parts:
+            outs, own = self.flow.reach(self.place, self.mask(part))
+            made: list[Reached] = []
+            for place, mask in outs.items():
+                made.append(self.flow.gives(place, mask))
+                for name, dims in self.flow.gives(place, _first_of(mask)).items():
+                    some = {d for d, hit in enumerate(dims) if not bool(hit.all())}
+                    features.setdefault(name, set()).update(some)
+            makes.append(_joined(made))
+            between.append(own)
+            takes.append(self.flow.takes(self.place, self.mask(part)))
+        buffers = {name for name, _ in self.flow.module.named_buffers()}
+        giving = [
+            Member(name, dim, unit_of, ranked=self.flow.tensors[name].ndim > 1)
+            for name, dim, unit_of in _owned(makes, features)
+        ]
+        held = [
+            Member(name, dim, unit_of, ranked=False) for name, dim, unit_of in _owned(between, {})
+        ]
+        taking = [
+            Member(name, dim, unit_of, ranked=True, consumes=True)
+            for name, dim, unit_of in _owned(takes, {})
+        ]
+        sizes = {name: self.flow.tensors[name].numel() for made in makes for name in made}
+        owned = [sizes.pop(member.parameter) for member in giving if member.ranked]
+        if owned and any(size >= min(owned) for size in sizes.values()):
+            return None  # as where queries of all heads are normalized together
+        for members in (giving, taking):
+            if {u for m in members for u in m.unit_of.unique().tolist()} - {NO_UNIT} != set(parts):
+                return None
+        followers = (m for m in held if m.parameter not in buffers)
+        return GroupLayer(
+            "",
+            "heads",
+            len(parts),
+            (*giving, *followers, *taking),
+            tuple(m for m in held if m.parameter in buffers),
+        )
+
+    def attends(self) -> bool:
+        """Whether a part does not grow in proportion to its own features, as values alone would make it."""
+        own, _ = self.flow.reach(self.place, self.mask(0))
+        others, _ = self.flow.reach(self.place, ~self.mask(0))
+        doubled = {
+            place: self.flow.products[place].noise.detach() * (mask & ~others.get(place, ~mask))
+            for place, mask in own.items()
+        }
+        before = self.flow.products[self.place].given.detach()
+        after = self.flow.moved(self.place, doubled)
+        return bool(_differ(2 * before, after)[self.mask(0).expand(before.shape)].any())
+
+
+def divisions(flow: Flow, place: int) -> Iterator[Division]:
+    """All ways in which the features of products divide what another product takes in."""
+    given = flow.products[place].given
+    for dim, size in enumerate(given.shape):
+        if size < 2:
+            continue
+        first, last = (_along(given, dim, torch.arange(size) == i) for i in (0, size - 1))
+        # Otherwise positions, all of which meet the same entries.
+        if not _owned([flow.takes(place, first), flow.takes(place, last)], {}):
+            continue
+        seen: set[tuple[int, ...]] = set()
+        for nth in range(len(flow.reach(place, first)[0])):
+            for whole in (True, False):
+                part_of = _divided(flow, place, dim, nth, whole)
+                if part_of is not None and (key := tuple(part_of.tolist())) not in seen:
+                    seen.add(key)
+                    yield Division(flow, place, dim, part_of)
+
+
+def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor | None:
+    """What depends on the same features goes into one part; None where such parts overlap.
+
+    Args:
+        flow: of a module.
+        place: of a product.
+        dim: of its activations.
+        nth: which of the products that reach an index is asked for its features.
+        whole: all its features that reach the index, or the first alone.
+    """
+    before = flow.products[place].given.detach()
+    part_of = torch.full((before.shape[dim],), NO_UNIT)
+    while (left := part_of == NO_UNIT).any():
+        index = int(left.nonzero()[0])
+        here = _along(before, dim, torch.arange(len(part_of)) == index)
+        outs, _ = flow.reach(place, here)
+        if nth >= len(outs):
+            return None
+        source, mask = list(outs.items())[nth]
+        # Random, as a softmax does not see what is added to all keys.
+        added = noise(mask.shape, seed=-1).to(before) * (mask if whole else _first_of(mask))
+        moved = _differ(before, flow.moved(place, {source: added}))
+        found = moved.movedim(dim, 0).flatten(1).any(1).cpu()
+        if bool(found.all()) or not bool(found[index]) or bool((found & ~left).any()):
+            return None
+        part_of[found] = part_of.max() + 1
+    return part_of
+
+
+def _along(given: Tensor, dim: int, which: Tensor) -> Tensor:
+    shape = [-1 if d == dim else 1 for d in range(given.ndim)]
+    return which.reshape(shape).to(given.device)
+
+
+def _first_of(mask: Tensor) -> Tensor:
+    flat = mask.flatten()
+    return (torch.arange(flat.numel(), device=mask.device) == flat.nonzero()[0]).view(mask.shape)
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    return (one - other).abs() > _SAME * one.abs().max()
+
+
+def _joined(parts: Sequence[Reached]) -> Reached:
+    found: Reached = {}
+    for part in parts:
+        for name, hits in part.items():
+            old = found.get(name)
+            found[name] = (
+                hits if old is None else tuple(a | b for a, b in zip(old, hits, strict=True))
+            )
+    return found
+
+
+def _owned(
+    of_parts: Sequence[Reached], features: dict[str, set[int]]
+) -> list[tuple[str, int, Tensor]]:
+    """The name of each tensor that has entries of one part alone, their dimension, and whose each index is."""
+    found = []
+    for name in dict.fromkeys(name for reached in of_parts for name in reached):
+        best: tuple[int, int, Tensor] | None = None
+        some = next(reached[name] for reached in of_parts if name in reached)
+        none = tuple(map(torch.zeros_like, some))
+        hits = [reached.get(name, none) for reached in of_parts]
+        for dim in features.get(name) or range(len(some)):
+            of_dim = torch.stack([hit[dim] for hit in hits])
+            alone = of_dim.sum(0) == 1
+            unit_of = torch.where(alone, of_dim.int().argmax(0), NO_UNIT)
+            if (count := int(alone.sum())) > (best[0] if best else 0):
+                best = (count, dim, unit_of)
+        if best is not None:
+            found.append((name, best[1], best[2]))
+    return found
