@@ -256,7 +256,12 @@ def test_unread_options_of_the_embedded_model_are_named(tmp_path):
     from torch_rsst.recipes.config import RunConfig
 
     own = RunConfig(
-        pretrained=True, drop_path=0.1, crop_scale=0.5, importance="magnitude", importance_batches=3
+        pretrained=True,
+        drop_path=0.1,
+        crop_scale=0.5,
+        importance="magnitude",
+        importance_batches=3,
+        reconstruct="none",
     )
     assert own.without_effect() == {
         "crop_scale": "the digits",
