@@ -256,7 +256,12 @@ def test_unread_options_of_the_embedded_model_are_named(tmp_path):
     from torch_rsst.recipes.config import RunConfig
 
     own = RunConfig(
-        pretrained=True, drop_path=0.1, crop_scale=0.5, importance="magnitude", importance_batches=3
+        pretrained=True,
+        drop_path=0.1,
+        crop_scale=0.5,
+        importance="magnitude",
+        importance_batches=3,
+        reconstruct="none",
     )
     assert own.without_effect() == {
         "crop_scale": "the digits",
@@ -273,7 +278,7 @@ def test_unread_options_of_the_embedded_model_are_named(tmp_path):
         (["run", "--regroup-amount", "50%"], "could not convert string to float: '50%'"),
         (["compact"], "Missing from torch-rsst compact: PATH"),
         (["frob"], "Available subcommands: run, report, compact"),
-        ([], "Expected one of {run, report, compact}"),
+        ([], "Expected one of {run, report, compact, predict}"),
     ],
 )
 def test_what_the_parser_refuses_is_one_line(args, words, capsys):
