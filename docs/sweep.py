@@ -150,7 +150,7 @@ def build(family: str, name: str) -> tuple[nn.Module, Any]:
 
 def try_model(family: str, name: str) -> Row:
     """Find, mask, compact and compare."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
+    sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
     from contract import difference, randomize
 
     import torch_rsst

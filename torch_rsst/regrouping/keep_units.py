@@ -50,7 +50,7 @@ class ScoredLayer:
             multiple: of the ranks.
 
         Returns:
-            the ranks as units, the lowest first, and the units of each rank, int64 of the shape of ``parts``.
+            the ranks as units, the lowest first, and a tensor of the shape of ``parts`` with the units of each.
         """
         order = parts.gather(1, torch.sort(self.sort_keys[parts], stable=True).indices)
         dead = self.sort_keys.isneginf()[order].all(0)
