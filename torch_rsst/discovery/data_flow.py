@@ -24,6 +24,7 @@ from torch_rsst.discovery.probe import run_call
 PRODUCTS = {
     *(F.linear, torch.addmm, torch.mm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
     *(Tensor.mm, Tensor.bmm, Tensor.matmul, torch.tensordot, F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
 """Functions that multiply activations by matrices of parameters."""
 _CONTRACTIONS = ("Bmm", "Mm", "Mv", "Baddbmm", "Addmm", "Dot", "ScaledDotProduct")

@@ -227,21 +227,29 @@ def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
     known = {(m.parameter, m.dim) for m in layer.members}
     shapes = ((name, w.shape) for name, w in named_weights(module).items())
     others = {size for name, s in shapes for d, size in enumerate(s) if (name, d) not in known}
-    numbers, likely = [], []
+    numbers: list[Member] = []
+    surely, maybe = set(), set()
     for path, part in module.named_modules():
+        if type(part).__module__.startswith("torch.nn."):
+            continue  # knows of no units
         for name, value in noted_numbers(part, path, objects=True).items():
             if value <= 0 or value % layer.units or all(count % value for count in counts):
                 continue
+            last = name.rpartition(".")[2]
+            if last in CUT:
+                surely.add(len(numbers))
+            elif last not in HEAD_WIDTHS and value not in others:
+                maybe.add(len(numbers))
             each = torch.arange(layer.units).repeat_interleave(value // layer.units)
             numbers.append(Member(name, 0, each, ranked=False))
-            last = name.rpartition(".")[2]
-            likely.append(last in CUT or (last not in HEAD_WIDTHS and value not in others))
-    places = range(len(numbers))
-    ways = itertools.chain.from_iterable(
-        itertools.combinations(places, count) for count in range(len(numbers) + 1)
-    )
-    for other in itertools.islice(ways, _MOST_TRIALS):
-        yield [number for i, number in enumerate(numbers) if likely[i] != (i in other)]
+    tried: set[frozenset[int]] = set()
+    for count in range(len(numbers) + 1):
+        for other in itertools.combinations(range(len(numbers)), count):
+            for base in (surely, surely | maybe):
+                chosen = frozenset(base ^ set(other))
+                if chosen not in tried and len(tried) < _MOST_TRIALS:
+                    tried.add(chosen)
+                    yield [numbers[i] for i in sorted(chosen)]
 
 
 def _own_matrices(model: nn.Module, taken: Collection[str]) -> Counter[nn.Module]:

@@ -13,11 +13,7 @@ from torch_rsst.discovery.transformers_families.latent_heads import LatentHeads
 from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads, SomeHeads
 from torch_rsst.discovery.transformers_families.state_spaces import StateSpace
 
-register(Conv1DAttention())
 register(Conv1DMLP())
-register(FusedHeads())
-register(InterleavedHeads())
-register(StackedHeads())
 register(IntermediateOutput())
 register(StackedExperts())
 register(LatentHeads())

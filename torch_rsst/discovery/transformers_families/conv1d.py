@@ -15,7 +15,7 @@ from torch_rsst.discovery.transformers_families.parts import (
     returns_weights,
 )
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows
-from torch_rsst.groups.surgery import Removal
+from torch_rsst.groups.surgery import SIZES, Removal
 
 
 class Conv1DAttention(Adapter):
@@ -103,3 +103,6 @@ def _update_size_attributes(module: nn.Module, *names: str) -> None:
     for name in names:
         layer = getattr(module, name)
         layer.nx, layer.nf = layer.weight.shape
+
+
+SIZES[Conv1D] = lambda layer: dict(zip(("nx", "nf"), layer.weight.shape, strict=True))
