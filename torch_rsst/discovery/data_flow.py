@@ -153,7 +153,8 @@ class _Noisy(TorchFunctionMode):
     ) -> Any:
         """See :class:`torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
-        tensors = list(tensors_in((args, kwargs)))
+        # Not the number of an expert, say, by which one matrix of a stack is picked.
+        tensors = [t for t in tensors_in((args, kwargs)) if t.ndim or t.is_floating_point()]
         weights = [tensor for tensor in tensors if id(tensor) in self._weights]
         given = [tensor for tensor in tensors if id(tensor) not in self._weights]
         # A grouped convolution maps no features to others: it is followed through.
