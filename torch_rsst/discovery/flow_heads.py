@@ -25,6 +25,7 @@ from torch_rsst.discovery.probe import (
     check_on,
     other_call,
     signature_of_call,
+    too_few,
 )
 from torch_rsst.discovery.trial import is_half, randomized
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
@@ -157,7 +158,8 @@ class _Look:
         ways = [way.layer() for way in divisions(flow, place) if way.attends()]
         layers = sorted(filter(None, ways), key=partial(_size, flow), reverse=True)
         calls = [call, other_call(module, call)]
-        best: Answer = Unsupported(MIXED)
+        single = head_count(module) == 1
+        best: Answer = Unsupported(too_few("heads", 1) if single else MIXED)
         for layer in layers:
             answer = self._tried(module, replace(layer, least=least), calls)
             if isinstance(answer, GroupLayer):

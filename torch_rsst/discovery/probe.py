@@ -304,8 +304,13 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
     # On few tokens, no unit may be active at all: larger inputs show a difference if any can.
     mixed = None if differs else mixes(module, layer, given)
     if mixed and layer.units <= least:
-        mixed = f"it has no more {layer.kind} than it needs to run ({layer.units})"
+        mixed = too_few(layer.kind, layer.units)
     return Verdict(refused=mixed or "")
+
+
+def too_few(kind: str, units: int) -> str:
+    """Why no unit can go where all are needed."""
+    return f"it has no more {kind} than it needs to run ({units})"
 
 
 def _why_not_finite(module: nn.Module) -> str:

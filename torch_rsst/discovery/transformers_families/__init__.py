@@ -1,13 +1,8 @@
 """Modules of Hugging Face transformers: one file per family."""
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.transformers_families.conv1d import Conv1DAttention, Conv1DMLP
+from torch_rsst.discovery.transformers_families.conv1d import Conv1DMLP
 from torch_rsst.discovery.transformers_families.experts import StackedExperts
-from torch_rsst.discovery.transformers_families.fused_heads import (
-    FusedHeads,
-    InterleavedHeads,
-    StackedHeads,
-)
 from torch_rsst.discovery.transformers_families.intermediate_output import IntermediateOutput
 from torch_rsst.discovery.transformers_families.latent_heads import LatentHeads
 from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads, SomeHeads

@@ -1,4 +1,4 @@
-"""Heads and hidden neurons of models whose linear layers are ``Conv1D``, as GPT-2's."""
+"""Hidden neurons of models whose linear layers are ``Conv1D``, as GPT-2's."""
 
 from __future__ import annotations
 
@@ -8,45 +8,9 @@ from transformers.pytorch_utils import Conv1D
 
 from torch_rsst.discovery.adapter import Adapter
 from torch_rsst.discovery.emptied import BiasOnly
-from torch_rsst.discovery.head_attributes import head_width, reduce_head_attributes
-from torch_rsst.discovery.transformers_families.parts import (
-    Answer,
-    is_of_transformers,
-    returns_weights,
-)
-from torch_rsst.groups.groups import GroupLayer, Member, head_rows
+from torch_rsst.discovery.transformers_families.parts import Answer, is_of_transformers
+from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.groups.surgery import SIZES, Removal
-
-
-class Conv1DAttention(Adapter):
-    """Query, key and value are put out by one ``c_attn``; ``c_proj`` is the output layer.
-
-    The cache of a decoder wants one head at least.
-    """
-
-    kind = "heads"
-    least = 1
-
-    def find(self, module: nn.Module) -> Answer:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        packed, last = _layers(module, "c_attn", "c_proj")
-        width = head_width(module)
-        if packed is None or last is None or not width or hasattr(module, "q_attn"):
-            return None
-        features = last.weight.shape[0]
-        if packed.weight.shape[1] != 3 * features or features % width:
-            return None
-        heads = features // width
-        all_three = head_rows(3 * features, heads, 3)
-        members = (*_outputs("c_attn", all_three), _inputs("c_proj", head_rows(features, heads)))
-        layer = GroupLayer("", self.kind, heads, members)
-        return returns_weights(module) or layer
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        _update_size_attributes(module, "c_attn", "c_proj")
-        reduce_head_attributes(module, removal)
-        return module
 
 
 class Conv1DMLP(Adapter):
@@ -105,4 +69,9 @@ def _update_size_attributes(module: nn.Module, *names: str) -> None:
         layer.nx, layer.nf = layer.weight.shape
 
 
-SIZES[Conv1D] = lambda layer: dict(zip(("nx", "nf"), layer.weight.shape, strict=True))
+def _sizes(layer: nn.Module) -> dict[str, int]:
+    assert isinstance(layer, Conv1D)
+    return {"nx": layer.weight.shape[0], "nf": layer.weight.shape[1]}
+
+
+SIZES[Conv1D] = _sizes
