@@ -36,7 +36,6 @@ myst_substitutions = {
     "schedules": registry_tables.schedules(),
     "importances": registry_tables.importances(),
     "head_attributes": registry_tables.head_attributes(),
-    "attention_layers": registry_tables.attention_layers(),
     "pruning_options": registry_tables.options(pruning_options.PruningOptions),
     "data_options": registry_tables.options(data_options.DataOptions),
     "training_options": registry_tables.options(training_options.TrainingOptions),

@@ -9,7 +9,6 @@ from dataclasses import fields
 from typing import Any
 
 from torch_rsst.discovery import head_attributes as head_names
-from torch_rsst.discovery import separate_attention
 from torch_rsst.importance import ALIASES as OTHER_IMPORTANCES
 from torch_rsst.importance import IMPORTANCES, data_parts
 from torch_rsst.schedules import ALIASES as OTHER_SCHEDULES
@@ -63,19 +62,6 @@ def head_attributes() -> str:
     ]
     cells = [(what, ", ".join(f"`{n}`" for n in names), then) for what, names, then in rows]
     return _table(["what it holds", "attributes", "when heads are cut"], cells)
-
-
-def attention_layers() -> str:
-    """The names of layers by which attention with separate projections is known."""
-    rows = {
-        "queries": separate_attention.QUERIES,
-        "keys": separate_attention.KEYS,
-        "values": separate_attention.VALUES,
-        "keys and values in one layer": separate_attention.KEYS_AND_VALUES,
-        "output": separate_attention.OUTPUTS,
-    }
-    cells = [(what, ", ".join(f"`{name}`" for name in names)) for what, names in rows.items()]
-    return _table(["linear layer", "names"], cells)
 
 
 def options(*configs: type) -> str:
