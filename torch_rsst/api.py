@@ -24,8 +24,8 @@ import torch_rsst.discovery as discovery
 import torch_rsst.importance as importance
 import torch_rsst.schedules as schedules
 from torch_rsst._version import __version__
+from torch_rsst.compaction.budgets import Plan, plan
 from torch_rsst.compaction.compaction import compact
-from torch_rsst.compaction.planning import Plan, plan
 from torch_rsst.discovery import find_groups
 from torch_rsst.distillation import distillation_loss
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, Member, head_layer
@@ -43,7 +43,7 @@ from torch_rsst.reconstruction.reconstruction import reconstruct
 from torch_rsst.regrouping.regrouping import regroup
 from torch_rsst.report.explanation import Explanation, UnitDecision
 from torch_rsst.report.sparsity import LayerReport, ParameterReport, SparsityReport, sparsity_report
-from torch_rsst.rounds.followers import follow
+from torch_rsst.rounds.averages import follow
 from torch_rsst.rounds.refill import Refill
 from torch_rsst.rounds.round import Round
 from torch_rsst.rounds.rsst import RSST

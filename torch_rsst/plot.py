@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from torch_rsst.groups.groups import GroupLayer
-from torch_rsst.penalty.settings import SHRINK_TO, Penalty
+from torch_rsst.penalty.penalty_arguments import SHRINK_TO, Penalty
 from torch_rsst.report.sparsity import SparsityReport
 from torch_rsst.schedules import Schedule, name_of
 

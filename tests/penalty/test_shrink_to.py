@@ -16,7 +16,7 @@ from tiny_models import gradient_step, linear, tokens, zero_gradient_step
 from torch import Tensor, nn
 
 from torch_rsst import InertPenaltyWarning, RegularizedPruner
-from torch_rsst.penalty.settings import SHRINK_TO, Penalty, scaled
+from torch_rsst.penalty.penalty_arguments import SHRINK_TO, Penalty, scaled
 from torch_rsst.schedules import SCHEDULES
 
 GOES = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)

@@ -27,7 +27,7 @@ def test_a_dry_run_tells_what_the_run_comes_to(where, tmp_path, monkeypatch, cap
     """Half of the units goes, whichever: sizes and steps are known before."""
     from torch_rsst.cli import terminal
     from torch_rsst.recipes.config import RunConfig
-    from torch_rsst.recipes.forecast import forecast
+    from torch_rsst.recipes.dry_run import forecast
 
     output = tmp_path / "run"
     args = ["--output", output, *STAGES, "--method", "refill", "--device", "cpu"]
@@ -76,7 +76,7 @@ def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys):
 
 def test_memory_grows_with_the_batch_the_optimizer_and_the_average():
     from torch_rsst.recipes.config import RunConfig
-    from torch_rsst.recipes.forecast import forecast
+    from torch_rsst.recipes.dry_run import forecast
 
     def memory(**options):
         return forecast(RunConfig(device="cpu", **options)).memory

@@ -342,7 +342,7 @@ def test_every_number_is_recounted_in_other_dtypes(dtype):
 
 
 def test_what_is_masked_may_be_inf_and_what_is_in_several_blocks_is_counted_once(monkeypatch):
-    monkeypatch.setattr("torch_rsst.masking.blocks._BLOCK", 6)
+    monkeypatch.setattr("torch_rsst.masking.entry_blocks._BLOCK", 6)
     model = mlp()
     groups = find_groups(model)
     masks = random_masks(model, 1, 0.4) | {"0.weight": torch.arange(32).view(8, 4) % 3 != 0}

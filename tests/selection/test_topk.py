@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.two_tensor import TwoTensor
 
 import torch_rsst
-from torch_rsst.masking import saved_masks
+from torch_rsst.masking import mask_undo as saved_masks
 from torch_rsst.selection import topk
 from torch_rsst.selection.topk import Ranking, lowest
 from torch_rsst.testing import weights

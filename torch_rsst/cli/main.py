@@ -179,7 +179,7 @@ def _write_config(config: RunConfig) -> int:
 
 
 def _dry_run(config: RunConfig) -> int:
-    from torch_rsst.recipes.forecast import forecast
+    from torch_rsst.recipes.dry_run import forecast
 
     with _reported(*_MISTAKES), _warnings_to(print_warning):
         found = forecast(config)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported
-from torch_rsst.discovery.become import become
+from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.head_attributes import head_count, reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows

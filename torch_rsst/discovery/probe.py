@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from torch_rsst.discovery.adapter import Adapter, Call, family
 from torch_rsst.discovery.examples import guesses
-from torch_rsst.discovery.separate import why_mixed
+from torch_rsst.discovery.fixed_width import why_mixed
 from torch_rsst.discovery.trial import (
     agree,
     choices,

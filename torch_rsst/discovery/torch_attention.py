@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Call, Unsupported, columns, holds
-from torch_rsst.discovery.become import become
+from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.reduced_attention import ReducedMultiheadAttention
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal

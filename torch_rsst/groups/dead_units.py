@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_rsst.groups.groups import GroupLayer, Member
-from torch_rsst.masking.blocks import acting, add_along
+from torch_rsst.masking.entry_blocks import acting, add_along
 from torch_rsst.masking.mask_sets import mask_of
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_rsst.distributed.dtensor import Layout, Ranks, local, sharded_like
-from torch_rsst.masking.blocks import acting, add_along, block_indices
+from torch_rsst.masking.entry_blocks import acting, add_along, block_indices
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import MissingNameError, refuse, shown
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch_rsst.distributed.dtensor import is_sharded, placed_like
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.mask_sets import apply_mask, extract_mask
+from torch_rsst.masking.mask_undo import is_writable
 from torch_rsst.masking.names import dense_keys, first_names, masked_names, masked_places, unwrap
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.masking.rollback import AllOrNothing
-from torch_rsst.masking.saved_masks import is_writable
 from torch_rsst.utils.errors import MissingNameError, listing, refuse, unknown_choice
 
 MaskChoice: TypeAlias = Literal["keep", "zeros", "remove"]

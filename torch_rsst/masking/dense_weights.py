@@ -19,13 +19,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.masking.freezing import move_freeze
 from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
+from torch_rsst.masking.mask_undo import is_writable
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import find_hook, reparametrize, set_hook, set_plain
 from torch_rsst.masking.masked_product import masked, masked_gradient
 from torch_rsst.masking.names import masked_places, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing
-from torch_rsst.masking.saved_masks import is_writable
 from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
 MaskedWrites: TypeAlias = Literal["error", "drop", "keep"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torch_rsst.distributed.dtensor import Ranks, local
-from torch_rsst.masking.blocks import Scratch, block_indices
+from torch_rsst.masking.entry_blocks import Scratch, block_indices
 from torch_rsst.utils.errors import FractionalMaskWarning, message, refuse
 
 AVERAGED = (

@@ -20,7 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch_rsst.distributed.dtensor import is_sharded, local, placed_like
 from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.distributed.replicas import agreed
-from torch_rsst.masking.blocks import as_bytes
+from torch_rsst.masking.entry_blocks import as_bytes
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import (
     MASK,
@@ -32,11 +32,11 @@ from torch_rsst.masking.live_weight import (
     make_plain,
     product,
 )
+from torch_rsst.masking.mask_undo import is_writable
 from torch_rsst.masking.mask_values import check_binary, is_full
 from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
-from torch_rsst.masking.saved_masks import is_writable
 from torch_rsst.masking.tied import masked_with, sharing
 from torch_rsst.utils.large_pages import with_large_pages
 

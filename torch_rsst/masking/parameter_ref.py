@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.live_weight import MASK, ORIG
-from torch_rsst.masking.saved_masks import has_own_memory
+from torch_rsst.masking.mask_undo import has_own_memory
 from torch_rsst.utils.errors import listing, message, refuse, shown
 
 MASKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -13,8 +13,8 @@ from torch import nn
 
 from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.masking.live_weight import ORIG
+from torch_rsst.masking.mask_undo import restore_callbacks
 from torch_rsst.masking.parameter_ref import ParameterRef
-from torch_rsst.masking.saved_masks import restore_callbacks
 
 
 @contextmanager

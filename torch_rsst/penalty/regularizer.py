@@ -26,8 +26,8 @@ from torch_rsst.penalty.hooks import (
     is_coupled,
 )
 from torch_rsst.penalty.penalized_set import PenalizedSet
+from torch_rsst.penalty.penalty_arguments import STRENGTH, GradScale, Penalty
 from torch_rsst.penalty.progress import ShrinkProgress, UncountedSteps, warn_if_inert
-from torch_rsst.penalty.settings import STRENGTH, GradScale, Penalty
 from torch_rsst.schedules import Schedule, strength_at
 from torch_rsst.utils.amounts import check_count, check_number
 from torch_rsst.utils.errors import check_keys, listing, refuse

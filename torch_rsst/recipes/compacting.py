@@ -16,7 +16,7 @@ from torch_rsst.recipes.config import CompactConfig, RunConfig
 from torch_rsst.recipes.images import open_images
 from torch_rsst.recipes.loading import held_out_loader
 from torch_rsst.recipes.models import form_of
-from torch_rsst.recipes.page import write_page
+from torch_rsst.recipes.report_page import write_page
 from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.recipes.training_text import extras_text, stages_text
 from torch_rsst.saving.info import CompactInfo

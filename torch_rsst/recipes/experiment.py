@@ -15,8 +15,8 @@ from torch_rsst.compaction.cost import measure_cost
 from torch_rsst.recipes.advice import warn_near_chance, warn_of_costly_cut, warn_of_rounding
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.images import BadImages
-from torch_rsst.recipes.pruning import find_units, make_rounds, plan_target
 from torch_rsst.recipes.run_folder import RunFolder
+from torch_rsst.recipes.run_rounds import find_units, make_rounds, plan_target
 from torch_rsst.recipes.teacher import read_teacher, write_teacher
 from torch_rsst.recipes.training import Epoch, Interrupted, Stage, StoppedElsewhere, Trainer
 from torch_rsst.report.sparsity import SparsityReport
@@ -323,8 +323,8 @@ class Experiment:
         self.folder.teacher.unlink(missing_ok=True)
 
     def _present(self, report: SparsityReport, results: dict[str, Any]) -> None:
-        from torch_rsst.recipes.page import write_page
         from torch_rsst.recipes.pictures import draw_all  # matplotlib is slow to import
+        from torch_rsst.recipes.report_page import write_page
 
         draw_all(
             self.folder,

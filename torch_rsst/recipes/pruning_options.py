@@ -165,6 +165,6 @@ class PruningOptions:
         check_count(self.importance_batches, "importance_batches", at_least=1)
         check_fraction(self.fillback_rate, "fillback_rate")
         self._check_target()
-        from torch_rsst.penalty.settings import Penalty  # imports torch
+        from torch_rsst.penalty.penalty_arguments import Penalty  # imports torch
 
         Penalty(**self.penalty)  # for what it refuses

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_rsst.distributed.dtensor import Ranks, local
-from torch_rsst.masking.blocks import Scratch, acting, add_along, zero_where_masked
+from torch_rsst.masking.entry_blocks import Scratch, acting, add_along, zero_where_masked
 
 Dims = tuple[int, ...]
 

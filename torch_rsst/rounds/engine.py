@@ -28,8 +28,8 @@ from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers
+from torch_rsst.penalty.penalty_arguments import Penalty
 from torch_rsst.penalty.regularizer import RegularizedPruner
-from torch_rsst.penalty.settings import Penalty
 from torch_rsst.reconstruction.reconstruction import (
     Method,
     Reconstruction,
@@ -40,11 +40,11 @@ from torch_rsst.regrouping.history import DecisionHistory
 from torch_rsst.regrouping.ranking import rank, ranked_names
 from torch_rsst.regrouping.regrouping import Decision, RegroupPlan, decide, refill_from
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
-from torch_rsst.rounds.followers import Followers
+from torch_rsst.rounds.averages import Followers
 from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
-from torch_rsst.rounds.reference import Reference
 from torch_rsst.rounds.round import Chosen, Round, record_decision, record_end, warn_of_end
-from torch_rsst.rounds.settings import Course, Ranking, Regrouping
+from torch_rsst.rounds.round_arguments import Course, Ranking, Regrouping
+from torch_rsst.rounds.round_start import Reference
 from torch_rsst.rounds.state import RoundsState, RoundState, damage_reported, plain_settings
 from torch_rsst.utils.errors import refuse
 

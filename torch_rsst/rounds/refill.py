@@ -13,11 +13,11 @@ from torch_rsst.importance.weights import Importance
 from torch_rsst.masking.mask_sets import Masks
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.penalty.hooks import Optimizers
-from torch_rsst.penalty.settings import Penalty
+from torch_rsst.penalty.penalty_arguments import Penalty
 from torch_rsst.reconstruction.reconstruction import Method
 from torch_rsst.regrouping.regrouping import Scope, Ungrouped
 from torch_rsst.rounds.engine import Chosen, Rounds
-from torch_rsst.rounds.settings import (
+from torch_rsst.rounds.round_arguments import (
     Course,
     Ranking,
     RegroupAmount,

@@ -15,12 +15,12 @@ from torch_rsst.masking.mask_sets import Masks, alive_in, extract_mask
 from torch_rsst.masking.names import named_weights
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.penalty.hooks import Mode, Optimizers
-from torch_rsst.penalty.settings import SHRINK_TO, GradScale, Penalty
+from torch_rsst.penalty.penalty_arguments import SHRINK_TO, GradScale, Penalty
 from torch_rsst.reconstruction.reconstruction import Method
 from torch_rsst.regrouping.ranking import with_followers
 from torch_rsst.regrouping.regrouping import Decision, Scope, Ungrouped
 from torch_rsst.rounds.engine import Chosen, Rounds, intersection
-from torch_rsst.rounds.settings import (
+from torch_rsst.rounds.round_arguments import (
     Course,
     KeptUnits,
     Ranking,

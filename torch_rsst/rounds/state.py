@@ -15,8 +15,8 @@ from torch_rsst.masking.mask_sets import Masks, as_masks, check_masks
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.regrouping.history import DecidedRound
 from torch_rsst.regrouping.keep_units import ScopeBudget
-from torch_rsst.rounds.reference import Reference
 from torch_rsst.rounds.round import Chosen
+from torch_rsst.rounds.round_start import Reference
 from torch_rsst.utils.errors import check_keys, message, refuse
 
 SUBJECT = "state of rounds"

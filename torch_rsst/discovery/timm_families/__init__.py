@@ -6,9 +6,9 @@ import contextlib
 import importlib
 
 FILES = (
-    "layers",
+    "shared_attention",
     "convolution_sizes",
-    "pools",
+    "attention_pools",
     "beit",
     "eva",
     "swin",
@@ -22,13 +22,13 @@ FILES = (
     "levit",
     "efficientformer",
     "gcvit",
-    "plain",
+    "plain_attention",
     "volo",
     "convit",
     "coat",
     "relpos",
     "efficientvit",
-    "cascade",
+    "cascaded_heads",
     "bottleneck",
     "parallel",
     "parallel_differential",

@@ -14,7 +14,7 @@ from timm.models.byobnet import SelfAttnBlock
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Unsupported, holds, register
-from torch_rsst.discovery.become import become
+from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, normed, produces
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal

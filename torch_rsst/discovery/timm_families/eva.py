@@ -13,7 +13,7 @@ from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 from torch_rsst.discovery.timm_families._bias import BIASED_QKV, biased_qkv
-from torch_rsst.discovery.timm_families.layers import spans_heads
+from torch_rsst.discovery.timm_families.shared_attention import spans_heads
 
 
 class SlimEvaAttention(EvaAttention):

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Adapter, holds, register
-from torch_rsst.discovery.become import become
+from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import DiffParallelScalingBlock
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.become import become
+from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
 from torch_rsst.discovery.timm_families.parallel import ParallelScalingHeads
 

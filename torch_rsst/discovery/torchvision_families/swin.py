@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, rows
-from torch_rsst.discovery.become import become
+from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.head_attributes import reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows

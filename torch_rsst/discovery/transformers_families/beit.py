@@ -15,7 +15,7 @@ from transformers.models.beit.modeling_beit import BeitAttention
 from transformers.models.data2vec import modeling_data2vec_vision as data2vec
 
 from torch_rsst.discovery.adapter import Adapter, register
-from torch_rsst.discovery.become import become
+from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.head_math import kept
 from torch_rsst.discovery.head_parts import recall
 from torch_rsst.discovery.transformers_families.parts import Answer

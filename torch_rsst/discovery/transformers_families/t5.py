@@ -15,7 +15,7 @@ from transformers.models.mt5.modeling_mt5 import MT5Attention
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.become import become
+from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.head_math import kept
 from torch_rsst.discovery.head_parts import recall
 from torch_rsst.discovery.transformers_families.parts import Answer

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import torch_rsst
+from torch_rsst.compaction.budgets import PlannedLayer
 from torch_rsst.compaction.cost import Cost, measure_cost
-from torch_rsst.compaction.planning import PlannedLayer
 from torch_rsst.groups.groups import Groups
 from torch_rsst.recipes.advice import warn_of_rounding
 from torch_rsst.recipes.config import RunConfig
-from torch_rsst.recipes.pruning import data_source, find_units, make_rounds, plan_target
+from torch_rsst.recipes.run_rounds import data_source, find_units, make_rounds, plan_target
 from torch_rsst.recipes.training import Trainer
 from torch_rsst.utils.errors import RSSTWarning
 

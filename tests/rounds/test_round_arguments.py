@@ -13,8 +13,8 @@ from tiny_models import mlp
 
 from torch_rsst import RSST, Refill, RegularizedPruner, RoundWarning, find_groups
 from torch_rsst.importance.batches import DataSource
-from torch_rsst.penalty.settings import Penalty
-from torch_rsst.rounds.settings import Course, Ranking, Regrouping
+from torch_rsst.penalty.penalty_arguments import Penalty
+from torch_rsst.rounds.round_arguments import Course, Ranking, Regrouping
 
 CONCERNS = (Course, Ranking, Regrouping, Penalty, DataSource)
 # Keywords that are no setting, settings that a method does not have, and defaults that differ.

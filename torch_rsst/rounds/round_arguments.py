@@ -1,6 +1,6 @@
 """The arguments of rounds: a frozen dataclass for each concern, for checks, defaults and saved state.
 
-That of the penalty is :class:`torch_rsst.penalty.settings.Penalty`, that of the data
+That of the penalty is :class:`torch_rsst.penalty.penalty_arguments.Penalty`, that of the data
 :class:`torch_rsst.importance.batches.DataSource`. The constructors of RSST and Refill take the same
 names as flat keywords.
 """

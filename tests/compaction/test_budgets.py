@@ -14,8 +14,8 @@ from tiny_models import mlp, same
 from torch import Tensor, nn
 
 import torch_rsst
+from torch_rsst.compaction.budgets import Plan, PlannedLayer
 from torch_rsst.compaction.cost import measure_cost, time_in_turns
-from torch_rsst.compaction.planning import Plan, PlannedLayer
 from torch_rsst.groups.groups import GroupLayer, Groups
 
 
@@ -138,7 +138,7 @@ def test_nothing_is_changed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         time_in_turns(models, inputs, repeats=repeats)
         return [[1.0], [0.5]]  # what so small a model takes is chance
 
-    monkeypatch.setattr("torch_rsst.compaction.planning.time_in_turns", steady)
+    monkeypatch.setattr("torch_rsst.compaction.budgets.time_in_turns", steady)
     model = perceptrons().train()
     torch_rsst.apply_mask(model, torch_rsst.regroup(model, GROUPS, amount=0.25))
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_rsst.masking.blocks import acting, add_along, blocks
+from torch_rsst.masking.entry_blocks import acting, add_along, blocks
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
@@ -32,7 +32,7 @@ def test_every_entry_is_in_one_block_and_no_block_is_larger_than_asked(shape, si
 def test_a_weight_acts_as_it_does_in_a_whole_tensor(
     dtype, mask_dtype, double, channels_last, monkeypatch
 ):
-    monkeypatch.setattr("torch_rsst.masking.blocks._BLOCK", 7)
+    monkeypatch.setattr("torch_rsst.masking.entry_blocks._BLOCK", 7)
     weight = torch.randn(3, 4, 2, 2).to(dtype)
     weight[0, 0, 0], weight[1, 0, 0, 0] = torch.inf, -0.0
     mask = torch.rand(weight.shape) > 0.4

@@ -129,7 +129,7 @@ def scaled(
 
     The scale is found by bisection, to the last bit.
 
-    >>> from torch_rsst.penalty.settings import scaled
+    >>> from torch_rsst.penalty.penalty_arguments import scaled
     >>> from torch_rsst.schedules import Polynomial
     >>> math.prod(1 - scaled(Polynomial(1, 1.0), 0.01, 1.0, 30)(k / 30) for k in range(1, 31))
     0.01...

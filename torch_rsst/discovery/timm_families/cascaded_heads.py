@@ -11,7 +11,7 @@ from timm.models.efficientvit_msra import CascadedGroupAttention
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Adapter, register
-from torch_rsst.discovery.become import become
+from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.head_math import unflatten
 from torch_rsst.discovery.head_parts import recall
 from torch_rsst.discovery.timm_families.levit import forget_biases
