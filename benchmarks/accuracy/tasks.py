@@ -24,7 +24,7 @@ from benchmarks.accuracy.models import LanguageModel, SignalResNet, SignalTransf
 Split = Literal["train", "validation", "test"]
 Batch = tuple[Tensor, Tensor]
 
-TOKENS = 128
+TOKENS = 64
 CHARACTERS = 98  # printable ASCII, tab, newline, and one for all others
 
 
@@ -120,9 +120,9 @@ def _windows(generator: torch.Generator) -> Iterator[Batch]:
 
 @cache
 def _pages(split: Split) -> Batch:
-    """Evenly spaced windows of a split: 512, or 1,024 of the test split."""
+    """Evenly spaced windows of a split: 1,024, or 2,048 of the test split."""
     text = _sources(split)
-    count = 1024 if split == "test" else 512
+    count = 2048 if split == "test" else 1024
     start = torch.linspace(0, len(text) - TOKENS - 1, count).long()[:, None]
     span = torch.arange(TOKENS)
     return text[start + span], text[start + span + 1]
