@@ -71,7 +71,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"Tensor|Masks|torch_rsst\.[\w.]+\.(T|Index|_\w+)"),
     # Packages that have no page.
     (r"py:class", r"torch_rsst\.(selection|distributed|utils)\..*"),
-    (r"py:class", r"torch_rsst\.(rounds|penalty)\.(settings|optimizer_rewind)\..*"),
+    (r"py:class", r"torch_rsst\.(rounds|penalty)\.(\w+_arguments|optimizer_rewind)\..*"),
     (r"py:class", r"torch_rsst\.groups\.groups\.Whole"),
     (
         r"py:class",
