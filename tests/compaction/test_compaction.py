@@ -545,6 +545,17 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
         compact(model, [bad])
 
 
+def test_inputs_that_the_model_does_not_run_on_are_named() -> None:
+    model = mlp()
+    groups = find_groups(model)
+    drop(model, groups, 1)
+    text = r"example_inputs: expected inputs that the model runs on, got a Tensor of shape \(2, 5\) \(RuntimeError: "
+    with pytest.raises(
+        ValueError, match=text + r".*\)\. Pass inputs of the size, dtype and device"
+    ):
+        compact(model, groups, example_inputs=tokens(2, 5))
+
+
 def test_a_result_that_differs_is_not_returned() -> None:
     """Groups by hand that forget a member: the comparison on example inputs notices."""
     model, groups = convolutions(norm=False)

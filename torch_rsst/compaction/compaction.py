@@ -99,7 +99,7 @@ def compact(
     Raises:
         TypeError: unless given a module and groups; for another ``keep_masks``.
         KeyError, ValueError: for groups of another model, tied or sharded parameters, groups made by
-            hand that cannot be verified.
+            hand that cannot be verified, inputs that the model does not run on.
         RuntimeError: where the outputs on the inputs differ.
 
     Warns:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_rsst.discovery.examples import guesses
-from torch_rsst.discovery.probe import run_on
+from torch_rsst.discovery.probe import run_example, run_on
 from torch_rsst.masking.names import unwrap
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import refuse
@@ -156,8 +156,8 @@ def time_in_turns(
             works, on all its threads, and is steadier where others want the cores.
 
     Raises:
-        TypeError, ValueError: unless given modules, ``repeats`` of at least 1 and ``warmup`` of at
-            least 0.
+        TypeError, ValueError: unless given modules, inputs that they run on, ``repeats`` of at least 1
+            and ``warmup`` of at least 0.
     """
     check_count(repeats, "repeats", at_least=1)
     check_count(warmup, "warmup", at_least=0)
@@ -179,6 +179,6 @@ def time_in_turns(
         for _ in range(warmup + repeats):
             for model, timed in zip(models, seconds, strict=True):
                 start = now()
-                run_on(model, example_inputs)
+                run_example(model, example_inputs)
                 timed.append(now() - start)
     return [timed[warmup:] for timed in seconds]

@@ -29,6 +29,7 @@ from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.groups.surgery import Removal, cut, module_at
 from torch_rsst.masking.live_weight import MASK
 from torch_rsst.masking.names import named_weights
+from torch_rsst.utils.errors import refuse, shown
 from torch_rsst.utils.module_state import deep_copy, undisturbed
 
 Fact = tuple[Any, ...]
@@ -226,15 +227,32 @@ def run_on(model: nn.Module, example_inputs: Any) -> Any:
     return model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
 
 
+def run_example(model: nn.Module, example_inputs: Any) -> Any:
+    """Call a model with inputs of the user, and name them where it does not run on them.
+
+    Raises:
+        ValueError: with what the model says.
+    """
+    try:
+        return run_on(model, example_inputs)
+    except Exception as error:
+        got = f"{shown(example_inputs)} ({type(error).__name__}: {one_line(error)})"
+        remedy = "Pass inputs of the size, dtype and device that the model takes."
+        refuse(ValueError, "example_inputs", "inputs that the model runs on", got, remedy)
+
+
 def output_error(one: nn.Module, other: nn.Module, example_inputs: Any) -> tuple[float, float]:
     """The largest difference between the outputs of two models in eval mode, and the largest output.
 
     Infinite where the outputs are not of the same shapes.
+
+    Raises:
+        ValueError: where the first does not run on these inputs.
     """
     outputs = []
-    for model in (one, other):
+    for model, run in ((one, run_example), (other, run_on)):
         with undisturbed(model):
-            leaves = tree_leaves(run_on(model, tree_map(_copied, example_inputs)))
+            leaves = tree_leaves(run(model, tree_map(_copied, example_inputs)))
         outputs.append([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel()])
     if [tensor.shape for tensor in outputs[0]] != [tensor.shape for tensor in outputs[1]]:
         return float("inf"), float("nan")
