@@ -105,3 +105,12 @@ def test_convolutions(amount: float) -> None:
     inputs = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     found = assert_contract(model, inputs, kinds=["heads"], amounts=[amount])
     assert found.layers[0].family == "FusedAttention"
+
+
+def test_many_numbers_that_could_count_heads_end_in_a_refusal_soon() -> None:
+    """Which numbers follow is tried some times, not in all of their combinations."""
+    model = nn.Sequential(FixedWidth().double())
+    for place in range(40):
+        setattr(model[0], f"size_{place}", 2 * (place + 1))
+    with pytest.warns(torch_rsst.UnsupportedModuleWarning, match="masked but not cut"):
+        torch_rsst.find_groups(model, "heads", example_inputs=torch.randn(2, 5, 8).double())

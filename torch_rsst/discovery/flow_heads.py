@@ -249,7 +249,9 @@ def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
         for other in itertools.combinations(range(len(numbers)), count):
             for base in (surely, surely | maybe):
                 chosen = frozenset(base ^ set(other))
-                if chosen not in tried and len(tried) < _MOST_TRIALS:
+                if len(tried) == _MOST_TRIALS:
+                    return  # of all ways, whose number doubles with each number
+                if chosen not in tried:
                     tried.add(chosen)
                     yield [numbers[i] for i in sorted(chosen)]
 
