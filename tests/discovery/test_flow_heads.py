@@ -1,4 +1,4 @@
-"""Attention with separate queries, keys and values, and fused 1×1 convolutions, known by structure."""
+"""Attention with separate queries, keys and values, and fused 1×1 convolutions, found from data flow."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def run_example(model: nn.Module, example_inputs: Any) -> Any:
     try:
         return run_on(model, example_inputs)
     except Exception as error:
-        got = f"{shown(example_inputs)} ({type(error).__name__}: {one_line(error)})"
+        got = f"{shown(example_inputs)} ({one_line(error)})"
         remedy = "Pass inputs of the size, dtype and device that the model takes."
         refuse(ValueError, "example_inputs", "inputs that the model runs on", got, remedy)
 

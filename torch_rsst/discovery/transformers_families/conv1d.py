@@ -32,10 +32,9 @@ class Conv1DMLP(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        _update_size_attributes(module, "c_fc", "c_proj")
         last = module.c_proj
         assert isinstance(last, Conv1D)
-        return module if last.nx else BiasOnly(_as_linear(last))
+        return module if last.weight.shape[0] else BiasOnly(_as_linear(last))
 
 
 def _as_linear(layer: Conv1D) -> nn.Linear:
@@ -61,12 +60,6 @@ def _outputs(name: str, unit_of: Tensor) -> tuple[Member, Member]:
 
 def _inputs(name: str, unit_of: Tensor) -> Member:
     return Member(f"{name}.weight", 0, unit_of, ranked=True, consumes=True)
-
-
-def _update_size_attributes(module: nn.Module, *names: str) -> None:
-    for name in names:
-        layer = getattr(module, name)
-        layer.nx, layer.nf = layer.weight.shape
 
 
 def _sizes(layer: nn.Module) -> dict[str, int]:
