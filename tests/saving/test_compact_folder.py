@@ -371,6 +371,29 @@ def test_how_a_timm_model_was_built_is_found(
 
 
 @pytest.mark.needs_timm
+def test_a_timm_model_of_another_depth_is_built_and_a_wrong_one_is_told_the_argument(
+    tmp_path: Path,
+) -> None:
+    import timm
+
+    options = {"img_size": 32, "num_classes": 2}
+    masked = timm.create_model("vit_tiny_patch16_224", depth=2, **options).eval()
+    groups = torch_rsst.find_groups(masked)
+    torch_rsst.apply_mask(masked, torch_rsst.regroup(masked, groups, amount=0.5))
+    small = torch_rsst.compact(masked, groups)
+    torch_rsst.save_compact(small, tmp_path)
+    assert_same(torch_rsst.load_compact(tmp_path), small, torch.randn(1, 3, 32, 32))
+    for depth in (1, 3):
+        wrong = timm.create_model("vit_tiny_patch16_224", depth=depth, **options)
+        with pytest.raises(
+            ValueError, match=rf"blocks: 2 modules saved, {depth} built: .*"
+        ) as told:
+            torch_rsst.load_compact(tmp_path, model=wrong)
+        assert "Leave model= out: the folder builds timm.create_model(" in str(told.value)
+        assert "depth=2) itself." in str(told.value)
+
+
+@pytest.mark.needs_timm
 @pytest.mark.parametrize("options", [{"num_heads": 6}, {"qkv_bias": False}, {"act_layer": nn.ReLU}])
 def test_what_a_timm_model_does_not_say_is_not_guessed(
     tmp_path: Path, options: dict[str, Any]
@@ -742,6 +765,39 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"got one with a model\.safetensors of another kind"):
         torch_rsst.save_compact(small, tmp_path)
     assert (tmp_path / "model.safetensors").read_text() == "theirs"
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, small, _ = compacted()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("torch_rsst.saving.compact_folder.measure", None)  # not called
+    words = (
+        r"small: expected a folder that can be written to, got .* at .*file\. Pass another folder"
+    )
+    with pytest.raises(NotADirectoryError, match=words):
+        torch_rsst.save_compact(
+            small, tmp_path / "file" / "new" / "small", example_inputs=example()
+        )
+    if Path("/proc/self").exists():  # where rights say yes, and the file system says no
+        with pytest.raises(
+            OSError, match=r"expected a folder that can be written to, got .* at /proc"
+        ):
+            torch_rsst.save_compact(small, "/proc/small")
+
+
+def test_a_folder_is_a_path(tmp_path: Path) -> None:
+    _, small, _ = compacted()
+    words = r"folder: expected the path of a folder, got a Net\. Pass "
+    for call in (
+        lambda: torch_rsst.load_compact(small),
+        lambda: torch_rsst.compact_info(small),
+        lambda: torch_rsst.save_compact(tmp_path, small),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+    assert not list(tmp_path.iterdir())
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:

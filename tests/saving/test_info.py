@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -30,12 +31,17 @@ KNOWN: dict[str, Any] = {
 }
 
 
-def small() -> nn.Module:
-    """A compacted classifier of images of 3 x 8 x 8."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
+def dense() -> nn.Module:
+    """A classifier of images of 3 x 8 x 8."""
+    return nn.Sequential(
         nn.Flatten(), nn.Linear(192, 8), nn.GELU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
     )
+
+
+def small() -> nn.Module:
+    """The same, compacted."""
+    torch.manual_seed(0)
+    model = dense()
     groups = torch_rsst.find_groups(model)
     torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
     return torch_rsst.compact(model.eval(), groups)
@@ -212,3 +218,34 @@ def test_a_classifier_of_transformers_brings_its_labels(tmp_path: Path) -> None:
     torch_rsst.save_compact(compacted, tmp_path, example_inputs=example)
     info = torch_rsst.compact_info(tmp_path)
     assert info == CompactInfo(classes=("cat", "dog", "cow"), input_size=(3, 8, 8))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_loaded_model_carries_its_info_and_is_otherwise_the_same(
+    tmp_path: Path, copied: Any
+) -> None:
+    saved = small()
+    torch_rsst.save_compact(saved, tmp_path, info=CompactInfo(**KNOWN))
+    loaded = torch_rsst.load_compact(tmp_path, model=dense())
+    twin, x = copied(loaded), torch.randn(1, 3, 8, 8)
+    assert loaded.compact_info == twin.compact_info == CompactInfo(**KNOWN)
+    assert loaded.state_dict().keys() == twin.state_dict().keys() == saved.state_dict().keys()
+    assert torch.equal(torch.export.export(loaded, (x,)).module()(x), saved(x))
+
+
+def test_a_loaded_model_that_is_saved_again_keeps_all_but_what_was_measured(tmp_path: Path) -> None:
+    torch_rsst.save_compact(small(), tmp_path, info=CompactInfo(**KNOWN))
+    loaded = torch_rsst.load_compact(tmp_path, model=dense())
+    groups = torch_rsst.find_groups(loaded)
+    torch_rsst.apply_mask(loaded, torch_rsst.regroup(loaded, groups, amount=0.5))
+    torch_rsst.save_compact(torch_rsst.compact(loaded, groups), tmp_path)
+    assert torch_rsst.compact_info(tmp_path) == CompactInfo(
+        **{**KNOWN, "metrics": {}, "training": ""}
+    )
+
+
+def test_anything_but_an_info_is_refused(tmp_path: Path) -> None:
+    words = r"info: expected a CompactInfo, got \('cat', 'dog'\)\. Pass info=CompactInfo\(classes"
+    with pytest.raises(TypeError, match=words):
+        torch_rsst.save_compact(small(), tmp_path / "small", info=("cat", "dog"))
+    assert not (tmp_path / "small").exists()

@@ -23,8 +23,9 @@ from torch_rsst.masking.mask_sets import Masks, extract_mask
 from torch_rsst.penalty.hooks import as_optimizers
 from torch_rsst.rounds.engine import Rounds
 from torch_rsst.rounds.rsst import RSST
-from torch_rsst.saving.builders import Build
-from torch_rsst.saving.compact_folder import save_compact
+from torch_rsst.saving.builders import Build, as_build
+from torch_rsst.saving.compact_folder import check_target, save_compact
+from torch_rsst.saving.info import CompactInfo, as_info
 from torch_rsst.utils.errors import RoundWarning, check_keys, listing, refuse, unknown_choice
 
 
@@ -36,11 +37,24 @@ class Outcome:
         force: cut even where the penalty has left much of the weights that go.
         compact_to: folder for the compacted model.
         build: how its dense model is built, see :func:`torch_rsst.save_compact`.
+        info: its classes, images and metrics.
+
+    Raises:
+        TypeError, ValueError, OSError, ModuleNotFoundError: where the folder cannot be saved to, or the build is
+            not allowed.
     """
 
     force: bool = False
     compact_to: str | Path | None = None
     build: Build | None = None
+    info: CompactInfo | None = None
+
+    def __post_init__(self) -> None:
+        if self.compact_to is not None:
+            check_target(self.compact_to)
+        if self.build is not None:
+            as_build(self.build)
+        as_info(self.info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +252,7 @@ class RoundsDriver:
             groups=groups,
             example_inputs=self._example,
             build=self._outcome.build,
+            info=self._outcome.info,
             keep_masks=False,
         )
         return small

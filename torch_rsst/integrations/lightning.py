@@ -20,6 +20,7 @@ from torch_rsst.rounds.engine import Rounds
 from torch_rsst.rounds.refill import Refill
 from torch_rsst.rounds.rsst import RSST
 from torch_rsst.saving.builders import Build
+from torch_rsst.saving.info import CompactInfo
 from torch_rsst.utils.errors import refuse
 
 try:
@@ -47,13 +48,15 @@ class RoundsCallback(Callback):  # type: ignore[misc] # untyped
         force: cut even where the penalty has left much of the weights that go.
         compact_to: a folder; when training ends the model is compacted and saved to it, by rank 0.
         build: how the dense model is built, see :func:`torch_rsst.save_compact`.
+        info: classes, images and metrics for that folder, a :class:`torch_rsst.CompactInfo`.
         arguments: those of the rounds, ``amount=``, ``regroup_amount=``, ``batches=``, ``reconstruct=`` …
             ``batches`` may be those of a training loader: ``forward`` runs on them as on the example.
 
     Raises:
-        TypeError, ValueError: for arguments that are unknown or out of range. When training begins: for
-            strategies that load weights after sharding the model (FSDP, DeepSpeed), for checkpoints that hold
-            masks and no state of this callback, and what the rounds raise.
+        TypeError, ValueError: for arguments that are unknown or out of range.
+            When training begins: for strategies that load weights after sharding the model (FSDP, DeepSpeed), for
+            checkpoints that hold masks and no state of this callback, and what the rounds raise.
+        OSError: where ``compact_to`` cannot be written to; nothing has been trained then.
     """
 
     _method: ClassVar[Callable[..., Rounds]]
@@ -73,6 +76,7 @@ class RoundsCallback(Callback):  # type: ignore[misc] # untyped
         force: bool = False,
         compact_to: str | Path | None = None,
         build: Build | None = None,
+        info: CompactInfo | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__()
@@ -87,7 +91,7 @@ class RoundsCallback(Callback):  # type: ignore[misc] # untyped
                 start_epoch=start_epoch,
             ),
             units=Units(groups=groups, kinds=kinds, example_inputs=example_inputs),
-            outcome=Outcome(force=force, compact_to=compact_to, build=build),
+            outcome=Outcome(force=force, compact_to=compact_to, build=build, info=info),
             arguments=arguments,
         )
         self._hook: RemovableHandle | None = None

@@ -23,6 +23,7 @@ from torch_rsst.rounds.engine import Rounds
 from torch_rsst.rounds.refill import Refill
 from torch_rsst.rounds.rsst import RSST
 from torch_rsst.saving.builders import Build
+from torch_rsst.saving.info import CompactInfo
 from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.files import write_atomically
 
@@ -48,6 +49,7 @@ class RoundsCallback(TrainerCallback):
         force: cut even where the penalty has left much of the weights that go.
         compact_to: a folder; when training ends the model is compacted and saved to it, by rank 0.
         build: how the dense model is built, see :func:`torch_rsst.save_compact`.
+        info: classes, images and metrics for that folder, a :class:`torch_rsst.CompactInfo`.
         resume_from: the folder of the checkpoint that training resumes from, where it is not
             ``checkpoint-<step>`` in the trainer's ``output_dir``.
         arguments: those of the rounds, ``amount=``, ``regroup_amount=``, ``batches=``, ``reconstruct=`` …
@@ -57,6 +59,7 @@ class RoundsCallback(TrainerCallback):
         TypeError, ValueError: for arguments that are unknown or out of range. When the trainer is made or
             training begins: for FSDP, DeepSpeed, ``load_best_model_at_end`` and searches of hyperparameters, and what
             the rounds raise.
+        OSError: where ``compact_to`` cannot be written to; nothing has been trained then.
         FileNotFoundError: when training resumes from a checkpoint without the state of the rounds.
         RuntimeError: when training resumes and the weights were loaded without their masks.
     """
@@ -77,6 +80,7 @@ class RoundsCallback(TrainerCallback):
         force: bool = False,
         compact_to: str | Path | None = None,
         build: Build | None = None,
+        info: CompactInfo | None = None,
         resume_from: str | Path | None = None,
         **arguments: Any,
     ) -> None:
@@ -90,7 +94,7 @@ class RoundsCallback(TrainerCallback):
                 start_epoch=start_epoch,
             ),
             units=Units(groups=groups, kinds=kinds, example_inputs=example_inputs),
-            outcome=Outcome(force=force, compact_to=compact_to, build=build),
+            outcome=Outcome(force=force, compact_to=compact_to, build=build, info=info),
             arguments=arguments,
         )
         self.resume_from = resume_from

@@ -38,7 +38,7 @@ class Penalty:
         TypeError, ValueError: for values out of range, or for arguments that exclude each other.
     """
 
-    schedule: str | Schedule = "exp_custom_exponents"
+    schedule: str | Schedule = "late_exponential"
     strength: float | None = None
     shrink_to: float | None = SHRINK_TO
     shrink_by: float = 1.0

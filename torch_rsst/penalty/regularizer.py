@@ -107,7 +107,7 @@ class RegularizedPruner:
         refill_mask: Mapping[str, Tensor],
         *,
         current_mask: Mapping[str, Tensor] | None = None,
-        schedule: str | Schedule = "exp_custom_exponents",
+        schedule: str | Schedule = "late_exponential",
         strength: float | None = STRENGTH,
         shrink_to: float | None = None,
         shrink_by: float = 1.0,

@@ -144,7 +144,7 @@ class RSST(Rounds):
         round_to: int | None = None,
         ungrouped: Ungrouped = "keep",
         freeze_masked: bool = False,
-        schedule: str | Schedule = "exp_custom_exponents",
+        schedule: str | Schedule = "late_exponential",
         strength: float | None = None,
         shrink_to: float | None = SHRINK_TO,
         shrink_by: float = 1.0,

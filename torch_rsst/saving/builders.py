@@ -235,9 +235,10 @@ def guess_builds(model: nn.Module) -> Iterator[Build]:
     origin = getattr(model, "pretrained_cfg", None)
     if isinstance(origin, Mapping) and isinstance(origin.get("architecture"), str):
         name, options = origin["architecture"], timm_options(model, origin)
-        pools = {**options, "global_pool": _pool_of(model)}
-        for kwargs in [options, pools] if pools["global_pool"] else [options]:
-            yield {"name": "timm.create_model", "args": [name], "kwargs": kwargs}
+        for more in ({}, {"global_pool": _pool_of(model)}, {"depth": _depth_of(model)}):
+            if None not in more.values():
+                kwargs = {**options, **more}
+                yield {"name": "timm.create_model", "args": [name], "kwargs": kwargs}
 
 
 def timm_options(model: nn.Module, origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,6 +260,23 @@ def timm_options(model: nn.Module, origin: Mapping[str, Any]) -> dict[str, Any]:
         "img_size": None if image == [*origin.get("input_size", ())][1:] else image,
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _depth_of(model: nn.Module) -> int | None:
+    """The argument ``depth`` of many models of timm: how many blocks there are."""
+    blocks = getattr(model, "blocks", None)
+    takes = inspect.signature(type(model).__init__).parameters
+    return len(blocks) if isinstance(blocks, nn.Sequential) and "depth" in takes else None
+
+
+def shown_build(build: Build) -> str:
+    """A build as the call that it stands for.
+
+    >>> shown_build({"name": "timm.create_model", "args": ["resnet18"], "kwargs": {"num_classes": 2}})
+    "timm.create_model('resnet18', num_classes=2)"
+    """
+    named = (f"{key}={value!r}" for key, value in build["kwargs"].items())
+    return f"{build['name']}({', '.join([*map(repr, build['args']), *named])})"
 
 
 def _pool_of(model: nn.Module) -> str | None:

@@ -15,9 +15,9 @@ from torch_rsst.compaction.cut_record import of_kind, stages_of
 from torch_rsst.compaction.plain import make_plain
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
-from torch_rsst.masking.names import unwrap
+from torch_rsst.masking.names import unwrap, without_wrappers
 from torch_rsst.masking.parameter_ref import masked_refs
-from torch_rsst.saving.builders import Build, as_build, build_model, guess_builds
+from torch_rsst.saving.builders import Build, as_build, build_model, guess_builds, shown_build
 from torch_rsst.saving.description import (
     INDEX,
     Description,
@@ -28,12 +28,20 @@ from torch_rsst.saving.description import (
     take_apart,
 )
 from torch_rsst.saving.exported import check_onnx, export_onnx, export_program
-from torch_rsst.saving.info import CompactInfo
-from torch_rsst.saving.likeness import compare, set_all
+from torch_rsst.saving.info import CompactInfo, as_info, info_in
+from torch_rsst.saving.likeness import compare, differing_counts, set_all
 from torch_rsst.saving.model_card import model_card
 from torch_rsst.saving.receipt import Receipt, measure
 from torch_rsst.utils.errors import CompactionWarning, message, one_line, refuse
-from torch_rsst.utils.files import check_links, digest, digest_of_file, find_written, write_together
+from torch_rsst.utils.files import (
+    as_folder,
+    check_links,
+    check_writable,
+    digest,
+    digest_of_file,
+    find_written,
+    write_together,
+)
 from torch_rsst.utils.module_state import deep_copy
 
 WEIGHTS, BUFFERS, CARD = "model.safetensors", "buffers.safetensors", "README.md"
@@ -99,8 +107,9 @@ def save_compact(
     Raises:
         ValueError: for a model that :func:`torch_rsst.compact` did not return, a ``build`` that makes another
             model, ``export`` or ``onnx`` without ``example_inputs``, or a folder with links out of it.
-        TypeError: for a state dict that holds more than tensors.
+        TypeError: for a state dict that holds more than tensors, or a folder that is no path.
         FileExistsError, NotADirectoryError: where one of its files has a name that is written here.
+        OSError: where the folder cannot be written to, before anything else is done.
         ModuleNotFoundError: where a package is missing that writes one of the files.
         RuntimeError: where an exported file cannot be made, or puts out something else.
 
@@ -109,7 +118,7 @@ def save_compact(
             of yours, which stays.
         UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights are saved as zeros.
     """
-    bare, path = unwrap(small), Path(folder)
+    path, bare = check_target(folder), unwrap(small)
     stages = stages_of(bare)
     if stages is None:
         remedy = "Call compact first, and save its very result or a copy of it."
@@ -120,8 +129,7 @@ def save_compact(
         refuse(ValueError, "export", "example_inputs to trace", "none", remedy)
     if onnx:
         check_onnx()
-    _check_target(path)
-    info = (info or CompactInfo()).completed(bare, example_inputs)
+    info = as_info(info).completed(bare, example_inputs)
     if masked_refs(bare.modules()) and not keep_masks:
         bare = deep_copy(bare)
         make_plain(bare, "save_compact", keep_masks)
@@ -181,10 +189,11 @@ def load_compact(
 
     Returns:
         the compacted model on the CPU, or on the device of ``model``; in the mode and of the types
-        that it was saved in.
+        that it was saved in. Its attribute ``compact_info`` is what :func:`torch_rsst.compact_info` returns.
 
     Raises:
         FileNotFoundError: where the folder was not saved to.
+        TypeError: for a folder that is no path.
         ValueError: for files that are damaged, for a model that does not fit, for a folder that does
             not say how to build it (or in a way that is not allowed), or with links out of it.
         ModuleNotFoundError: where the package is missing that the model comes from.
@@ -192,10 +201,15 @@ def load_compact(
     Warns:
         UnfrozenZerosWarning: for ``keep_masks=None``, where saved masks became zeros.
     """
-    path, dense = Path(folder), None if model is None else unwrap(model)
+    path = as_folder(folder, "Pass a folder of save_compact: load_compact(folder, model=…).")
+    dense = None if model is None else unwrap(model)
     description = read_description(path)
-    tensors = _read_tensors(path, description)
+    info, tensors = info_in(description, path), _read_tensors(path, description)
     remedy = "Pass the dense model: load_compact(folder, model=…)."
+    if dense is not None and description.build is not None:
+        remedy = (
+            f"Leave model= out: the folder builds {shown_build(description.build)[:300]} itself."
+        )
     if dense is None and description.build is None:
         reason = f" ({description.not_built})" if description.not_built else ""
         got = f"a folder that does not say how to build it{reason}"
@@ -210,14 +224,24 @@ def load_compact(
         raise _missing(error, str(path), f"Install it. {remedy}") from error
     except Exception as error:  # whatever builders raise
         expected = f"{description.model_class}, built as the one that was compacted"
+        built = () if dense is None else map(without_wrappers, dense.state_dict())
+        counts = differing_counts(tensors.state, built)
+        got = f"another one ({counts}: {one_line(error)})" if counts else f"({one_line(error)})"
         remedy = f"{_other_versions(description)}{remedy}"
-        refuse(ValueError, str(path), expected, f"({one_line(error)})", remedy)
+        refuse(ValueError, str(path), expected, got, remedy)
     make_plain(small, "load_compact", keep_masks)
+    vars(small)["compact_info"] = info
     return small
 
 
-def _check_target(folder: Path) -> None:
-    """Raise unless a model can be saved to a folder without harm to what it holds."""
+def check_target(target: str | Path) -> Path:
+    """The path of a folder that a model can be saved to without harm to what it holds.
+
+    Raises:
+        TypeError, ValueError, OSError, ModuleNotFoundError: where it cannot.
+    """
+    folder = as_folder(target, "Pass where to save it: save_compact(small, folder).")
+    _safetensors()
     if folder.is_symlink() or folder.exists():
         if not folder.is_dir():
             got, remedy = "a file or a broken link", "Pass a new folder."
@@ -228,6 +252,8 @@ def _check_target(folder: Path) -> None:
             got, remedy = f"one with a {taken[0]} of another kind", "Pass a new folder."
             expected = "a new folder, or one of save_compact"
             refuse(FileExistsError, str(folder), expected, got, remedy)
+    check_writable(folder)
+    return folder
 
 
 def _may_write_card(folder: Path) -> bool:

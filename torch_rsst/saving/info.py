@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from torch_rsst.masking.names import unwrap
 from torch_rsst.saving.builders import timm_options
-from torch_rsst.saving.description import INDEX, read_description
+from torch_rsst.saving.description import INDEX, Description, read_description
 from torch_rsst.utils.amounts import check_number
-from torch_rsst.utils.errors import message, one_line, refuse, unknown_choice
+from torch_rsst.utils.errors import message, one_line, refuse, shown, unknown_choice
+from torch_rsst.utils.files import as_folder
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
@@ -102,8 +103,8 @@ class CompactInfo:
             (0.3,)
 
         Args:
-            source: a model of timm (its data configuration) or transformers (the names of its classes); weights
-                of torchvision such as ``ResNet18_Weights.DEFAULT``, or their ``transforms()``; or a data
+            source: a model of timm (its data configuration), transformers (the names of its classes) or
+                :func:`torch_rsst.load_compact` (all but metrics and training); weights of torchvision such as ``ResNet18_Weights.DEFAULT``, or their ``transforms()``; or a data
                 configuration, as ``timm.data.resolve_model_data_config`` returns it. Of any other model
                 nothing is known.
             known: attributes that override what is found.
@@ -174,8 +175,22 @@ class CompactInfo:
         return asdict(self)
 
 
+def as_info(info: object) -> CompactInfo:
+    """What ``info=`` says, nothing for None.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if info is not None and not isinstance(info, CompactInfo):
+        remedy = "Pass info=CompactInfo(classes=…), or CompactInfo.of(…)."
+        refuse(TypeError, "info", "a CompactInfo", shown(info), remedy)
+    return info or CompactInfo()
+
+
 def compact_info(folder: str | Path) -> CompactInfo:
     """What belongs to the model that :func:`torch_rsst.save_compact` saved; the model is not loaded.
+
+    A model of :func:`torch_rsst.load_compact` has the same as its attribute ``compact_info``.
 
     Example:
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
@@ -189,14 +204,23 @@ def compact_info(folder: str | Path) -> CompactInfo:
     Raises:
         FileNotFoundError: where the folder was not saved to.
         ValueError: where its description is damaged.
+        TypeError: for anything else than a path.
     """
-    path = Path(folder)
-    description = read_description(path)
+    path = as_folder(folder, "Pass a folder of save_compact.")
+    return info_in(read_description(path), path)
+
+
+def info_in(description: Description, folder: Path) -> CompactInfo:
+    """What a description says of inputs and outputs.
+
+    Raises:
+        ValueError: where that is damaged.
+    """
     try:
         return CompactInfo.of(description.info)
     except (TypeError, ValueError) as error:
         remedy = "Save the model again with save_compact."
-        refuse(ValueError, str(path / INDEX), "'info' in it", f"({one_line(error)})", remedy)
+        refuse(ValueError, str(folder / INDEX), "'info' in it", f"({one_line(error)})", remedy)
 
 
 @dataclass(frozen=True)
@@ -223,6 +247,9 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
         found["input_size"] = (options.get("in_chans", 3), *size)
         if len(found["mean"]) != found["input_size"][0]:  # those of images in color
             del found["mean"], found["std"]
+    saved = vars(model).get("compact_info")
+    if isinstance(saved, CompactInfo):
+        found |= {k: v for k, v in vars(saved).items() if v and k not in ("metrics", "training")}
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -17,7 +17,7 @@ Settings = dict[str, dict[str, float]]
 """Name of a module → its attributes and their values."""
 
 # What does not decide what a model computes.
-_INCIDENTAL = frozenset({"training", "name_or_path", "generation_config"})
+_INCIDENTAL = frozenset({"training", "name_or_path", "generation_config", "compact_info"})
 _OF_CONFIGURATIONS = frozenset(
     {"transformers_version", "architectures", "_name_or_path", "dtype", "use_pretrained_backbone"}
 )
@@ -56,6 +56,25 @@ def compare(model: nn.Module, built: nn.Module) -> tuple[Settings, str]:
     if _ties(mine) != _ties(theirs):
         others.append("which parameters are tied")
     return settings, next(iter(others), "")
+
+
+def differing_counts(saved: Iterable[str], built: Iterable[str]) -> str:
+    """Where one of two models has more layers of a kind, told from the names of their tensors; "" nowhere.
+
+    >>> differing_counts(["blocks.0.weight"], ["blocks.0.weight", "blocks.1.weight", "head.weight"])
+    'blocks: 1 module saved, 2 built'
+    """
+    counts: list[dict[str, set[str]]] = [{}, {}]
+    for indices, names in zip(counts, (saved, built), strict=True):
+        for parts in (name.split(".") for name in names):
+            for i, part in enumerate(parts):
+                if part.isdecimal():
+                    indices.setdefault(".".join(parts[:i]), set()).add(part)
+    own, other = counts
+    for path in sorted(own.keys() & other.keys(), key=len):
+        if (one := len(own[path])) != (two := len(other[path])):
+            return f"{path}: {one} module{'s' if one > 1 else ''} saved, {two} built"
+    return ""
 
 
 def set_all(model: nn.Module, settings: Settings) -> None:

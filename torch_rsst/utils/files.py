@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.errors import refuse, shown
 
 _TORN, _NEXT = ".tmp", ".next"
 _BLOCK = 1 << 20
@@ -84,6 +85,32 @@ def digest_of_file(path: Path) -> str:
         while block := file.read(_BLOCK):
             hasher.update(block)
     return hasher.hexdigest()
+
+
+def as_folder(folder: object, remedy: str) -> Path:
+    """A folder's path as a :class:`pathlib.Path`.
+
+    Raises:
+        TypeError: for anything else than a path.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        refuse(TypeError, "folder", "the path of a folder", shown(folder), remedy)
+    return Path(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an OSError unless a file can be written to a folder, or to where it would be made.
+
+    A file without a name is written there: rights alone do not tell of read-only file systems.
+    """
+    place = next(str(each) for each in (folder, *folder.absolute().parents) if os.path.exists(each))
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"-")
+    except OSError as error:
+        got = f"{error.strerror or type(error).__name__} at {place}"
+        remedy = "Pass another folder, or make this one writable."
+        refuse(type(error), str(folder), "a folder that can be written to", got, remedy)
 
 
 def check_links(folder: Path) -> None:
