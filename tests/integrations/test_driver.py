@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +87,21 @@ def test_the_driver_opens_closes_and_finalizes_by_steps() -> None:
     assert seen == [None, *first, *second]
     assert driver.finalized
     assert driver.metrics()["rsst/neurons_gone"] == 0.5
+
+
+def test_an_outcome_that_cannot_be_had_is_refused_before_training(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="expected a folder that can be written to, got"):
+        Outcome(compact_to=tmp_path / "file" / "small")
+    with pytest.raises(TypeError, match="folder: expected the path of a folder, got True"):
+        Outcome(compact_to=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"info: expected a CompactInfo, got \['cat'\]"):
+        Outcome(info=["cat"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="build: expected one of timm"):
+        Outcome(build={"name": "os.system"})
+    assert Outcome(compact_to=tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 def test_masks_are_made_before_weights_are_loaded() -> None:

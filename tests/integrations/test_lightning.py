@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed import run_until_killed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -142,6 +143,35 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(
     assert_equal_bits(again, model)
     assert resumed.rounds.report().to_dict() == whole.rounds.report().to_dict()
     assert resumed.driver.finalized
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_lightning import ModelCheckpoint, Net, RSSTCallback, data, trainer
+
+class Killed(Net):
+    def training_step(self, batch, index):
+        if self.global_step == 14:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, index)
+
+folder = Path(sys.argv[1])
+saver = ModelCheckpoint(folder, save_last=True)
+trainer(folder, RSSTCallback(steps_per_round=6, rounds=2, start_step=2), saver).fit(Killed(), data())
+"""
+
+
+def test_a_run_that_kill_9_has_ended_resumes_to_the_same_masks_and_weights(tmp_path: Path) -> None:
+    """In the second round, two steps behind its checkpoint; the rest is trained by another process."""
+    run_until_killed(KILLED, tmp_path)
+    resumed, again = RSSTCallback(steps_per_round=6, rounds=2, start_step=2), Net()
+    trainer(tmp_path, resumed).fit(again, data(), ckpt_path=tmp_path / "last.ckpt")
+    whole, model = RSSTCallback(steps_per_round=6, rounds=2, start_step=2), Net()
+    trainer(tmp_path / "whole", whole).fit(model, data())
+    assert resumed.rounds.round.start_step == 4
+    assert whole.rounds.report().gone("neurons") == 4
+    assert_equal_bits(again, model)
 
 
 def test_a_failed_run_leaves_no_hooks_and_can_be_tried_again(tmp_path: Path) -> None:

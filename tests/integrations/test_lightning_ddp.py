@@ -14,7 +14,7 @@ pytest.importorskip("lightning.pytorch")
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {helpers!r}]
 from test_lightning import Net, RSSTCallback, data, lightning, trainer
 from torch_rsst.masking.mask_sets import extract_mask
 
@@ -37,7 +37,9 @@ Path(folder, f"rank_{{run.global_rank}}_is_done").touch()
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_two_ranks_prune_the_same_units(tmp_path: Path) -> None:
     script = tmp_path / "ddp.py"
-    script.write_text(SCRIPT.format(here=str(Path(__file__).parent)), encoding="utf-8")
+    here = Path(__file__).parent
+    text = SCRIPT.format(here=str(here), helpers=str(here.parent / "helpers"))
+    script.write_text(text, encoding="utf-8")
     ran = subprocess.run(
         [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed import run_until_killed
 from torch import nn
 
 import torch_rsst
@@ -158,6 +159,35 @@ def check_resume(tmp_path: Path, callback: Any, down_at: int, model: Any) -> Non
     assert second.rounds.report().to_dict() == first.rounds.report().to_dict()
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_transformers_trainer import RSSTCallback, TrainerCallback, trainer, vit
+
+class Killed(TrainerCallback):
+    def on_step_end(self, args, state, control, **parts):
+        if state.global_step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+callback = RSSTCallback(steps_per_round=6, rounds=2, start_step=2)
+trainer(Path(sys.argv[1]), callback, Killed(), model=vit()).train()
+"""
+
+
+def test_a_run_that_kill_9_has_ended_resumes_to_the_same_masks_and_weights(tmp_path: Path) -> None:
+    """In the second round, two steps behind its checkpoint, with dropout and images in random order."""
+    run_until_killed(KILLED, tmp_path)
+    second = RSSTCallback(steps_per_round=6, rounds=2, start_step=2)
+    resumed = trainer(tmp_path, second, model=vit())
+    resumed.train(resume_from_checkpoint=True)
+    first = RSSTCallback(steps_per_round=6, rounds=2, start_step=2)
+    whole = trainer(tmp_path / "whole", first, model=vit(), save_strategy="no")
+    whole.train()
+    assert second.rounds.round.start_step == 1
+    assert first.rounds.report().gone("heads") == 2
+    assert_equal_bits(resumed.model, whole.model)
+
+
 def test_a_model_that_is_saved_under_other_names_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """The trainer alone would only warn of most of these weights, and go on with random ones."""
     check_resume(tmp_path, lambda: RSSTCallback(steps_per_round=6, rounds=2), 10, vit)
@@ -211,6 +241,15 @@ def test_a_checkpoint_that_was_moved_is_named(tmp_path: Path) -> None:
     callback = RSSTCallback(steps_per_round=8, rounds=2, resume_from=kept)
     trainer(tmp_path / "b", callback).train(resume_from_checkpoint=kept)
     assert callback.driver.finalized
+
+
+def test_the_folder_serves_with_the_info_that_the_callback_was_given(tmp_path: Path) -> None:
+    info = torch_rsst.CompactInfo(
+        classes=tuple("abcdefghij"), input_size=(1, 8, 8), mean=(0.5,), std=(0.25,)
+    )
+    callback = RSSTCallback(steps_per_round=8, rounds=2, compact_to=tmp_path / "small", info=info)
+    trainer(tmp_path, callback, save_strategy="no", model=vit()).train()
+    assert torch_rsst.load_compact(tmp_path / "small").compact_info == info
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
