@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch_rsst.reconstruction.least_squares import FitSums, solve
 from torch_rsst.reconstruction.linear_form import outputs_of
 from torch_rsst.reconstruction.survey import Consumer, Survey, weight_and_bias
 from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.module_state import kept_random_state
 
 
 class Refit:
@@ -44,7 +46,7 @@ class Refit:
         """
         self._reference, self._cut, self._groups = reference, cut, groups
         self._data, self._replicas = data, replicas
-        self._reference_masks = extract_mask(reference)
+        self._batches: list[Any] = []
         self._targets: dict[str, list[HookedInput]] = {}
         for hooked in hooked_inputs(reference, groups):
             self._targets.setdefault(hooked.name, []).append(hooked)
@@ -62,27 +64,25 @@ class Refit:
             self._survey,
             lambda found: [(f"{i}: {c.name}", torch.ones(1)) for i, c in enumerate(found)],
         )
-        for consumer in consumers:
-            sums = agreed(self._replicas, partial(self._sums, consumer), lambda _: ())
-            for tensor in sums.tensors:
-                summed(tensor, self._replicas)
-            changed += self._refit(consumer, sums, means_only=means_only, damping=damping)
+        with undisturbed(self._reference, extract_mask(self._reference)):
+            for consumer in consumers:
+                sums = agreed(self._replicas, partial(self._sums, consumer), lambda _: ())
+                for tensor in sums.tensors:
+                    summed(tensor, self._replicas)
+                changed += self._refit(consumer, sums, means_only=means_only, damping=damping)
         return changed
 
     def _survey(self) -> list[Consumer]:
+        """Draw the batches, and look at how consumers run on the first."""
         survey = Survey(hooked_inputs(self._cut, self._groups))
         with undisturbed(self._cut, extract_mask(self._cut)):
-            for batch in self._data.draw():
-                with survey.watching():
-                    self._data.output(self._cut, batch)
-                return survey.consumers(self._cut)
-        refuse(
-            ValueError,
-            "batches",
-            "at least one",
-            "none",
-            "Pass a list, a DataLoader or a function.",
-        )
+            self._batches = list(self._data.draw())
+            if not self._batches:
+                remedy = "Pass a list, a DataLoader or a function."
+                refuse(ValueError, "batches", "at least one", "none", remedy)
+            with survey.watching():
+                self._data.output(self._cut, self._batches[0])
+            return survey.consumers(self._cut)
 
     def _sums(self, consumer: Consumer) -> FitSums:
         """What all batches add up to at one consumer, on this rank."""
@@ -113,10 +113,9 @@ class Refit:
             return value
 
         with undisturbed(self._cut, extract_mask(self._cut)):
-            for batch in self._data.draw():
-                # Random states are as before when it is left: both models run with the same numbers.
-                untouched = undisturbed(self._reference, self._reference_masks)
-                with untouched, recorded(targets, remember):
+            for batch in self._batches:
+                # Both models run with the same random numbers.
+                with kept_random_state(self._reference), recorded(targets, remember):
                     self._data.output(self._reference, batch)
                 with recorded(consumer.inputs, add):
                     self._data.output(self._cut, batch)
