@@ -86,8 +86,8 @@ def reconstruct(
             consumers change; no parameter is added.
         groups: from :func:`find_groups`, or a selection of its items; only their consumers are refitted.
         refill_mask: what should be alive, from :func:`regroup`.
-        batches: what ``model(batch)`` takes: an iterable, or a function that returns one. A few hundred
-            samples without augmentation do.
+        batches: what ``model(batch)`` takes: an iterable, or a function that returns one; each batch an object
+            of its own, as all are held. A few hundred samples without augmentation do.
         forward: ``(model, batch) → output``, for batches that ``model(batch)`` does not take.
         method: ``"least_squares"`` or ``"mean"``.
         damping: relative to the mean squared input; more keeps weights nearer to what they were.

@@ -46,6 +46,7 @@ class Refit:
         """
         self._reference, self._cut, self._groups = reference, cut, groups
         self._data, self._replicas = data, replicas
+        self._reference_masks = extract_mask(reference)
         self._batches: list[Any] = []
         self._targets: dict[str, list[HookedInput]] = {}
         for hooked in hooked_inputs(reference, groups):
@@ -64,12 +65,11 @@ class Refit:
             self._survey,
             lambda found: [(f"{i}: {c.name}", torch.ones(1)) for i, c in enumerate(found)],
         )
-        with undisturbed(self._reference, extract_mask(self._reference)):
-            for consumer in consumers:
-                sums = agreed(self._replicas, partial(self._sums, consumer), lambda _: ())
-                for tensor in sums.tensors:
-                    summed(tensor, self._replicas)
-                changed += self._refit(consumer, sums, means_only=means_only, damping=damping)
+        for consumer in consumers:
+            sums = agreed(self._replicas, partial(self._sums, consumer), lambda _: ())
+            for tensor in sums.tensors:
+                summed(tensor, self._replicas)
+            changed += self._refit(consumer, sums, means_only=means_only, damping=damping)
         return changed
 
     def _survey(self) -> list[Consumer]:
@@ -112,7 +112,11 @@ class Refit:
                 sums.add(features, waiting.pop(0) - output)
             return value
 
-        with undisturbed(self._cut, extract_mask(self._cut)):
+        # What modules remember of earlier batches is the same in both models: both begin anew here.
+        with (
+            undisturbed(self._reference, self._reference_masks),
+            undisturbed(self._cut, extract_mask(self._cut)),
+        ):
             for batch in self._batches:
                 # Both models run with the same random numbers.
                 with kept_random_state(self._reference), recorded(targets, remember):
