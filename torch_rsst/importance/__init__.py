@@ -18,6 +18,7 @@ from torch_rsst.importance.data_importance import (
     Taylor,
     Variance,
 )
+from torch_rsst.importance.obs import OBS
 from torch_rsst.importance.registry import (
     ALIASES,
     IMPORTANCES,
@@ -30,6 +31,7 @@ from torch_rsst.importance.weights import Importance, magnitude, remain, score_u
 __all__ = [
     "ALIASES",
     "IMPORTANCES",
+    "OBS",
     "ActivationL1",
     "ActivationL2",
     "Combination",

@@ -27,12 +27,18 @@ class FeatureSums:
             positions: float64 of shape (terms, features).
         count: how many entries of each feature were summed.
         weight_norms: Σ w² over the alive weights that read each feature: float64 of shape (features,).
+        moments: Σ a·aᵀ over the same entries, shape (features, features); None unless
+            :attr:`DataImportance.moments`. Then also
+        weight: the weights that read the features, 0 where masked, shape (outputs, features); of a convolution
+            with a row for each output and position of the kernel.
     """
 
     unit: Tensor
     sums: Tensor
     count: float
     weight_norms: Tensor
+    moments: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class DataImportance(ABC):
@@ -60,6 +66,8 @@ class DataImportance(ABC):
     """Whether :meth:`entries` is given the gradient of the loss; a ``loss_fn`` is needed then."""
     terms: ClassVar[int] = 1
     """How many tensors :meth:`entries` returns, in a tuple if there are several."""
+    moments: ClassVar[bool] = False
+    """Whether :meth:`unit_scores` is given products of features, features² numbers for each consumer."""
     relative: ClassVar[bool] = False
     """Whether the scores of a layer are divided by their sum where they compete with those of others."""
 

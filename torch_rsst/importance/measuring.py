@@ -7,8 +7,9 @@ states are put back, whatever happens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch_rsst.importance.recorder import (
     add_over_ranks,
     check_recorded,
     feature_sums,
+    weight_matrix,
     weight_norms,
 )
 from torch_rsst.importance.registry import name_of, resolve_importance
@@ -172,18 +174,19 @@ def measured(
         add_over_ranks(inputs, replicas, Ranks.of(weights.values()))
         check_recorded(inputs, groups)
         norms = weight_norms(inputs, weights, current)
-    scored = [
-        MeasuredImportance(
-            name_of(statistic),
-            tuple(
-                (layer, statistic.unit_scores([*feature_sums(inputs, i, row, norms)], layer.units))
-                for i, layer in enumerate(groups.layers)
-            ),
-            statistic.relative,
-        )
-        for row, statistic in enumerate(statistics)
-    ]
-    return with_measured(importance, iter(scored))
+    matrix = partial(weight_matrix, weights, current)
+
+    def scores(row: int, statistic: DataImportance) -> Iterator[tuple[GroupLayer, Tensor]]:
+        of_weights = matrix if statistic.moments else None
+        for i, layer in enumerate(groups.layers):
+            sums = feature_sums(inputs, i, row, norms, of_weights)
+            yield layer, statistic.unit_scores([*sums], layer.units)
+
+    scored = (
+        MeasuredImportance(name_of(each), tuple(scores(row, each)), each.relative)
+        for row, each in enumerate(statistics)
+    )
+    return with_measured(importance, scored)
 
 
 def _run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,18 +27,27 @@ class InputSums:
         hooked: the input.
         sums: for each statistic, a tensor of shape (terms, features).
         count: how many entries of each feature were summed; one number.
+        moments: Σ a·aᵀ, shape (features, features); None where no statistic asks for it.
     """
 
     hooked: HookedInput
     sums: tuple[Tensor, ...]
     count: Tensor
+    moments: Tensor | None
 
     @classmethod
     def zeros(cls, hooked: HookedInput, statistics: Sequence[DataImportance]) -> InputSums:
         """Sums of nothing."""
         shapes = [(statistic.terms, hooked.size) for statistic in statistics]
         sums = tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes)
-        return cls(hooked, sums, torch.zeros((), dtype=torch.float64))
+        square = torch.zeros(hooked.size, hooked.size, dtype=torch.float64)
+        moments = square if any(statistic.moments for statistic in statistics) else None
+        return cls(hooked, sums, torch.zeros((), dtype=torch.float64), moments)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All sums."""
+        return [*self.sums, self.count, *([] if self.moments is None else [self.moments])]
 
 
 def add_over_ranks(
@@ -47,7 +56,7 @@ def add_over_ranks(
     """Replace sums by those over all ranks that hold replicas or shards of the model."""
     if (replicas is None and shards.mesh is None) or not inputs:
         return
-    tensors = [tensor for each in inputs for tensor in (*each.sums, each.count)]
+    tensors = [tensor for each in inputs for tensor in each.tensors]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     summed(flat, replicas)
     flat = shards.add_up(flat).cpu()
@@ -82,6 +91,7 @@ def feature_sums(
     position: int,
     row: int,
     norms: Mapping[str, Tensor],
+    matrix: Callable[[HookedInput], Tensor] | None,
 ) -> Iterator[FeatureSums]:
     """The sums of one statistic for the units of one layer, at each of its consumers.
 
@@ -90,20 +100,35 @@ def feature_sums(
         position: of the layer among the groups.
         row: of the statistic.
         norms: from :func:`weight_norms`.
+        matrix: the weights that meet an input, see :func:`weight_matrix`; None where the statistic has no
+            :attr:`DataImportance.moments`.
     """
     for each in inputs:
         for share in each.hooked.shares:
             if share.layer == position:
+                index = share.index
                 yield FeatureSums(
                     share.unit,
-                    each.sums[row][:, share.index],
+                    each.sums[row][:, index],
                     float(each.count),
-                    _of_stack(norms[each.hooked.name], each.hooked)[share.index],
+                    _of_stack(norms[each.hooked.name], each.hooked)[index],
+                    each.moments[index][:, index] if matrix and each.moments is not None else None,
+                    matrix(each.hooked)[:, index] if matrix else None,
                 )
 
 
 def _of_stack(values: Tensor, hooked: HookedInput) -> Tensor:
     return values if hooked.stack is None else values[hooked.stack]
+
+
+def weight_matrix(
+    weights: Mapping[str, Tensor], current: Mapping[str, Tensor], hooked: HookedInput
+) -> Tensor:
+    """The alive weights that meet an input, 0 where masked: float64 of shape (outputs, features)."""
+    alive = plain(alive_in(weights, current, hooked.name))
+    values = _of_stack(plain(weights[hooked.name]).masked_fill(~alive, 0.0), hooked)
+    dim = hooked.dim if hooked.stack is None else hooked.dim - 1
+    return values.movedim(dim, -1).flatten(0, -2).cpu().double()
 
 
 def weight_norms(
@@ -193,6 +218,9 @@ class Recorder:
         into.count.add_(value.numel() // size if size else 0)
         # MPS has no float64.
         wide = torch.float32 if value.device.type == "mps" else torch.float64
+        if into.moments is not None:
+            rows = value.movedim(hooked.axis, -1).reshape(-1, size).to(wide)
+            into.moments.add_((rows.mT @ rows).cpu())
         for statistic, sums in zip(self._statistics, into.sums, strict=True):
             made = statistic.entries(value, slope if statistic.needs_gradient else None)
             terms = made if isinstance(made, tuple) else (made,)

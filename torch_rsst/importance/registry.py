@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import is_dataclass
 
 from torch_rsst.importance.data_importance import ActivationL1, ActivationL2, Taylor, Variance
+from torch_rsst.importance.obs import OBS
 from torch_rsst.importance.weights import Importance, magnitude, remain
 from torch_rsst.utils.errors import refuse, unknown_choice
 
@@ -15,6 +16,7 @@ IMPORTANCES: dict[str, Importance] = {
     "magnitude": magnitude,
     "remain": remain,
     "variance": Variance(),
+    "obs": OBS(),
     "activation_l1": ActivationL1(),
     "activation_l2": ActivationL2(),
     "taylor": Taylor(),
