@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 import torch_rsst
 from benchmarks.accuracy.tasks import Batch, Task
@@ -93,18 +94,21 @@ def arm(name: str) -> Callable[[Arm], Arm]:
     return add
 
 
-def compacted(case: Case, model: nn.Module, groups: torch_rsst.Groups) -> nn.Module:
-    """The smaller model, without masks."""
+def compacted(
+    case: Case, model: nn.Module, groups: torch_rsst.Groups, optimizer: Optimizer | None = None
+) -> nn.Module:
+    """The smaller model, without masks; an optimizer goes on with what it knows of the weights that stay."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch_rsst.RSSTWarning)
-        small = torch_rsst.compact(model, groups, example_inputs=case.example)
-        torch_rsst.remove_all(small)
+        small = torch_rsst.compact(
+            model, groups, example_inputs=case.example, optimizer=optimizer, keep_masks=False
+        )
     return small
 
 
-def finish(case: Case, model: nn.Module) -> nn.Module:
-    """Train with all that is left of the budget."""
-    case.budget.train(model, case.budget.optimizer(model))
+def finish(case: Case, model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
+    """Train with all that is left of the budget, by default with a new optimizer."""
+    case.budget.train(model, optimizer or case.budget.optimizer(model))
     return model
 
 
@@ -156,14 +160,14 @@ def gradual(case: Case) -> nn.Module:
         amount = case.amount * (1 - (1 - turn / GRADUAL_ROUNDS) ** 3)
         torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=amount))
         case.budget.train(model, optimizer, steps if turn < GRADUAL_ROUNDS else 0)
-    return finish(case, compacted(case, model, groups))
+    return finish(case, compacted(case, model, groups, optimizer), optimizer)
 
 
 def _driven(case: Case, rounds: Any, model: nn.Module, optimizer: Any, groups: Any) -> nn.Module:
     for rnd in rounds:
         case.budget.train(model, optimizer, rounds.steps_per_round - rnd.start_step)
     rounds.finalize(**({"force": True} if isinstance(rounds, torch_rsst.RSST) else {}))
-    return finish(case, compacted(case, model, groups))
+    return finish(case, compacted(case, model, groups, optimizer), optimizer)
 
 
 def _rounds_options(case: Case) -> dict[str, Any]:

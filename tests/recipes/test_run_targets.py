@@ -140,18 +140,21 @@ class Attention(nn.Module):
         )
 
 
+LAYER = {"scope": "layer"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, r"8 of 12 heads will go \(67%\), where 50% was asked .*--scope type counts .*: 6 would go"),
-        ({"scope": "type"}, None),
-        ({"regroup_amount": 0.3}, None),  # 1 of 3
-        ({"regroup_amount": 0.1}, r"0 of 12 heads will go \(0%\), where 10% .* layers: 1 would go"),
+        ({}, None),
+        (LAYER, r"8 of 12 heads will go \(67%\), where 50% was asked .*--scope type counts .*: 6 would go"),
+        ({**LAYER, "regroup_amount": 0.3}, None),  # 1 of 3
+        ({**LAYER, "regroup_amount": 0.1}, r"0 of 12 heads will go \(0%\), where 10% .* layers: 1 would go"),
         ({"regroup_amount": 0.9}, r"8 of 12 heads will go \(67%\), where 90% .* Pass another"),
-        ({"regroup_amount": 0.0}, None),
-        ({"target_macs": 0.5}, None),
-        ({"scope": "type", "round_to": 3}, r"0 of 12 heads will go .*Pass another --regroup-amount\."),
-        ({"method": "refill", "fillback_rate": 0.5}, r"4 of 12 heads will go \(33%\), where 25%"),
+        ({**LAYER, "regroup_amount": 0.0}, None),
+        ({**LAYER, "target_macs": 0.5}, None),
+        ({"round_to": 3}, r"0 of 12 heads will go .*Pass another --regroup-amount\."),
+        ({**LAYER, "method": "refill", "fillback_rate": 0.5}, r"4 of 12 heads will go \(33%\), where 25%"),
     ],
 )  # fmt: skip
 def test_a_rounding_that_changes_much_is_told_with_the_alternative(options, words):
@@ -173,11 +176,11 @@ def test_half_of_three_heads_is_told_before_it_happens(tmp_path, capsys):
     args = ["--output", tmp_path / "run", *TINY, "--batch-size", 64, "--regroup-amount", 0.3]
     with warnings.catch_warnings():
         warnings.simplefilter("always", torch_rsst.RSSTWarning)
-        assert exit_code("run", *args, "--dry-run") == 0
+        assert exit_code("run", *args, "--dry-run", "--scope", "layer") == 0
     out = said(capsys)
     assert "Warning: 6 of 12 heads will go (50%), where 30% was asked for" in out
     assert "--scope type counts over all layers: 4 would go." in out
     with warnings.catch_warnings():
         warnings.simplefilter("always", torch_rsst.RSSTWarning)
-        assert exit_code("run", *args, "--dry-run", "--scope", "type") == 0
+        assert exit_code("run", *args, "--dry-run") == 0
     assert "will go" not in said(capsys)

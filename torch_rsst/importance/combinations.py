@@ -181,16 +181,18 @@ def choose_importance(
     >>> choose_importance("auto", data=False), choose_importance("auto", data=True)
     ('magnitude', 'variance')
     >>> choose_importance("auto", data=True, reconstruct=True)
+    OBS(damping=0.001)
+    >>> choose_importance("variance", data=True, reconstruct=True)
     Variance(reconstruct=True)
 
     Args:
-        importance: a name or a callable; ``"auto"`` is ``"variance"`` with data, else ``"magnitude"``.
+        importance: a name or a callable; for ``"auto"`` see :func:`torch_rsst.importance.registry.auto_name`.
         data: whether there are batches to run the model on.
         reconstruct: whether the layers that consume the units are refitted once units are masked, see
             :meth:`DataImportance.before_reconstruction`.
     """
     if importance == AUTO:
-        importance = auto_name(data)
+        importance = auto_name(data, reconstruct)
     found = resolve_importance(importance)
     if isinstance(found, Combination):
         parts = (choose_importance(p, data=data, reconstruct=reconstruct) for p in found.parts)

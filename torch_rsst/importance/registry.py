@@ -39,9 +39,16 @@ def importance_names() -> list[str]:
     return [AUTO, *IMPORTANCES]
 
 
-def auto_name(data: bool) -> str:
-    """What ``"auto"`` stands for: ``"variance"`` where there is data, else ``"magnitude"``."""
-    return "variance" if data else "magnitude"
+def auto_name(data: bool, reconstruct: bool = False) -> str:
+    """What ``"auto"`` stands for.
+
+    Args:
+        data: whether there are batches to run the model on; without, it is ``"magnitude"``.
+        reconstruct: whether consumers are refitted once units are masked: ``"obs"``, else ``"variance"``.
+    """
+    if not data:
+        return "magnitude"
+    return "obs" if reconstruct else "variance"
 
 
 def resolve_importance(importance: str | Importance) -> Importance:

@@ -65,10 +65,10 @@ class PruningOptions:
     round_to: int = 1
     """Keep a number of units in each layer that is a multiple of this."""
     importance: Annotated[str, _named(_one_of_importances)] = "auto"
-    """How units are scored: by their weights, or by their outputs on training images; auto: variance."""
+    """How units are scored: by their weights, or by their outputs on training images; auto: obs with reconstruction, else variance."""
     importance_batches: int = 8
     """Batches of training images, for importances that need data and for --reconstruct."""
-    scope: Literal["layer", "type", "global"] = "layer"
+    scope: Literal["layer", "type", "global"] = "type"
     """Which units are compared: those of a layer, of a type, or all."""
     schedule: Annotated[str, _named(_one_of_schedules)] = "late_exponential"
     """How the penalty grows over a round (RSST)."""
@@ -118,7 +118,9 @@ class PruningOptions:
 
     @property
     def _data_parts(self) -> list[Any]:
-        chosen = _importances().choose_importance(self.importance, data=True)
+        chosen = _importances().choose_importance(
+            self.importance, data=True, reconstruct=self.reconstruction is not None
+        )
         return list(_importances().data_parts(chosen))
 
     @property
