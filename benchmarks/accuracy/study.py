@@ -70,41 +70,47 @@ class Run:
 
 LEAST_SQUARES = {"reconstruct": "least_squares"}
 DISTILLED = {"distill": True}
-# The arms that matter most: also at 87.5 %.
-FIVE: tuple[tuple[str, dict[str, Any]], ...] = (
+BEST_SCORES = {"importance": "obs", "scope": "type", **LEAST_SQUARES}
+COMMAND_LINE = ("refill", {"importance": "auto", "scope": "type", **LEAST_SQUARES})
+"""What ``torch-rsst run`` does without options."""
+# The arms that matter most: with more seeds, and where little is left.
+KEY_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-shot", {"importance": "magnitude"}),
-    ("one-shot", {"importance": "variance"}),
     ("one-shot", {"importance": "variance", **LEAST_SQUARES}),
+    ("one-shot", BEST_SCORES),
     ("rsst", {}),
-    ("refill", {"importance": "auto", **LEAST_SQUARES}),
+    COMMAND_LINE,
 )
-ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
+# What users would do otherwise, and with the aids one after the other.
+MOST_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dense", {}),
     ("random", {}),
+    *KEY_ARMS,
+    ("one-shot", {"importance": "taylor"}),
+    ("one-shot", {"importance": "variance"}),
+    ("one-shot", {**BEST_SCORES, **DISTILLED}),
+    ("gradual", {}),
+    ("refill", {"importance": "magnitude"}),
+    (COMMAND_LINE[0], {**COMMAND_LINE[1], **DISTILLED}),
+    ("torch-pruning-magnitude", {}),
+    ("torch-pruning-growing", {}),
+)
+ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *MOST_ARMS,
     *(
         ("one-shot", {"importance": importance, **aid, **distilled})
         for importance in ("magnitude", "taylor", "variance")
         for aid in ({}, LEAST_SQUARES)
         for distilled in ({}, DISTILLED)
+        if distilled or (aid and importance != "variance")  # the others are among the above
     ),
-    ("gradual", {}),
-    ("refill", {"importance": "magnitude"}),
-    ("refill", {"importance": "auto", **LEAST_SQUARES}),
-    ("refill", {"importance": "auto", **LEAST_SQUARES, **DISTILLED}),
-    ("rsst", {}),
+    ("one-shot", {"importance": "obs", **LEAST_SQUARES}),
+    ("one-shot", {"importance": "variance", "scope": "type", **LEAST_SQUARES}),
     ("rsst", DISTILLED),
     ("rsst", {"importance": "magnitude"}),
     ("rsst", LEAST_SQUARES),
-    ("rsst", {**LEAST_SQUARES, **DISTILLED}),
-    ("torch-pruning-magnitude", {}),
-    ("torch-pruning-growing", {}),
-)
-# Away from the main cells: the scores alone, and the best of them with both aids.
-_SOME_ONE_SHOT = (
-    {},
-    *({"importance": importance} for importance in ("magnitude", "taylor", "variance")),
-    {"importance": "variance", **LEAST_SQUARES},
-    {"importance": "variance", **LEAST_SQUARES, **DISTILLED},
+    ("rsst", {"scope": "type", **LEAST_SQUARES}),
+    ("rsst", {"scope": "type", **LEAST_SQUARES, **DISTILLED}),
 )
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -120,32 +126,38 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
 
 
 def grid() -> Iterator[Run]:
-    """All runs of the study, those that matter most first: the first seeds of every cell, then the others."""
-    for seed in MAIN_SEEDS:
+    """All runs of the study, each once; those that matter most first: the first seeds of every cell."""
+    yield from {run.key: run for run in _cells()}.values()
+
+
+def _cells() -> Iterator[Run]:
+    for seed in OTHER_SEEDS:
         for task in TASKS:
             for arm, options in ARMS:
                 yield Run("main", task, arm, options, seed=seed)
-        if seed in OTHER_SEEDS:
-            yield from _other_cells(seed)
-
-
-def _other_cells(seed: int) -> Iterator[Run]:
-    for task in TASKS:
-        for amount, budget in ((0.75, 0.06), (0.5, 0.25), (0.75, 0.25)):
-            for arm, options in ARMS:
-                if arm not in ("one-shot", "dense") or options in _SOME_ONE_SHOT:
-                    yield Run("main", task, arm, options, amount, budget, seed=seed)
-        for arm, options in FIVE:
-            yield Run("main", task, arm, options, 0.875, seed=seed)
-        for options in ABLATIONS:
-            yield Run("ablation", task, "rsst", options, seed=seed)
-        for options in ({}, {"same_work": True}):
-            yield Run("main", task, "scratch", options, seed=seed)
+        for task in TASKS:
+            for arm, options in MOST_ARMS:
+                yield Run("main", task, arm, options, 0.75, seed=seed)
+            for arm, options in KEY_ARMS:
+                yield Run("main", task, arm, options, 0.875, seed=seed)
+    for seed in MAIN_SEEDS:
+        for task in TASKS:
+            for arm, options in (("dense", {}), *KEY_ARMS):
+                yield Run("main", task, arm, options, seed=seed)
+    for seed in OTHER_SEEDS:
+        for task in TASKS:
+            for options in ABLATIONS:
+                yield Run("ablation", task, "rsst", options, seed=seed)
+            for options in ({}, {"same_work": True}):
+                yield Run("main", task, "scratch", options, seed=seed)
+            for amount in (0.5, 0.75):
+                for arm, options in (("dense", {}), *KEY_ARMS):
+                    yield Run("main", task, arm, options, amount, 0.25, seed=seed)
 
 
 def quick() -> list[Run]:
     """One cell with one seed: a first look in a few minutes."""
-    return [Run("quick", "signal-transformer", arm, options, seed=0) for arm, options in FIVE]
+    return [Run("quick", "signal-transformer", arm, options, seed=0) for arm, options in KEY_ARMS]
 
 
 def run(of: Run, folder: Path) -> dict[str, Any]:
