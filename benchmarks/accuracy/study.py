@@ -71,8 +71,10 @@ class Run:
 LEAST_SQUARES = {"reconstruct": "least_squares"}
 DISTILLED = {"distill": True}
 BEST_SCORES = {"importance": "obs", "scope": "type", **LEAST_SQUARES}
-COMMAND_LINE = ("refill", {"importance": "auto", "scope": "type", **LEAST_SQUARES})
+COMMAND_LINE: tuple[str, dict[str, Any]] = ("rsst", {"scope": "type"})
 """What ``torch-rsst run`` does without options."""
+HARD = ("refill", {"importance": "auto", "scope": "type", **LEAST_SQUARES})
+"""The same with ``--method refill``."""
 # The arms that matter most: with more seeds, and where little is left.
 KEY_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-shot", {"importance": "magnitude"}),
@@ -80,6 +82,7 @@ KEY_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-shot", BEST_SCORES),
     ("rsst", {}),
     COMMAND_LINE,
+    HARD,
 )
 # What users would do otherwise, and with the aids one after the other.
 MOST_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -91,7 +94,7 @@ MOST_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-shot", {**BEST_SCORES, **DISTILLED}),
     ("gradual", {}),
     ("refill", {"importance": "magnitude"}),
-    (COMMAND_LINE[0], {**COMMAND_LINE[1], **DISTILLED}),
+    *((arm, {**options, **DISTILLED}) for arm, options in (COMMAND_LINE, HARD)),
     ("torch-pruning-magnitude", {}),
     ("torch-pruning-growing", {}),
 )
@@ -109,8 +112,8 @@ ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rsst", DISTILLED),
     ("rsst", {"importance": "magnitude"}),
     ("rsst", LEAST_SQUARES),
+    ("rsst", {"importance": "variance"}),
     ("rsst", {"scope": "type", **LEAST_SQUARES}),
-    ("rsst", {"scope": "type", **LEAST_SQUARES, **DISTILLED}),
 )
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {},

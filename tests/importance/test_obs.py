@@ -160,3 +160,15 @@ def test_half_of_the_units_leave_a_smaller_error_than_by_variance_once_consumers
 def test_damping_is_checked(damping):
     with pytest.raises(ValueError, match="damping"):
         OBS(damping=damping)
+
+
+@pytest.mark.parametrize(("batches", "name"), [([tokens(0, 5, 4)], "obs"), (None, "magnitude")])
+def test_auto_is_obs_in_rounds_with_batches_and_magnitude_without(batches, name):
+    model = mlp()
+    groups, optimizer = find_groups(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    named = regroup(model, groups, importance=name, batches=batches)
+    rounds = torch_rsst.RSST(
+        model, groups, optimizer=optimizer, steps_per_round=1, rounds=1, amount=0, batches=batches
+    )
+    opened = next(rounds)
+    assert all(torch.equal(opened.refill_mask[key], named[key]) for key in named)

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -174,13 +175,13 @@ def data_parts(importance: str | Importance) -> Iterator[DataImportance]:
 
 
 def choose_importance(
-    importance: str | Importance, *, data: bool, reconstruct: bool = False
+    importance: str | Importance, *, data: bool, reconstruct: bool = False, rounds: bool = False
 ) -> str | Importance:
     """The importance that one stands for, given what is there and what follows.
 
     >>> choose_importance("auto", data=False), choose_importance("auto", data=True)
     ('magnitude', 'variance')
-    >>> choose_importance("auto", data=True, reconstruct=True)
+    >>> choose_importance("auto", data=True, rounds=True)
     OBS(damping=0.001)
     >>> choose_importance("variance", data=True, reconstruct=True)
     Variance(reconstruct=True)
@@ -190,13 +191,14 @@ def choose_importance(
         data: whether there are batches to run the model on.
         reconstruct: whether the layers that consume the units are refitted once units are masked, see
             :meth:`DataImportance.before_reconstruction`.
+        rounds: whether it is for rounds, see ``auto_name``.
     """
     if importance == AUTO:
-        importance = auto_name(data, reconstruct)
+        importance = auto_name(data, rounds)
     found = resolve_importance(importance)
     if isinstance(found, Combination):
-        parts = (choose_importance(p, data=data, reconstruct=reconstruct) for p in found.parts)
-        return found.with_parts(tuple(parts))
+        choose = partial(choose_importance, data=data, reconstruct=reconstruct, rounds=rounds)
+        return found.with_parts(tuple(map(choose, found.parts)))
     if isinstance(found, DataImportance) and reconstruct:
         return found.before_reconstruction()
     return importance

@@ -39,16 +39,17 @@ def importance_names() -> list[str]:
     return [AUTO, *IMPORTANCES]
 
 
-def auto_name(data: bool, reconstruct: bool = False) -> str:
+def auto_name(data: bool, rounds: bool = False) -> str:
     """What ``"auto"`` stands for.
 
     Args:
         data: whether there are batches to run the model on; without, it is ``"magnitude"``.
-        reconstruct: whether consumers are refitted once units are masked: ``"obs"``, else ``"variance"``.
+        rounds: whether training follows, in which other units can take over what one did: ``"obs"``; else
+            ``"variance"``.
     """
     if not data:
         return "magnitude"
-    return "obs" if reconstruct else "variance"
+    return "obs" if rounds else "variance"
 
 
 def resolve_importance(importance: str | Importance) -> Importance:

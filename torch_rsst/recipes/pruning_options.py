@@ -46,8 +46,8 @@ def _named(choices: Any) -> Any:
 class PruningOptions:
     """What is pruned, and how."""
 
-    method: Literal["rsst", "refill"] = "refill"
-    """refill: mask at once, then train. rsst: a growing penalty, then a cut of what has shrunk."""
+    method: Literal["rsst", "refill"] = "rsst"
+    """rsst: a growing penalty, then a cut of what has shrunk. refill: mask at once, then train."""
     kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
     """Kinds of units to prune, of those that the model has."""
     rounds: int = 4
@@ -65,7 +65,7 @@ class PruningOptions:
     round_to: int = 1
     """Keep a number of units in each layer that is a multiple of this."""
     importance: Annotated[str, _named(_one_of_importances)] = "auto"
-    """How units are scored: by their weights, or by their outputs on training images; auto: obs with reconstruction, else variance."""
+    """How units are scored: by their weights, or by their outputs on training images; auto: obs."""
     importance_batches: int = 8
     """Batches of training images, for importances that need data and for --reconstruct."""
     scope: Literal["layer", "type", "global"] = "type"
@@ -118,9 +118,7 @@ class PruningOptions:
 
     @property
     def _data_parts(self) -> list[Any]:
-        chosen = _importances().choose_importance(
-            self.importance, data=True, reconstruct=self.reconstruction is not None
-        )
+        chosen = _importances().choose_importance(self.importance, data=True, rounds=True)
         return list(_importances().data_parts(chosen))
 
     @property

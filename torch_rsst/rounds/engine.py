@@ -81,7 +81,10 @@ class Rounds(ABC):
         check_groups(weights, self._groups)
         reconstructs = course.reconstruct is not None
         importance = choose_importance(
-            regrouping.importance, data=data.batches is not None, reconstruct=reconstructs
+            regrouping.importance,
+            data=data.batches is not None,
+            reconstruct=reconstructs,
+            rounds=True,
         )
         regrouping = replace(regrouping, importance=importance)
         if reconstructs:

@@ -74,8 +74,8 @@ class RSST(Rounds):
             a callable round index → fraction for a ramp. Rounded to whole units in each scope: of 3
             heads in a layer, 0.5 lets 2 go; ``scope="type"`` comes nearer. An int counts the units
             that go in each scope.
-        importance: how units are scored, see :func:`regroup`: ``"auto"`` is ``"obs"`` with ``batches`` and
-            ``reconstruct``, ``"variance"`` with ``batches`` alone, else ``"magnitude"``.
+        importance: how units are scored, see :func:`regroup`: ``"auto"`` is ``"obs"`` where there are
+            ``batches``, else ``"magnitude"``.
         scope: what units compete with: ``"layer"``, ``"type"`` or ``"global"``.
         rewind: after each choice of a mask, put surviving weights back to those at construction
             (``"init"``) or to a state dict; None keeps them.
