@@ -42,7 +42,7 @@ def accuracy(model):
 # ------
 #
 # ``"magnitude"`` looks at the weights alone. ``"variance"`` and ``"taylor"`` look at what units put out on some batches of the
-# training data, and at the loss.
+# training data, and at the loss. ``"obs"`` also asks what the other units could stand in for once the next layer is refitted.
 
 batches = [(images[i : i + 64], labels[i : i + 64]) for i in range(0, 512, 64)]
 scores = {
@@ -53,10 +53,13 @@ scores = {
         "forward": lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
         "loss_fn": lambda loss, batch: loss,
     },
-    "variance": {
-        "importance": "variance",
-        "batches": batches,
-        "forward": lambda model, batch: model(batch[0]),
+    **{
+        name: {
+            "importance": name,
+            "batches": batches,
+            "forward": lambda model, batch: model(batch[0]),
+        }
+        for name in ("variance", "obs")
     },
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_rsst.importance.data_importance import DataImportance, FeatureSums
 from torch_rsst.utils.amounts import check_number
 
-_CANDIDATES = 64
+_CANDIDATES, _CANDIDATES_SHARE = 64, 8
 _LATER = 1 + 1e-12
 """By how much a unit scores more than one that was removed before it, where their errors do not tell."""
 
@@ -69,12 +69,12 @@ class Reader:
     """A consumer that is refitted whenever features go.
 
     Attributes:
-        weight: by which it reads the features that are left: float64 of shape (outputs, features).
-        inverse: of the features' damped covariance.
+        gram: WᵀW, of the weights W by which it reads the features that are left: float64 of shape (features, features).
+        inverse: of the features' damped covariance, of the same shape.
         unit: of each feature.
     """
 
-    weight: Tensor
+    gram: Tensor
     inverse: Tensor
     unit: Tensor
 
@@ -92,7 +92,7 @@ class Reader:
             inverse = torch.linalg.pinv(covariance, hermitian=True)
         else:
             inverse = torch.cholesky_inverse(factor)
-        return cls(inputs.weight, inverse, inputs.unit)
+        return cls(inputs.weight.T @ inputs.weight, inverse, inputs.unit)
 
     def errors(self, units: int) -> Tensor:
         """What removing each unit adds to the squared error; 0 for units that are not read."""
@@ -102,30 +102,32 @@ class Reader:
         for size in sorted({*counts.tolist()} - {0}):
             some = (counts == size).nonzero().flatten()
             own = by_unit[counts[self.unit[by_unit]] == size].view(-1, size)
-            blocks = self.inverse[own[:, :, None], own[:, None, :]]
-            read = self.weight[:, own].movedim(1, 0)
-            found[some] = (torch.linalg.solve(blocks, read, left=False) * read).sum((1, 2))
+            blocks = own[:, :, None], own[:, None, :]
+            solved = torch.linalg.solve(self.inverse[blocks], self.gram[blocks])
+            found[some] = solved.diagonal(dim1=1, dim2=2).sum(1)
         return found
 
     def of_units(self, units: Tensor) -> Reader:
         """What is read of some units alone."""
         own = torch.isin(self.unit, units)
-        return Reader(self.weight[:, own], self.inverse[own][:, own], self.unit[own])
+        return Reader(self.gram[own][:, own], self.inverse[own][:, own], self.unit[own])
 
     def without(self, units: Tensor) -> Reader:
         """The consumer, refitted to the features of all other units."""
         goes = torch.isin(self.unit, units)
         stays = ~goes
         shared = torch.linalg.solve(self.inverse[goes][:, goes], self.inverse[goes][:, stays])
-        weight = self.weight[:, stays] - self.weight[:, goes] @ shared
         inverse = self.inverse[stays][:, stays] - self.inverse[stays][:, goes] @ shared
-        return Reader(weight, inverse, self.unit[stays])
+        moved = self.gram[stays][:, goes] @ shared
+        gram = self.gram[stays][:, stays] - moved - moved.T
+        gram += shared.T @ self.gram[goes][:, goes] @ shared
+        return Reader(gram, inverse, self.unit[stays])
 
 
 def removals(readers: Sequence[Reader], units: int) -> list[tuple[int, float]]:
     """All units in the order in which they are best removed, with the error that each adds.
 
-    Of many units the next are sought among the ones that add least; which these are is looked at anew after each
+    Of many units the next are sought among the eighth that adds least; which these are is looked at anew after each
     half of them.
     """
     found: list[tuple[int, float]] = []
@@ -133,10 +135,9 @@ def removals(readers: Sequence[Reader], units: int) -> list[tuple[int, float]]:
     while left.numel():
         few, count = left, left.numel()
         if count > _CANDIDATES:
-            few, count = (
-                left[_errors(readers, units)[left].argsort()[:_CANDIDATES]],
-                _CANDIDATES // 2,
-            )
+            candidates = max(_CANDIDATES, count // _CANDIDATES_SHARE)
+            few = left[_errors(readers, units)[left].argsort()[:candidates]]
+            count = candidates // 2
         next_ones = _one_by_one([each.of_units(few) for each in readers], units, few, count)
         found += next_ones
         gone = torch.tensor([unit for unit, _ in next_ones])
