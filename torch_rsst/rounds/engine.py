@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
+import torch.distributed as dist
 from torch import nn
 
 from torch_rsst.distributed.replicas import agreed, replica_group
@@ -20,6 +21,7 @@ from torch_rsst.importance.batches import Batches, DataSource
 from torch_rsst.importance.combinations import choose_importance, data_parts
 from torch_rsst.importance.measuring import check_source, measured
 from torch_rsst.importance.registry import name_of
+from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.freezing import freeze_latents
 from torch_rsst.masking.mask_sets import Masks, apply_mask, extract_mask
 from torch_rsst.masking.names import named_refs, named_weights, unwrap
@@ -71,12 +73,14 @@ class Rounds(ABC):
         penalty: Penalty,
         data: DataSource,
         follow: Iterable[nn.Module] = (),
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if course.reset_moments and optimizer is None:
             remedy = "Pass the optimizer to Refill, or reset_moments=False."
             refuse(ValueError, "reset_moments", "an optimizer", "none", remedy)
         penalty.schedule_of(course.steps_per_round)  # for what it refuses
         self._model, self._groups = unwrap(model), as_groups(groups)
+        self._check_masks_in_place()
         weights = named_weights(model)
         check_groups(weights, self._groups)
         reconstructs = course.reconstruct is not None
@@ -98,7 +102,7 @@ class Rounds(ABC):
         self._optimizer_rewind = OptimizerRewind.of(
             course.rewind_optimizer if course.rewind is not None else "keep", self._optimizers
         )
-        self._replicas = replica_group(model)
+        self._replicas = replica_group(model) if process_group is None else process_group
         self.course, self.ranking, self.regrouping = course, ranking, regrouping
         self.penalty, self.data = penalty, data
         self._history = DecisionHistory(regrouping.rules(self._groups))
@@ -143,6 +147,7 @@ class Rounds(ABC):
         return self
 
     def __next__(self) -> Round:
+        self._check_masks_in_place()
         if self._resumed and self._round is not None:
             self._resumed = False
             return self._round
@@ -188,6 +193,7 @@ class Rounds(ABC):
         if self._last is None:
             remedy = "Train at least one: for rnd in rsst: …"
             refuse(RuntimeError, "finalize", "a round", "none yet", remedy)
+        self._check_masks_in_place()
         how = self._reconstruction_of(
             self.course.reconstruct if reconstruct is None else reconstruct
         )
@@ -236,6 +242,9 @@ class Rounds(ABC):
         if self._last is None:
             return sparsity_report(self._model, self._groups)
         return self._last.report()
+
+    def _check_masks_in_place(self) -> None:
+        check_masks_in_place(type(self).__name__, self._model.modules())
 
     # A round's life
 
@@ -323,6 +332,7 @@ class Rounds(ABC):
         Round, step, masks, what rewinding puts back, the settings and the version of this format. Weights,
         optimizer, RNG and the order of data are yours to save.
         """
+        self._check_masks_in_place()
         last = self._last
         return RoundsState(
             settings=self._settings(),
@@ -353,6 +363,7 @@ class Rounds(ABC):
             ValueError: for the state of rounds with other settings or of another model, or a damaged
                 one; the model's masks are as before then.
         """
+        self._check_masks_in_place()
         refs = [ref for places in named_refs(self._model).values() for ref in places]
         with damage_reported():
             saved = RoundsState.read(
