@@ -44,7 +44,14 @@ from torch_rsst.regrouping.regrouping import Decision, RegroupPlan, decide, refi
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
 from torch_rsst.rounds.averages import Followers
 from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
-from torch_rsst.rounds.round import Chosen, Round, record_decision, record_end, warn_of_end
+from torch_rsst.rounds.round import (
+    Chosen,
+    Round,
+    record_decision,
+    record_end,
+    warn_of_end,
+    warn_of_unranked,
+)
 from torch_rsst.rounds.round_arguments import Course, Ranking, Regrouping
 from torch_rsst.rounds.round_start import Reference
 from torch_rsst.rounds.state import RoundsState, RoundState, damage_reported, plain_settings
@@ -60,6 +67,8 @@ class Rounds(ABC):
 
     _refits_on_opening: ClassVar[bool] = False
     """Whether ``reconstruct=`` refits consumers when a round opens, not at the end."""
+    _gives_back: ClassVar[bool] = False
+    """Whether a ranking may choose from what an earlier one has pruned."""
 
     def __init__(
         self,
@@ -93,7 +102,8 @@ class Rounds(ABC):
         if not reconstructs or any(data_parts(importance)):
             check_source(importance, data, course.rounds)
         self._ranked = ranked_names(model, self._groups, ranking.parameters)
-        ranking.check({name: weights[name] for name in self._ranked}, extract_mask(model))
+        times = 1 if self._gives_back else course.rounds
+        ranking.check({n: weights[n] for n in self._ranked}, extract_mask(model), times)
         regrouping.check(self._groups)
         self._followers = Followers.of(model, follow)
         self._snapshot = Snapshot.of(model, course.rewind)
@@ -155,7 +165,17 @@ class Rounds(ABC):
         if self._next_index >= self.course.rounds or self._finalized:
             raise StopIteration
         index = self._next_index
-        opened = self._open(index, self._choose(index), rewind=index >= 0)
+        chosen = self._choose(index)
+        if index >= 0:
+            warn_of_unranked(
+                index,
+                chosen,
+                self._final_mask(chosen),
+                extract_mask(self._model),
+                self._model,
+                self._groups,
+            )
+        opened = self._open(index, chosen, rewind=index >= 0)
         self._next_index = index + 1
         return opened
 

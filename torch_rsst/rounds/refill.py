@@ -71,6 +71,7 @@ class Refill(Rounds):
     """
 
     _refits_on_opening = True
+    _gives_back = True
 
     def __init__(
         self,

@@ -120,8 +120,9 @@ class RSST(Rounds):
             nothing has been changed then.
 
     Warns:
-        RoundWarning: for an int ``amount`` or ``regroup_amount`` that is a tiny share of what it counts; when
-            a round closes, for fewer than ``steps_per_round`` steps, and where P fell below 1 % of its norm
+        RoundWarning: for an int ``amount`` or ``regroup_amount`` that is a tiny share of what it counts, or a
+            ``regroup_amount`` that means all units; when a round opens whose ranking leaves a layer nothing to choose
+            its units by; when a round closes, for fewer than ``steps_per_round`` steps, and where P fell below 1 % of its norm
             before half of the steps that it was to take.
     """
 
