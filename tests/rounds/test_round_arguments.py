@@ -81,7 +81,7 @@ def test_each_keyword_reaches_its_setting():
 def test_letting_all_units_go_warns_of_those_that_stay(method, amount):
     more = {} if method is RSST else {"fillback_rate": 0.0}
     text = (
-        rf"regroup_amount={amount} means all 8 neurons of 0: min_keep=1 stay in each layer\. "
+        rf"regroup_amount={amount} means all 8 neurons of 0: min_keep=1 stays in each layer\. "
         r"Pass a smaller share, or min_keep=0 to let all go\."
     )
     model = mlp()
@@ -93,6 +93,7 @@ def test_letting_all_units_go_warns_of_those_that_stay(method, amount):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         method(model, groups, **options, min_keep=0)
+        method(model, groups, **options, min_keep=2)  # all but two
         method(model, groups, **{**options, "regroup_amount": 7})
         Refill(model, groups, **{**options, "fillback_rate": 0.2})  # 2 of them are given back
 

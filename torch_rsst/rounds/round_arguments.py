@@ -125,13 +125,13 @@ class Regrouping(RegroupPlan):
         everything = [
             f"all {count} {scope}"
             for scope, count in units.items()
-            if amount == (count if isinstance(amount, int) else 1.0)
+            if count > 1 and amount == (count if isinstance(amount, int) else 1.0)
             and not units_to_keep(amount, count, {}, self.fillback_rate)
         ]
-        if everything and self.min_keep:
+        if everything and self.min_keep == 1:  # another number was asked for
             warnings.warn(
-                f"regroup_amount={amount} means {'; '.join(everything[:5])}: min_keep={self.min_keep} stay in each "
-                f"layer. Pass a smaller share, or min_keep=0 to let all go.",
+                f"regroup_amount={amount} means {'; '.join(everything[:5])}: min_keep=1 stays in each layer. "
+                f"Pass a smaller share, or min_keep=0 to let all go.",
                 RoundWarning,
                 stacklevel=4,
             )
