@@ -37,7 +37,7 @@ from torch_rsst.masking.mask_values import check_binary, is_full
 from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
-from torch_rsst.masking.tied import masked_with, sharing
+from torch_rsst.masking.tied import masked_with, masks_another, sharing
 from torch_rsst.utils.large_pages import with_large_pages
 
 
@@ -236,7 +236,7 @@ def _mask_buffer(ref: ParameterRef) -> Tensor:
     if not is_writable(mask):
         return mask.clone(memory_format=torch.contiguous_format)
     # A backward pass that is still to come needs the mask of its forward pass.
-    return mask.clone() if is_in_graph(mask) else mask
+    return mask.clone() if is_in_graph(mask) or masks_another(ref) else mask
 
 
 def find_hook(ref: ParameterRef) -> tuple[int, BasePruningMethod] | None:

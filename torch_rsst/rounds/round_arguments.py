@@ -125,7 +125,8 @@ class Regrouping(RegroupPlan):
         everything = [
             f"all {count} {scope}"
             for scope, count in units.items()
-            if count > 1 and amount == (count if isinstance(amount, int) else 1.0)
+            if count > 1
+            and amount == (count if isinstance(amount, int) else 1.0)
             and not units_to_keep(amount, count, {}, self.fillback_rate)
         ]
         if everything and self.min_keep == 1:  # another number was asked for
