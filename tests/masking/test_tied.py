@@ -444,6 +444,21 @@ def test_after_any_sequence_of_calls_all_that_tells_of_masks_agrees() -> None:
     )
 
 
+@every_call
+@owners
+def test_weights_that_are_tied_no_more_have_masks_of_their_own_once_one_is_set(
+    owner: str, call: Callable[[nn.Module], object]
+) -> None:
+    model = made()
+    torch_rsst.apply_mask(model, {"embed.weight": torch.arange(24).reshape(6, 4) % 3 > 0})
+    model.embed.weight_orig = nn.Parameter(model.embed.weight_orig.detach().clone())
+    other = model.head if owner == "embed" else model.embed
+    before = other.weight_mask.clone()
+    call(getattr(model, owner))
+    assert torch.equal(other.weight_mask, before)
+    assert_mask_invariants(model)
+
+
 @pytest.mark.parametrize("kept", ["embed", "head"])
 def test_a_state_dict_may_hold_a_tied_weight_under_any_of_its_names(kept: str) -> None:
     model = made()
