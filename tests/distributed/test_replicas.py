@@ -63,11 +63,10 @@ def _prune(model: DistributedDataParallel) -> Callable[[], None]:
     )
 
 
-def _rounds(model: DistributedDataParallel) -> Callable[[], object]:
-    groups = torch_rsst.find_groups(model.module)
-    return lambda: next(
-        iter(torch_rsst.Refill(model, groups, steps_per_round=1, rounds=2, amount=0.5))
-    )
+def _rounds(model: nn.Module, **group: Any) -> Callable[[], object]:
+    groups = torch_rsst.find_groups(getattr(model, "module", model))
+    options: dict[str, Any] = {"steps_per_round": 1, "rounds": 2, "amount": 0.5, **group}
+    return lambda: next(iter(torch_rsst.Refill(model, groups, **options)))
 
 
 def _apply(model: DistributedDataParallel, rank: int, wrong: str) -> Callable[[], None]:
@@ -92,6 +91,10 @@ def _all_cases(rank: int) -> dict[str, Any]:
     for wrong in ("nothing", "name", "value"):
         model = _wrapped()
         results[f"apply {wrong}"] = _outcome(model, _apply(model, rank, wrong))
+    unwrapped = _wrapped().module
+    act = _rounds(unwrapped, process_group=dist.group.WORLD)
+    _corrupt(unwrapped, rank)
+    results["unwrapped corrupt"] = _outcome(unwrapped, act)
     results["trained"] = _train(rank)
     results |= _stock_shaped(rank)
     return results
@@ -188,7 +191,9 @@ def test_equal_replicas_get_equal_masks(outcomes: list[dict[str, Any]], case: st
     assert masks == other[2]
 
 
-@pytest.mark.parametrize("case", ["global corrupt", "rounds corrupt", "apply value"])
+@pytest.mark.parametrize(
+    "case", ["global corrupt", "rounds corrupt", "unwrapped corrupt", "apply value"]
+)
 def test_a_corrupted_rank_raises_on_every_rank(outcomes: list[dict[str, Any]], case: str) -> None:
     for outcome in outcomes:
         error, unchanged, masks = outcome[case]

@@ -30,7 +30,7 @@ pytestmark = [
 ]
 # The same on every rank, so that all make the same calls.
 SETTINGS = settings(
-    max_examples=8,
+    max_examples=10,
     stateful_step_count=8,
     derandomize=True,
     database=None,
@@ -67,6 +67,7 @@ class TwoModels(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.whole, self.parts = made(), sharded()
+        self.zeros: dict[int, Tensor] = {}  # of layers whose removed masks are held
 
     def both(self, call: Any) -> None:
         for model in (self.whole, self.parts):
@@ -102,17 +103,59 @@ class TwoModels(RuleBasedStateMachine):
 
     @rule(frozen=st.booleans())
     def remove(self, frozen: bool) -> None:
+        masks = torch_rsst.extract_mask(self.whole) if frozen else {}
         self.both(lambda m: torch_rsst.remove_all(m, freeze_zeros=frozen))
+        self.zeros |= {
+            layer: ~masks[name] for layer in (0, 2) if (name := f"{layer}.weight") in masks
+        }
 
     @rule()
-    def train(self) -> None:
+    def freeze(self) -> None:
+        if torch_rsst.extract_mask(self.whole):
+            self.both(torch_rsst.freeze_masked)
+
+    @rule(layer=layers)
+    def register_anew(self, layer: int) -> None:
+        """The same values as another Parameter, in the whole model; the parts stay what FSDP has made."""
+        owner = self.whole[layer]
+        key = "weight_orig" if hasattr(owner, "weight_orig") else "weight"
+        owner._parameters[key] = nn.Parameter(getattr(owner, key).detach().clone())
+
+    @rule(layer=layers)
+    def average(self, layer: int) -> None:
+        """Fractions of a mask, in one part of it: refused on every rank, until the mask is set again."""
+        if not hasattr(self.parts[layer], "weight_mask"):
+            return
+        masks = torch_rsst.extract_mask(self.parts)
+        buffer = self.parts[layer].weight_mask
+        own = buffer.to_local() if hasattr(buffer, "to_local") else buffer
+        own[:1] *= 0.5
+        if not bool(((whole(buffer) != 0) & (whole(buffer) != 1)).any()):
+            return
+        for call in (torch_rsst.extract_mask, torch_rsst.remove_all, torch_rsst.freeze_masked):
+            with pytest.raises(ValueError, match="expected zeros and ones, got other values"):
+                call(self.parts)
+        torch_rsst.apply_mask(self.parts, masks)
+
+    @rule()
+    def dense(self) -> None:
+        """Refused for parts."""
+        if torch_rsst.extract_mask(self.parts):
+            with pytest.raises(ValueError, match="expected a whole tensor, got one that is distr"):
+                torch_rsst.dense_weights(self.parts).__enter__()
+
+    @rule(decay=st.sampled_from([0.0, 0.5]))
+    def train(self, decay: float) -> None:
         def step(model: nn.Module) -> None:
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.125, weight_decay=decay)
             model(X).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
         self.both(step)
+        for layer, zeros in self.zeros.items():
+            if not hasattr(self.parts[layer], "weight_mask"):
+                assert not whole(self.parts[layer].weight)[zeros].any(), layer
 
     @rule()
     def reload(self) -> None:
@@ -124,6 +167,11 @@ class TwoModels(RuleBasedStateMachine):
 
     @invariant()
     def agree(self) -> None:
+        self.zeros = {
+            layer: zeros
+            for layer, zeros in self.zeros.items()
+            if not hasattr(self.whole[layer], "weight_mask")
+        }
         masks, parts = torch_rsst.extract_mask(self.whole), torch_rsst.extract_mask(self.parts)
         assert masks.keys() == parts.keys()
         for name, mask in masks.items():

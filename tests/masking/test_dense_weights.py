@@ -346,7 +346,7 @@ def test_tying_two_masked_weights_takes_the_mask_of_the_parameter_that_stays() -
 
 
 def _masks_inside(layer: nn.Module) -> None:
-    torch_rsst.apply_mask(layer, {"weight": MASK})
+    stock.custom_from_mask(layer, "weight", MASK)
 
 
 def _parametrizes(layer: nn.Module) -> None:

@@ -536,3 +536,25 @@ def test_masks_of_a_model_are_read_where_they_lie_and_given_as_bool():
     model.weight_mask[0, 0] = 0.5
     with pytest.raises(ValueError, match="expected zeros and ones"):
         ModelMasks(model)
+
+
+def test_a_mask_in_another_layout_is_refused_by_name(fingerprint):
+    layer = torch.nn.Linear(4, 3)
+    before = fingerprint(layer)
+    text = r"mask of 'weight': expected a dense tensor, got torch\.sparse_coo\. Call to_dense\(\) first\."
+    with pytest.raises(ValueError, match=text):
+        torch_rsst.apply_mask(layer, {"weight": torch.eye(3, 4).to_sparse()})
+    assert fingerprint(layer) == before
+
+
+@pytest.mark.parametrize(
+    "remove", [torch_rsst.remove_all, lambda layer: torch_rsst.remove(layer, "weight")]
+)
+def test_masks_without_values_are_not_removed(remove):
+    layer = torch.nn.Linear(4, 3)
+    torch_rsst.apply_mask(layer, {"weight": torch.eye(3, 4)})
+    layer.to("meta")
+    text = r"mask of 'weight' of Linear: expected values, got one on the meta device\. Materialize"
+    with pytest.raises(ValueError, match=text):
+        remove(layer)
+    assert layer.weight_mask.is_meta

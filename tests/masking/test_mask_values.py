@@ -69,6 +69,7 @@ CALLS: dict[str, Callable[[nn.Module], object]] = {
     "fillback": lambda m: torch_rsst.fillback(m[0], "weight", 0.5),
     "l1_unstructured": lambda m: torch_rsst.l1_unstructured(m[0], "weight", 1),
     "remove": lambda m: torch_rsst.remove(m[0], "weight"),
+    "freeze_masked": torch_rsst.freeze_masked,
     "find_groups and regroup": lambda m: torch_rsst.regroup(m, torch_rsst.find_groups(m)),
     "compact": lambda m: torch_rsst.compact(m, torch_rsst.find_groups(m)),
 }

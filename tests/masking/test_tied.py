@@ -216,6 +216,7 @@ WHOLE: dict[str, Callable[[nn.Module], object]] = {
     "apply_mask of others": lambda m: torch_rsst.apply_mask(m, {"mlp.bias": torch.ones(4)}),
     "remove_all": torch_rsst.remove_all,
     "find_groups": torch_rsst.find_groups,
+    "freeze_masked": torch_rsst.freeze_masked,
     "sparsity_report": torch_rsst.sparsity_report,
     "dense_weights": lambda m: torch_rsst.dense_weights(m).__enter__(),
     "load_dense_state_dict": lambda m: torch_rsst.load_dense_state_dict(
@@ -237,14 +238,21 @@ def test_calls_that_see_a_half_tied_model_refuse_it_and_change_nothing(
 
 
 @owners
-@pytest.mark.parametrize("remove", [torch_rsst.remove, lambda m, _: torch_rsst.remove_all(m)])
-def test_a_mask_that_another_owner_lacks_is_not_removed_at_one(
-    owner: str, remove: Any, fingerprint: Fingerprint
+@pytest.mark.parametrize(
+    "call",
+    [
+        torch_rsst.remove,
+        lambda m, _: torch_rsst.remove_all(m),
+        lambda m, _: torch_rsst.freeze_masked(m),
+    ],
+)
+def test_a_mask_that_another_owner_lacks_is_neither_removed_nor_frozen_at_one(
+    owner: str, call: Any, fingerprint: Fingerprint
 ) -> None:
     model = half_tied("two masks" if owner == "embed" else "one mask")
     before = fingerprint(model)
     with pytest.raises(ValueError, match="tied parameter 'weight': expected one mask"):
-        remove(getattr(model, owner), "weight")
+        call(getattr(model, owner), "weight")
     assert fingerprint(model) == before
 
 
@@ -434,6 +442,21 @@ def test_after_any_sequence_of_calls_all_that_tells_of_masks_agrees() -> None:
     run_state_machine_as_test(
         TiedModels, settings=settings(max_examples=60, stateful_step_count=12)
     )
+
+
+@every_call
+@owners
+def test_weights_that_are_tied_no_more_have_masks_of_their_own_once_one_is_set(
+    owner: str, call: Callable[[nn.Module], object]
+) -> None:
+    model = made()
+    torch_rsst.apply_mask(model, {"embed.weight": torch.arange(24).reshape(6, 4) % 3 > 0})
+    model.embed.weight_orig = nn.Parameter(model.embed.weight_orig.detach().clone())
+    other = model.head if owner == "embed" else model.embed
+    before = other.weight_mask.clone()
+    call(getattr(model, owner))
+    assert torch.equal(other.weight_mask, before)
+    assert_mask_invariants(model)
 
 
 @pytest.mark.parametrize("kept", ["embed", "head"])

@@ -459,6 +459,7 @@ def test_a_unit_that_was_dead_before_anything_was_decided_says_so():
     ]
 
 
+@pytest.mark.filterwarnings("ignore:regroup_amount=4 means all:torch_rsst.RoundWarning")
 @pytest.mark.parametrize(
     ("kwargs", "unit", "reason", "text"),
     [

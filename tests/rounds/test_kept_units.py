@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import gradient_step, linear, mlp, same, tokens, weights_of, zero_gradient_step
 from torch import Tensor, nn
 
+import torch_rsst
 from torch_rsst import (
     RSST,
     RoundWarning,
@@ -157,6 +158,27 @@ def test_a_ranking_masks_nothing():
     goes = penalty_mask(rnd.current_mask, rnd.refill_mask)
     assert same(goes["0.weight"], ~rnd.refill_mask["0.bias"][:, None].expand(HIDDEN, 4))
     rnd.pruner.detach()
+
+
+@pytest.mark.parametrize("method", [RSST, torch_rsst.Refill])
+def test_a_ranking_that_leaves_a_layer_nothing_to_choose_by_warns(method):
+    model = nn.Sequential(mlp(), mlp(width=2))
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter.mul_(1e-3)
+    groups = find_groups(model)
+    options = {"steps_per_round": 1, "rounds": 1, "amount": 0.5, "regroup_amount": 0.5}
+    rounds = method(model, groups, **options)
+    text = (
+        r"^Round 0: the ranking leaves layers no weight, so that their units score alike and the first of them "
+        r"go: 1 \(8 neurons\)\. Lower amount"
+    )
+    with pytest.warns(RoundWarning, match=text) as caught:
+        rnd = next(rounds)
+    assert caught[0].filename == __file__
+    rnd.pruner.detach()
+    for fine in ({"amount": 0.2}, {"regroup_amount": 0.0}, {"scope": "type", "min_keep": 0}):
+        next(method(mlp(), find_groups(mlp()), **{**options, **fine})).pruner.detach()
 
 
 def test_n_rankings_leave_the_nth_power_of_what_one_leaves():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import mlp
 
+import torch_rsst
 from torch_rsst import RSST, Refill, RegularizedPruner, RoundWarning, find_groups
 from torch_rsst.importance.batches import DataSource
 from torch_rsst.penalty.penalty_arguments import Penalty
@@ -18,7 +19,8 @@ from torch_rsst.rounds.round_arguments import Course, Ranking, Regrouping
 
 CONCERNS = (Course, Ranking, Regrouping, Penalty, DataSource)
 # Keywords that are no setting, settings that a method does not have, and defaults that differ.
-OTHER = {"follow", "self", "model", "groups", "optimizer", "kept_units", "dense_training"}
+OTHER = {"self", "model", "groups", "optimizer", "kept_units", "dense_training", "follow"}
+OTHER |= {"process_group"}
 MISSING_IN = {
     RSST: {"fillback_rate", "reset_moments"},
     Refill: {each.name for each in fields(Penalty)},
@@ -72,6 +74,39 @@ def test_each_keyword_reaches_its_setting():
 
 
 # What a whole number means
+
+
+@pytest.mark.parametrize("amount", [1.0, 8])
+@pytest.mark.parametrize("method", [RSST, Refill])
+def test_letting_all_units_go_warns_of_those_that_stay(method, amount):
+    more = {} if method is RSST else {"fillback_rate": 0.0}
+    text = (
+        rf"regroup_amount={amount} means all 8 neurons of 0: min_keep=1 stays in each layer\. "
+        r"Pass a smaller share, or min_keep=0 to let all go\."
+    )
+    model = mlp()
+    groups = torch_rsst.Groups(tuple(replace(each, name="0") for each in find_groups(model).layers))
+    options = {"steps_per_round": 1, "regroup_amount": amount, **more}
+    with pytest.warns(RoundWarning, match=text) as caught:
+        method(model, groups, **options)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method(model, groups, **options, min_keep=0)
+        method(model, groups, **options, min_keep=2)  # all but two
+        method(model, groups, **{**options, "regroup_amount": 7})
+        Refill(model, groups, **{**options, "fillback_rate": 0.2})  # 2 of them are given back
+
+
+def test_a_count_that_the_last_rounds_cannot_take_is_refused_at_construction():
+    model = mlp()
+    text = r"amount: expected at most 12 in each of 4 rounds, for 48 weights, got 13\. Lower"
+    with pytest.raises(ValueError, match=text):
+        RSST(model, find_groups(model), steps_per_round=1, rounds=4, amount=13)
+    RSST(model, find_groups(model), steps_per_round=1, rounds=4, amount=12)
+    Refill(
+        model, find_groups(model), steps_per_round=1, rounds=4, amount=13
+    )  # units become dense again
 
 
 @pytest.mark.parametrize("method", [RSST, Refill])

@@ -820,6 +820,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         (lambda: Net(hidden=6), "shape (6, 4), dimension 0: stages: expected 6 indices, got 8"),
         (lambda: nn.Linear(2, 2), "expected a parameter 'first.0.weight' with a dimension 0, got none"),
         (lambda: compacted()[1], "expected 4 indices, got 8"),
+        (lambda: compacted()[1], "Pass the model before it was compacted, or one that is built alike"),
         (lambda: nn.ModuleDict({"first": Net().first, "second": Net().second}), "Unexpected key(s) in"),
     ],
 )  # fmt: skip
@@ -831,6 +832,28 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, model: Any, words:
     assert words in str(caught.value)
     with pytest.raises(ValueError, match="expected values, got one on the meta device"):
         torch_rsst.load_compact(tmp_path, model=Net().to("meta"))
+
+
+def test_a_masked_model_serves_as_the_dense_one_and_stays_masked(tmp_path: Path) -> None:
+    masked, small, _ = compacted()
+    torch_rsst.save_compact(small, tmp_path)
+    before = torch_rsst.extract_mask(masked)
+    assert_same(torch_rsst.load_compact(tmp_path, model=masked), small)
+    after = torch_rsst.extract_mask(masked)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("keep", ["no", 1, "keep"])
+def test_whether_masks_are_kept_is_said_by_true_or_false(tmp_path: Path, keep: Any) -> None:
+    _, small = with_masks_left()
+    text = rf"keep_masks: expected True, False or None, got {keep!r}"
+    with pytest.raises(TypeError, match=text):
+        torch_rsst.save_compact(small, tmp_path / "new", keep_masks=keep)
+    assert not (tmp_path / "new").exists()
+    torch_rsst.save_compact(small, tmp_path, keep_masks=True)
+    with pytest.raises(TypeError, match=text):
+        torch_rsst.load_compact(tmp_path, model=Net(), keep_masks=keep)
 
 
 def test_a_folder_that_was_not_saved_to_is_named(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from torch_rsst.groups.surgery import (
     replace_module,
     select,
 )
+from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.live_weight import product
 from torch_rsst.masking.mask_sets import ModelMasks
 from torch_rsst.masking.mask_values import is_full
@@ -106,6 +107,7 @@ def compact(
         UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights became zeros.
     """
     bare = unwrap(model)
+    check_masks_in_place("compact", bare.modules())
     groups = as_groups(groups)
     check_count(round_to, "round_to", at_least=1)
     check_keep_masks(keep_masks)

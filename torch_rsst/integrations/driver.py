@@ -136,10 +136,9 @@ class RoundsDriver:
             optimizer=_of_model(model, optimizers),
             steps_per_round=timetable.steps_per_round,
             rounds=timetable.rounds,
+            process_group=_every_rank(),
             **self._arguments,
         )
-        if dist.is_available() and dist.is_initialized():
-            self.rounds._replicas = dist.group.WORLD  # trainers hand out the model unwrapped
         if saved is not None:
             self._resume(self.rounds, model, saved)
         self.advance(steps)
@@ -259,11 +258,16 @@ class RoundsDriver:
 
 
 def _check_arguments(method: Callable[..., Rounds], arguments: Mapping[str, Any]) -> None:
-    ours = {"model", "groups", "optimizer", "steps_per_round", "rounds"}
+    ours = {"model", "groups", "optimizer", "steps_per_round", "rounds", "process_group"}
     known = [name for name in inspect.signature(method).parameters if name not in ours]
     for name in arguments:
         if name not in known:
             raise TypeError(unknown_choice("argument", name, known))
+
+
+def _every_rank() -> dist.ProcessGroup | None:
+    """The ranks of the training: trainers hand out the model unwrapped."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def _of_model(model: nn.Module, optimizers: Sequence[Any]) -> list[Optimizer]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import is_sharded, placed_like
+from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.mask_sets import apply_mask, extract_mask
 from torch_rsst.masking.mask_undo import is_writable
@@ -86,6 +87,7 @@ def load_dense_state_dict(
         got, remedy = type(state_dict).__name__, "Pass dense_model.state_dict()."
         refuse(TypeError, "state_dict", "a dict", got, remedy)
     inner = unwrap(model)
+    check_masks_in_place("load_dense_state_dict", inner.modules())
     loaded = {name: state_dict[key] for key, name in dense_keys(state_dict).items()}
     _check_fits(_dense_shapes(inner), loaded)
     tensors = [*inner.parameters(), *inner.buffers()]

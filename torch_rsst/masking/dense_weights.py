@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torch_rsst.distributed.dtensor import is_sharded
+from torch_rsst.masking.dense_scope import is_plain_now, masked_again, plain_from_now
 from torch_rsst.masking.freezing import move_freeze
 from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
 from torch_rsst.masking.mask_undo import is_writable
@@ -26,6 +27,7 @@ from torch_rsst.masking.masked_product import masked, masked_gradient
 from torch_rsst.masking.names import masked_places, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing
+from torch_rsst.masking.tied import masked_with
 from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
 MaskedWrites: TypeAlias = Literal["error", "drop", "keep"]
@@ -49,7 +51,8 @@ def dense_weights(
     For inference at the speed of a dense model, and for code that needs a parameter called ``weight``:
     merging adapters, ``convert_sync_batchnorm``, ``torch.nn.init``, surgery on weights. Inside, the modules are of
     their original classes, without ``weight_orig``, ``weight_mask`` and pruning hook; copies made
-    inside are dense models.
+    inside are dense models. Calls that would change masks, or go by them, are refused inside: rounds go on and are
+    saved outside.
 
     On leaving, the masks are put back: in the same modules, and in modules that have taken their place,
     which are found by the parameter or by their name. Values that were written to entries
@@ -133,9 +136,6 @@ class _Return:
         return (self.parameter.detach() != 0) & (self.dense.mask.to(self.parameter.device) == 0)
 
 
-_active: list[_DenseWeights] = []
-
-
 class _DenseWeights(AbstractContextManager[nn.Module]):
     """What :func:`dense_weights` returns. A class, as :class:`AllOrNothing` is one."""
 
@@ -145,7 +145,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
     def __enter__(self) -> nn.Module:
         self._root = unwrap(self._model)
         self._modules = dict(self._root.named_modules())
-        self._check()
+        modules = self._checked()
         self._guard = AllOrNothing(
             [ParameterRef(module, "") for module in self._modules.values()], written=[]
         )
@@ -159,7 +159,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
         except BaseException as error:
             self._guard.__exit__(type(error), error, error.__traceback__)
             raise
-        _active.append(self)
+        self._noted = plain_from_now(modules)
         return self._model
 
     def __exit__(
@@ -168,7 +168,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _active.remove(self)
+        masked_again(self._noted)
         self._hook.remove()
         try:
             if kind is None:
@@ -179,17 +179,19 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             raise
         self._guard.__exit__(kind, error, trace)
 
-    def _check(self) -> None:
-        own = set(map(id, self._modules.values()))
-        if any(id(module) in own for each in _active for module in each._modules.values()):
+    def _checked(self) -> list[nn.Module]:
+        """The modules whose masks must stay as they are: those of the model, and others that share them."""
+        if is_plain_now(self._modules.values()):
             remedy = "Use the block that is there: its parameters are plain already."
             refuse(RuntimeError, "dense_weights", "no other block for this model", "one", remedy)
-        for ref in masked_places(self._root):
+        refs = masked_places(self._root)
+        for ref in refs:
             if is_sharded(ref.original):
                 remedy = "Gather the model first, or read weights as DTensors through `weight`."
                 got = "one that is distributed over several ranks"
                 refuse(ValueError, f"parameter {ref}", "a whole tensor", got, remedy)
             check_binary(ref.mask, ref)
+        return [*self._modules.values(), *(ref.module for ref in masked_with(refs))]
 
     def _swapped(self) -> list[_Dense]:
         """Put plain parameters in place of all masked ones; those that are tied stay tied."""

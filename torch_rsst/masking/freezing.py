@@ -22,7 +22,10 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.distributed.dtensor import placed_like
-from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
+from torch_rsst.masking.mask_values import check_binary
+from torch_rsst.masking.names import masked_places
+from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.masking.tied import masked_with
 from torch_rsst.utils.errors import UnfrozenZerosWarning, message, refuse
 from torch_rsst.utils.optimizer_hooks import is_nested
 
@@ -50,15 +53,16 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
 
     Raises:
         TypeError: unless given a module.
-        ValueError: where nothing is masked.
+        ValueError: where nothing is masked, a tied parameter for some of its modules only, or a mask has other values
+            than 0 and 1.
     """
-    if not isinstance(model, nn.Module):
-        got, remedy = type(model).__name__, "Pass the torch.nn.Module that is masked."
-        refuse(TypeError, "model", "a module", got, remedy)
-    refs = masked_refs(model.modules())
+    refs = masked_places(model)
     if not refs:
         remedy = "Mask it first: a freeze holds what is under masks that are there."
         refuse(ValueError, "model", "masked parameters", "none", remedy)
+    for ref in refs:
+        check_binary(ref.mask, ref)
+    masked_with(refs)  # for what it refuses
     return freeze_latents(refs)
 
 

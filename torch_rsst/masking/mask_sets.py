@@ -154,6 +154,8 @@ def _checked(mask: Tensor, name: str, remedy: str) -> Tensor:
     if not isinstance(mask, Tensor):
         given, way_out = type(mask).__name__, "A mask set maps parameter names to tensors."
         refuse(TypeError, subject, "a tensor", given, way_out)
+    if mask.layout != torch.strided:
+        refuse(ValueError, subject, "a dense tensor", mask.layout, "Call to_dense() first.")
     if mask.is_meta:
         got, way_out = "a mask on the meta device", "Materialize the model first."
         refuse(ValueError, subject, "values", got, way_out)

@@ -37,7 +37,8 @@ from torch_rsst.masking.mask_values import check_binary, is_full
 from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
-from torch_rsst.masking.tied import masked_with, sharing
+from torch_rsst.masking.tied import masked_with, masks_another, sharing
+from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.large_pages import with_large_pages
 
 
@@ -236,7 +237,7 @@ def _mask_buffer(ref: ParameterRef) -> Tensor:
     if not is_writable(mask):
         return mask.clone(memory_format=torch.contiguous_format)
     # A backward pass that is still to come needs the mask of its forward pass.
-    return mask.clone() if is_in_graph(mask) else mask
+    return mask.clone() if is_in_graph(mask) or masks_another(ref) else mask
 
 
 def find_hook(ref: ParameterRef) -> tuple[int, BasePruningMethod] | None:
@@ -290,12 +291,15 @@ def restore(refs: Sequence[ParameterRef], *, last: Callable[[], object] | None =
     """Make the pruning of masked refs permanent and delete their hooks, ours or stock; all or none.
 
     Args:
-        refs: masked ones.
+        refs: masked ones, with values.
         last: called as the last step; where it raises, everything is put back.
     """
     masked = [(ref.original, ref.mask) for ref in refs]  # before they go
-    for ref in refs:
-        check_binary(ref.mask, ref)
+    for ref, (_, mask) in zip(refs, masked, strict=True):
+        if mask is not None and mask.is_meta:
+            got, remedy = "one on the meta device", "Materialize the model first."
+            refuse(ValueError, f"mask of {ref}", "values", got, remedy)
+        check_binary(mask, ref)
     with torch.no_grad(), AllOrNothing(refs) as undo:
         undo.append(frozen_now(refs))
         for ref in refs:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.distributed.fsdp import reshard
+from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.mask_undo import has_own_memory
 from torch_rsst.utils.errors import listing, message, refuse, shown
@@ -85,6 +86,7 @@ def check_ref(module: object, name: object) -> ParameterRef:
         remedy = "Pass for example (model.fc, 'weight')."
         refuse(TypeError, "parameter", "a (module, name) pair", got, remedy)
     ref = ParameterRef(module, name)
+    check_masks_in_place(f"parameter {ref}", [module])
     reshard([module])
     if ref.is_masked:
         return ref

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.freezing import freeze_zeros as hold_at_zero
 from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.names import masked_places
@@ -48,6 +49,7 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
         UnfrozenZerosWarning: for ``freeze_zeros=None``, where masked entries became zeros.
     """
     refs = masked_places(model)
+    check_masks_in_place("remove_all", model.modules())
     refs += masked_with(refs)
     zeros = [(ref, ~alive) for ref in refs if (alive := ref.alive) is not None]
     restore(refs, last=what_becomes_of(zeros, freeze_zeros))

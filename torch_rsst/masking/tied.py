@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.distributed.dtensor import local, placed_like
-from torch_rsst.masking.live_weight import LIVE_MODULES, is_live
-from torch_rsst.masking.parameter_ref import ParameterRef, dense_name
+from torch_rsst.masking.live_weight import LIVE_MODULES, MASK, is_live
+from torch_rsst.masking.parameter_ref import ParameterRef, dense_name, masked_refs
 from torch_rsst.utils.errors import refuse
 
 # What sys.getrefcount counts of its own argument.
@@ -64,6 +64,15 @@ def _is_held_elsewhere(places: Sequence[ParameterRef]) -> bool:
     registry, key = places[0].module._parameters, places[0].key
     own = {(id(ref.module._parameters), ref.key) for ref in places}
     return sys.getrefcount(registry[key]) > len(own) + _ARGUMENT
+
+
+def masks_another(ref: ParameterRef) -> bool:
+    """Whether the mask of a parameter is also that of another one: they were tied, and are not any more."""
+    registry, key = ref.module._buffers, ref.name + MASK
+    if sys.getrefcount(registry[key]) <= 1 + _ARGUMENT:
+        return False
+    own, mask = ref.original, ref.mask
+    return any(o.mask is mask and o.original is not own for o in masked_refs(list(LIVE_MODULES)))
 
 
 class _Alone:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.mask_sets import extract_mask, penalty_mask
 from torch_rsst.masking.names import unwrap
 from torch_rsst.penalty.hooks import (
@@ -137,6 +138,7 @@ class RegularizedPruner:
         self.accumulation_steps, self.grad_scale = accumulation_steps, grad_scale
         self._requested_mode = penalty.effective_mode
         self._model = unwrap(model)
+        check_masks_in_place("RegularizedPruner", self._model.modules())
         current = extract_mask(model) if current_mask is None else current_mask
         self._penalized = PenalizedSet(self._model, penalty_mask(current, refill_mask))
         self._followers: list[PenalizedSet] = []

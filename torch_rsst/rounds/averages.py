@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.mask_sets import apply_mask, extract_mask
 from torch_rsst.masking.names import named_refs, named_weights, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef
@@ -74,6 +75,7 @@ def follow(model: nn.Module, followers: Iterable[nn.Module]) -> None:
         TypeError, ValueError: for a follower that is no module or has other parameters; nothing is changed then.
     """
     masks, own = extract_mask(model), Followers.of(model, followers)
+    check_masks_in_place("follow", model.modules())
     with AllOrNothing(own.refs()):
         for module in own.modules:
             whole = {name: torch.ones_like(mask) for name, mask in extract_mask(module).items()}

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
+import torch.distributed as dist
 from torch import nn
 
 from torch_rsst.distributed.replicas import agreed, replica_group
@@ -20,6 +21,7 @@ from torch_rsst.importance.batches import Batches, DataSource
 from torch_rsst.importance.combinations import choose_importance, data_parts
 from torch_rsst.importance.measuring import check_source, measured
 from torch_rsst.importance.registry import name_of
+from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.freezing import freeze_latents
 from torch_rsst.masking.mask_sets import Masks, apply_mask, extract_mask
 from torch_rsst.masking.names import named_refs, named_weights, unwrap
@@ -42,7 +44,14 @@ from torch_rsst.regrouping.regrouping import Decision, RegroupPlan, decide, refi
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
 from torch_rsst.rounds.averages import Followers
 from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
-from torch_rsst.rounds.round import Chosen, Round, record_decision, record_end, warn_of_end
+from torch_rsst.rounds.round import (
+    Chosen,
+    Round,
+    record_decision,
+    record_end,
+    warn_of_end,
+    warn_of_unranked,
+)
 from torch_rsst.rounds.round_arguments import Course, Ranking, Regrouping
 from torch_rsst.rounds.round_start import Reference
 from torch_rsst.rounds.state import RoundsState, RoundState, damage_reported, plain_settings
@@ -58,6 +67,8 @@ class Rounds(ABC):
 
     _refits_on_opening: ClassVar[bool] = False
     """Whether ``reconstruct=`` refits consumers when a round opens, not at the end."""
+    _gives_back: ClassVar[bool] = False
+    """Whether a ranking may choose from what an earlier one has pruned."""
 
     def __init__(
         self,
@@ -71,12 +82,14 @@ class Rounds(ABC):
         penalty: Penalty,
         data: DataSource,
         follow: Iterable[nn.Module] = (),
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if course.reset_moments and optimizer is None:
             remedy = "Pass the optimizer to Refill, or reset_moments=False."
             refuse(ValueError, "reset_moments", "an optimizer", "none", remedy)
         penalty.schedule_of(course.steps_per_round)  # for what it refuses
         self._model, self._groups = unwrap(model), as_groups(groups)
+        self._check_masks_in_place()
         weights = named_weights(model)
         check_groups(weights, self._groups)
         reconstructs = course.reconstruct is not None
@@ -92,7 +105,8 @@ class Rounds(ABC):
         if not reconstructs or any(data_parts(importance)):
             check_source(importance, data, course.rounds)
         self._ranked = ranked_names(model, self._groups, ranking.parameters)
-        ranking.check({name: weights[name] for name in self._ranked}, extract_mask(model))
+        times = 1 if self._gives_back else course.rounds
+        ranking.check({n: weights[n] for n in self._ranked}, extract_mask(model), times)
         regrouping.check(self._groups)
         self._followers = Followers.of(model, follow)
         self._snapshot = Snapshot.of(model, course.rewind)
@@ -101,7 +115,7 @@ class Rounds(ABC):
         self._optimizer_rewind = OptimizerRewind.of(
             course.rewind_optimizer if course.rewind is not None else "keep", self._optimizers
         )
-        self._replicas = replica_group(model)
+        self._replicas = replica_group(model) if process_group is None else process_group
         self.course, self.ranking, self.regrouping = course, ranking, regrouping
         self.penalty, self.data = penalty, data
         self._history = DecisionHistory(regrouping.rules(self._groups))
@@ -146,6 +160,7 @@ class Rounds(ABC):
         return self
 
     def __next__(self) -> Round:
+        self._check_masks_in_place()
         if self._resumed and self._round is not None:
             self._resumed = False
             return self._round
@@ -153,7 +168,17 @@ class Rounds(ABC):
         if self._next_index >= self.course.rounds or self._finalized:
             raise StopIteration
         index = self._next_index
-        opened = self._open(index, self._choose(index), rewind=index >= 0)
+        chosen = self._choose(index)
+        if index >= 0:
+            warn_of_unranked(
+                index,
+                chosen,
+                self._final_mask(chosen),
+                extract_mask(self._model),
+                self._model,
+                self._groups,
+            )
+        opened = self._open(index, chosen, rewind=index >= 0)
         self._next_index = index + 1
         return opened
 
@@ -191,6 +216,7 @@ class Rounds(ABC):
         if self._last is None:
             remedy = "Train at least one: for rnd in rsst: …"
             refuse(RuntimeError, "finalize", "a round", "none yet", remedy)
+        self._check_masks_in_place()
         how = self._reconstruction_of(
             self.course.reconstruct if reconstruct is None else reconstruct
         )
@@ -239,6 +265,9 @@ class Rounds(ABC):
         if self._last is None:
             return sparsity_report(self._model, self._groups)
         return self._last.report()
+
+    def _check_masks_in_place(self) -> None:
+        check_masks_in_place(type(self).__name__, self._model.modules())
 
     # A round's life
 
@@ -326,6 +355,7 @@ class Rounds(ABC):
         Round, step, masks, what rewinding puts back, the settings and the version of this format. Weights,
         optimizer, RNG and the order of data are yours to save.
         """
+        self._check_masks_in_place()
         last = self._last
         return RoundsState(
             settings=self._settings(),
@@ -356,6 +386,7 @@ class Rounds(ABC):
             ValueError: for the state of rounds with other settings or of another model, or a damaged
                 one; the model's masks are as before then.
         """
+        self._check_masks_in_place()
         refs = [ref for places in named_refs(self._model).values() for ref in places]
         with damage_reported():
             saved = RoundsState.read(

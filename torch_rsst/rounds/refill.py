@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
+import torch.distributed as dist
 from torch import nn
 
 from torch_rsst.groups.groups import Group, GroupLayer, Groups
@@ -70,6 +71,7 @@ class Refill(Rounds):
     """
 
     _refits_on_opening = True
+    _gives_back = True
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class Refill(Rounds):
         forward: Forward | None = None,
         loss_fn: LossFn | None = None,
         follow: Iterable[nn.Module] = (),
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -120,6 +123,7 @@ class Refill(Rounds):
             penalty=Penalty(shrink_to=None),  # of an empty set: it only counts steps
             data=DataSource(batches, forward, loss_fn),
             follow=follow,
+            process_group=process_group,
         )
         self._warn_about_limit()
 

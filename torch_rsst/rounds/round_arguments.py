@@ -21,7 +21,13 @@ from torch_rsst.masking.mask_sets import alive_in
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.reconstruction.reconstruction import Method, Reconstruction
 from torch_rsst.regrouping.regrouping import RegroupPlan, scopes_of
-from torch_rsst.utils.amounts import Amount, check_amount, check_count, plain_amount
+from torch_rsst.utils.amounts import (
+    Amount,
+    check_amount,
+    check_count,
+    plain_amount,
+    units_to_keep,
+)
 from torch_rsst.utils.errors import RoundWarning, refuse
 
 RegroupAmount: TypeAlias = Amount | Callable[[int], Amount] | None
@@ -65,11 +71,25 @@ class Ranking:
     def __post_init__(self) -> None:
         object.__setattr__(self, "amount", plain_amount(self.amount))
 
-    def check(self, weights: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> None:
-        """Raise where a count is more than there is, warn where it looks like a percentage."""
+    def check(self, weights: Mapping[str, Tensor], alive: Mapping[str, Tensor], times: int) -> None:
+        """Raise where a count is more than there is, warn where it looks like a percentage.
+
+        Args:
+            weights: what is ranked.
+            alive: masks.
+            times: how often it prunes what it has left.
+        """
         if isinstance(self.amount, int):
             entries = sum(int(total(alive_in(weights, alive, n))) for n in weights)
             _check_meaning(self.amount, "amount", entries, "weights alive", "in each round")
+            # Of all, not of those alive: rounds that are resumed are made for a model with masks.
+            every = sum(weight.numel() for weight in weights.values())
+            if self.amount * times > every:
+                expected = (
+                    f"at most {every // times:,} in each of {times} rounds, for {every:,} weights"
+                )
+                remedy = "Lower amount or rounds, or pass a float for a share of what is left."
+                refuse(ValueError, "amount", expected, self.amount, remedy)
 
 
 @dataclass(frozen=True)
@@ -91,14 +111,31 @@ class Regrouping(RegroupPlan):
             object.__setattr__(self, "regroup_amount", plain_amount(self.regroup_amount))
 
     def check(self, groups: Groups) -> None:
-        """Raise where a count is more than a scope has, warn where it looks like a percentage."""
-        if isinstance(self.regroup_amount, int):
-            units = {
-                f"{kind} of {name or 'the model'}": sum(groups.layers[i].units for i in positions)
-                for (name, kind), positions in scopes_of(groups, self.scope).items()
-            }
+        """Raise where a count is more than a scope has, warn where it looks like a percentage or means all."""
+        amount = self.regroup_amount
+        if amount is None or callable(amount):
+            return
+        units = {
+            f"{kind} of {name or 'the model'}": sum(groups.layers[i].units for i in positions)
+            for (name, kind), positions in scopes_of(groups, self.scope).items()
+        }
+        if isinstance(amount, int):
             for scope, count in units.items():
-                _check_meaning(self.regroup_amount, "regroup_amount", count, scope, "in each scope")
+                _check_meaning(amount, "regroup_amount", count, scope, "in each scope")
+        everything = [
+            f"all {count} {scope}"
+            for scope, count in units.items()
+            if count > 1
+            and amount == (count if isinstance(amount, int) else 1.0)
+            and not units_to_keep(amount, count, {}, self.fillback_rate)
+        ]
+        if everything and self.min_keep == 1:  # another number was asked for
+            warnings.warn(
+                f"regroup_amount={amount} means {'; '.join(everything[:5])}: min_keep=1 stays in each layer. "
+                f"Pass a smaller share, or min_keep=0 to let all go.",
+                RoundWarning,
+                stacklevel=4,
+            )
 
     def amount_of(self, index: int) -> Amount | None:
         """``regroup_amount`` of a round."""

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, get_args
 
+import torch.distributed as dist
 from torch import nn
 
 from torch_rsst.groups.groups import Group, GroupLayer, Groups
@@ -111,14 +112,17 @@ class RSST(Rounds):
         loss_fn: ``(output, batch) → loss``, for ``importance="taylor"``.
         follow: averages of the model's weights (EMA, SWA), changed in place: they get its masks, their weights in P
             are shrunk with the model's, and rewinding puts back the same weights. See :func:`follow`.
+        process_group: ranks that hold replicas of the model: all must choose the same masks, or all raise. By default those
+            of its ``DistributedDataParallel``.
 
     Raises:
         TypeError, ValueError, KeyError: for arguments out of range or groups of another model;
             nothing has been changed then.
 
     Warns:
-        RoundWarning: for an int ``amount`` or ``regroup_amount`` that is a tiny share of what it counts; when
-            a round closes, for fewer than ``steps_per_round`` steps, and where P fell below 1 % of its norm
+        RoundWarning: for an int ``amount`` or ``regroup_amount`` that is a tiny share of what it counts, or a
+            ``regroup_amount`` that means all units; when a round opens whose ranking leaves a layer nothing to choose
+            its units by; when a round closes, for fewer than ``steps_per_round`` steps, and where P fell below 1 % of its norm
             before half of the steps that it was to take.
     """
 
@@ -157,6 +161,7 @@ class RSST(Rounds):
         forward: Forward | None = None,
         loss_fn: LossFn | None = None,
         follow: Iterable[nn.Module] = (),
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.kept_units = _kept_units(kept_units, dense_training)
         super().__init__(
@@ -188,6 +193,7 @@ class RSST(Rounds):
             ),
             data=DataSource(batches, forward, loss_fn),
             follow=follow,
+            process_group=process_group,
         )
 
     def _trained_with(self, chosen: Chosen) -> Masks:

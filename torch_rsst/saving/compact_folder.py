@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_rsst.compaction.compaction import is_rounding
 from torch_rsst.compaction.cut_record import of_kind, stages_of
-from torch_rsst.compaction.plain import make_plain
+from torch_rsst.compaction.plain import check_keep_masks, make_plain
 from torch_rsst.discovery.probe import output_error
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
 from torch_rsst.masking.names import unwrap, without_wrappers
@@ -107,7 +107,7 @@ def save_compact(
     Raises:
         ValueError: for a model that :func:`torch_rsst.compact` did not return, a ``build`` that makes another
             model, ``export`` or ``onnx`` without ``example_inputs``, or a folder with links out of it.
-        TypeError: for a state dict that holds more than tensors, or a folder that is no path.
+        TypeError: for a state dict that holds more than tensors, a folder that is no path, or another ``keep_masks``.
         FileExistsError, NotADirectoryError: where one of its files has a name that is written here.
         OSError: where the folder cannot be written to, before anything else is done.
         ModuleNotFoundError: where a package is missing that writes one of the files.
@@ -118,6 +118,7 @@ def save_compact(
             of yours, which stays.
         UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights are saved as zeros.
     """
+    check_keep_masks(keep_masks)
     path, bare = check_target(folder), unwrap(small)
     stages = stages_of(bare)
     if stages is None:
@@ -183,7 +184,7 @@ def load_compact(
     Args:
         folder: of :func:`torch_rsst.save_compact`.
         model: the dense model, built as the one was that was compacted; a copy of it is cut, its
-            weights do not matter. None: built as the folder says.
+            weights and masks do not matter. None: built as the folder says.
         keep_masks: True gives masks that were saved as masks; otherwise they are made permanent. Pass
             True or False to do so without a warning.
 
@@ -193,7 +194,7 @@ def load_compact(
 
     Raises:
         FileNotFoundError: where the folder was not saved to.
-        TypeError: for a folder that is no path.
+        TypeError: for a folder that is no path, or another ``keep_masks``.
         ValueError: for files that are damaged, for a model that does not fit, for a folder that does
             not say how to build it (or in a way that is not allowed), or with links out of it.
         ModuleNotFoundError: where the package is missing that the model comes from.
@@ -201,6 +202,7 @@ def load_compact(
     Warns:
         UnfrozenZerosWarning: for ``keep_masks=None``, where saved masks became zeros.
     """
+    check_keep_masks(keep_masks)
     path = as_folder(folder, "Pass a folder of save_compact: load_compact(folder, model=…).")
     dense = None if model is None else unwrap(model)
     description = read_description(path)
@@ -218,7 +220,7 @@ def load_compact(
         got, remedy = "one on the meta device", "Build it on a real device."
         refuse(ValueError, "model", "values", got, remedy)
     try:
-        whole = build_model(description.build) if dense is None else deep_copy(dense)
+        whole = build_model(description.build) if dense is None else _without_masks(dense)
         small = put_together(whole, description, tensors)
     except ModuleNotFoundError as error:
         raise _missing(error, str(path), f"Install it. {remedy}") from error
@@ -227,11 +229,20 @@ def load_compact(
         built = () if dense is None else map(without_wrappers, dense.state_dict())
         counts = differing_counts(tensors.state, built)
         got = f"another one ({counts}: {one_line(error)})" if counts else f"({one_line(error)})"
+        if dense is not None and stages_of(dense) is not None:
+            remedy = "Pass the model before it was compacted, or one that is built alike."
         remedy = f"{_other_versions(description)}{remedy}"
         refuse(ValueError, str(path), expected, got, remedy)
     make_plain(small, "load_compact", keep_masks)
     vars(small)["compact_info"] = info
     return small
+
+
+def _without_masks(dense: nn.Module) -> nn.Module:
+    """A copy; its masks matter as little as its weights."""
+    made = deep_copy(dense)
+    make_plain(made, "load_compact", keep_masks=False)
+    return made
 
 
 def check_target(target: str | Path) -> Path:

@@ -20,6 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.distributed.replicas import agreed, agreed_on_first, warn_of_draws
+from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import make_live, make_plain
 from torch_rsst.masking.mask_values import check_binary
@@ -51,6 +52,7 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
             return function(module, name, *args, **kwargs)
         if draws:
             warn_of_draws(function.__name__, process_group)
+        check_masks_in_place(function.__name__, [module])
         reshard([module])
         ref = ParameterRef(module, name)
         mask, others = ref.mask, sharing([ref]) if ref.held is not None else []
