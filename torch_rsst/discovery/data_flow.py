@@ -27,6 +27,11 @@ PRODUCTS = {
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
 """Functions that multiply activations by matrices of parameters."""
+_SCORES = {
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), 0),
+    F.scaled_dot_product_attention: 1,
+}
+"""Functions that do not see what is added to all scores → which of their tensors scores are made of."""
 _CONTRACTIONS = ("Bmm", "Mm", "Mv", "Baddbmm", "Addmm", "Dot", "ScaledDotProduct")
 """How nodes of a graph begin that multiply activations and sum over a dimension."""
 
@@ -161,7 +166,11 @@ class _Noisy(TorchFunctionMode):
         is_product = func in PRODUCTS and len(given) == 1 and any(w.ndim > 1 for w in weights)
         if is_product and _groups(args, kwargs) == 1:
             return self._noise(func, args, kwargs, given[0])
-        out = func(*args, **kwargs)
+        if func in _SCORES:  # otherwise a bias of all keys had no gradient
+            scores = tensors[_SCORES[func]]
+            uneven = scores * noise(scores.shape, seed=-3).exp().to(scores)
+            args, kwargs = tree_map(lambda v: uneven if v is scores else v, (args, kwargs))
+        out = _normalized(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
         if weights and not given:  # made of parameters alone
             self._weights.update({id(tensor): tensor for tensor in tensors_in(out)})
         return out
@@ -211,6 +220,27 @@ def _reached(tensors: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) 
 def _any_but(hit: Tensor, dim: int) -> Tensor:
     """Along one dimension, whether any entry is True."""
     return hit.movedim(dim, 0).flatten(1).any(1) if hit.ndim > 1 else hit
+
+
+def _normalized(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """What a batch norm puts out: PyTorch's has no gradients of its statistics."""
+    if training or mean is None or var is None:
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    mean, var, *scales = (
+        t if t is None else t.view(-1, *[1] * (x.ndim - 2)) for t in (mean, var, weight, bias)
+    )
+    out = (x - mean) * (var + eps).rsqrt()
+    out = out if scales[0] is None else out * scales[0]
+    return out if scales[1] is None else out + scales[1]
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

@@ -69,9 +69,8 @@ class Division:
         owned = [sizes.pop(member.parameter) for member in giving if member.ranked]
         if owned and any(size >= min(owned) for size in sizes.values()):
             return None  # as where queries of all heads are normalized together
-        for members in (giving, taking):
-            if {u for m in members for u in m.unit_of.unique().tolist()} - {NO_UNIT} != set(parts):
-                return None
+        if not (giving and taking and all(map(_is_shared_evenly, (*giving, *held, *taking)))):
+            return None
         followers = (m for m in held if m.parameter not in buffers)
         return GroupLayer(
             "",
@@ -154,6 +153,12 @@ def _first_of(mask: Tensor) -> Tensor:
 
 def _differ(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).abs() > _SAME * one.abs().max()
+
+
+def _is_shared_evenly(member: Member) -> bool:
+    """Whether all units have as many entries, as heads do."""
+    counts = torch.bincount(member.unit_of[member.unit_of != NO_UNIT])
+    return bool((counts == counts[0]).all())
 
 
 def _joined(parts: Sequence[Reached]) -> Reached:
