@@ -28,10 +28,10 @@ PRODUCTS = {
 }
 """Functions that multiply activations by matrices of parameters."""
 _SCORES = {
-    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), 0),
-    F.scaled_dot_product_attention: 1,
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), 1),
+    F.scaled_dot_product_attention: 2,
 }
-"""Functions that do not see what is added to all scores → which of their tensors scores are made of."""
+"""Functions that do not see what is added to all scores → how many of their tensors make these."""
 _CONTRACTIONS = ("Bmm", "Mm", "Mv", "Baddbmm", "Addmm", "Dot", "ScaledDotProduct")
 """How nodes of a graph begin that multiply activations and sum over a dimension."""
 
@@ -83,6 +83,7 @@ class Flow:
     Attributes:
         tensors: its parameters and buffers of floats, by name.
         products: in the order in which they ran.
+        scores: what attention weights were made of: scores, or queries and keys.
         out: what it puts out.
     """
 
@@ -96,14 +97,15 @@ class Flow:
             )
             if tensor.is_floating_point()
         }
-        self.products, self.out = self._run()
+        noisy, self.out = self._run()
+        self.products, self.scores = noisy.products, noisy.scores
 
-    def _run(self, known: Sequence[Tensor] = ()) -> tuple[list[Product], Any]:
+    def _run(self, known: Sequence[Tensor] = ()) -> tuple[_Noisy, Any]:
         noisy = _Noisy([*self.module.parameters()], known)
         with torch.enable_grad(), torch.random.fork_rng(devices=_devices(self.module)), noisy:
             torch.manual_seed(0)
             out = run_call(self.module, self.call)
-        return noisy.products, out
+        return noisy, out
 
     def reach(self, place: int, mask: Tensor) -> tuple[dict[int, Tensor], Reached]:
         """What a part of the activations of a product depends on.
@@ -141,7 +143,32 @@ class Flow:
     def moved(self, place: int, added: Masks) -> Tensor:
         """The activations of a product where something is added to what products before it put out."""
         made = [p.noise.detach() + added.get(i, 0.0) for i, p in enumerate(self.products)]
-        return self._run(made)[0][place].given.detach()
+        return self._run(made)[0].products[place].given.detach()
+
+    def scored(self, place: int, mask: Tensor, own: Masks) -> bool | None:
+        """Whether some features make the scores by which a part of a product's activations is attended.
+
+        Args:
+            place: of the product.
+            mask: of its activations, broadcastable to them.
+            own: of what products before it put out.
+
+        Returns:
+            None where no scores make a difference to this part.
+        """
+        found: bool | None = None
+        for scores, used in self._used(place, mask):
+            reached = _gradients(scores, used, [self.products[i].noise for i in own])
+            pairs = zip(reached, own.values(), strict=True)
+            found = found or any(g is not None and bool((g * o).any()) for g, o in pairs)
+        return found
+
+    def _used(self, place: int, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores that make a difference to a part, and which of their entries do."""
+        gradients = _gradients(self.products[place].given, mask, self.scores)
+        for scores, gradient in zip(self.scores, gradients, strict=True):
+            if gradient is not None and bool((used := gradient != 0).any()):
+                yield scores, used
 
 
 class _Noisy(TorchFunctionMode):
@@ -150,6 +177,7 @@ class _Noisy(TorchFunctionMode):
     def __init__(self, parameters: Sequence[Tensor], known: Sequence[Tensor]) -> None:
         super().__init__()
         self.products: list[Product] = []
+        self.scores: list[Tensor] = []
         self._weights = {id(p): p for p in parameters}  # held, so that ids stay unique
         self._known = known
 
@@ -167,9 +195,10 @@ class _Noisy(TorchFunctionMode):
         if is_product and _groups(args, kwargs) == 1:
             return self._noise(func, args, kwargs, given[0])
         if func in _SCORES:  # otherwise a bias of all keys had no gradient
-            scores = tensors[_SCORES[func]]
+            *queries, scores = tensors[: _SCORES[func]]
             uneven = scores * noise(scores.shape, seed=-3).exp().to(scores)
             args, kwargs = tree_map(lambda v: uneven if v is scores else v, (args, kwargs))
+            self.scores += [t for t in (*queries, uneven) if t.requires_grad]
         out = _normalized(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
         if weights and not given:  # made of parameters alone
             self._weights.update({id(tensor): tensor for tensor in tensors_in(out)})

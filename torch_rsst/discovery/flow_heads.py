@@ -155,7 +155,7 @@ class _Look:
 
     def _best(self, module: nn.Module, flow: Flow, place: int, least: int, call: Call) -> Answer:
         """Of all ways to divide what a product takes in: one that can be cut, which owns the most."""
-        ways = [way.layer() for way in divisions(flow, place) if way.attends()]
+        ways = [way.layer() for way in divisions(flow, place)]
         layers = sorted(filter(None, ways), key=partial(_size, flow), reverse=True)
         calls = [call, other_call(module, call)]
         single = head_count(module) == 1

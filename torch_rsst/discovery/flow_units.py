@@ -81,12 +81,18 @@ class Division:
         )
 
     def attends(self) -> bool:
-        """Whether a part does not grow in proportion to its own features, as values alone would make it."""
+        """Whether the features of a part make the scores by which it is attended.
+
+        Where no function is known to have taken scores: whether the part does not grow in proportion to
+        its features, as values alone would make it.
+        """
         own, _ = self.flow.reach(self.place, self.mask(0))
         others, _ = self.flow.reach(self.place, ~self.mask(0))
+        own = {place: mask & ~others.get(place, ~mask) for place, mask in own.items()}
+        if (scored := self.flow.scored(self.place, self.mask(0), own)) is not None:
+            return scored
         doubled = {
-            place: self.flow.products[place].noise.detach() * (mask & ~others.get(place, ~mask))
-            for place, mask in own.items()
+            place: self.flow.products[place].noise.detach() * mask for place, mask in own.items()
         }
         before = self.flow.products[self.place].given.detach()
         after = self.flow.moved(self.place, doubled)
@@ -94,7 +100,7 @@ class Division:
 
 
 def divisions(flow: Flow, place: int) -> Iterator[Division]:
-    """All ways in which the features of products divide what another product takes in."""
+    """All ways in which the features of products that are attended divide what another product takes in."""
     given = flow.products[place].given
     for dim, size in enumerate(given.shape):
         if size < 2:
@@ -138,6 +144,8 @@ def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor 
         if bool(found.all()) or not bool(found[index]) or bool((found & ~left).any()):
             return None
         part_of[found] = part_of.max() + 1
+        if not index and not Division(flow, place, dim, part_of).attends():
+            return None
     return part_of
 
 
