@@ -15,6 +15,7 @@ from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 
 _SAME = 1e-5
 """Relative to the largest: below, values differ by how sums are rounded."""
+_MOST_HEADS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,8 @@ class Division:
             made: list[Reached] = []
             for place, mask in outs.items():
                 made.append(self.flow.gives(place, mask))
+                if part:
+                    continue  # features lie along the same dimension
                 for name, dims in self.flow.gives(place, _first_of(mask)).items():
                     some = {d for d, hit in enumerate(dims) if not bool(hit.all())}
                     features.setdefault(name, set()).update(some)
@@ -121,6 +124,8 @@ def divisions(flow: Flow, place: int) -> Iterator[Division]:
 def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor | None:
     """What depends on the same features goes into one part; None where such parts overlap.
 
+    Parts are laid out alike, so that a few tell of all.
+
     Args:
         flow: of a module.
         place: of a product.
@@ -129,10 +134,10 @@ def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor 
         whole: all its features that reach the index, or the first alone.
     """
     before = flow.products[place].given.detach()
-    part_of = torch.full((before.shape[dim],), NO_UNIT)
-    while (left := part_of == NO_UNIT).any():
-        index = int(left.nonzero()[0])
-        here = _along(before, dim, torch.arange(len(part_of)) == index)
+    size = before.shape[dim]
+    part_of: Tensor | None = None
+    for index in (0, size - 1, size // 2):
+        here = _along(before, dim, torch.arange(size) == index)
         outs, _ = flow.reach(place, here)
         if nth >= len(outs):
             return None
@@ -141,12 +146,24 @@ def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor 
         added = noise(mask.shape, seed=-1).to(before) * (mask if whole else _first_of(mask))
         moved = _differ(before, flow.moved(place, {source: added}))
         found = moved.movedim(dim, 0).flatten(1).any(1).cpu()
-        if bool(found.all()) or not bool(found[index]) or bool((found & ~left).any()):
+        if bool(found.all()) or not bool(found[index]):
             return None
-        part_of[found] = part_of.max() + 1
-        if not index and not Division(flow, place, dim, part_of).attends():
+        if part_of is None:
+            part_of = _laid_out_like(found)
+            if part_of is None or not Division(flow, place, dim, part_of).attends():
+                return None
+        elif not torch.equal(part_of == part_of[index], found):
             return None
     return part_of
+
+
+def _laid_out_like(first: Tensor) -> Tensor | None:
+    """The part of each index, by the indices of the first part, 0 among them: as long runs of each in turn."""
+    size, each = first.numel(), int(first.sum())
+    run = int((~first).nonzero()[0])
+    part_of = torch.arange(size) // run % (size // each)
+    regular = size % each == 0 and size // each <= _MOST_HEADS
+    return part_of if regular and torch.equal(part_of == 0, first) else None
 
 
 def _along(given: Tensor, dim: int, which: Tensor) -> Tensor:
