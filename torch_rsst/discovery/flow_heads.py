@@ -35,6 +35,7 @@ from torch_rsst.utils.module_state import undisturbed
 
 Answer = GroupLayer | Unsupported
 MIXED = "its units mix before the output layer, so that none can be removed exactly"
+UNKNOWN = "no adapter knows the attention of"
 NO_OUTPUT = "its attention leads to no layer that takes its heads in"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _MOST_TRIALS = 64
@@ -94,16 +95,16 @@ def search(
         if any(_is_in(name, other) or _is_in(other, name) for other in known):
             continue
         answers = look.at(module)
-        found = any(isinstance(answer, GroupLayer) for answer in answers)
+        settled = any(map(_is_final, answers))
         for inner in inside:
             tries[inner] += 1
-            if found:
+            if settled:
                 del waiting[inner]
-        if found:
+        if settled:
             known.append(name)
-        if found or not inside:
+        if settled or not inside:
             waiting[name] = answers
-            tries[name] = 2 if found else 0
+            tries[name] = 2 if settled else 0
     for name, answers in reversed(waiting.items()):
         yield from ((name, answer) for answer in answers)
 
@@ -119,7 +120,7 @@ class _Look:
     def at(self, module: nn.Module) -> list[Answer]:
         """The heads of a module, or why there are none; nothing where it is no attention."""
         call, why = self._call(module)
-        unknown = f"no adapter knows the attention of {type(module).__name__}"
+        unknown = f"{UNKNOWN} {type(module).__name__}"
         if call is None:
             return [Unsupported(f"{unknown}: {why}")] if head_count(module) else []
         key = (self.probe.signature(module), signature_of_call(call))
@@ -271,6 +272,11 @@ def _own_matrices(model: nn.Module, taken: Collection[str]) -> Counter[nn.Module
             module = modules[path]
         found[module] += count
     return found
+
+
+def _is_final(answer: Answer) -> bool:
+    """Whether nothing else could be found in a module around this one."""
+    return isinstance(answer, GroupLayer) or not answer.reason.startswith((NO_OUTPUT, UNKNOWN))
 
 
 def _is_in(name: str, outer: str) -> bool:
