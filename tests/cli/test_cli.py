@@ -109,15 +109,28 @@ def wait_for(path, process):
     assert path.exists(), process.stderr.read()
 
 
+STOPPED = [
+    "--dense-epochs", "1", "--epochs", "3", "--rounds", "2", "--finetune-epochs", "1",
+    "--batch-size", "256", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run = start(folder, *STOPPED)
+    assert run.wait() == 0, run.stderr.read()
+    return folder
+
+
 @pytest.mark.parametrize(
     ("sign", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_stopped_run_resumes_to_the_same_weights(tmp_path, sign, code):
+def test_stopped_run_resumes_to_the_same_weights(whole, tmp_path, sign, code):
     """Ctrl-C continues after the very step, kill -9 from the last epoch: the end is the same."""
     from safetensors.torch import load_file
 
-    args = ["--dense-epochs", "1", "--epochs", "4", "--rounds", "2", "--finetune-epochs", "1"]
-    stopped = start(tmp_path / "parts", *args, "--device", "cpu")
+    stopped = start(tmp_path / "parts", *STOPPED)
     metrics = tmp_path / "parts" / "metrics.jsonl"
     wait_for(metrics, stopped)
     while stopped.poll() is None and '"round 0"' not in metrics.read_text():
@@ -129,10 +142,8 @@ def test_stopped_run_resumes_to_the_same_weights(tmp_path, sign, code):
         assert "--resume" in err
     assert not (tmp_path / "parts" / "report.json").exists()
     resumed = start(tmp_path / "parts", "--resume")
-    whole = start(tmp_path / "whole", *args, "--device", "cpu")
     assert resumed.wait() == 0, resumed.stderr.read()
-    assert whole.wait() == 0, whole.stderr.read()
-    first, second = (load_file(tmp_path / run / "model.safetensors") for run in ("parts", "whole"))
+    first, second = (load_file(run / "model.safetensors") for run in (tmp_path / "parts", whole))
     assert first.keys() == second.keys()
     assert all(bool((first[name] == second[name]).all()) for name in first)
     assert json.loads((tmp_path / "parts" / "report.json").read_text())["head_sparsity"] == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -14,11 +15,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Processes are forked from one that has imported these: to import them in each takes longer than most tests.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch_rsst"])
+
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(rank, *args)`` of each rank, in order; it must be importable and return picklables."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (world_size, folder, function, args), nprocs=world_size)
+        own = (world_size, folder, function, args)
+        mp.start_processes(_run, own, nprocs=world_size, start_method="forkserver")
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 

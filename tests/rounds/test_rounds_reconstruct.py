@@ -165,9 +165,7 @@ def test_what_is_refused_when_rounds_are_made():
             rounds_of(method, reconstruct="mean")
         with pytest.raises(ValueError, match="method: expected one of 'least_squares', 'mean'"):
             rounds_of(method, reconstruct="both", batches=BATCHES)
-        with pytest.raises(
-            TypeError, match="expected batches that can be drawn once for each layer"
-        ):
+        with pytest.raises(TypeError, match="expected batches that can be drawn in each round"):
             rounds_of(method, reconstruct="mean", batches=iter(BATCHES))
 
 

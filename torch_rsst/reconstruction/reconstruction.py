@@ -77,17 +77,17 @@ def reconstruct(
     not fall keeps its weights. Where no units go, no weight changes. In a ``DistributedDataParallel`` it is
     a collective call: each rank brings its own batches, and the sums are those over all ranks.
 
-    The batches are drawn once for each consumer, and once more. Each time the model runs twice on each
-    batch, before and after the cut, in eval mode and with the same random numbers. Sums are kept in float64;
-    for one consumer at a time, (features + 1)² numbers.
+    The batches are drawn once and held until the last consumer is refitted. For each consumer the model runs
+    twice on each batch, before and after the cut, in eval mode and with the same random numbers. Sums are
+    kept in float64; for one consumer at a time, (features + 1)² numbers.
 
     Args:
         model: is masked and refitted in place, ``weight_orig`` where masked. Biases and running means of
             consumers change; no parameter is added.
         groups: from :func:`find_groups`, or a selection of its items; only their consumers are refitted.
         refill_mask: what should be alive, from :func:`regroup`.
-        batches: what ``model(batch)`` takes: an iterable that can be drawn several times, or a function that
-            returns one. A few hundred samples without augmentation do.
+        batches: what ``model(batch)`` takes: an iterable, or a function that returns one; each batch an object
+            of its own, as all are held. A few hundred samples without augmentation do.
         forward: ``(model, batch) → output``, for batches that ``model(batch)`` does not take.
         method: ``"least_squares"`` or ``"mean"``.
         damping: relative to the mean squared input; more keeps weights nearer to what they were.
@@ -95,7 +95,7 @@ def reconstruct(
     Raises:
         ValueError: for sharded models, layers of another kind than the above, consumers that do not run,
             values that are not finite, arguments out of range.
-        TypeError: for batches that the model does not take, or that can be drawn once only.
+        TypeError: for batches that the model does not take.
         KeyError: for groups or masks of parameters that the model does not have.
             The model is as it was before the call then.
 
@@ -118,9 +118,15 @@ def reconstruct(
     reconstruct_towards(bare, found, masks, how, data, reference=bare, replicas=replicas)
 
 
-def check_reconstruction(model: nn.Module, data: DataSource) -> None:
-    """Raise unless there are batches that can be drawn repeatedly, and each rank holds whole weights."""
-    data.check_batches("reconstruct", again="once for each layer")
+def check_reconstruction(model: nn.Module, data: DataSource, again: str = "") -> None:
+    """Raise unless there are batches, and each rank holds whole weights.
+
+    Args:
+        model: without wrappers.
+        data: what it is to run on.
+        again: see :meth:`DataSource.check_batches`.
+    """
+    data.check_batches("reconstruct", again)
     if any(is_sharded(weight) for weight in named_weights(model).values()):
         remedy = "Reconstruct before fully_shard, or on one device."
         refuse(ValueError, "reconstruct", "whole parameters on every rank", "sharded ones", remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch_rsst.reconstruction.least_squares import FitSums, solve
 from torch_rsst.reconstruction.linear_form import outputs_of
 from torch_rsst.reconstruction.survey import Consumer, Survey, weight_and_bias
 from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.module_state import kept_random_state
 
 
 class Refit:
@@ -45,6 +47,7 @@ class Refit:
         self._reference, self._cut, self._groups = reference, cut, groups
         self._data, self._replicas = data, replicas
         self._reference_masks = extract_mask(reference)
+        self._batches: list[Any] = []
         self._targets: dict[str, list[HookedInput]] = {}
         for hooked in hooked_inputs(reference, groups):
             self._targets.setdefault(hooked.name, []).append(hooked)
@@ -70,19 +73,16 @@ class Refit:
         return changed
 
     def _survey(self) -> list[Consumer]:
+        """Draw the batches, and look at how consumers run on the first."""
         survey = Survey(hooked_inputs(self._cut, self._groups))
         with undisturbed(self._cut, extract_mask(self._cut)):
-            for batch in self._data.draw():
-                with survey.watching():
-                    self._data.output(self._cut, batch)
-                return survey.consumers(self._cut)
-        refuse(
-            ValueError,
-            "batches",
-            "at least one",
-            "none",
-            "Pass a list, a DataLoader or a function.",
-        )
+            self._batches = list(self._data.draw())
+            if not self._batches:
+                remedy = "Pass a list, a DataLoader or a function."
+                refuse(ValueError, "batches", "at least one", "none", remedy)
+            with survey.watching():
+                self._data.output(self._cut, self._batches[0])
+            return survey.consumers(self._cut)
 
     def _sums(self, consumer: Consumer) -> FitSums:
         """What all batches add up to at one consumer, on this rank."""
@@ -112,11 +112,14 @@ class Refit:
                 sums.add(features, waiting.pop(0) - output)
             return value
 
-        with undisturbed(self._cut, extract_mask(self._cut)):
-            for batch in self._data.draw():
-                # Random states are as before when it is left: both models run with the same numbers.
-                untouched = undisturbed(self._reference, self._reference_masks)
-                with untouched, recorded(targets, remember):
+        # What modules remember of earlier batches is the same in both models: both begin anew here.
+        with (
+            undisturbed(self._reference, self._reference_masks),
+            undisturbed(self._cut, extract_mask(self._cut)),
+        ):
+            for batch in self._batches:
+                # Both models run with the same random numbers.
+                with kept_random_state(self._reference), recorded(targets, remember):
                     self._data.output(self._reference, batch)
                 with recorded(consumer.inputs, add):
                     self._data.output(self._cut, batch)

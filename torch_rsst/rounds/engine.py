@@ -85,7 +85,7 @@ class Rounds(ABC):
         )
         regrouping = replace(regrouping, importance=importance)
         if reconstructs:
-            check_reconstruction(self._model, data)
+            check_reconstruction(self._model, data, again="in each round")
         if not reconstructs or any(data_parts(importance)):
             check_source(importance, data, course.rounds)
         self._ranked = ranked_names(model, self._groups, ranking.parameters)

@@ -59,18 +59,28 @@ def undisturbed(module: nn.Module, *, managed: bool = False) -> Iterator[None]:
         module: whose modules run in the block.
         managed: see :func:`kept_state`.
     """
+    with kept_state(module, managed=managed), torch.no_grad(), kept_random_state(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def kept_random_state(module: nn.Module) -> Iterator[None]:
+    """Put the states of random number generators back after the block: Python's, NumPy's and PyTorch's.
+
+    Args:
+        module: on whose devices PyTorch's are kept.
+    """
     devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
     dice, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_dice = numpy.random.get_state() if numpy is not None else None
-    with kept_state(module, managed=managed):
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                module.eval()
-                yield
-        finally:
-            random.setstate(dice)
-            if numpy is not None:
-                numpy.random.set_state(numpy_dice)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(dice)
+        if numpy is not None:
+            numpy.random.set_state(numpy_dice)
 
 
 def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
