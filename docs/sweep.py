@@ -21,9 +21,9 @@ import subprocess
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,21 +186,20 @@ def _torchvision_model(name: str) -> tuple[nn.Module, bool]:
     return get_model(name, **options), is_detector
 
 
-def _before_boxes(model: nn.Module) -> Callable[..., Any]:
-    """What a detector calculates before it chooses boxes; other models as they are."""
-    if ".detection." not in type(model).__module__:
-        return model
-    named = dict(model.named_modules())
-    parts = [named[path] for path in ("backbone", "rpn.head", "head") if path in named]
-
-    def run(images: Any) -> list[Any]:
-        seen: list[Any] = []
-        for part in parts:
-            part.register_forward_hook(lambda _, __, output: seen.append(output))
-        model(images)
-        return seen
-
-    return run
+def _outputs(model: nn.Module, *args: Any, boxes: bool, **kwargs: Any) -> list[Any]:
+    """What a model puts out; of a detector also what its heads do, and that alone without ``boxes``."""
+    seen: list[Any] = []
+    is_detector = ".detection." in type(model).__module__
+    named = dict(model.named_modules()) if is_detector else {}
+    handles = [
+        named[path].register_forward_hook(lambda _, __, output: seen.append(output))
+        for path in ("rpn.head", "head")
+        if path in named
+    ]
+    out = model(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return seen if is_detector and not boxes else [*seen, out]
 
 
 def try_model(family: str, name: str) -> Row:
@@ -235,8 +234,9 @@ def try_model(family: str, name: str) -> Row:
         dense = copy.deepcopy(model)
         torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
         small = torch_rsst.compact(model, groups)
-        error = difference(model, small, inputs)
-        effect = difference(_before_boxes(dense), _before_boxes(model), inputs)
+        runs = [partial(_outputs, m) for m in (dense, model, small)]
+        effect = difference(*(partial(run, boxes=False) for run in runs[:2]), inputs)
+        error = difference(*(partial(run, boxes=True) for run in runs[1:]), inputs)
         counts = tuple(sum(p.numel() for p in m.parameters()) for m in (model, small))
         return Row(family, name, units, effect, error, (counts[0], counts[1]), reasons)
     except Exception as problem:

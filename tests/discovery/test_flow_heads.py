@@ -13,13 +13,15 @@ import torch_rsst
 class Separate(nn.Module):
     """As people write it: its width is told by its layers."""
 
-    def __init__(self, heads: int = 3, kv_heads: int = 3, norm: bool = False) -> None:
+    def __init__(
+        self, heads: int = 3, kv_heads: int = 3, norm: bool = False, after: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.inner_dim = heads, kv_heads, 4 * heads
         self.to_q = nn.Linear(8, 4 * heads, bias=False)
         self.to_k, self.to_v = nn.Linear(8, 4 * kv_heads), nn.Linear(8, 4 * kv_heads)
         self.k_norm = nn.LayerNorm(4)
-        self.norm = nn.LayerNorm(4 * heads) if norm else nn.Identity()
+        self.norm = nn.LayerNorm(4 * heads) if norm else after or nn.Identity()
         self.to_out = nn.Sequential(nn.Linear(4 * heads, 8), nn.Dropout(0.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,6 +77,20 @@ def test_separate_projections(heads: int, kv_heads: int, amount: float) -> None:
     (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[amount]).layers
     assert layer.units == kv_heads
     assert layer.family == "FlowHeads"
+
+
+@pytest.mark.parametrize(
+    "after", [nn.ReLU(), nn.Hardswish(inplace=True), nn.ReLU6(), nn.Hardtanh()]
+)
+def test_activations_that_are_flat_on_all_tokens_hide_nothing(after: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Separate(after=after)).double()
+    groups = torch_rsst.find_groups(model, "heads", example_inputs=torch.randn(1, 2, 5).double())
+    (layer,) = groups.layers
+    assert {member.parameter: int((member.unit_of >= 0).sum()) for member in layer.members} == {
+        "1.to_q.weight": 12,
+        **{f"1.{name}.{part}": 12 for name in ("to_k", "to_v") for part in ("weight", "bias")},
+        "1.to_out.0.weight": 12,
+    }
 
 
 def test_numbers_follow() -> None:

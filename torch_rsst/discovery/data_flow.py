@@ -32,6 +32,11 @@ _SCORES = {
     F.scaled_dot_product_attention: 2,
 }
 """Functions that do not see what is added to all scores → how many of their tensors make these."""
+_FLAT = {
+    *(F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid),
+    *(torch.clamp, Tensor.clamp),
+}
+"""Functions whose derivatives are zero in places, where nothing would tell what flows through them."""
 _CONTRACTIONS = ("Bmm", "Mm", "Mv", "Baddbmm", "Addmm", "Dot", "ScaledDotProduct")
 """How nodes of a graph begin that multiply activations and sum over a dimension."""
 
@@ -199,7 +204,10 @@ class _Noisy(TorchFunctionMode):
             uneven = scores * noise(scores.shape, seed=-3).exp().to(scores)
             args, kwargs = tree_map(lambda v: uneven if v is scores else v, (args, kwargs))
             self.scores += [t for t in (*queries, uneven) if t.requires_grad]
+        is_flat = func in _FLAT and bool(args) and args[0].is_floating_point()
+        slope = 0.1 * args[0] if is_flat else None  # before it is changed in place
         out = _normalized(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
+        out = out if slope is None else out + slope
         if weights and not given:  # made of parameters alone
             self._weights.update({id(tensor): tensor for tensor in tensors_in(out)})
         return out
@@ -264,12 +272,10 @@ def _normalized(
     """What a batch norm puts out: PyTorch's has no gradients of its statistics."""
     if training or mean is None or var is None:
         return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    mean, var, *scales = (
-        t if t is None else t.view(-1, *[1] * (x.ndim - 2)) for t in (mean, var, weight, bias)
-    )
-    out = (x - mean) * (var + eps).rsqrt()
-    out = out if scales[0] is None else out * scales[0]
-    return out if scales[1] is None else out + scales[1]
+    shape = (-1, *[1] * (x.ndim - 2))
+    out = (x - mean.view(shape)) * (var.view(shape) + eps).rsqrt()
+    out = out if weight is None else out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
