@@ -8,6 +8,7 @@ from contract import assert_contract
 from torch import nn
 
 import torch_rsst
+from torch_rsst.discovery import survey
 
 
 class Separate(nn.Module):
@@ -130,3 +131,18 @@ def test_many_numbers_that_could_count_heads_end_in_a_refusal_soon() -> None:
         setattr(model[0], f"size_{place}", 2 * (place + 1))
     with pytest.warns(torch_rsst.UnsupportedModuleWarning, match="masked but not cut"):
         torch_rsst.find_groups(model, "heads", example_inputs=torch.randn(2, 5, 8).double())
+
+
+@pytest.mark.parametrize("rnn", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_no_attention(rnn: type[nn.RNNBase]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(12, 3)
+            self.rnn = rnn(8, 6, num_layers=2, bidirectional=True, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.rnn(self.first(x))[0])
+
+    _, refused = survey(Recurrent(), example_inputs=torch.randn(2, 4, 5))
+    assert not [item for item in refused if item.kind == "heads"]

@@ -8,7 +8,7 @@ product is followed by itself, whatever its inputs are, and whatever the module 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,17 +63,27 @@ class Product:
     noise: Tensor
 
 
-def contracts(out: Tensor) -> bool:
-    """Whether a tensor was made by multiplying activations and summing over a dimension."""
-    waiting, seen = [out.grad_fn], set()
+def contracts(out: Tensor, leaves: Collection[Tensor]) -> bool:
+    """Whether a tensor was made by multiplying tensors and summing over a dimension.
+
+    A product with what is neither of the leaves nor a product itself does not count: a recurrent layer
+    multiplies what it remembers by its parameters.
+    """
+    known = set(map(id, leaves))
+    counts: dict[Any, bool] = {}
+    waiting = [out.grad_fn] if out.grad_fn is not None else []
     while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
+        node = waiting[-1]
+        before = [n for n, _ in node.next_functions if n is not None]
+        if missing := [n for n in before if n not in counts]:
+            waiting += missing
             continue
-        if node.name().startswith(_CONTRACTIONS):
+        waiting.pop()
+        factors, is_product = sum(counts[n] for n in before), node.name().startswith(_CONTRACTIONS)
+        if is_product and factors > 1:
             return True
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
+        is_leaf = id(getattr(node, "variable", None)) in known
+        counts[node] = is_product or is_leaf or factors > 0
     return False
 
 

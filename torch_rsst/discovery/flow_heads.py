@@ -146,9 +146,10 @@ class _Look:
         flow = _flow(module, call)
         if flow is None:
             return []
-        ends = [i for i, product in enumerate(flow.products) if contracts(product.given)]
+        noises = [product.noise for product in flow.products]
+        ends = [i for i, product in enumerate(flow.products) if contracts(product.given, noises)]
         if not ends:
-            attends = any(map(contracts, tensors_in(flow.out)))
+            attends = any(contracts(out, noises) for out in tensors_in(flow.out))
             return [Unsupported(NO_OUTPUT)] if attends else []
         least = 0 if len(ends) == 1 and isinstance(flow.out, Tensor) else 1
         answers = [self._best(module, flow, place, least, call) for place in ends]
