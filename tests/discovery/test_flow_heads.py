@@ -40,6 +40,27 @@ class Separate(nn.Module):
         )
 
 
+class ByHand(Separate):
+    """No function of PyTorch makes its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, 4)).transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        weights = self.positive(q @ k.mT)
+        out = weights / weights.sum(-1, keepdim=True) @ v
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def positive(self, scores: torch.Tensor) -> torch.Tensor:
+        return (scores - scores.amax(-1, keepdim=True)).exp()
+
+
+class LinearByHand(ByHand):
+    def positive(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.relu() + 1e-3
+
+
 class FixedWidth(nn.Module):
     """Its output is as wide as its input."""
 
@@ -92,6 +113,14 @@ def test_activations_that_are_flat_on_all_tokens_hide_nothing(after: nn.Module) 
         **{f"1.{name}.{part}": 12 for name in ("to_k", "to_v") for part in ("weight", "bias")},
         "1.to_out.0.weight": 12,
     }
+
+
+@pytest.mark.parametrize("kind", [ByHand, LinearByHand])
+def test_weights_made_by_hand(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), kind())
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[1]).layers
+    assert (layer.units, layer.family) == (3, "FlowHeads")
 
 
 def test_numbers_follow() -> None:

@@ -247,7 +247,7 @@ def _gradients(
     out: Tensor, mask: Tensor | None, inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """Of a random sum over a part of a tensor, so that nothing cancels."""
-    if not out.requires_grad:
+    if not (out.requires_grad and inputs):
         return [None] * len(inputs)
     weights = noise(out.shape, seed=-2).to(out)
     if mask is not None:
