@@ -84,7 +84,6 @@ class TimmDiffAttention(_MayNormalizeJointly):
     """``timm.layers.DiffAttention``: both maps of a head go with it."""
 
     classes = (DiffAttention,)
-    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimDiffAttention,)
 
 
