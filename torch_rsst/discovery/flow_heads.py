@@ -35,10 +35,14 @@ from torch_rsst.utils.module_state import undisturbed
 
 Answer = GroupLayer | Unsupported
 MIXED = "its units mix before the output layer, so that none can be removed exactly"
-UNKNOWN = "no adapter knows the attention of"
 NO_OUTPUT = "its attention leads to no layer that takes its heads in"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _MOST_TRIALS = 64
+
+
+@dataclass(frozen=True)
+class _Open(Unsupported):
+    """An answer in whose place something may be found in a module around this one."""
 
 
 class FlowHeads(Adapter):
@@ -95,7 +99,7 @@ def search(
         if any(_is_in(name, other) or _is_in(other, name) for other in known):
             continue
         answers = look.at(module)
-        settled = any(map(_is_final, answers))
+        settled = not all(isinstance(answer, _Open) for answer in answers)
         for inner in inside:
             tries[inner] += 1
             if settled:
@@ -120,16 +124,16 @@ class _Look:
     def at(self, module: nn.Module) -> list[Answer]:
         """The heads of a module, or why there are none; nothing where it is no attention."""
         call, why = self._call(module)
-        unknown = f"{UNKNOWN} {type(module).__name__}"
+        unknown = f"no adapter knows the attention of {type(module).__name__}"
         if call is None:
-            return [Unsupported(f"{unknown}: {why}")] if head_count(module) else []
+            return [_Open(f"{unknown}: {why}")] if head_count(module) else []
         key = (self.probe.signature(module), signature_of_call(call))
         if key not in self._answers:
             with undisturbed(module):
                 self._answers[key] = self._looked_at(module, call)
         if self._answers[key] or not head_count(module):
             return self._answers[key]
-        return [Unsupported(f"{unknown}: nothing is attended in it")]
+        return [_Open(f"{unknown}: nothing is attended in it")]
 
     def _call(self, module: nn.Module) -> tuple[Call | None, str]:
         """Arguments that fit, as wide as a matrix of the module; or None, and why there are none."""
@@ -150,7 +154,7 @@ class _Look:
         ends = [i for i, product in enumerate(flow.products) if contracts(product.given, noises)]
         if not ends:
             attends = any(contracts(out, noises) for out in tensors_in(flow.out))
-            return [Unsupported(NO_OUTPUT)] if attends else []
+            return [_Open(NO_OUTPUT)] if attends else []
         least = 0 if len(ends) == 1 and isinstance(flow.out, Tensor) else 1
         answers = [self._best(module, flow, place, least, call) for place in ends]
         return answers if len(ends) == 1 else [_named(answer) for answer in answers]
@@ -273,11 +277,6 @@ def _own_matrices(model: nn.Module, taken: Collection[str]) -> Counter[nn.Module
             module = modules[path]
         found[module] += count
     return found
-
-
-def _is_final(answer: Answer) -> bool:
-    """Whether nothing else could be found in a module around this one."""
-    return isinstance(answer, GroupLayer) or not answer.reason.startswith((NO_OUTPUT, UNKNOWN))
 
 
 def _is_in(name: str, outer: str) -> bool:
