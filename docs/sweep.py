@@ -1,4 +1,4 @@
-"""Compact models of many families of timm, torchvision and transformers; write the page of supported models.
+"""Compact models of many families of libraries, and modules written by hand; write the page of supported models.
 
     python docs/sweep.py                         # everything, into docs/supported_models.md
     python docs/sweep.py --section transformers  # one section of the page; the others stay as they are
@@ -6,13 +6,16 @@
 
 Every model is built with random weights. Half of the units that discovery offers are masked, on weights
 and norms moved away from where they begin, and the outputs of the masked model are compared with those
-of the compacted one, in float64.
+of the compacted one, in float64. Masking makes detectors choose other boxes, so that its effect is measured
+on what their backbone and heads put out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -20,6 +23,7 @@ import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,9 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).parent
-LIBRARIES = ("timm", "torchvision", "transformers")
+sys.path[:0] = [str(HERE.parent / "tests" / part) for part in ("helpers", "discovery")]
+LIBRARIES = ("timm", "torchvision", "transformers", "hand-written")
+TASKS = ("", ".detection", ".segmentation")  # of torchvision, beside classification
 PAGE = HERE / "supported_models.md"
 SMALL = (
     "atto",
@@ -95,8 +101,11 @@ def families_of(library: str) -> dict[str, str]:
     elif library == "torchvision":
         from torchvision.models import get_model_builder, list_models
 
-        for name in list_models(module=__import__("torchvision").models):
-            by_family[get_model_builder(name).__module__.rpartition(".")[2]].append(name)
+        for task in TASKS:
+            for name in list_models(module=importlib.import_module(f"torchvision.models{task}")):
+                by_family[get_model_builder(name).__module__.rpartition(".")[2]].append(name)
+    elif library == "hand-written":
+        return {f"{library}/{_first_word(cls)}": cls.__name__ for cls in _attention_styles()}
     else:
         return {f"{library}/{family}": name for family, (name, *_) in _transformers().items()}
     return {f"{library}/{file}": min(names, key=_size) for file, names in sorted(by_family.items())}
@@ -106,6 +115,17 @@ def _transformers() -> dict[str, tuple[str, dict[str, Any], str]]:
     from sweep_transformers import MODELS
 
     return MODELS
+
+
+def _attention_styles() -> list[type[nn.Module]]:
+    from test_attention_styles import CUT, MASKED
+
+    return [*CUT, *MASKED]
+
+
+def _first_word(cls: type[nn.Module]) -> str:
+    """Whose way of writing attention a module follows."""
+    return (cls.__doc__ or "").partition(":")[0]
 
 
 def _size(name: str) -> tuple[int, int, str]:
@@ -120,6 +140,10 @@ def build(family: str, name: str) -> tuple[nn.Module, Any]:
         from sweep_transformers import build as build_tiny
 
         return build_tiny(rest)
+    if library == "hand-written":
+        from test_attention_styles import inputs_of, model_of
+
+        return model_of({cls.__name__: cls for cls in _attention_styles()}[name]), (inputs_of(5),)
     torch.manual_seed(0)
     if library == "timm":
         import timm
@@ -130,10 +154,10 @@ def build(family: str, name: str) -> tuple[nn.Module, Any]:
                 model = timm.create_model(name, num_classes=10, depth=2)
         channels, height, width = model.pretrained_cfg["input_size"]
     else:
-        from torchvision.models import get_model
-
-        model = get_model(name, weights=None, num_classes=10)
+        model, is_detector = _torchvision_model(name)
         channels, height, width = 3, 224, 224
+        if is_detector:
+            return model.double().eval(), ([*torch.randn(2, 3, 96, 96).double()],)
     model = model.double().eval()
     generator = torch.Generator().manual_seed(0)
     smaller = (128, 128) if min(height, width) > 128 else (height, width)
@@ -148,9 +172,38 @@ def build(family: str, name: str) -> tuple[nn.Module, Any]:
     raise RuntimeError("the model does not run")
 
 
+def _torchvision_model(name: str) -> tuple[nn.Module, bool]:
+    """A model, and whether it finds boxes in lists of images."""
+    from torchvision.models import get_model, get_model_builder
+
+    builder = get_model_builder(name)
+    options: dict[str, Any] = {"weights": None, "num_classes": 10}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None
+    is_detector = ".detection." in builder.__module__
+    if is_detector and not name.startswith("ssd"):  # whose size is fixed
+        options |= {"min_size": 96, "max_size": 96}
+    return get_model(name, **options), is_detector
+
+
+def _outputs(model: nn.Module, *args: Any, boxes: bool, **kwargs: Any) -> list[Any]:
+    """What a model puts out; of a detector also what its heads do, and that alone without ``boxes``."""
+    seen: list[Any] = []
+    is_detector = ".detection." in type(model).__module__
+    named = dict(model.named_modules()) if is_detector else {}
+    handles = [
+        named[path].register_forward_hook(lambda _, __, output: seen.append(output))
+        for path in ("rpn.head", "head")
+        if path in named
+    ]
+    out = model(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return seen if is_detector and not boxes else [*seen, out]
+
+
 def try_model(family: str, name: str) -> Row:
     """Find, mask, compact and compare."""
-    sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
     from contract import difference, randomize
 
     import torch_rsst
@@ -165,8 +218,8 @@ def try_model(family: str, name: str) -> Row:
         randomize(model)
         model.train()  # clears what attention remembers of its biases
         model.eval()
-        # Models of images say what they take; those of text and sound are not asked to.
-        example = inputs if isinstance(inputs, dict) else None
+        # Models of images say what they take; others are not asked to.
+        example = None if isinstance(inputs, torch.Tensor) else inputs
         groups, refused = survey(model, example_inputs=example)
         for layer in groups.layers:
             if layer.fixed:
@@ -181,7 +234,9 @@ def try_model(family: str, name: str) -> Row:
         dense = copy.deepcopy(model)
         torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
         small = torch_rsst.compact(model, groups)
-        effect, error = difference(dense, model, inputs), difference(model, small, inputs)
+        runs = [partial(_outputs, m) for m in (dense, model, small)]
+        effect = difference(*(partial(run, boxes=False) for run in runs[:2]), inputs)
+        error = difference(*(partial(run, boxes=True) for run in runs[1:]), inputs)
         counts = tuple(sum(p.numel() for p in m.parameters()) for m in (model, small))
         return Row(family, name, units, effect, error, (counts[0], counts[1]), reasons)
     except Exception as problem:
@@ -194,11 +249,13 @@ def page(sections: dict[str, list[str]]) -> str:
     lines = [
         "# Supported models",
         "",
-        "One small model of every module file of timm and of every classification family of torchvision, and tiny",
-        "models of many families of transformers, with random weights. Half of the units that",
+        "One small model of every module file of timm and of every family of torchvision (classification, detection",
+        "and segmentation), tiny models of many families of transformers, and attention in eight styles in which",
+        "people write it themselves, with random weights. Half of the units that",
         "{func}`torch_rsst.find_groups` offers were masked and cut by {func}`torch_rsst.compact`. *Error* is the largest",
         "difference between the outputs of the masked and the compacted model, in float64, relative to outputs above 1;",
-        "*effect* what masking itself changes. Written by `python docs/sweep.py`.",
+        "*effect* what masking itself changes; of detectors, in what they calculate before they choose boxes. Written by",
+        "`python docs/sweep.py`.",
         "",
     ]
     counts = [verified(line) for section in sections.values() for line in section]

@@ -47,6 +47,7 @@ LATENT = {
     "q_lora_rank": 12,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 4,
+    "head_dim": 4,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
 }

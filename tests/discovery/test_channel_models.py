@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import runpy
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from channel_nets import NETS, Both, Net, behind_stem, conv, images, layers_of, norm_conv, reasons
-from contract import assert_contract
+from contract import assert_contract, difference, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -242,3 +246,17 @@ def test_inputs_of_normalized_weights_stay() -> None:
     assert reasons(model) == {"1.0": "the weights that take them in are normalized"}
     assert layers_of(model) == {"1.1": 4}
     assert_contract(model, images(), kinds=["channels"])
+
+
+def test_a_detector_that_finds_nothing_is_compared_by_what_its_heads_put_out() -> None:
+    """Its boxes are empty then, of which no difference could be told."""
+    outputs = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "sweep.py"))["_outputs"]
+    detection = pytest.importorskip("torchvision.models.detection")
+    model = detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=2, score_thresh=2.0
+    ).eval()
+    other = randomize(copy.deepcopy(model))
+    images = ([torch.randn(3, 64, 64)],)
+    runs = [partial(outputs, m, boxes=True) for m in (model, other)]
+    assert difference(runs[0], runs[0], images) == 0
+    assert difference(runs[0], runs[1], images) > 0

@@ -8,18 +8,21 @@ from contract import assert_contract
 from torch import nn
 
 import torch_rsst
+from torch_rsst.discovery import survey
 
 
 class Separate(nn.Module):
     """As people write it: its width is told by its layers."""
 
-    def __init__(self, heads: int = 3, kv_heads: int = 3, norm: bool = False) -> None:
+    def __init__(
+        self, heads: int = 3, kv_heads: int = 3, norm: bool = False, after: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.inner_dim = heads, kv_heads, 4 * heads
         self.to_q = nn.Linear(8, 4 * heads, bias=False)
         self.to_k, self.to_v = nn.Linear(8, 4 * kv_heads), nn.Linear(8, 4 * kv_heads)
         self.k_norm = nn.LayerNorm(4)
-        self.norm = nn.LayerNorm(4 * heads) if norm else nn.Identity()
+        self.norm = nn.LayerNorm(4 * heads) if norm else after or nn.Identity()
         self.to_out = nn.Sequential(nn.Linear(4 * heads, 8), nn.Dropout(0.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -35,6 +38,27 @@ class Separate(nn.Module):
         return self.to_out(
             self.norm((weights @ v).transpose(1, 2).reshape(batch, tokens, self.inner_dim))
         )
+
+
+class ByHand(Separate):
+    """No function of PyTorch makes its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, 4)).transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        weights = self.positive(q @ k.mT)
+        out = weights / weights.sum(-1, keepdim=True) @ v
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def positive(self, scores: torch.Tensor) -> torch.Tensor:
+        return (scores - scores.amax(-1, keepdim=True)).exp()
+
+
+class LinearByHand(ByHand):
+    def positive(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.relu() + 1e-3
 
 
 class FixedWidth(nn.Module):
@@ -77,6 +101,28 @@ def test_separate_projections(heads: int, kv_heads: int, amount: float) -> None:
     assert layer.family == "FlowHeads"
 
 
+@pytest.mark.parametrize(
+    "after", [nn.ReLU(), nn.Hardswish(inplace=True), nn.ReLU6(), nn.Hardtanh()]
+)
+def test_activations_that_are_flat_on_all_tokens_hide_nothing(after: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Separate(after=after)).double()
+    groups = torch_rsst.find_groups(model, "heads", example_inputs=torch.randn(1, 2, 5).double())
+    (layer,) = groups.layers
+    assert {member.parameter: int((member.unit_of >= 0).sum()) for member in layer.members} == {
+        "1.to_q.weight": 12,
+        **{f"1.{name}.{part}": 12 for name in ("to_k", "to_v") for part in ("weight", "bias")},
+        "1.to_out.0.weight": 12,
+    }
+
+
+@pytest.mark.parametrize("kind", [ByHand, LinearByHand])
+def test_weights_made_by_hand(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), kind())
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[1]).layers
+    assert (layer.units, layer.family) == (3, "FlowHeads")
+
+
 def test_numbers_follow() -> None:
     model = Separate(6, 3)
     groups = torch_rsst.find_groups(model, "heads")
@@ -114,3 +160,18 @@ def test_many_numbers_that_could_count_heads_end_in_a_refusal_soon() -> None:
         setattr(model[0], f"size_{place}", 2 * (place + 1))
     with pytest.warns(torch_rsst.UnsupportedModuleWarning, match="masked but not cut"):
         torch_rsst.find_groups(model, "heads", example_inputs=torch.randn(2, 5, 8).double())
+
+
+@pytest.mark.parametrize("rnn", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_no_attention(rnn: type[nn.RNNBase]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(12, 3)
+            self.rnn = rnn(8, 6, num_layers=2, bidirectional=True, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.rnn(self.first(x))[0])
+
+    _, refused = survey(Recurrent(), example_inputs=torch.randn(2, 4, 5))
+    assert not [item for item in refused if item.kind == "heads"]

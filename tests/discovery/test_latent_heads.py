@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from contract import assert_partition
 from decoders import IDS, LATENT, assert_serves, decoder, halved
 
@@ -43,3 +45,11 @@ def test_the_weights_of_eager_attention_are_those_of_every_head() -> None:
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="its eager implementation returns the weights of every"):
         torch_rsst.find_groups(model, kinds="heads")
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_the_models_of_the_page_run_with_the_rotary_width_of_their_keys(name: str) -> None:
+    sweep = Path(__file__).parents[2] / "docs" / "sweep_transformers.py"
+    model, inputs = runpy.run_path(str(sweep))["build"](name)
+    with torch.no_grad():
+        assert model.eval()(**inputs).last_hidden_state.isfinite().all()

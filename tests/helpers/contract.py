@@ -40,13 +40,14 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """All tensors that a model puts out."""
+    """All tensors of floats that a model puts out, but for empty ones, as of a detector that finds nothing."""
     inputs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
     if isinstance(inputs, Mapping):
         out = model(**inputs)
     else:
         out = model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-    return [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+    tensors = (t for t in tree_leaves(out) if isinstance(t, Tensor) and t.numel())
+    return [t for t in tensors if t.is_floating_point()]
 
 
 def difference(one: nn.Module, other: nn.Module, inputs: Any) -> float:
@@ -55,7 +56,7 @@ def difference(one: nn.Module, other: nn.Module, inputs: Any) -> float:
         a, b = outputs_of(one, inputs), outputs_of(other, inputs)
     assert [t.shape for t in a] == [t.shape for t in b]
     assert all(bool(t.isfinite().all()) for t in a), "pick other weights: outputs are not finite"
-    scale = max(1.0, *(float(t.abs().max()) for t in a if t.numel()))
+    scale = max(1.0, *(float(t.abs().max()) for t in a))
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) / scale
 
 

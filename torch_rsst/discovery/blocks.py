@@ -36,15 +36,9 @@ class ResidualBlocks(WholeModelAdapter):
     kind = BLOCKS
     kinds = (BLOCKS,)
 
-    def survey(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        taken: Collection[Place],
-        kinds: Collection[str],
-    ) -> Survey:
+    def survey(self, probe: Probe, taken: Collection[Place], kinds: Collection[str]) -> Survey:
         """See :class:`torch_rsst.discovery.channels.base.WholeModelAdapter`."""
-        probe, error = Probe.of(model, example_inputs), "no example fits it; pass example_inputs"
+        model, error = probe.model, "no example fits it; pass example_inputs"
         for call in probe.calls(model, GroupLayer("", BLOCKS, 0, ()), self):
             try:
                 paths = _residual(randomized(model), call)

@@ -8,7 +8,7 @@ product is followed by itself, whatever its inputs are, and whatever the module 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,16 @@ PRODUCTS = {
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
 """Functions that multiply activations by matrices of parameters."""
+_SCORES = {
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), 1),
+    F.scaled_dot_product_attention: 2,
+}
+"""Functions that do not see what is added to all scores → how many of their tensors make these."""
+_FLAT = {
+    *(F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid),
+    *(torch.clamp, Tensor.clamp),
+}
+"""Functions whose derivatives are zero in places, where nothing would tell what flows through them."""
 _CONTRACTIONS = ("Bmm", "Mm", "Mv", "Baddbmm", "Addmm", "Dot", "ScaledDotProduct")
 """How nodes of a graph begin that multiply activations and sum over a dimension."""
 
@@ -53,17 +63,27 @@ class Product:
     noise: Tensor
 
 
-def contracts(out: Tensor) -> bool:
-    """Whether a tensor was made by multiplying activations and summing over a dimension."""
-    waiting, seen = [out.grad_fn], set()
+def contracts(out: Tensor, leaves: Collection[Tensor]) -> bool:
+    """Whether a tensor was made by multiplying tensors and summing over a dimension.
+
+    A product with what is neither of the leaves nor a product itself does not count: a recurrent layer
+    multiplies what it remembers by its parameters.
+    """
+    known = set(map(id, leaves))
+    counts: dict[Any, bool] = {}
+    waiting = [out.grad_fn] if out.grad_fn is not None else []
     while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
+        node = waiting[-1]
+        before = [n for n, _ in node.next_functions if n is not None]
+        if missing := [n for n in before if n not in counts]:
+            waiting += missing
             continue
-        if node.name().startswith(_CONTRACTIONS):
+        waiting.pop()
+        factors, is_product = sum(counts[n] for n in before), node.name().startswith(_CONTRACTIONS)
+        if is_product and factors > 1:
             return True
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
+        is_leaf = id(getattr(node, "variable", None)) in known
+        counts[node] = is_product or is_leaf or factors > 0
     return False
 
 
@@ -78,6 +98,7 @@ class Flow:
     Attributes:
         tensors: its parameters and buffers of floats, by name.
         products: in the order in which they ran.
+        scores: what attention weights were made of: scores, or queries and keys.
         out: what it puts out.
     """
 
@@ -91,14 +112,15 @@ class Flow:
             )
             if tensor.is_floating_point()
         }
-        self.products, self.out = self._run()
+        noisy, self.out = self._run()
+        self.products, self.scores = noisy.products, noisy.scores
 
-    def _run(self, known: Sequence[Tensor] = ()) -> tuple[list[Product], Any]:
+    def _run(self, known: Sequence[Tensor] = ()) -> tuple[_Noisy, Any]:
         noisy = _Noisy([*self.module.parameters()], known)
         with torch.enable_grad(), torch.random.fork_rng(devices=_devices(self.module)), noisy:
             torch.manual_seed(0)
             out = run_call(self.module, self.call)
-        return noisy.products, out
+        return noisy, out
 
     def reach(self, place: int, mask: Tensor) -> tuple[dict[int, Tensor], Reached]:
         """What a part of the activations of a product depends on.
@@ -136,7 +158,32 @@ class Flow:
     def moved(self, place: int, added: Masks) -> Tensor:
         """The activations of a product where something is added to what products before it put out."""
         made = [p.noise.detach() + added.get(i, 0.0) for i, p in enumerate(self.products)]
-        return self._run(made)[0][place].given.detach()
+        return self._run(made)[0].products[place].given.detach()
+
+    def scored(self, place: int, mask: Tensor, own: Masks) -> bool | None:
+        """Whether some features make the scores by which a part of a product's activations is attended.
+
+        Args:
+            place: of the product.
+            mask: of its activations, broadcastable to them.
+            own: of what products before it put out.
+
+        Returns:
+            None where no scores make a difference to this part.
+        """
+        found: bool | None = None
+        for scores, used in self._used(place, mask):
+            reached = _gradients(scores, used, [self.products[i].noise for i in own])
+            pairs = zip(reached, own.values(), strict=True)
+            found = found or any(g is not None and bool((g * o).any()) for g, o in pairs)
+        return found
+
+    def _used(self, place: int, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores that make a difference to a part, and which of their entries do."""
+        gradients = _gradients(self.products[place].given, mask, self.scores)
+        for scores, gradient in zip(self.scores, gradients, strict=True):
+            if gradient is not None and bool((used := gradient != 0).any()):
+                yield scores, used
 
 
 class _Noisy(TorchFunctionMode):
@@ -145,6 +192,7 @@ class _Noisy(TorchFunctionMode):
     def __init__(self, parameters: Sequence[Tensor], known: Sequence[Tensor]) -> None:
         super().__init__()
         self.products: list[Product] = []
+        self.scores: list[Tensor] = []
         self._weights = {id(p): p for p in parameters}  # held, so that ids stay unique
         self._known = known
 
@@ -161,7 +209,15 @@ class _Noisy(TorchFunctionMode):
         is_product = func in PRODUCTS and len(given) == 1 and any(w.ndim > 1 for w in weights)
         if is_product and _groups(args, kwargs) == 1:
             return self._noise(func, args, kwargs, given[0])
-        out = func(*args, **kwargs)
+        if func in _SCORES:  # otherwise a bias of all keys had no gradient
+            *queries, scores = tensors[: _SCORES[func]]
+            uneven = scores * noise(scores.shape, seed=-3).exp().to(scores)
+            args, kwargs = tree_map(lambda v: uneven if v is scores else v, (args, kwargs))
+            self.scores += [t for t in (*queries, uneven) if t.requires_grad]
+        is_flat = func in _FLAT and bool(args) and args[0].is_floating_point()
+        slope = 0.1 * args[0] if is_flat else None  # before it is changed in place
+        out = _normalized(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
+        out = out if slope is None else out + slope
         if weights and not given:  # made of parameters alone
             self._weights.update({id(tensor): tensor for tensor in tensors_in(out)})
         return out
@@ -191,7 +247,7 @@ def _gradients(
     out: Tensor, mask: Tensor | None, inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """Of a random sum over a part of a tensor, so that nothing cancels."""
-    if not out.requires_grad:
+    if not (out.requires_grad and inputs):
         return [None] * len(inputs)
     weights = noise(out.shape, seed=-2).to(out)
     if mask is not None:
@@ -211,6 +267,25 @@ def _reached(tensors: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) 
 def _any_but(hit: Tensor, dim: int) -> Tensor:
     """Along one dimension, whether any entry is True."""
     return hit.movedim(dim, 0).flatten(1).any(1) if hit.ndim > 1 else hit
+
+
+def _normalized(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """What a batch norm puts out: PyTorch's has no gradients of its statistics."""
+    if training or mean is None or var is None:
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    shape = (-1, *[1] * (x.ndim - 2))
+    out = (x - mean.view(shape)) * (var.view(shape) + eps).rsqrt()
+    out = out if weight is None else out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

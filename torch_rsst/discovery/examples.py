@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 _SIDES = (224, 64, 32)
+_LARGE_SIDE = 256
 _SMALL_SIDES = (64, 32, 96, 128, 299)
 
 
@@ -26,15 +27,20 @@ def guesses(model: nn.Module) -> Iterator[Any]:
     def images(channels: int, *sides: int) -> torch.Tensor:
         return torch.randn((2, channels, *sides), generator=generator).to(like)
 
+    def described(channels: int, *sides: int) -> Iterator[torch.Tensor]:
+        if max(sides) > _LARGE_SIDE:  # it may run on smaller ones, which takes seconds, not minutes
+            yield images(channels, *(min(side, _SIDES[0]) for side in sides))
+        yield images(channels, *sides)
+
     for name in ("pretrained_cfg", "default_cfg"):
-        described = getattr(model, name, None)
-        if isinstance(described, Mapping) and described.get("input_size"):
-            yield images(*described["input_size"])
+        configured = getattr(model, name, None)
+        if isinstance(configured, Mapping) and configured.get("input_size"):
+            yield from described(*configured["input_size"])
     config: Any = getattr(model, "config", object())
     if hasattr(config, "image_size"):
         side, channels = config.image_size, getattr(config, "num_channels", 3)
         if isinstance(side, int):
-            yield {"pixel_values": images(channels, side, side)}
+            yield from ({"pixel_values": pixels} for pixels in described(channels, side, side))
     if hasattr(config, "vocab_size"):
         tokens = torch.arange(8).view(2, 4) % int(config.vocab_size)
         no_cache = {"use_cache": False} if hasattr(config, "use_cache") else {}

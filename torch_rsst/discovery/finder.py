@@ -182,7 +182,7 @@ def _ask_adapters(
         if isinstance(adapter, WholeModelAdapter) and set(adapter.kinds) & set(kinds):
             taken = {(m.parameter, d) for layer in layers for m in layer.members for d in m.dims}
             taken |= {(name, 0) for name in routing}
-            answers = adapter.survey(model, probe.example_inputs, taken, kinds)
+            answers = adapter.survey(probe, taken, kinds)
             reasons.update(answers.reasons)
             offered = [_checked(layer, refs) for layer in answers.layers]
             known = list(refused)

@@ -40,6 +40,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 _MOST_TRIALS = 64
 
 
+@dataclass(frozen=True)
+class _Open(Unsupported):
+    """An answer in whose place something may be found in a module around this one."""
+
+
 class FlowHeads(Adapter):
     """Heads that :func:`search` finds: they are cut together with the numbers that modules keep of them."""
 
@@ -94,16 +99,16 @@ def search(
         if any(_is_in(name, other) or _is_in(other, name) for other in known):
             continue
         answers = look.at(module)
-        found = any(isinstance(answer, GroupLayer) for answer in answers)
+        settled = not all(isinstance(answer, _Open) for answer in answers)
         for inner in inside:
             tries[inner] += 1
-            if found:
+            if settled:
                 del waiting[inner]
-        if found:
+        if settled:
             known.append(name)
-        if found or not inside:
+        if settled or not inside:
             waiting[name] = answers
-            tries[name] = 2 if found else 0
+            tries[name] = 2 if settled else 0
     for name, answers in reversed(waiting.items()):
         yield from ((name, answer) for answer in answers)
 
@@ -121,14 +126,14 @@ class _Look:
         call, why = self._call(module)
         unknown = f"no adapter knows the attention of {type(module).__name__}"
         if call is None:
-            return [Unsupported(f"{unknown}: {why}")] if head_count(module) else []
+            return [_Open(f"{unknown}: {why}")] if head_count(module) else []
         key = (self.probe.signature(module), signature_of_call(call))
         if key not in self._answers:
             with undisturbed(module):
                 self._answers[key] = self._looked_at(module, call)
         if self._answers[key] or not head_count(module):
             return self._answers[key]
-        return [Unsupported(f"{unknown}: nothing is attended in it")]
+        return [_Open(f"{unknown}: nothing is attended in it")]
 
     def _call(self, module: nn.Module) -> tuple[Call | None, str]:
         """Arguments that fit, as wide as a matrix of the module; or None, and why there are none."""
@@ -145,17 +150,18 @@ class _Look:
         flow = _flow(module, call)
         if flow is None:
             return []
-        ends = [i for i, product in enumerate(flow.products) if contracts(product.given)]
+        noises = [product.noise for product in flow.products]
+        ends = [i for i, product in enumerate(flow.products) if contracts(product.given, noises)]
         if not ends:
-            attends = any(map(contracts, tensors_in(flow.out)))
-            return [Unsupported(NO_OUTPUT)] if attends else []
+            attends = any(contracts(out, noises) for out in tensors_in(flow.out))
+            return [_Open(NO_OUTPUT)] if attends else []
         least = 0 if len(ends) == 1 and isinstance(flow.out, Tensor) else 1
         answers = [self._best(module, flow, place, least, call) for place in ends]
         return answers if len(ends) == 1 else [_named(answer) for answer in answers]
 
     def _best(self, module: nn.Module, flow: Flow, place: int, least: int, call: Call) -> Answer:
         """Of all ways to divide what a product takes in: one that can be cut, which owns the most."""
-        ways = [way.layer() for way in divisions(flow, place) if way.attends()]
+        ways = [way.layer() for way in divisions(flow, place)]
         layers = sorted(filter(None, ways), key=partial(_size, flow), reverse=True)
         calls = [call, other_call(module, call)]
         single = head_count(module) == 1

@@ -15,6 +15,7 @@ from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 
 _SAME = 1e-5
 """Relative to the largest: below, values differ by how sums are rounded."""
+_MOST_HEADS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,8 @@ class Division:
             made: list[Reached] = []
             for place, mask in outs.items():
                 made.append(self.flow.gives(place, mask))
+                if part:
+                    continue  # features lie along the same dimension
                 for name, dims in self.flow.gives(place, _first_of(mask)).items():
                     some = {d for d, hit in enumerate(dims) if not bool(hit.all())}
                     features.setdefault(name, set()).update(some)
@@ -69,9 +72,8 @@ class Division:
         owned = [sizes.pop(member.parameter) for member in giving if member.ranked]
         if owned and any(size >= min(owned) for size in sizes.values()):
             return None  # as where queries of all heads are normalized together
-        for members in (giving, taking):
-            if {u for m in members for u in m.unit_of.unique().tolist()} - {NO_UNIT} != set(parts):
-                return None
+        if not (giving and taking and all(map(_is_shared_evenly, (*giving, *held, *taking)))):
+            return None
         followers = (m for m in held if m.parameter not in buffers)
         return GroupLayer(
             "",
@@ -82,12 +84,18 @@ class Division:
         )
 
     def attends(self) -> bool:
-        """Whether a part does not grow in proportion to its own features, as values alone would make it."""
+        """Whether the features of a part make the scores by which it is attended.
+
+        Where no function is known to have taken scores: whether the part does not grow in proportion to
+        its features, as values alone would make it.
+        """
         own, _ = self.flow.reach(self.place, self.mask(0))
         others, _ = self.flow.reach(self.place, ~self.mask(0))
+        own = {place: mask & ~others.get(place, ~mask) for place, mask in own.items()}
+        if (scored := self.flow.scored(self.place, self.mask(0), own)) is not None:
+            return scored
         doubled = {
-            place: self.flow.products[place].noise.detach() * (mask & ~others.get(place, ~mask))
-            for place, mask in own.items()
+            place: self.flow.products[place].noise.detach() * mask for place, mask in own.items()
         }
         before = self.flow.products[self.place].given.detach()
         after = self.flow.moved(self.place, doubled)
@@ -95,7 +103,7 @@ class Division:
 
 
 def divisions(flow: Flow, place: int) -> Iterator[Division]:
-    """All ways in which the features of products divide what another product takes in."""
+    """All ways in which the features of products that are attended divide what another product takes in."""
     given = flow.products[place].given
     for dim, size in enumerate(given.shape):
         if size < 2:
@@ -116,6 +124,8 @@ def divisions(flow: Flow, place: int) -> Iterator[Division]:
 def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor | None:
     """What depends on the same features goes into one part; None where such parts overlap.
 
+    Parts are laid out alike, so that a few tell of all.
+
     Args:
         flow: of a module.
         place: of a product.
@@ -124,10 +134,10 @@ def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor 
         whole: all its features that reach the index, or the first alone.
     """
     before = flow.products[place].given.detach()
-    part_of = torch.full((before.shape[dim],), NO_UNIT)
-    while (left := part_of == NO_UNIT).any():
-        index = int(left.nonzero()[0])
-        here = _along(before, dim, torch.arange(len(part_of)) == index)
+    size = before.shape[dim]
+    part_of: Tensor | None = None
+    for index in (0, size - 1, size // 2):
+        here = _along(before, dim, torch.arange(size) == index)
         outs, _ = flow.reach(place, here)
         if nth >= len(outs):
             return None
@@ -136,10 +146,24 @@ def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor 
         added = noise(mask.shape, seed=-1).to(before) * (mask if whole else _first_of(mask))
         moved = _differ(before, flow.moved(place, {source: added}))
         found = moved.movedim(dim, 0).flatten(1).any(1).cpu()
-        if bool(found.all()) or not bool(found[index]) or bool((found & ~left).any()):
+        if bool(found.all()) or not bool(found[index]):
             return None
-        part_of[found] = part_of.max() + 1
+        if part_of is None:
+            part_of = _laid_out_like(found)
+            if part_of is None or not Division(flow, place, dim, part_of).attends():
+                return None
+        elif not torch.equal(part_of == part_of[index], found):
+            return None
     return part_of
+
+
+def _laid_out_like(first: Tensor) -> Tensor | None:
+    """The part of each index, by the indices of the first part, 0 among them: as long runs of each in turn."""
+    size, each = first.numel(), int(first.sum())
+    run = int((~first).nonzero()[0])
+    part_of = torch.arange(size) // run % (size // each)
+    regular = size % each == 0 and size // each <= _MOST_HEADS
+    return part_of if regular and torch.equal(part_of == 0, first) else None
 
 
 def _along(given: Tensor, dim: int, which: Tensor) -> Tensor:
@@ -154,6 +178,12 @@ def _first_of(mask: Tensor) -> Tensor:
 
 def _differ(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).abs() > _SAME * one.abs().max()
+
+
+def _is_shared_evenly(member: Member) -> bool:
+    """Whether all units have as many entries, as heads do."""
+    counts = torch.bincount(member.unit_of[member.unit_of != NO_UNIT])
+    return bool((counts == counts[0]).all())
 
 
 def _joined(parts: Sequence[Reached]) -> Reached:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,12 @@ def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """(…, heads, tokens, width) → (…, tokens, heads · width)."""
     return x.transpose(-3, -2).flatten(-2)
+
+
+def put_out(module: Any, context: Tensor) -> Tensor:
+    """(…, heads, tokens, width), joined and passed through the output layer of a module."""
+    out: Tensor = module.proj_drop(module.proj(join_heads(context)))
+    return out
 
 
 def attend(

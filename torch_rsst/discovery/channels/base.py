@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported
+from torch_rsst.discovery.probe import Probe
 from torch_rsst.groups.groups import GroupLayer
 
 Place = tuple[str, int]
@@ -45,18 +46,11 @@ class WholeModelAdapter(Adapter):
         """No single module holds such units."""
         return
 
-    def survey(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        taken: Collection[Place],
-        kinds: Collection[str],
-    ) -> Survey:
+    def survey(self, probe: Probe, taken: Collection[Place], kinds: Collection[str]) -> Survey:
         """All units of a model, which is left as it was.
 
         Args:
-            model: without wrappers around it.
-            example_inputs: that it runs on, or None: to be guessed.
+            probe: of the model, without wrappers around it.
             taken: what units of other kinds hold; left to these.
             kinds: that are asked for.
         """

@@ -18,7 +18,7 @@ from torch_rsst.discovery.channels.ledger import Ledger
 from torch_rsst.discovery.channels.tracer import follow
 from torch_rsst.discovery.channels.verify import Trials
 from torch_rsst.discovery.examples import small_guesses
-from torch_rsst.discovery.probe import run_on
+from torch_rsst.discovery.probe import Probe, run_on
 from torch_rsst.discovery.trial import one_line, randomized
 from torch_rsst.masking.names import named_weights
 
@@ -40,14 +40,9 @@ class ConvolutionChannels(WholeModelAdapter):
     kind = KIND
     least = 1
 
-    def survey(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        taken: Collection[Place],
-        kinds: Collection[str],
-    ) -> Survey:
+    def survey(self, probe: Probe, taken: Collection[Place], kinds: Collection[str]) -> Survey:
         """See :class:`torch_rsst.discovery.channels.base.WholeModelAdapter`."""
+        model, example_inputs = probe.model, probe.example_inputs
         convolutions = [m for m in model.modules() if isinstance(m, _ConvNd)]
         # Where neurons are not asked for: weights of convolutions that are made by a function.
         least = 2 if "neurons" in kinds else 3

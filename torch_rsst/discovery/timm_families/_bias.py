@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from torch_rsst.discovery.head_parts import Part, produces
 
-BIASED_QKV = (*produces("qkv", 3), Part("q_bias"), Part("k_bias"), Part("v_bias"))
+BIASES = (Part("q_bias"), Part("k_bias"), Part("v_bias"))
+BIASED_QKV = (*produces("qkv", 3), *BIASES)
 
 
 def biased_qkv(module: Any, x: Tensor) -> Tensor:

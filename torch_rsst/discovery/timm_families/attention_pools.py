@@ -9,7 +9,7 @@ from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_math import attend, join_heads, split_heads
+from torch_rsst.discovery.head_math import attend, put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
@@ -23,8 +23,7 @@ class SlimAttentionPoolLatent(AttentionPoolLatent):
         latent = self.q(self.latent.expand(x.shape[0], -1, -1))
         (q,) = split_heads(latent, 1, self.num_heads)
         k, v = split_heads(self.kv(x), 2, self.num_heads)
-        context = attend(self, self.q_norm(q), self.k_norm(k), v, attn_mask)
-        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
+        out = put_out(self, attend(self, self.q_norm(q), self.k_norm(k), v, attn_mask))
         if self.mlp is not None:
             out = out + self.mlp(self.norm(out))
         if self.pool == "token":

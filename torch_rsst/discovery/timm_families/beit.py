@@ -8,7 +8,7 @@ from timm.models.beit import Attention
 from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
+from torch_rsst.discovery.head_math import attend, kept, put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes
 from torch_rsst.discovery.timm_families._bias import BIASED_QKV, biased_qkv
 
@@ -23,8 +23,7 @@ class SlimBeitAttention(Attention):
             shared = kept(self, shared_rel_pos_bias, -3)
             bias = shared if bias is None else bias + shared
         q, k, v = split_heads(biased_qkv(self, x), 3, self.num_heads)
-        out: Tensor = self.proj_drop(self.proj(join_heads(attend(self, q, k, v, bias))))
-        return out
+        return put_out(self, attend(self, q, k, v, bias))
 
 
 class BeitAttention(HeadAdapter):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
-from torch_rsst.discovery.head_math import attend, join_heads, split_heads
+from torch_rsst.discovery.head_math import attend, put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 from torch_rsst.groups.surgery import module_at
 
@@ -23,8 +23,7 @@ class SlimClassAttn(ClassAttn):
             split_heads(layer(tokens), 1, self.num_heads)[0]
             for layer, tokens in ((self.q, x[:, :1]), (self.k, x), (self.v, x))
         )
-        out: Tensor = self.proj_drop(self.proj(join_heads(attend(self, q, k, v))))
-        return out
+        return put_out(self, attend(self, q, k, v))
 
 
 class SlimTalkingHeadAttn(TalkingHeadAttn):
@@ -36,8 +35,7 @@ class SlimTalkingHeadAttn(TalkingHeadAttn):
         scores = ((q * self.scale) @ k.mT).movedim(1, -1)
         weights = self.proj_l(scores).movedim(-1, 1).softmax(-1)
         weights = self.attn_drop(self.proj_w(weights.movedim(1, -1)).movedim(-1, 1))
-        out: Tensor = self.proj_drop(self.proj(join_heads(weights @ v)))
-        return out
+        return put_out(self, weights @ v)
 
 
 class CaitClassAttention(HeadAdapter):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_math import join_heads, split_heads, unflatten
-from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
+from torch_rsst.discovery.head_math import put_out, split_heads, unflatten
+from torch_rsst.discovery.head_parts import HeadAdapter
 
 
 class SlimFactorAttention(FactorAttnConvRelPosEnc):
@@ -21,9 +21,7 @@ class SlimFactorAttention(FactorAttnConvRelPosEnc):
         """See timm."""
         q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
         factors = q @ (k.softmax(2).mT @ v)
-        context = self.scale * factors + self._positions(q, v, size)
-        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
-        return out
+        return put_out(self, self.scale * factors + self._positions(q, v, size))
 
     def _positions(self, q: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
         maps = unflatten(
@@ -63,7 +61,6 @@ class CoatAttention(HeadAdapter):
     """``timm.models.coat.FactorAttnConvRelPosEnc``."""
 
     classes = (FactorAttnConvRelPosEnc,)
-    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimFactorAttention,)
     recalls = True
 

@@ -8,7 +8,7 @@ from timm.models.convit import GPSA, MHSA
 from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_math import attend, join_heads, split_heads
+from torch_rsst.discovery.head_math import attend, put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
@@ -17,9 +17,7 @@ class SlimMHSA(MHSA):
 
     def forward(self, x: Tensor) -> Tensor:
         """See timm."""
-        context = attend(self, *split_heads(self.qkv(x), 3, self.num_heads))
-        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
-        return out
+        return put_out(self, attend(self, *split_heads(self.qkv(x), 3, self.num_heads)))
 
 
 class SlimGPSA(GPSA):
@@ -30,8 +28,7 @@ class SlimGPSA(GPSA):
         if self.rel_indices is None or self.rel_indices.shape[1] != x.shape[1]:
             self.rel_indices: Tensor = self.get_rel_indices(x.shape[1])
         (v,) = split_heads(self.v(x), 1, self.num_heads)
-        out: Tensor = self.proj_drop(self.proj(join_heads(self.get_attention(x) @ v)))
-        return out
+        return put_out(self, self.get_attention(x) @ v)
 
     def get_attention(self, x: Tensor) -> Tensor:
         """See timm."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_math import join_heads, split_heads
+from torch_rsst.discovery.head_math import put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
@@ -20,8 +20,7 @@ def _cross_covariance(module: Any, x: Tensor) -> Tensor:
     q, k, v = split_heads(module.qkv(x), 3, module.num_heads).mT  # (…, heads, width, tokens)
     scores = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT
     weights = module.attn_drop((scores * module.temperature).softmax(-1))
-    out: Tensor = module.proj_drop(module.proj(join_heads((weights @ v).mT)))
-    return out
+    return put_out(module, (weights @ v).mT)
 
 
 class SlimXCA(XCA):

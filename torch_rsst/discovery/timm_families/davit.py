@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
+from torch_rsst.discovery.head_parts import HeadAdapter
 
 
 class SlimChannelAttention(ChannelAttention):
@@ -51,7 +51,6 @@ class DavitAttention(HeadAdapter):
     """``ChannelAttention`` and ``WindowAttention`` of ``timm.models.davit``."""
 
     classes = (ChannelAttention, WindowAttention)
-    parts = (*produces("qkv", 3), *consumes())
     slim = (
         SlimChannelAttention,
         SlimDavitWindowAttention,
@@ -62,7 +61,6 @@ class DavitChannelGroups(HeadAdapter):
     """``timm.models.davit.ChannelAttentionV2``, which calls its heads groups."""
 
     classes = (ChannelAttentionV2,)
-    parts = (*produces("qkv", 3), *consumes())
     scaled = ("groups",)
     slim = (SlimChannelAttentionV2,)
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 import torch
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
-from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
-from torch_rsst.discovery.timm_families._bias import BIASED_QKV, biased_qkv
-from torch_rsst.discovery.timm_families.shared_attention import spans_heads
+from torch_rsst.discovery.timm_families._bias import BIASES, biased_qkv
+from torch_rsst.discovery.timm_families.shared_attention import TimmRopeAttention
 
 
 class SlimEvaAttention(EvaAttention):
@@ -50,24 +49,12 @@ class SlimEvaAttention(EvaAttention):
         return torch.cat([prefix, rotated], dim=-2)
 
 
-class EvaAttentionHeads(HeadAdapter):
+class EvaAttentionHeads(TimmRopeAttention):
     """``timm.models.eva.EvaAttention``."""
 
     classes = (EvaAttention,)
-    parts = (
-        *BIASED_QKV,
-        *produces("q_proj"),
-        *produces("k_proj"),
-        *produces("v_proj"),
-        *produces("gate"),
-        *consumes(),
-    )
+    parts = (*TimmRopeAttention.parts, *BIASES)
     slim = (SlimEvaAttention,)
-    recalls = True
-
-    def why_not(self, module: nn.Module) -> str | None:
-        """See :class:`HeadAdapter`."""
-        return spans_heads(module)
 
 
 register(EvaAttentionHeads())

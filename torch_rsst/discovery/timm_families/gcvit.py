@@ -8,7 +8,7 @@ from timm.models.gcvit import WindowAttentionGlobal
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_math import join_heads, kept, split_heads
+from torch_rsst.discovery.head_math import kept, put_out, split_heads
 from torch_rsst.discovery.head_parts import Part, consumes, produces
 from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
 
@@ -25,9 +25,7 @@ class SlimWindowAttentionGlobal(WindowAttentionGlobal):
         else:
             q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
         weights = self.rel_pos((q * self.scale) @ k.mT).softmax(-1)
-        context = self.attn_drop(weights) @ v
-        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
-        return out
+        return put_out(self, self.attn_drop(weights) @ v)
 
 
 class GcVitAttention(PositionedHeads):

@@ -6,7 +6,7 @@ from timm.models.mvitv2 import MultiScaleAttention
 from torch import nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
+from torch_rsst.discovery.head_parts import HeadAdapter
 
 
 class MultiScaleHeads(HeadAdapter):
@@ -16,7 +16,6 @@ class MultiScaleHeads(HeadAdapter):
     """
 
     classes = (MultiScaleAttention,)
-    parts = (*produces("qkv", 3), *consumes())
     scaled = ("dim_out",)
     least = 1
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
-from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
+from torch_rsst.discovery.head_math import attend, put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 from torch_rsst.groups.surgery import module_at
 
@@ -34,8 +34,7 @@ class SlimCrossAttention(crossvit.CrossAttention):
             split_heads(layer(tokens), 1, self.num_heads)[0]
             for layer, tokens in ((self.wq, x[:, :1]), (self.wk, x), (self.wv, x))
         )
-        out: Tensor = self.proj_drop(self.proj(join_heads(attend(self, q, k, v))))
-        return out
+        return put_out(self, attend(self, q, k, v))
 
 
 class SlimMetaformerAttention(metaformer.Attention):
@@ -43,9 +42,7 @@ class SlimMetaformerAttention(metaformer.Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """See timm."""
-        context = attend(self, *split_heads(self.qkv(x), 3, self.num_heads))
-        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
-        return out
+        return put_out(self, attend(self, *split_heads(self.qkv(x), 3, self.num_heads)))
 
 
 class SlimFastVitAttention(fastvit.Attention):
@@ -53,8 +50,9 @@ class SlimFastVitAttention(fastvit.Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """See timm."""
-        context = attend(self, *split_heads(self.qkv(x.flatten(2).mT), 3, self.num_heads))
-        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
+        out = put_out(
+            self, attend(self, *split_heads(self.qkv(x.flatten(2).mT), 3, self.num_heads))
+        )
         return unflatten(out.mT, -1, x.shape[2:])
 
 
@@ -78,29 +76,14 @@ class CrossVitAttention(HeadAdapter):
         return BiasOnlyToken(module_at(module, "proj"))
 
 
-class MetaformerAttention(HeadAdapter):
-    """``timm.models.metaformer.Attention``."""
+class PlainAttention(HeadAdapter):
+    """``Attention`` of metaformer, fastvit, visformer and vision_transformer_sam: fused, over tokens or maps."""
 
-    classes = (metaformer.Attention,)
-    parts = (*produces("qkv", 3), *consumes())
+    classes = tuple(
+        file.Attention for file in (metaformer, fastvit, visformer, vision_transformer_sam)
+    )
     scaled = ("attention_dim",)
-    slim = (SlimMetaformerAttention,)
-
-
-class FastVitAttention(HeadAdapter):
-    """``timm.models.fastvit.Attention``: linear layers over feature maps."""
-
-    classes = (fastvit.Attention,)
-    parts = (*produces("qkv", 3), *consumes())
-    slim = (SlimFastVitAttention,)
-    least = 1
-
-
-class VisformerAttention(HeadAdapter):
-    """``timm.models.visformer.Attention``: runs with any number of heads."""
-
-    classes = (visformer.Attention,)
-    parts = (*produces("qkv", 3), *consumes())
+    slim = (SlimMetaformerAttention, SlimFastVitAttention)
 
 
 class TntAttention(HeadAdapter):
@@ -111,20 +94,5 @@ class TntAttention(HeadAdapter):
     scaled = ("hidden_dim",)
 
 
-class SamAttention(HeadAdapter):
-    """``timm.models.vision_transformer_sam.Attention``: runs with any number of heads."""
-
-    classes = (vision_transformer_sam.Attention,)
-    parts = (*produces("qkv", 3), *consumes())
-
-
-for _adapter in (
-    NestAttention(),
-    CrossVitAttention(),
-    MetaformerAttention(),
-    FastVitAttention(),
-    VisformerAttention(),
-    TntAttention(),
-    SamAttention(),
-):
+for _adapter in (NestAttention(), CrossVitAttention(), PlainAttention(), TntAttention()):
     register(_adapter)

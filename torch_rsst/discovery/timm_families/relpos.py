@@ -8,7 +8,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
+from torch_rsst.discovery.head_math import attend, kept, put_out, split_heads
 from torch_rsst.discovery.head_parts import Part, consumes, produces
 from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
 
@@ -23,9 +23,7 @@ class SlimRelPosAttention(RelPosAttention):
             own = self.rel_pos.get_bias()
             bias = own if bias is None or self.fused_attn else own + bias
         q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
-        context = attend(self, self.q_norm(q), self.k_norm(k), v, bias)
-        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
-        return out
+        return put_out(self, attend(self, self.q_norm(q), self.k_norm(k), v, bias))
 
 
 class RelPosVitAttention(PositionedHeads):

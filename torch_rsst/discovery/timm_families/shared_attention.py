@@ -14,8 +14,6 @@ from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
-JOINT_NORM = "its norm spans all heads, so that none can be removed exactly"
-
 
 class SlimAttentionRope(AttentionRope):
     """Takes rotary embeddings of all the heads that there once were."""
@@ -57,13 +55,16 @@ class SlimDiffAttention(DiffAttention):
         return torch.stack([norm(half) for half in x.chunk(2, dim=-1)])
 
 
-def spans_heads(module: nn.Module) -> str | None:
-    """Refuses attention whose outputs are normalized over all heads."""
-    norm = getattr(module, "norm", None)
-    return None if norm is None or isinstance(norm, nn.Identity) else JOINT_NORM
+class _MayNormalizeJointly(HeadAdapter):
+    def why_not(self, module: nn.Module) -> str | None:
+        """Refuses attention whose outputs are normalized over all heads."""
+        norm = getattr(module, "norm", None)
+        if norm is None or isinstance(norm, nn.Identity):
+            return None
+        return "its norm spans all heads, so that none can be removed exactly"
 
 
-class TimmRopeAttention(HeadAdapter):
+class TimmRopeAttention(_MayNormalizeJointly):
     """``timm.layers.AttentionRope``; a unit is a key/value head with all the query heads it serves."""
 
     classes = (AttentionRope,)
@@ -78,21 +79,12 @@ class TimmRopeAttention(HeadAdapter):
     slim = (SlimAttentionRope,)
     recalls = True
 
-    def why_not(self, module: nn.Module) -> str | None:
-        """See :class:`HeadAdapter`."""
-        return spans_heads(module)
 
-
-class TimmDiffAttention(HeadAdapter):
+class TimmDiffAttention(_MayNormalizeJointly):
     """``timm.layers.DiffAttention``: both maps of a head go with it."""
 
     classes = (DiffAttention,)
-    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimDiffAttention,)
-
-    def why_not(self, module: nn.Module) -> str | None:
-        """See :class:`HeadAdapter`."""
-        return spans_heads(module)
 
 
 class TimmAttention2d(HeadAdapter):

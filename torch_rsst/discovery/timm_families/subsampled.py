@@ -13,13 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
+from torch_rsst.discovery.head_math import attend, join_heads, put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
-
-
-def _projected(module: Any, context: Tensor) -> Tensor:
-    out: Tensor = module.proj_drop(module.proj(context))
-    return out
 
 
 def _as_map(x: Tensor, size: Any) -> Tensor:
@@ -38,7 +33,7 @@ class SlimPvtV2Attention(PvtV2Attention):
         elif self.sr is not None:
             x = self.norm(self.sr(_as_map(x, feat_size)).flatten(2).mT)
         k, v = split_heads(self.kv(x), 2, self.num_heads)
-        return _projected(self, join_heads(attend(self, q, k, v)))
+        return put_out(self, attend(self, q, k, v))
 
 
 class SlimGlobalSubSampleAttn(GlobalSubSampleAttn):
@@ -50,7 +45,7 @@ class SlimGlobalSubSampleAttn(GlobalSubSampleAttn):
         if self.sr is not None:
             x = self.norm(self.sr(_as_map(x, size)).flatten(2).mT)
         k, v = split_heads(self.kv(x), 2, self.num_heads)
-        return _projected(self, join_heads(attend(self, q, k, v)))
+        return put_out(self, attend(self, q, k, v))
 
 
 class SlimLocallyGroupedAttn(LocallyGroupedAttn):
@@ -67,7 +62,8 @@ class SlimLocallyGroupedAttn(LocallyGroupedAttn):
         context = join_heads(attend(self, q, k, v))
         context = unflatten(unflatten(context, 1, windows.shape[1:3]), 3, (side, side))
         grid = context.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
-        return _projected(self, grid.flatten(1, 2))
+        out: Tensor = self.proj_drop(self.proj(grid.flatten(1, 2)))
+        return out
 
 
 class SlimEfficientAttention(EfficientAttention):
@@ -79,7 +75,7 @@ class SlimEfficientAttention(EfficientAttention):
         if self.sr is not None:
             x = self.norm(self.sr(x.mT)).mT
         k, v = (split_heads(layer(x), 1, self.num_heads)[0] for layer in (self.k, self.v))
-        return _projected(self, join_heads(attend(self, q, k, v)))
+        return put_out(self, attend(self, q, k, v))
 
 
 class SubsampledAttention(HeadAdapter):
@@ -98,7 +94,6 @@ class TwinsLocalAttention(HeadAdapter):
     """``timm.models.twins.LocallyGroupedAttn``."""
 
     classes = (LocallyGroupedAttn,)
-    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimLocallyGroupedAttn,)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.head_math import join_heads, split_heads, unflatten
+from torch_rsst.discovery.head_math import put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 from torch_rsst.discovery.timm_families._bias import BIASED_QKV, biased_qkv
 
@@ -44,8 +44,7 @@ class SlimSwinV2Attention(swin_transformer_v2.WindowAttention):
         bias = unflatten(table[self.relative_position_index.flatten()], 0, (tokens, tokens))
         scores = _cosines(q, k, self.logit_scale) + 16 * torch.sigmoid(bias.permute(2, 0, 1))
         weights = self.attn_drop(self.softmax(_masked(scores, mask)))
-        out: Tensor = self.proj_drop(self.proj(join_heads(weights @ v)))
-        return out
+        return put_out(self, weights @ v)
 
 
 class SlimSwinV2CrAttention(swin_transformer_v2_cr.WindowMultiHeadAttention):
@@ -56,8 +55,7 @@ class SlimSwinV2CrAttention(swin_transformer_v2_cr.WindowMultiHeadAttention):
         q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
         scores = _cosines(q, k, self.logit_scale) + self._relative_positional_encodings()
         weights = self.attn_drop(_masked(scores, mask).softmax(-1))
-        out: Tensor = self.proj_drop(self.proj(join_heads(weights @ v)))
-        return out
+        return put_out(self, weights @ v)
 
 
 class SwinAttention(HeadAdapter):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
-from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
+from torch_rsst.discovery.head_math import attend, put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
 from torch_rsst.groups.surgery import module_at
 
@@ -22,8 +22,9 @@ class SlimVoloAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """See timm."""
-        context = attend(self, *split_heads(self.qkv(x.flatten(1, 2)), 3, self.num_heads))
-        out: Tensor = self.proj_drop(self.proj(join_heads(context)))
+        out = put_out(
+            self, attend(self, *split_heads(self.qkv(x.flatten(1, 2)), 3, self.num_heads))
+        )
         return unflatten(out, 1, x.shape[1:3])
 
 
@@ -56,7 +57,6 @@ class VoloAttention(HeadAdapter):
     """``timm.models.volo.Attention``."""
 
     classes = (Attention,)
-    parts = (*produces("qkv", 3), *consumes())
     slim = (SlimVoloAttention,)
 
 
