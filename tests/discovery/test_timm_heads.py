@@ -499,3 +499,17 @@ def test_registered_models_need_no_example(name: str) -> None:
     found = torch_rsst.find_groups(model, "heads")
     assert found.layers
     assert all(not layer.fixed for layer in found.layers)
+
+
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        ("MetaformerAttention", "PlainAttention"),
+        ("FastVitAttention", "PlainAttention"),
+        ("VisformerAttention", "PlainAttention"),
+        ("SamAttention", "PlainAttention"),
+        ("HieraDetAttention", "HieraAttention"),
+    ],
+)
+def test_groups_that_name_a_former_adapter_find_its_successor(former: str, present: str) -> None:
+    assert type(torch_rsst.discovery.family(former)).__name__ == present

@@ -44,6 +44,8 @@ class Adapter:
     """How many units must be left for the module to run."""
     whole_model: ClassVar[bool] = False
     """Whether its units spread over the model, so that the model is run to look at them."""
+    former_names: ClassVar[tuple[str, ...]] = ()
+    """Classes that it took the place of: groups and folders that were saved name them."""
     told_apart: ClassVar[bool] = False
     """Whether its units are known not to mix, so that they can be masked even where they cannot be cut."""
 
@@ -104,7 +106,7 @@ def family(name: str) -> Adapter:
     """
     load_families()
     for adapter in ADAPTERS:
-        if type(adapter).__name__ == name:
+        if name in (type(adapter).__name__, *adapter.former_names):
             return adapter
     known = (type(adapter).__name__ for adapter in ADAPTERS)
     raise MissingNameError(unknown_choice("family of groups", name, known))

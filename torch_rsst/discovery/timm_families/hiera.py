@@ -13,6 +13,7 @@ class HieraAttention(HeadAdapter):
     """``hiera.MaskUnitAttention`` and ``hieradet_sam2.MultiScaleAttention``: with any number of heads but none."""
 
     classes = (MaskUnitAttention, MultiScaleAttention)
+    former_names = ("HieraDetAttention",)
     scaled = ("dim_out",)
     least = 1
 

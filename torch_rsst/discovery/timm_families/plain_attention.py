@@ -82,6 +82,7 @@ class PlainAttention(HeadAdapter):
     classes = tuple(
         file.Attention for file in (metaformer, fastvit, visformer, vision_transformer_sam)
     )
+    former_names = ("MetaformerAttention", "FastVitAttention", "VisformerAttention", "SamAttention")
     scaled = ("attention_dim",)
     slim = (SlimMetaformerAttention, SlimFastVitAttention)
 
