@@ -9,6 +9,11 @@ import pandas as pd
 
 BASE = "one-shot magnitude"
 CELL = ["task", "amount", "budget"]
+PART_NAMES = {
+    "main": "Methods",
+    "quick": "A first look",
+    "ablation": "RSST with one setting changed",
+}
 TASK_NAMES = {
     "language": "language model, bits per character (lower is better)",
     "signal-transformer": "MNIST-1D, transformer, accuracy in %",
@@ -116,7 +121,9 @@ def write(results: Path) -> str:
     parts = []
     for part, rows in runs[runs["part"] != "tuning"].groupby("part", sort=False):
         base = BASE if part != "ablation" else "RSST"
-        parts.append(f"## {part}\n\n{markdown(compared(rows, base)).replace(BASE, base)}")
+        parts.append(
+            f"## {PART_NAMES[part]}\n\n{markdown(compared(rows, base)).replace(BASE, base)}"
+        )
     path = results.with_suffix(".md")
     path.write_text("# Results of the study\n\n" + "\n".join(parts), encoding="utf-8")
     main = runs[runs["part"].isin(["main", "quick"])]

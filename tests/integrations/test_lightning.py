@@ -231,7 +231,7 @@ def test_units_are_scored_on_batches_and_consumers_refitted(tmp_path: Path) -> N
         steps_per_round=8, rounds=2, batches=batches, reconstruct="least_squares"
     )
     trainer(tmp_path, callback).fit(Net(), data())
-    assert str(callback.rounds.regrouping.importance) == "Variance(reconstruct=True)"
+    assert str(callback.rounds.regrouping.importance) == "OBS(damping=0.001)"
     assert callback.rounds.course.reconstruct == "least_squares"
     assert callback.rounds.report().gone("neurons") == 4
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.needs_timm
 MIXED, SOFT = "test_options_of_data_and_training", "test_options_of_rounds_and_penalty"
 READ = "test_each_option_of_augmentation_changes_images"
 RUN = {
-    "method": ("rsst", SOFT),
+    "method": ("refill", MIXED),
     "kinds": (("heads",), SOFT),
     "rounds": (2, SOFT),
     "amount": (0.3, SOFT),
@@ -32,7 +32,7 @@ RUN = {
     "round_to": (2, MIXED),
     "importance": ("taylor", MIXED),
     "importance_batches": (2, MIXED),
-    "scope": ("type", SOFT),
+    "scope": ("layer", SOFT),
     "schedule": ("linear", SOFT),
     "strength": (0.3, SOFT),
     "shrink_to": (None, "test_every_way_to_prune_runs_to_its_end"),  # not beside strength
@@ -251,7 +251,13 @@ def test_options_of_data_and_training(tmp_path, monkeypatch, capsys):
     options = {name: value for name, (value, test) in RUN.items() if test == MIXED}
     output = tmp_path / "run"
     options |= {"data_dir": tmp_path / "data", "output": output}
-    options |= {"rounds": 1, "epochs": 1, "finetune_epochs": 1, "warmup_epochs": 0}
+    options |= {
+        "rounds": 1,
+        "epochs": 1,
+        "finetune_epochs": 1,
+        "warmup_epochs": 0,
+        "scope": "layer",
+    }
     assert exit_code("run", *arguments(options)) == 0, capsys.readouterr().err
     trainer, optimizer = watch.trainer, watch.trainer.optimizer
 
@@ -331,7 +337,7 @@ def test_options_of_rounds_and_penalty(tmp_path, monkeypatch, capsys):
     assert watch.made["mode"] == "coupled"
     assert watch.made["kept_units"] == "sparse"
     assert watch.made["reconstruct"] == "mean"
-    assert watch.made["scope"] == "type"
+    assert watch.made["scope"] == "layer"
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rounds = [r for r in map(json.loads, lines) if r["event"] == "round"]
     masked = [round(record["element_sparsity"], 3) for record in rounds]

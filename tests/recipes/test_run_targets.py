@@ -120,7 +120,9 @@ def test_a_dry_run_tells_of_target_teacher_and_reconstruction(tmp_path, capsys):
     out = said(capsys)
     assert "what the dense model predicts has the weight 0.25 in the loss, at temperature 2." in out
     assert "consume them are refitted on 8 batches of training images (mean)." in out
-    assert re.search(r"Target: 40\.0% of the parameters of the dense model; planned: 3\d\.\d%", out)
+    assert re.search(
+        r"Target: 40\.0% of the parameters of the dense model; planned: (39|40)\.\d%", out
+    )
     assert "Note: --regroup-amount has no effect with a target." in out
     small = int(re.search(r"parameters │ 114,778 │ ([\d,]+)", out)[1].replace(",", ""))
     assert small <= 0.4 * 114_778

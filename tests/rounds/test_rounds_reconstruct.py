@@ -128,8 +128,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(method, stop):
 def test_the_default_importance_looks_at_data_where_there_is_some(method):
     for arguments, importance in (
         ({}, "magnitude"),
-        ({"batches": BATCHES}, "variance"),
-        ({"batches": BATCHES, "reconstruct": "mean"}, "Variance(reconstruct=True)"),
+        ({"batches": BATCHES}, "obs"),
+        ({"batches": BATCHES, "reconstruct": "mean"}, "obs"),
     ):
         rounds, model, _ = rounds_of(method, **arguments)
         assert rounds.state_dict()["settings"]["importance"] == importance

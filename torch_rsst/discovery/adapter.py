@@ -45,7 +45,7 @@ class Adapter:
     whole_model: ClassVar[bool] = False
     """Whether its units spread over the model, so that the model is run to look at them."""
     former_names: ClassVar[tuple[str, ...]] = ()
-    """Classes that it took the place of: groups and folders that were saved name them."""
+    """Names of the adapters that it took the place of; saved groups and folders hold them."""
     told_apart: ClassVar[bool] = False
     """Whether its units are known not to mix, so that they can be masked even where they cannot be cut."""
 

@@ -182,12 +182,12 @@ def choose_importance(
     >>> choose_importance("auto", data=False), choose_importance("auto", data=True)
     ('magnitude', 'variance')
     >>> choose_importance("auto", data=True, rounds=True)
-    OBS(damping=0.001)
+    'obs'
     >>> choose_importance("variance", data=True, reconstruct=True)
     Variance(reconstruct=True)
 
     Args:
-        importance: a name or a callable; for ``"auto"`` see :func:`torch_rsst.importance.registry.auto_name`.
+        importance: a name or a callable; for ``"auto"`` see ``auto_name``.
         data: whether there are batches to run the model on.
         reconstruct: whether the layers that consume the units are refitted once units are masked, see
             :meth:`DataImportance.before_reconstruction`.

@@ -101,7 +101,7 @@ def feature_sums(
         row: of the statistic.
         norms: from :func:`weight_norms`.
         matrix: the weights that meet an input, see :func:`weight_matrix`; None where the statistic has no
-            :attr:`DataImportance.moments`.
+            ``moments``.
     """
     for each in inputs:
         for share in each.hooked.shares:
