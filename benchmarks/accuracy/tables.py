@@ -100,15 +100,15 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
     shown = table[(table["amount"] == 0.5) & (table["budget"] == 0.06)]
     tasks = [task for task in TASK_NAMES if task in set(shown["task"])]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 7), squeeze=False)
+    size = (6 * len(tasks), 7)
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks, strict=True):
         rows = shown[shown["task"] == task].sort_values("lost", ascending=False)
         ours = rows["label"].str.startswith(("RSST", "Refill"))
         axis.barh(rows["label"], rows["lost"], color=ours.map({True: "C0", False: "C7"}))
         axis.errorbar(rows["lost"], rows["label"], xerr=rows["error"], fmt="none", ecolor="black")
-        axis.set_title(TASK_NAMES[task], fontsize=10)
+        axis.set_title(TASK_NAMES[task], fontsize=10, loc="right")
         axis.set_xlabel("lost against the dense model")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
