@@ -100,9 +100,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
     shown = table[(table["amount"] == 0.5) & (table["budget"] == 0.06)]
     tasks = [task for task in TASK_NAMES if task in set(shown["task"])]
-    size = (6 * len(tasks), 7)
-    figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
-    for axis, task in zip(axes[0], tasks, strict=True):
+    size = (8, 6 * len(tasks))
+    figure, axes = plt.subplots(len(tasks), figsize=size, squeeze=False, layout="constrained")
+    for axis, task in zip(axes[:, 0], tasks, strict=True):
         rows = shown[shown["task"] == task].sort_values("lost", ascending=False)
         ours = rows["label"].str.startswith(("RSST", "Refill"))
         axis.barh(rows["label"], rows["lost"], color=ours.map({True: "C0", False: "C7"}))
