@@ -156,6 +156,15 @@ def test_half_of_the_units_leave_a_smaller_error_than_by_variance_once_consumers
     assert errors["obs"] < errors["variance"]
 
 
+@pytest.mark.parametrize("batch", [tokens(0, 1, 4), torch.zeros(3, 4), torch.ones(5, 4)])
+def test_units_whose_outputs_do_not_vary_rank_by_the_weights_that_read_them(batch):
+    model = mlp(seed=4)
+    with torch.no_grad():  # the last are read least
+        model[2].weight.copy_(torch.arange(8, 0, -1).float().expand_as(model[2].weight))
+    (scores,) = measured(model, find_groups(model), "obs", [batch]).values()
+    assert scores.argsort().tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
 def test_damping_is_checked(damping):
     with pytest.raises(ValueError, match="damping"):

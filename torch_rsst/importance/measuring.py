@@ -1,7 +1,7 @@
 """Runs a model on batches and scores its units, for importances that need data.
 
 The output of a unit is recorded at the inputs of its members with ``consumes=True``. One batch is held at
-a time; what is kept is a float64 sum for each input feature. Modes, hooks, gradients, masks and random
+a time; what is kept is a float64 sum for each input feature, or for each two of them. Modes, hooks, gradients, masks and random
 states are put back, whatever happens.
 """
 

@@ -14,6 +14,8 @@ from torch_rsst.importance.data_importance import DataImportance, FeatureSums
 from torch_rsst.utils.amounts import check_number
 
 _CANDIDATES, _CANDIDATES_SHARE = 64, 8
+_LEAST_VARIANCE, _LEAST = 1e-12, 1e-100
+"""What features are taken to vary at the least, of their mean square and at all: constant ones rank by their weights."""
 _LATER = 1 + 1e-12
 """By how much a unit scores more than one that was removed before it, where their errors do not tell."""
 
@@ -84,9 +86,11 @@ class Reader:
         assert inputs.moments is not None, "they are asked for"
         assert inputs.weight is not None, "it comes with them"
         mean = inputs.sums[0] / inputs.count
-        covariance = inputs.moments / inputs.count - torch.outer(mean, mean)
+        square = inputs.moments / inputs.count
+        covariance = square - torch.outer(mean, mean)
         diagonal = covariance.diagonal()
-        diagonal += damping * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        least = max(_LEAST, _LEAST_VARIANCE * float(square.diagonal().mean()))
+        diagonal += damping * diagonal.mean().clamp_min(least)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if int(failed):  # by rounding alone
             inverse = torch.linalg.pinv(covariance, hermitian=True)

@@ -40,8 +40,9 @@ class InputSums:
         """Sums of nothing."""
         shapes = [(statistic.terms, hooked.size) for statistic in statistics]
         sums = tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes)
-        square = torch.zeros(hooked.size, hooked.size, dtype=torch.float64)
-        moments = square if any(statistic.moments for statistic in statistics) else None
+        moments = None
+        if any(statistic.moments for statistic in statistics):
+            moments = torch.zeros(hooked.size, hooked.size, dtype=torch.float64)
         return cls(hooked, sums, torch.zeros((), dtype=torch.float64), moments)
 
     @property
