@@ -181,6 +181,7 @@ RULES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.filterwarnings("ignore:regroup_amount=.* means all:torch_rsst.RoundWarning")
 @given(
     rules=RULES,
     method=st.sampled_from(["dense", "sparse", "refill"]),
