@@ -178,7 +178,7 @@ def test_regroup(fingerprint: Fingerprint, model: nn.Module, data: st.DataObject
         "groups": st.sampled_from([find_groups(_fresh(model), on_unsupported="ignore"), ()]),
         "amount": st.one_of(st.none(), st.floats(0, 1)),
         "importance": st.sampled_from(["remain", "magnitude"]),
-        "scope": st.sampled_from(["layer", "type", "global"]),
+        "scope": st.sampled_from(["auto", "layer", "size", "type", "global"]),
         "ungrouped": st.sampled_from(["keep", "element"]),
         "fillback_rate": st.floats(0, 1),
         "min_keep": st.integers(0, 3),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,17 @@ class Run:
 
 LEAST_SQUARES = {"reconstruct": "least_squares"}
 DISTILLED = {"distill": True}
-BEST_SCORES = {"importance": "obs", "scope": "type", **LEAST_SQUARES}
-COMMAND_LINE: tuple[str, dict[str, Any]] = ("rsst", {"scope": "type"})
-"""What ``torch-rsst run`` does without options."""
-HARD = ("refill", {"importance": "auto", "scope": "type", **LEAST_SQUARES})
-"""The same with ``--method refill``."""
+BEST_SCORES = {"importance": "obs", "scope": "size", **LEAST_SQUARES}
+DEFAULT: tuple[str, dict[str, Any]] = ("rsst", {})
+"""``RSST(batches=…)`` with nothing else set, and ``torch-rsst run`` without options."""
+HARD = ("refill", {"importance": "auto", **LEAST_SQUARES})
+"""``torch-rsst run --method refill``."""
 # The arms that matter most: with more seeds, and where little is left.
 KEY_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-shot", {"importance": "magnitude"}),
     ("one-shot", {"importance": "variance", **LEAST_SQUARES}),
     ("one-shot", BEST_SCORES),
-    ("rsst", {}),
-    COMMAND_LINE,
+    DEFAULT,
     HARD,
 )
 # What users would do otherwise, and with the aids one after the other.
@@ -94,7 +94,7 @@ MOST_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-shot", {**BEST_SCORES, **DISTILLED}),
     ("gradual", {}),
     ("refill", {"importance": "magnitude"}),
-    *((arm, {**options, **DISTILLED}) for arm, options in (COMMAND_LINE, HARD)),
+    *((arm, {**options, **DISTILLED}) for arm, options in (DEFAULT, HARD)),
     ("torch-pruning-magnitude", {}),
     ("torch-pruning-growing", {}),
 )
@@ -108,12 +108,11 @@ ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
         if distilled or (aid and importance != "variance")  # the others are among the above
     ),
     ("one-shot", {"importance": "obs", **LEAST_SQUARES}),
-    ("one-shot", {"importance": "variance", "scope": "type", **LEAST_SQUARES}),
-    ("rsst", DISTILLED),
+    ("one-shot", {"importance": "variance", "scope": "size", **LEAST_SQUARES}),
+    ("rsst", {"scope": "layer"}),
     ("rsst", {"importance": "magnitude"}),
     ("rsst", LEAST_SQUARES),
     ("rsst", {"importance": "variance"}),
-    ("rsst", {"scope": "type", **LEAST_SQUARES}),
 )
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -121,7 +120,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     *({"shrink_to": rho} for rho in (0.1, 0.03, 0.001)),
     *({"shrink_by": tau} for tau in (0.5, 0.75)),
     *({"rounds": rounds} for rounds in (1, 2, 4, 8)),
-    *({"scope": scope} for scope in ("type", "global")),
+    *({"scope": scope} for scope in ("layer", "type", "global")),
     {"rewind": "init"},
     *({"cut_at": share} for share in (0.15, 0.3, 0.75)),
     {"block_loss_grad": True},
@@ -134,28 +133,26 @@ def grid() -> Iterator[Run]:
 
 
 def _cells() -> Iterator[Run]:
-    for seed in OTHER_SEEDS:
-        for task in TASKS:
-            for arm, options in ARMS:
-                yield Run("main", task, arm, options, seed=seed)
-        for task in TASKS:
-            for arm, options in MOST_ARMS:
-                yield Run("main", task, arm, options, 0.75, seed=seed)
-            for arm, options in KEY_ARMS:
-                yield Run("main", task, arm, options, 0.875, seed=seed)
-    for seed in MAIN_SEEDS:
-        for task in TASKS:
-            for arm, options in (("dense", {}), *KEY_ARMS):
-                yield Run("main", task, arm, options, seed=seed)
-    for seed in OTHER_SEEDS:
-        for task in TASKS:
-            for options in ABLATIONS:
-                yield Run("ablation", task, "rsst", options, seed=seed)
-            for options in ({}, {"same_work": True}):
-                yield Run("main", task, "scratch", options, seed=seed)
-            for amount in (0.5, 0.75):
-                for arm, options in (("dense", {}), *KEY_ARMS):
-                    yield Run("main", task, arm, options, amount, 0.25, seed=seed)
+    for seed, task in product(OTHER_SEEDS, TASKS):
+        for arm, options in ARMS:
+            yield Run("main", task, arm, options, seed=seed)
+    for seed, task in product(OTHER_SEEDS, TASKS):
+        for arm, options in MOST_ARMS:
+            yield Run("main", task, arm, options, 0.75, seed=seed)
+    for seed, task in product(MAIN_SEEDS, TASKS):
+        for arm, options in (("dense", {}), *KEY_ARMS):
+            yield Run("main", task, arm, options, seed=seed)
+    for seed, task in product(OTHER_SEEDS, TASKS):
+        for arm, options in KEY_ARMS:
+            yield Run("main", task, arm, options, 0.875, seed=seed)
+    for seed, task in product(OTHER_SEEDS, TASKS):
+        for options in ABLATIONS:
+            yield Run("ablation", task, "rsst", options, seed=seed)
+        for options in ({}, {"same_work": True}):
+            yield Run("main", task, "scratch", options, seed=seed)
+    for seed, task, amount in product(OTHER_SEEDS, TASKS, (0.5, 0.75)):
+        for arm, options in (("dense", {}), *KEY_ARMS):
+            yield Run("main", task, arm, options, amount, 0.25, seed=seed)
 
 
 def quick() -> list[Run]:

@@ -66,7 +66,7 @@ def share_at(amount: float, what: str, **options: Any) -> float:
 @given(
     what=st.sampled_from(["macs", "params"]),
     limit=st.floats(0.15, 1.0),
-    scope=st.sampled_from(["layer", "type", "global"]),
+    scope=st.sampled_from(["auto", "layer", "size", "type", "global"]),
     importance=st.sampled_from(["magnitude", "remain"]),
     min_keep=st.integers(0, 2),
     round_to=st.sampled_from([None, 4]),

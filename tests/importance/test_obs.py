@@ -175,9 +175,30 @@ def test_damping_is_checked(damping):
 def test_auto_is_obs_in_rounds_with_batches_and_magnitude_without(batches, name):
     model = mlp()
     groups, optimizer = find_groups(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    named = regroup(model, groups, importance=name, batches=batches)
+    named = regroup(model, groups, importance=name, scope="auto", batches=batches)
     rounds = torch_rsst.RSST(
         model, groups, optimizer=optimizer, steps_per_round=1, rounds=1, amount=0, batches=batches
     )
     opened = next(rounds)
     assert all(torch.equal(opened.refill_mask[key], named[key]) for key in named)
+
+
+def test_units_of_all_layers_compete_by_default_where_obs_scores_them(tiny_transformer):
+    model, batches = tiny_transformer(), [torch.randn(2, 5, 16)]
+    groups = find_groups(model)
+    scopes = {
+        (importance, given): torch_rsst.RSST(
+            model, groups, steps_per_round=1, importance=importance, batches=given and batches
+        ).regrouping.scope
+        for importance, given in [("auto", True), ("auto", None), ("obs", True), ("variance", True)]
+    }
+    assert scopes == {
+        ("auto", True): "size",
+        ("auto", None): "layer",
+        ("obs", True): "size",
+        ("variance", True): "layer",
+    }
+    scores = torch_rsst.measure_importance(model, groups, "obs", batches=batches)
+    across = regroup(model, groups, importance=scores, scope="auto")
+    by_size = regroup(model, groups, importance="obs", scope="size", batches=batches)
+    assert all(torch.equal(across[name], by_size[name]) for name in by_size)

@@ -62,7 +62,7 @@ def example_2() -> tuple[nn.Linear, Groups]:
 
 
 @pytest.mark.parametrize("amount", [0.3, 1, None])
-@pytest.mark.parametrize("scope", ["layer", "type", "global"])
+@pytest.mark.parametrize("scope", ["layer", "size", "type", "global"])
 def test_example_2(amount: float | None, scope: str) -> None:
     layer, groups = example_2()
     refill = regroup(layer, groups, amount=amount, importance="remain", scope=scope)
@@ -197,10 +197,6 @@ def by_loops(
     min_keep: int,
 ) -> dict[str, list[Any]]:
     """The slow oracle: python loops over units and entries."""
-    scopes: dict[Any, list[Group]] = {}
-    for group in groups:
-        label = {"layer": (group.layer, group.kind), "type": group.kind, "global": ""}[scope]
-        scopes.setdefault(label, []).append(group)
 
     def entries(group: Group, ranked: bool) -> list[tuple[str, tuple[int, ...]]]:
         found = []
@@ -216,6 +212,16 @@ def by_loops(
     def lives(entry: tuple[str, tuple[int, ...]]) -> bool:
         name, index = entry
         return name not in current or bool(current[name][index])
+
+    sizes: dict[Any, set[int]] = {}
+    for group in groups:
+        sizes.setdefault((group.layer, group.kind), set()).add(len(entries(group, ranked=True)))
+    scopes: dict[Any, list[Group]] = {}
+    for group in groups:
+        layer = (group.layer, group.kind)
+        size = (group.kind, min(sizes[layer]), max(sizes[layer]))
+        label = {"layer": layer, "size": size, "type": group.kind, "global": ""}[scope]
+        scopes.setdefault(label, []).append(group)
 
     gone: set[tuple[str, tuple[int, ...]]] = set()
     for members in scopes.values():
@@ -253,7 +259,7 @@ def by_loops(
     return refill
 
 
-@pytest.mark.parametrize("scope", ["layer", "type", "global"])
+@pytest.mark.parametrize("scope", ["layer", "size", "type", "global"])
 @pytest.mark.parametrize("importance", ["remain", "magnitude"])
 @given(
     drawn=models_with_groups(),
@@ -387,13 +393,13 @@ def test_budgets_say_requested_and_realized(tiny_transformer: Any) -> None:
         ("blocks.1.attn", "heads", 4, 1, 4),
         ("blocks.1.mlp", "neurons", 24, 6, 10),
     ]
-    for scope, count in (("type", 2), ("global", 1)):
+    for scope, count in (("size", 2), ("type", 2), ("global", 1)):
         budgets = decide(named_weights(model), groups, {}, 0.75, RegroupPlan(scope=scope)).budgets
         assert len(budgets) == count
         assert sum(b.units for b in budgets) == 56
 
 
-@pytest.mark.parametrize("scope", ["layer", "type", "global"])
+@pytest.mark.parametrize("scope", ["layer", "size", "type", "global"])
 @pytest.mark.parametrize("amount", [0.5, None])
 def test_a_transformer_in_every_scope(tiny_transformer: Any, scope: str, amount: Any) -> None:
     model = tiny_transformer()
@@ -533,6 +539,7 @@ def test_an_entry_owned_through_either_dimension_is_no_free_entry() -> None:
     ("scope", "label"),
     [
         ("layer", ("the layer", "neurons")),
+        ("size", ("all of 2 weights", "neurons")),
         ("type", ("all", "neurons")),
         ("global", ("all", "units")),
     ],
@@ -543,3 +550,26 @@ def test_budgets_are_labeled_by_their_scope(scope: Any, label: tuple[str, str]) 
     groups = Groups((GroupLayer("the layer", "neurons", 2, (member,)),))
     decision = decide(named_weights(layer), groups, {}, 0.5, RegroupPlan(scope=scope))
     assert [(b.scope, b.kind) for b in decision.budgets] == [label]
+
+
+def test_layers_whose_units_have_as_many_weights_compete_under_size() -> None:
+    model = nn.Sequential(*(nn.Linear(width, 4, bias=False) for width in (2, 2, 3)))
+    rows = torch.arange(4)
+    groups = Groups(
+        tuple(
+            GroupLayer(f"{i}", "neurons", 4, (Member(f"{i}.weight", 0, rows, ranked=True),))
+            for i in range(3)
+        )
+    )
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [2.0], [3.0], [9.0]]).expand(4, 2))
+        model[1].weight.copy_(torch.tensor([[7.0], [4.0], [8.0], [6.0]]).expand(4, 2))
+        model[2].weight.copy_(torch.tensor([[0.1], [0.4], [0.2], [0.3]]).expand(4, 3))
+    refill = regroup(model, groups, amount=0.5, scope="size")
+    kept = [refill[f"{i}.weight"].any(1).nonzero().flatten().tolist() for i in range(3)]
+    assert kept == [[3], [0, 2, 3], [1, 3]]
+    budgets = decide(named_weights(model), groups, {}, 0.5, RegroupPlan(scope="size")).budgets
+    assert [(b.scope, b.units) for b in budgets] == [
+        ("all of 2 weights", 8),
+        ("all of 3 weights", 4),
+    ]

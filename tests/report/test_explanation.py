@@ -116,7 +116,7 @@ class ByHand:
     def scopes(self) -> list[list[Any]]:
         if self.rules["scope"] == "layer":
             return [[k for k in self.units if k[0] == i] for i in range(len(self.groups.layers))]
-        return [self.units]  # there is one kind
+        return [self.units]  # there is one kind, of one size
 
     def _choose(self, scope: list[Any]) -> None:
         amount, fillback = self.rules["regroup_amount"], self.rules["fillback_rate"]
@@ -173,7 +173,7 @@ RULES = st.fixed_dictionaries(
     {
         "regroup_amount": st.one_of(st.none(), st.floats(0, 1), st.integers(0, 3)),
         "importance": st.sampled_from(["magnitude", "remain"]),
-        "scope": st.sampled_from(["layer", "type", "global"]),
+        "scope": st.sampled_from(["layer", "size", "type", "global"]),
         "fillback_rate": st.sampled_from([0.0, 0.3, 0.6]),
         "min_keep": st.integers(0, 2),
         "round_to": st.sampled_from([None, 2, 3]),

@@ -70,6 +70,8 @@ class DataImportance(ABC):
     """Whether :meth:`unit_scores` is given products of features, features² numbers for each consumer."""
     relative: ClassVar[bool] = False
     """Whether the scores of a layer are divided by their sum where they compete with those of others."""
+    across_layers: ClassVar[bool] = False
+    """Whether scores of different layers compare, so that ``scope="auto"`` lets units of all layers compete."""
 
     @abstractmethod
     def entries(self, activation: Tensor, gradient: Tensor | None) -> Tensor | tuple[Tensor, ...]:

@@ -47,11 +47,13 @@ class MeasuredImportance:
         name: of the importance.
         scored: each layer with its scores.
         relative: see :class:`torch_rsst.importance.DataImportance`.
+        across_layers: likewise.
     """
 
     name: str
     scored: tuple[tuple[GroupLayer, Tensor], ...]
     relative: bool = False
+    across_layers: bool = False
 
     def __call__(
         self, layer: GroupLayer, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
@@ -183,7 +185,9 @@ def measured(
             yield layer, statistic.unit_scores([*sums], layer.units)
 
     scored = (
-        MeasuredImportance(name_of(each), tuple(scores(row, each)), each.relative)
+        MeasuredImportance(
+            name_of(each), tuple(scores(row, each)), each.relative, each.across_layers
+        )
         for row, each in enumerate(statistics)
     )
     return with_measured(importance, scored)

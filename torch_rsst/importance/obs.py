@@ -46,6 +46,7 @@ class OBS(DataImportance):
     """
 
     moments: ClassVar[bool] = True
+    across_layers: ClassVar[bool] = True
 
     damping: float = 1e-3
 

@@ -68,8 +68,8 @@ class PruningOptions:
     """How units are scored: by their weights, or by their outputs on training images; auto: obs."""
     importance_batches: int = 8
     """Batches of training images, for importances that need data and for --reconstruct."""
-    scope: Literal["layer", "type", "global"] = "type"
-    """Which units are compared: those of a layer, of a type, or all."""
+    scope: Literal["auto", "layer", "size", "type", "global"] = "auto"
+    """Which units are compared: those of a layer, of all layers with units of one size, of a type, or all; auto: size with obs, else layer."""
     schedule: Annotated[str, _named(_one_of_schedules)] = "late_exponential"
     """How the penalty grows over a round (RSST)."""
     shrink_to: float | None = None
@@ -117,9 +117,19 @@ class PruningOptions:
         return any(part.needs_gradient for part in self._data_parts)
 
     @property
+    def chosen_scope(self) -> Any:
+        """What units compete with: the scope that "auto" stands for in rounds."""
+        from torch_rsst.regrouping.regrouping import RegroupPlan  # imports torch, see above
+
+        return RegroupPlan(self._chosen_importance, self.scope).choose_scope().scope
+
+    @property
+    def _chosen_importance(self) -> Any:
+        return _importances().choose_importance(self.importance, data=True, rounds=True)
+
+    @property
     def _data_parts(self) -> list[Any]:
-        chosen = _importances().choose_importance(self.importance, data=True, rounds=True)
-        return list(_importances().data_parts(chosen))
+        return list(_importances().data_parts(self._chosen_importance))
 
     @property
     def penalty(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import and_, or_
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ from torch_rsst.selection.topk import lowest
 from torch_rsst.utils.amounts import Amount, check_amount, check_count, check_fraction, to_count
 from torch_rsst.utils.errors import refuse, unknown_choice
 
-Scope: TypeAlias = Literal["layer", "type", "global"]
+Scope: TypeAlias = Literal["auto", "layer", "size", "type", "global"]
 Ungrouped: TypeAlias = Literal["keep", "element"]
-SCOPES = ("layer", "type", "global")
+SCOPES = ("auto", "layer", "size", "type", "global")
 UNGROUPED = ("keep", "element")
+_Plan = TypeVar("_Plan", bound="RegroupPlan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +83,18 @@ class RegroupPlan:
         if self.round_to is not None:
             check_count(self.round_to, "round_to", at_least=1)
 
-    def rules(self, groups: Groups) -> Rules:
+    def choose_scope(self: _Plan) -> _Plan:
+        """The plan with the scope that ``"auto"`` stands for."""
+        if self.scope != "auto":
+            return self
+        across = getattr(resolve_importance(self.importance), "across_layers", False)
+        return replace(self, scope="size" if across else "layer")
+
+    def rules(self, groups: Groups, weights: Mapping[str, Tensor]) -> Rules:
         """The plan as a record of decisions about these groups names it."""
         competitors = {
             each: tuple(positions)
-            for positions in scopes_of(groups, self.scope).values()
+            for positions in scopes_of(groups, self.scope, sizes_of(groups, weights)).values()
             for each in positions
         }
         every = tuple(competitors[position] for position in range(len(groups.layers)))
@@ -130,8 +138,9 @@ def regroup(
         importance: a name from ``torch_rsst.importance.IMPORTANCES``, such as ``"magnitude"`` or, with
             ``batches``, ``"variance"``; ``"auto"``, which is ``"variance"`` with ``batches`` and
             ``"magnitude"`` without; or a callable, see :mod:`torch_rsst.importance`.
-        scope: what units compete with: those of their ``"layer"``, of their ``"type"``, or all
-            (``"global"``; scores are then compared per ranked entry).
+        scope: what units compete with: those of their ``"layer"``, of their ``"type"`` and ``"size"`` (layers whose
+            units have as many weights), of their ``"type"``, or all (``"global"``; scores are then compared per
+            ranked entry). ``"auto"`` is ``"size"`` with ``importance="obs"``, else ``"layer"``.
         current_mask: what is alive now; the model's own masks by default.
         fillback_rate: the share of what would go that is given back.
         min_keep: units per layer that stay whatever the budget.
@@ -154,7 +163,7 @@ def regroup(
         TypeError: for batches that the model does not take.
     """
     importance = choose_importance(importance, data=batches is not None)
-    plan = RegroupPlan(importance, scope, fillback_rate, min_keep, round_to, ungrouped)
+    plan = RegroupPlan(importance, scope, fillback_rate, min_keep, round_to, ungrouped).choose_scope()
     groups = as_groups(groups)
     weights = named_weights(model)
     current: Mapping[str, Tensor] = (
@@ -215,7 +224,8 @@ def choose(
     """The units that stay, scope by scope, of layers that have been scored."""
     kept: dict[int, Tensor] = {}
     budgets, selections = [], []
-    for (label, kind), positions in scopes_of(groups, plan.scope).items():
+    sizes = [layer.sizes for layer in scored]
+    for (label, kind), positions in scopes_of(groups, plan.scope, sizes).items():
         own = [groups.layers[i] for i in positions]
         pairs = zip(own, (scored[i] for i in positions), strict=True)
         stacked = [scores.stacked(layer.parts, layer.multiple) for layer, scores in pairs]
@@ -244,17 +254,36 @@ def _of_units(values: Tensor, order: Tensor) -> Tensor:
     return of_units
 
 
-def scopes_of(groups: Groups, scope: Scope) -> dict[tuple[str, str], list[int]]:
-    """(label, kind) of each scope → positions of its layers."""
+def sizes_of(groups: Groups, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """Ranked entries of each unit of every layer."""
+    return [remain(layer, weights, {}) for layer in groups.layers]
+
+
+def scopes_of(
+    groups: Groups, scope: Scope, sizes: Sequence[Tensor]
+) -> dict[tuple[str, str], list[int]]:
+    """(label, kind) of each scope → positions of its layers.
+
+    Args:
+        groups: whose units.
+        scope: other than ``"auto"``.
+        sizes: see :func:`sizes_of`.
+    """
     scopes: dict[tuple[str, str], list[int]] = {}
     for position, layer in enumerate(groups.layers):
         label = {
             "layer": (layer.name, layer.kind),
+            "size": (_with_size(sizes[position]), layer.kind),
             "type": ("all", layer.kind),
             "global": ("all", "units"),
         }[scope]
         scopes.setdefault(label, []).append(position)
     return scopes
+
+
+def _with_size(sizes: Tensor) -> str:
+    least, most = (int(each) for each in sizes.aminmax())
+    return f"all of {least:,} weights" if least == most else f"all of {least:,} to {most:,} weights"
 
 
 def _score(

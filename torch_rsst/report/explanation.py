@@ -68,7 +68,7 @@ class Explanation:
         decision: the one that made it so: of the last round; where the unit was dead by then, of
             the round that chose it to go.
         importance: the name of the score.
-        scope: what it competed with: ``"layer"``, ``"type"`` or ``"global"``.
+        scope: what it competed with: ``"layer"``, ``"size"``, ``"type"`` or ``"global"``.
         competitors: how many units the scope has, this one included.
         history: every round's decision about it.
     """
@@ -257,7 +257,12 @@ _GOES_BY = {
     "min_keep": "in place of units that min_keep holds in other layers; its score would do",
     "dead": "as it was dead already, without an alive entry to score",
 }
-_AMONG = {"layer": "in its layer", "type": "among all {kind}", "global": "among all units"}
+_AMONG = {
+    "layer": "in its layer",
+    "size": "among all {kind} of its size",
+    "type": "among all {kind}",
+    "global": "among all units",
+}
 
 
 def _headline(found: Explanation) -> str:

@@ -99,7 +99,7 @@ class Rounds(ABC):
             reconstruct=reconstructs,
             rounds=True,
         )
-        regrouping = replace(regrouping, importance=importance)
+        regrouping = replace(regrouping, importance=importance).choose_scope()
         if reconstructs:
             check_reconstruction(self._model, data, again="in each round")
         if not reconstructs or any(data_parts(importance)):
@@ -107,7 +107,7 @@ class Rounds(ABC):
         self._ranked = ranked_names(model, self._groups, ranking.parameters)
         times = 1 if self._gives_back else course.rounds
         ranking.check({n: weights[n] for n in self._ranked}, extract_mask(model), times)
-        regrouping.check(self._groups)
+        regrouping.check(self._groups, weights)
         self._followers = Followers.of(model, follow)
         self._snapshot = Snapshot.of(model, course.rewind)
         self._optimizer = optimizer
@@ -118,7 +118,7 @@ class Rounds(ABC):
         self._replicas = replica_group(model) if process_group is None else process_group
         self.course, self.ranking, self.regrouping = course, ranking, regrouping
         self.penalty, self.data = penalty, data
-        self._history = DecisionHistory(regrouping.rules(self._groups))
+        self._history = DecisionHistory(regrouping.rules(self._groups, weights))
         self._next_index = -1 if course.train_first else 0
         self._round: Round | None = None  # the one in training
         self._last: Round | None = None  # the latest, open or closed

@@ -85,7 +85,7 @@ class Refill(Rounds):
         regroup_amount: RegroupAmount = None,
         fillback_rate: float = 0.1,
         importance: str | Importance = "auto",
-        scope: Scope = "layer",
+        scope: Scope = "auto",
         rewind: Rewind = None,
         rewind_optimizer: RewindOptimizer = "reset",
         train_first: bool = False,

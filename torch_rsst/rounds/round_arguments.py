@@ -20,7 +20,7 @@ from torch_rsst.importance.weights import Importance
 from torch_rsst.masking.mask_sets import alive_in
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.reconstruction.reconstruction import Method, Reconstruction
-from torch_rsst.regrouping.regrouping import RegroupPlan, scopes_of
+from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, scopes_of, sizes_of
 from torch_rsst.utils.amounts import (
     Amount,
     check_amount,
@@ -97,6 +97,7 @@ class Regrouping(RegroupPlan):
     """What is to go, and by what units compete."""
 
     importance: str | Importance = "auto"
+    scope: Scope = "auto"
     regroup_amount: RegroupAmount = 0.5
 
     def __post_init__(self) -> None:
@@ -110,14 +111,16 @@ class Regrouping(RegroupPlan):
             check_amount(self.regroup_amount, "regroup_amount")
             object.__setattr__(self, "regroup_amount", plain_amount(self.regroup_amount))
 
-    def check(self, groups: Groups) -> None:
+    def check(self, groups: Groups, weights: Mapping[str, Tensor]) -> None:
         """Raise where a count is more than a scope has, warn where it looks like a percentage or means all."""
         amount = self.regroup_amount
         if amount is None or callable(amount):
             return
         units = {
             f"{kind} of {name or 'the model'}": sum(groups.layers[i].units for i in positions)
-            for (name, kind), positions in scopes_of(groups, self.scope).items()
+            for (name, kind), positions in scopes_of(
+                groups, self.scope, sizes_of(groups, weights)
+            ).items()
         }
         if isinstance(amount, int):
             for scope, count in units.items():

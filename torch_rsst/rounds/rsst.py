@@ -77,7 +77,8 @@ class RSST(Rounds):
             that go in each scope.
         importance: how units are scored, see :func:`regroup`: ``"auto"`` is ``"obs"`` where there are
             ``batches``, else ``"magnitude"``.
-        scope: what units compete with: ``"layer"``, ``"type"`` or ``"global"``.
+        scope: what units compete with, see :func:`regroup`: ``"auto"`` is ``"size"``, the units of all layers whose units
+            have as many weights, where they are scored by ``"obs"``, else ``"layer"``.
         rewind: after each choice of a mask, put surviving weights back to those at construction
             (``"init"``) or to a state dict; None keeps them.
         rewind_optimizer: what becomes of the optimizers' moments then: ``"reset"`` starts them anew,
@@ -137,7 +138,7 @@ class RSST(Rounds):
         amount: Amount = 0.2,
         regroup_amount: RegroupAmount = 0.5,
         importance: str | Importance = "auto",
-        scope: Scope = "layer",
+        scope: Scope = "auto",
         rewind: Rewind = None,
         rewind_optimizer: RewindOptimizer = "reset",
         kept_units: KeptUnits | None = None,
