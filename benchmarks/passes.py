@@ -85,15 +85,18 @@ class Case:
         yield "regroup, masked", lambda: torch_rsst.regroup(model, groups, amount=0.5)
         yield "sparsity_report", lambda: torch_rsst.sparsity_report(model, groups)
         yield "compact", lambda: torch_rsst.compact(model, groups)
-        torch_rsst.remove_all(model, freeze_zeros=False)
+        self._draw_anew()
         rounds = torch_rsst.RSST(model, groups, steps_per_round=1, rounds=3)
         yield "next round", lambda: next(rounds)
         yield "round.report", rounds.report
         yield "rounds.state_dict", rounds.state_dict
         yield "next round, second", lambda: next(rounds)
-        yield "finalize", rounds.finalize
-        torch_rsst.remove_all(model, freeze_zeros=False)
-        for parameter in model.parameters():  # nothing may stay zero
+        yield "finalize", lambda: rounds.finalize(force=True)
+        self._draw_anew()
+
+    def _draw_anew(self) -> None:
+        torch_rsst.remove_all(self.model, freeze_zeros=False)
+        for parameter in self.model.parameters():  # nothing may stay zero
             parameter.detach().normal_(std=0.02)
 
 
