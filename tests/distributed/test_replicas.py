@@ -288,3 +288,22 @@ def test_a_stock_shaped_call_that_fails_on_one_rank_leaves_none_waiting(
     assert outcomes[1][f"{call} fails"][0]
     assert "an error on rank(s) [1]: " in outcomes[0][f"{call} fails"][0]
     assert all(outcome[f"{call} fails"][1] for outcome in outcomes)
+
+
+@pytest.mark.parametrize("group", ["world", 0, object()], ids=["a name", "a number", "no member"])
+def test_what_is_no_process_group_is_named_before_anything_is_touched(group, fingerprint) -> None:
+    model = mlp()
+    groups, before = torch_rsst.find_groups(model), fingerprint(model)
+    calls: list[Callable[[], object]] = [
+        lambda: torch_rsst.RSST(model, groups, steps_per_round=1, process_group=group),
+        lambda: torch_rsst.Refill(model, groups, steps_per_round=1, process_group=group),
+        lambda: torch_rsst.l1_unstructured(model[0], "weight", 0.5, process_group=group),
+        lambda: torch_rsst.random_unstructured(model[0], "weight", 0.5, process_group=group),
+        lambda: torch_rsst.global_unstructured(
+            [(model[0], "weight")], torch_rsst.GlobalL1, amount=0.5, process_group=group
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"process_group: expected None or a .*mesh\.get_group"):
+            call()
+        assert fingerprint(model) == before

@@ -32,6 +32,17 @@ def replica_group(model: object) -> dist.ProcessGroup | None:
     return None
 
 
+def check_process_group(group: object) -> None:
+    """Raise unless this is None or a process group of torch, such as a mesh or a name."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        remedy = (
+            "Pass torch.distributed.group.WORLD once the group is initialized, a group from "
+            "torch.distributed.new_group on its own ranks, or mesh.get_group()."
+        )
+        expected = "None or a torch.distributed.ProcessGroup"
+        refuse(TypeError, "process_group", expected, repr(group), remedy)
+
+
 def agreed(
     group: dist.ProcessGroup | None,
     make: Callable[[], T],
@@ -44,9 +55,11 @@ def agreed(
 
     Raises:
         RuntimeError: where masks differ, or where ``make`` failed on another rank.
+        TypeError: for no process group.
     """
     if group is None:
         return make()
+    check_process_group(group)
     digests: Digests = {}
     error: Exception | None = None
     try:

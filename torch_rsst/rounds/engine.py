@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch import nn
 
-from torch_rsst.distributed.replicas import agreed, replica_group
+from torch_rsst.distributed.replicas import agreed, check_process_group, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance.batches import Batches, DataSource
 from torch_rsst.importance.combinations import choose_importance, data_parts
@@ -88,6 +88,7 @@ class Rounds(ABC):
             remedy = "Pass the optimizer to Refill, or reset_moments=False."
             refuse(ValueError, "reset_moments", "an optimizer", "none", remedy)
         penalty.schedule_of(course.steps_per_round)  # for what it refuses
+        check_process_group(process_group)
         self._model, self._groups = unwrap(model), as_groups(groups)
         self._check_masks_in_place()
         weights = named_weights(model)
