@@ -30,16 +30,25 @@ def offered_share(model: nn.Module, groups: Groups) -> float:
     return offered / total
 
 
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 4, 3)
+        self.norm, self.last = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.conv(self.stem(x).relu()).mean((2, 3))))
+
+
+@pytest.mark.parametrize("seed", [*range(20), 42, 237])
+def test_neurons_that_are_hardly_ever_active_are_found_whatever_weights_are_drawn(seed) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(Small(), nn.ReLU(), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    groups = find_groups(model, example_inputs=torch.randn(2, 1, 8, 8), on_unsupported="ignore")
+    assert [(layer.kind, layer.units) for layer in groups.layers] == [("neurons", 5), ("neurons", 3)]
+
+
 def test_the_parts_of_a_small_network_literally() -> None:
-    class Small(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.conv = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 4, 3)
-            self.norm, self.last = nn.LayerNorm(4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.norm(self.conv(self.stem(x).relu()).mean((2, 3))))
-
     model = nn.Sequential(Small(), nn.ReLU(), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     groups = find_groups(model, example_inputs=torch.randn(2, 1, 8, 8), on_unsupported="ignore")
     total = sum(p.numel() for p in model.parameters())

@@ -91,7 +91,7 @@ def find_groups(
         remedy = "Prune, compact, and quantize the smaller model then."
         refuse(ValueError, "find_groups", "layers with floating-point weights", got, remedy)
     # Before the warning, whose reasons the error gives.
-    _require(kinds, groups.layers, refused, lambda: survey(bare, example_inputs=example_inputs)[0])
+    _require(kinds, groups, refused, lambda: survey(bare, example_inputs=example_inputs)[0])
     if on_unsupported == "warn":
         for sentence in _to_be_told(groups, refused, kinds):
             warnings.warn(sentence, UnsupportedModuleWarning, stacklevel=2)
@@ -288,11 +288,11 @@ def _first_of(refused: Sequence[Unsupported]) -> str:
 
 def _require(
     kinds: Sequence[str],
-    layers: Sequence[GroupLayer],
+    groups: Groups,
     refused: Sequence[Unsupported],
     look_for_all: Callable[[], Groups],
 ) -> None:
-    found = {layer.kind for layer in layers}
+    found = {layer.kind for layer in groups.layers}
     missing = [kind for kind in kinds if kind not in found]
     if not missing or (found and tuple(kinds) == KINDS):
         return
@@ -306,7 +306,8 @@ def _require(
     elif others := dict.fromkeys(layer.kind for layer in look_for_all().layers):
         remedy = f"It has units of kind {', '.join(others)}."
     else:
-        remedy = (
+        whole = "; ".join(map(str, groups.whole[:3]))
+        remedy = (f"It stays whole: {whole}. " if whole else "") + (
             f"Adapters exist for {', '.join(known)}; the documentation shows, under Extending, how "
             "to add one. Single weights can be pruned in any model: global_unstructured."
         )

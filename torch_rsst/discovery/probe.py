@@ -34,6 +34,9 @@ from torch_rsst.utils.module_state import deep_copy, undisturbed
 
 Fact = tuple[Any, ...]
 
+_DRAWS = 8
+"""How often weights are drawn for a trial, until an output shows that units are gone."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -284,16 +287,18 @@ def check_on(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call)
         return _check(module, adapter, layer, call)
 
 
-def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -> Verdict:
+def _check(
+    module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call, draw: int = 0
+) -> Verdict:
     weights = named_weights(module)
     if tied := [m.parameter for m in layer.members if m.parameter not in weights]:
         return Verdict(refused=f"its {tied[0]} is tied to another parameter of it")
-    whole, given = randomized(module), call
+    whole, given = randomized(module, seed=draw), call
     call = tree_map(lambda v: v.float() if is_half(v) else v, call)
     before = _outputs(whole, call)
     if not all(bool(tensor.isfinite().all()) for tensor in before):
         return Verdict(refused=_why_not_finite(module))
-    differs = exact = False
+    differs, exact = False, None
     mixes = (lambda *_: None) if adapter.told_apart else _why_mixed
     least = max(adapter.least, layer.least)
     for gone in choices(layer.units, least, len(layer.parts), layer.multiple):
@@ -303,6 +308,8 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
         silence(masked, [removal])
         expected = _outputs(masked, call)
         differs = differs or not agree(before, expected)
+        if not differs and draw + 1 < _DRAWS:  # no unit that goes was active
+            return _check(module, adapter, layer, given, draw + 1)
         try:
             cut(masked, [removal])
             got = _outputs(adapter.shrink(masked, removal), call)
@@ -314,11 +321,11 @@ def _check(module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call) -
             text = "it does not run without some of its units, as where its forward fixes how many it has"
             return Verdict(fixed=f"{text} ({one_line(error)})")
         if not agree(expected, got):
-            if exact and bool(gone.all()):
-                return Verdict(least=1)
-            reason = "its output without some of its units differs"
-            return Verdict(refused=mixes(module, layer, given) or reason)
-        exact = differs
+            mixed = None if exact else mixes(module, layer, given)
+            if exact is not None and not mixed and bool(gone.all()):
+                return Verdict(least=1)  # some may go, but not all
+            return Verdict(refused=mixed or "its output without some of its units differs")
+        exact = differs  # shown by outputs that units changed
     # On few tokens, no unit may be active at all: larger inputs show a difference if any can.
     mixed = None if differs else mixes(module, layer, given)
     if mixed and layer.units <= least:

@@ -16,7 +16,7 @@ from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.utils.module_state import deep_copy, drop_caches
 
 
-def randomized(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
     module = deep_copy(module)
     module.eval()  # which returns nothing in some classes
@@ -27,7 +27,7 @@ def randomized(module: nn.Module) -> nn.Module:
     restore(refs)
     if any(is_half(p) for p in module.parameters()):
         module.float()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
