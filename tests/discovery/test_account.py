@@ -45,7 +45,10 @@ def test_neurons_that_are_hardly_ever_active_are_found_whatever_weights_are_draw
     torch.manual_seed(seed)
     model = nn.Sequential(Small(), nn.ReLU(), nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     groups = find_groups(model, example_inputs=torch.randn(2, 1, 8, 8), on_unsupported="ignore")
-    assert [(layer.kind, layer.units) for layer in groups.layers] == [("neurons", 5), ("neurons", 3)]
+    assert [(layer.kind, layer.units) for layer in groups.layers] == [
+        ("neurons", 5),
+        ("neurons", 3),
+    ]
 
 
 def test_the_parts_of_a_small_network_literally() -> None:

@@ -272,7 +272,9 @@ def test_mlps_that_cannot_be_cut_exactly(
     ],
 )
 def test_what_is_no_mlp_is_passed_over_in_silence(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"got none in this model\. It stays whole: 0 .*Adapters exist"):
+    with pytest.raises(
+        ValueError, match=r"got none in this model\. It stays whole: 0 .*Adapters exist"
+    ):
         find_groups(model, on_unsupported="raise")
 
 

@@ -230,3 +230,38 @@ def test_masks_made_in_inference_mode_are_no_obstacle(choice: str) -> None:
     torch_rsst.load_dense_state_dict(model, dense, mask=choice)
     weight = model[0].weight if choice == "remove" else model[0].weight_orig
     assert torch.equal(weight, dense["0.weight"])
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(6, 3), nn.Linear(3, 6, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+
+@pytest.mark.parametrize("mask", ["keep", "zeros", "remove"])
+def test_a_dense_state_dict_that_unties_tied_weights_is_refused(mask, fingerprint) -> None:
+    model, loose = Tied(True), Tied(False)
+    torch_rsst.l1_unstructured(model.head, "weight", amount=0.5)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"one value, .* 'table\.weight' and 'head\.weight'"):
+        torch_rsst.load_dense_state_dict(model, loose.state_dict(), mask=mask)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("mask", ["keep", "zeros", "remove"])
+@pytest.mark.parametrize("left_out", ["table.weight", "head.weight"])
+def test_a_dense_state_dict_may_hold_one_name_of_a_tied_weight(mask, left_out) -> None:
+    model, trained = Tied(True), Tied(True).state_dict()
+    torch_rsst.l1_unstructured(model.head, "weight", amount=0.5)
+    value = trained["head.weight"].clone()
+    value[0] = 0.0
+    torch_rsst.load_dense_state_dict(
+        model, {name: value for name in trained if name != left_out}, mask=mask
+    )
+    alive = torch_rsst.extract_mask(model).get("table.weight", torch.ones_like(value))
+    assert torch.equal(model.table.weight, value * alive)
+    assert torch.equal(model.head.weight, model.table.weight)
+    if mask == "zeros":
+        assert torch.equal(alive, value != 0)

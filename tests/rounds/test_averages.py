@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torch_rsst
-from torch_rsst import RSST, Refill, extract_mask, find_groups
+from torch_rsst import RSST, Refill, RegularizedPruner, extract_mask, find_groups
 from torch_rsst.masking.names import named_weights
+from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(optimizer steps|penalty did not act):torch_rsst.utils.errors.RSSTWarning"
@@ -266,6 +267,127 @@ def test_rewinding_gives_a_cache_its_former_shape():
     rounds.round.pruner.detach()
 
 
+class WithOddBuffers(nn.Sequential):
+    """Buffers that cannot be written to in place."""
+
+    def __init__(self) -> None:
+        super().__init__(*mlp())
+        self.register_buffer("expanded", torch.zeros(1).expand(4))
+        with torch.inference_mode():
+            self.register_buffer("inferred", torch.ones(2))
+
+
+@pytest.mark.parametrize("method", [RSST, Refill])
+def test_rewinding_replaces_buffers_that_cannot_be_written_to(method):
+    model = WithOddBuffers()
+    average, before = torch_average(model), model[2].bias.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rounds = method(
+        model, find_groups(model), optimizer=optimizer, steps_per_round=1, rounds=1, rewind="init",
+        follow=[average],
+    )  # fmt: skip
+    gradient_step(model, optimizer, 0)
+    model.expanded, model.inferred = torch.ones(1).expand(4), torch.zeros(2)
+    rnd = next(rounds)
+    assert torch.equal(model[2].bias, before)
+    assert model.expanded.tolist() == [0.0] * 4
+    assert model.inferred.tolist() == [1.0] * 2
+    rnd.pruner.detach()
+
+
+@pytest.mark.parametrize("method", [RSST, Refill])
+def test_a_rewind_that_fails_leaves_model_averages_and_optimizer_as_they_were(
+    method, fingerprint, monkeypatch
+):
+    model = mlp()
+    average = torch_average(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rounds = method(
+        model, find_groups(model), optimizer=optimizer, steps_per_round=1, rounds=1, rewind="init",
+        follow=[average],
+    )  # fmt: skip
+    gradient_step(model, optimizer, 0)
+    before = fingerprint(model), fingerprint(average), dict(optimizer.state)
+
+    def fails(self, model, optimizers):
+        original(self, model, optimizers)
+        raise MemoryError("no more")
+
+    original = OptimizerRewind.apply
+    monkeypatch.setattr(OptimizerRewind, "apply", fails)
+    with pytest.raises(MemoryError):
+        next(rounds)
+    assert (fingerprint(model), fingerprint(average), dict(optimizer.state)) == before
+    assert rounds.round is None
+    monkeypatch.undo()
+    next(rounds).pruner.detach()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("index", None, "index of type int, got None"),
+        ("open", 1, "open of type bool, got 1"),
+        ("next_index", "x", "next_index of type int, got 'x'"),
+        ("finalized", torch.ones(2), "finalized of type bool, got tensor"),
+        ("settings", {"rounds": torch.ones(2)}, "got .*rounds=tensor"),
+    ],
+)
+def test_a_state_with_a_value_of_another_kind_leaves_the_open_round(key, value, text, fingerprint):
+    model = mlp()
+    rounds, _ = rounds_following(model, [])
+    rnd = next(rounds)
+    state = rounds.state_dict()
+    bad = {**state, "round": {**state["round"], key: value}} if key in state["round"] else {**state, key: value}  # fmt: skip
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=text):
+        rounds.load_state_dict(bad)
+    assert fingerprint(model) == before
+    assert rounds.round is rnd
+    assert RegularizedPruner.attached_to(model) is rnd.pruner
+    rnd.pruner.detach()
+
+
+def test_an_average_that_cannot_be_masked_leaves_the_open_round_with_its_penalty(monkeypatch):
+    model = mlp()
+    average = torch_average(model)
+    rounds, optimizer = rounds_following(model, [average])
+    rnd = next(rounds)
+    state, norm = rounds.state_dict(), rnd.pruner.penalized_norm()
+
+    def fails(module, masks):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("torch_rsst.rounds.engine.apply_mask", fails)
+    with pytest.raises(MemoryError):
+        rounds.load_state_dict(state)
+    monkeypatch.undo()
+    assert rounds.round is rnd
+    gradient_step(model, optimizer, 0)
+    assert rnd.pruner.steps == 1
+    assert rnd.pruner.penalized_norm() < norm
+    rounds.load_state_dict(state)  # and the same state can be loaded afterwards
+    rounds.round.pruner.detach()
+
+
+def test_a_cut_that_fails_on_its_data_leaves_the_round_open():
+    model = mlp()
+    rounds, optimizer = rounds_following(model, [])
+    rnd = next(rounds)
+    with pytest.raises(ValueError, match="no more"):
+        rounds.finalize(reconstruct="mean", batches=broken)
+    assert rounds.round is rnd
+    assert rnd.pruner.attached
+    gradient_step(model, optimizer, 0)
+    assert rnd.pruner.steps == 1
+    rnd.pruner.detach()
+
+
+def broken():
+    yield tokens(0, 2, 4)
+    raise ValueError("no more")
+
+
 @pytest.mark.parametrize(
     "damage", [{"start_norm": "x"}, {"steps": "a"}, {"fell_below": "x"}, {"pending": {"a": None}}]
 )
@@ -284,3 +406,17 @@ def test_a_damaged_state_leaves_the_open_round_and_the_averages(damage, fingerpr
     assert rounds.round is rnd
     assert rnd.pruner.attached
     rnd.pruner.detach()
+
+
+def test_masks_that_the_model_has_no_more_are_made_permanent_in_its_averages():
+    model = nn.Linear(3, 2)
+    average = AveragedModel(model)
+    torch_rsst.l1_unstructured(model, "weight", amount=0.5)
+    torch_rsst.follow(model, [average])
+    dead = model.weight_mask == 0
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    torch_rsst.follow(model, [average])
+    assert not torch_rsst.extract_mask(average)
+    assert not average.module.weight[dead].any()
+    average.update_parameters(model)
+    assert torch.equal(average.module.weight, model.weight)

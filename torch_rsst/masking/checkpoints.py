@@ -79,7 +79,8 @@ def load_dense_state_dict(
 
     Raises:
         KeyError: for keys that are missing or unknown.
-        ValueError: for other shapes, another choice, or a state dict that holds masks itself.
+        ValueError: for other shapes, another choice, different values for the names of one tied parameter, or a state
+            dict that holds masks itself.
     """
     if mask not in MASK_CHOICES:
         raise ValueError(unknown_choice("mask", mask, MASK_CHOICES))
@@ -89,6 +90,7 @@ def load_dense_state_dict(
     inner = unwrap(model)
     check_masks_in_place("load_dense_state_dict", inner.modules())
     loaded = {name: state_dict[key] for key, name in dense_keys(state_dict).items()}
+    loaded = _under_all_names(inner, loaded)
     _check_fits(_dense_shapes(inner), loaded)
     tensors = [*inner.parameters(), *inner.buffers()]
     before = [(t, t.detach().clone()) for t in tensors if not t.is_meta and is_writable(t)]
@@ -96,6 +98,32 @@ def load_dense_state_dict(
         undo += [partial(tensor.copy_, value) for tensor, value in before]
         _load(inner, loaded, mask)
     return model
+
+
+def _under_all_names(model: nn.Module, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with those of tied parameters under each of their names, of which files may hold one.
+
+    Raises:
+        ValueError: where the names of one parameter have different values.
+    """
+    first, found = first_names(model), dict(loaded)
+    held: dict[str, str] = {}
+    for name in (name for name in first if name in loaded):
+        other = held.setdefault(first[name], name)
+        if not _same(loaded[name], loaded[other]):
+            expected = f"one value, as the model ties them, for {other!r} and {name!r}"
+            remedy = "Untie the model's parameters, or leave one of the names out."
+            refuse(ValueError, "state_dict", expected, "different ones", remedy)
+    return found | {name: loaded[held[own]] for name, own in first.items() if own in held}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other or not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return one is other
+    if one.shape != other.shape or one.is_meta or other.is_meta:
+        return one.shape == other.shape
+    other = other.to(one.device)
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _load(model: nn.Module, loaded: Mapping[str, Tensor], mask: MaskChoice) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.masking.live_weight import ORIG
+from torch_rsst.masking.mask_undo import is_writable
 from torch_rsst.masking.names import dense_keys, named_refs, named_weights, unwrap, without_wrappers
 from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
@@ -76,7 +77,7 @@ class Snapshot:
         Buffers that a forward pass has given another shape, as caches, get their former one; those that the
         module does not have are left out.
         """
-        present = _buffers(model)
+        present, places_of = _buffers(model), _buffer_places(model)
         with torch.no_grad():
             for name, places in named_refs(model).items():
                 if name in self.weights:
@@ -84,10 +85,14 @@ class Snapshot:
                     value = self.weights[name].to(original)
                     original.copy_(value if alive is None else torch.where(alive, value, original))
             for name in self.buffers.keys() & present.keys():
-                if present[name].shape == self.buffers[name].shape:
-                    present[name].copy_(self.buffers[name])
+                buffer, value = present[name], self.buffers[name]
+                if not is_writable(buffer):  # expanded, or made in inference mode
+                    module, key = places_of[name]
+                    module._buffers[key] = value.to(buffer, copy=True)
+                elif buffer.shape == value.shape:
+                    buffer.copy_(value)
                 else:
-                    present[name].data = self.buffers[name].to(present[name])
+                    buffer.data = value.to(buffer)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Copies, for a checkpoint."""
@@ -105,6 +110,15 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
         without_wrappers(name): buffer
         for name, buffer in unwrap(model).named_buffers()
         if id(buffer) not in masks
+    }
+
+
+def _buffer_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Name of a buffer → the module that holds it, and its name there."""
+    return {
+        without_wrappers(f"{path}.{key}" if path else key): (module, key)
+        for path, module in unwrap(model).named_modules()
+        for key in module._buffers
     }
 
 

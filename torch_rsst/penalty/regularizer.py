@@ -237,10 +237,7 @@ class RegularizedPruner:
         steps = expand_step_counts(self._steps if any(self._steps) else [0], len(optimizers))
         self._detach_hooks()
         self._optimizers, self._shares, self._steps = optimizers, shares, steps
-        for index, each in enumerate(optimizers):
-            self._handles += hook_steps(
-                each, partial(self._before_step, index), partial(self._after_step, index)
-            )
+        self._hook_optimizers()
 
     def follow(self, modules: Iterable[nn.Module]) -> None:
         """Shrink the same weights of other modules with those of the model.
@@ -305,6 +302,18 @@ class RegularizedPruner:
     def detach(self) -> None:
         """Detach like :meth:`remove`, without judging whether the penalty acted."""
         self._release()
+
+    def reattach(self) -> None:
+        """Act again after :meth:`detach` or :meth:`remove`, from the step where it was.
+
+        Raises:
+            RuntimeError: where another regularizer is attached to the model by now, or this one still is.
+        """
+        self._claim()
+        if self._optimizers:
+            self._hook_optimizers()
+        else:
+            self._hook_gradients()
 
     def reset(self) -> None:
         """Start over after the weights were replaced: step 0, the norm of P measured anew."""
@@ -420,6 +429,12 @@ class RegularizedPruner:
     def _hook_gradients(self) -> None:
         parameters, coupled = self._penalized.parameters(), self.mode == "coupled"
         self._handles = hook_gradients(parameters, self._after_backward, need_all=coupled)
+
+    def _hook_optimizers(self) -> None:
+        for index, each in enumerate(self._optimizers):
+            self._handles += hook_steps(
+                each, partial(self._before_step, index), partial(self._after_step, index)
+            )
 
     def _detach_hooks(self) -> None:
         for handle in self._handles:

@@ -163,7 +163,9 @@ def regroup(
         TypeError: for batches that the model does not take.
     """
     importance = choose_importance(importance, data=batches is not None)
-    plan = RegroupPlan(importance, scope, fillback_rate, min_keep, round_to, ungrouped).choose_scope()
+    plan = RegroupPlan(
+        importance, scope, fillback_rate, min_keep, round_to, ungrouped
+    ).choose_scope()
     groups = as_groups(groups)
     weights = named_weights(model)
     current: Mapping[str, Tensor] = (

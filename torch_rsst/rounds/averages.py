@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.mask_sets import apply_mask, extract_mask
+from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.names import named_refs, named_weights, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.rollback import AllOrNothing
@@ -63,8 +63,8 @@ def follow(model: nn.Module, followers: Iterable[nn.Module]) -> None:
         >>> int(average.module.weight_mask.sum())
         2
 
-    Averages go through the parameters of both models in parallel, so both must be masked, and alike. Call it
-    whenever masks have changed; ``RSST(follow=[average])`` and ``Refill(follow=[average])`` do.
+    Averages go through the parameters of both models in parallel, so both must be masked, and alike; masks that the model
+    has no more are made permanent. Call it whenever masks have changed; ``RSST(follow=[average])`` and ``Refill(follow=[average])`` do.
 
     Args:
         model: has the masks; not changed.
@@ -78,8 +78,16 @@ def follow(model: nn.Module, followers: Iterable[nn.Module]) -> None:
     check_masks_in_place("follow", model.modules())
     with AllOrNothing(own.refs()):
         for module in own.modules:
-            whole = {name: torch.ones_like(mask) for name, mask in extract_mask(module).items()}
-            apply_mask(module, {**whole, **masks})
+            apply_mask(module, masks)
+        restore(
+            [
+                ref
+                for module in own.modules
+                for name, places in named_refs(module).items()
+                for ref in places
+                if name not in masks and ref.is_masked
+            ]
+        )
 
 
 def _inside(follower: object, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

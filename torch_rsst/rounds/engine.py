@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from torch_rsst.masking.freezing import freeze_latents
 from torch_rsst.masking.mask_sets import Masks, apply_mask, extract_mask
 from torch_rsst.masking.names import named_refs, named_weights, unwrap
 from torch_rsst.masking.optimizer_state import reset_returned
-from torch_rsst.masking.parameter_ref import masked_refs
+from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers
@@ -43,7 +43,7 @@ from torch_rsst.regrouping.ranking import rank, ranked_names
 from torch_rsst.regrouping.regrouping import Decision, RegroupPlan, decide, refill_from
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
 from torch_rsst.rounds.averages import Followers
-from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
+from torch_rsst.rounds.optimizer_rewind import OptimizerRewind, restore_callback
 from torch_rsst.rounds.round import (
     Chosen,
     Round,
@@ -179,7 +179,7 @@ class Rounds(ABC):
                 self._model,
                 self._groups,
             )
-        opened = self._open(index, chosen, rewind=index >= 0)
+        opened = self._open(index, chosen, new=index >= 0)
         self._next_index = index + 1
         return opened
 
@@ -229,8 +229,13 @@ class Rounds(ABC):
             refuse(ValueError, "batches", "none where nothing is reconstructed", "some", remedy)
         if not (force or how or self._finalized):
             self._check_cut_is_free(self._last)
+        before = dict(vars(self))
         self._close()
-        self._apply(self._final_mask(self._last.chosen), how, data)
+        try:
+            self._apply(self._final_mask(self._last.chosen), how, data)
+        except BaseException:
+            self._take_back(before)
+            raise
         self._finalized, self._reference = True, None
 
     @property
@@ -304,39 +309,58 @@ class Rounds(ABC):
         current = self._without_gone(alive, refill, decision)
         return Chosen(ranked, current, refill, decision.budgets, decision.verdicts())
 
-    def _open(self, index: int, chosen: Chosen, *, rewind: bool) -> Round:
+    def _open(self, index: int, chosen: Chosen, *, new: bool) -> Round:
+        """Open a round, a new one or one that is resumed: all of it, or nothing is changed."""
         trained = self._trained_with(chosen)
-        # The regularizer comes first: whatever can fail does so before the model is touched.
-        pruner = RegularizedPruner(
-            self._model,
-            chosen.refill_mask,
-            current_mask=trained,
-            total_steps=self.course.steps_per_round,
-            optimizer=self._optimizer,
-            **vars(self.penalty),
-        )
-        memory = self._optimizer_rewind if index >= 0 else OptimizerRewind("keep")
-        parts = (self._model, self._groups, trained, self._history, memory)
-        opened = Round(index, 0, chosen, pruner, *parts)
-        try:
-            refits = rewind and self._refits_on_opening
-            how = self._reconstruction_of(self.course.reconstruct)
-            self._apply(trained, how if refits else None, self.data)
-            if rewind and how is not None and not refits:
-                self._reference = Reference.of(self._model)
-            pruner.follow(self._followers.modules)
-            if rewind and self._snapshot.weights:
-                for module in (self._model, *self._followers.modules):
-                    self._snapshot.restore(module)
-                memory.apply(self._model, self._optimizers)
-                pruner.reset()
-            if chosen.verdicts:
-                record_decision(opened)
-        except BaseException:
-            pruner.detach()
-            raise
+        with AllOrNothing(self._refs()) as undo:
+            undo += self._weights_back() if new else ()
+            # The regularizer comes first: whatever can fail does so before the model is touched.
+            pruner = RegularizedPruner(
+                self._model,
+                chosen.refill_mask,
+                current_mask=trained,
+                total_steps=self.course.steps_per_round,
+                optimizer=self._optimizer,
+                **vars(self.penalty),
+            )
+            try:
+                memory = self._optimizer_rewind if index >= 0 else OptimizerRewind("keep")
+                parts = (self._model, self._groups, trained, self._history, memory)
+                opened = Round(index, 0, chosen, pruner, *parts)
+                self._begin(opened, new=new)
+            except BaseException:
+                pruner.detach()
+                raise
         self._round = self._last = opened
         return opened
+
+    def _begin(self, opened: Round, *, new: bool) -> None:
+        """Mask, refit and rewind what a round begins with."""
+        pruner, trained = opened.pruner, opened._trained
+        refits = new and self._refits_on_opening
+        how = self._reconstruction_of(self.course.reconstruct)
+        self._apply(trained, how if refits else None, self.data)
+        if new and how is not None and not refits:
+            self._reference = Reference.of(self._model)
+        pruner.follow(self._followers.modules)
+        if new and self._snapshot.weights:
+            for module in (self._model, *self._followers.modules):
+                self._snapshot.restore(module)
+            opened._optimizer_rewind.apply(self._model, self._optimizers)
+            pruner.reset()
+        if opened.chosen.verdicts:
+            record_decision(opened)
+
+    def _weights_back(self) -> Iterator[Callable[[], object]]:
+        """What undoes a rewind or a refit, which change values in place: called with the masks of then."""
+        if self._snapshot.weights or (self._refits_on_opening and self.course.reconstruct):
+            for module in (self._model, *self._followers.modules):
+                yield partial(Snapshot.of(module, "init").restore, module)
+            yield from map(restore_callback, self._optimizers)
+
+    def _refs(self) -> list[ParameterRef]:
+        own = (ref for places in named_refs(self._model).values() for ref in places)
+        return [*own, *self._followers.refs()]
 
     def _close(self) -> None:
         if self._round is None:
@@ -388,7 +412,6 @@ class Rounds(ABC):
                 one; the model's masks are as before then.
         """
         self._check_masks_in_place()
-        refs = [ref for places in named_refs(self._model).values() for ref in places]
         with damage_reported():
             saved = RoundsState.read(
                 state,
@@ -397,8 +420,15 @@ class Rounds(ABC):
                 groups=self._groups,
                 check_pruner=self._check_pruner,
             )
-            with AllOrNothing([*refs, *self._followers.refs()]):
+            with AllOrNothing(self._refs()) as undo:
+                undo.append(partial(self._take_back, dict(vars(self))))
                 self._continue(saved)
+
+    def _take_back(self, before: Mapping[str, Any]) -> None:
+        """Be as before, the open round with its penalty."""
+        vars(self).update(before)
+        if self._round is not None and not self._round.pruner.attached:
+            self._round.pruner.reattach()
 
     def _check_pruner(self, state: Mapping[str, Any]) -> None:
         optimizers = len(self._optimizers) or None
@@ -418,7 +448,7 @@ class Rounds(ABC):
         self._next_index, self._finalized = saved.next_index, saved.finalized
 
     def _reopen(self, saved: RoundState, *, finalized: bool) -> None:
-        opened = self._open(saved.index, replace(saved.chosen, verdicts=()), rewind=False)
+        opened = self._open(saved.index, replace(saved.chosen, verdicts=()), new=False)
         try:
             opened.pruner.load_state_dict(saved.pruner)
         except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,3 +76,15 @@ class OptimizerRewind:
             for optimizer in optimizers:
                 for parameter in model.parameters():
                     optimizer.state.pop(parameter, None)
+
+
+def restore_callback(optimizer: Optimizer) -> Callable[[], None]:
+    """What gives an optimizer the moments and options back that it has now; moments are not copied."""
+    state, content, groups = optimizer.state, dict(optimizer.state), optimizer.param_groups
+
+    def restore() -> None:
+        state.clear()
+        state.update(content)
+        optimizer.state, optimizer.param_groups = state, groups
+
+    return restore

@@ -58,6 +58,7 @@ class RoundState:
     def read(cls, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> RoundState:
         """What :meth:`to_dict` has made, for a model with these weights."""
         check_keys(state, ("index", "open", *_MASKS, "budgets", "pruner"), "state of a round")
+        _check_kinds(state, {"index": int, "open": bool}, "state of a round")
         budgets = tuple(ScopeBudget(**budget) for budget in state["budgets"])
         ranked, current, refill = (check_masks(weights, as_masks(state[name])) for name in _MASKS)
         chosen = Chosen(ranked, current, refill, budgets)
@@ -137,6 +138,7 @@ class RoundsState:
         parts = ("settings", "next_index", "finalized", "snapshot", "masks", "round")
         check_keys(state, parts, SUBJECT)
         state = _up_to_date(state)
+        _check_kinds(state, {"next_index": int, "finalized": bool}, SUBJECT)
         _check_settings(state["settings"], settings)
         check_keys(state["snapshot"], ("weights", "buffers"), "rewind snapshot")
         saved = state["round"]
@@ -179,8 +181,16 @@ def _up_to_date(state: Mapping[str, Any]) -> dict[str, Any]:
     return up_to_date
 
 
+def _check_kinds(state: Mapping[str, Any], kinds: Mapping[str, type], subject: str) -> None:
+    for name, kind in kinds.items():
+        if type(state[name]) is not kind:
+            expected, got = f"{name} of type {kind.__name__}", repr(state[name])
+            refuse(ValueError, subject, expected, got, "The file is damaged: load another one.")
+
+
 def _check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    differing = [key for key in own if saved.get(key) != own[key]]
+    # A tensor, which no setting is, compares to no truth.
+    differing = [k for k in own if isinstance(saved.get(k), Tensor) or saved.get(k) != own[k]]
     if not differing:
         return
     refuse(
