@@ -202,3 +202,15 @@ def test_units_of_all_layers_compete_by_default_where_obs_scores_them(tiny_trans
     across = regroup(model, groups, importance=scores, scope="auto")
     by_size = regroup(model, groups, importance="obs", scope="size", batches=batches)
     assert all(torch.equal(across[name], by_size[name]) for name in by_size)
+
+
+def test_channels_compete_within_their_layer_by_default():
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+    )
+    images = torch.randn(2, 1, 9, 9)
+    rounds = torch_rsst.RSST(
+        model, find_groups(model, example_inputs=images), steps_per_round=1, batches=[images]
+    )
+    assert rounds.regrouping.scope == "layer"

@@ -193,8 +193,9 @@ def plan(
     """
     what, limit = _check_budget(budget)
     check_count(repeats, "repeats", at_least=_MIN_REPEATS)
-    rules = RegroupPlan(importance, scope, min_keep=min_keep, round_to=round_to).choose_scope()
     bare, groups = unwrap(model), as_groups(groups)
+    rules = RegroupPlan(importance, scope, min_keep=min_keep, round_to=round_to)
+    rules = rules.choose_scope(groups)
     check_compactable(bare, groups)
     inputs = guess_inputs(bare) if example_inputs is None else example_inputs
     if inputs is None and what != "params":

@@ -14,6 +14,7 @@ from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.mask_sets import apply_mask, extract_mask
 from torch_rsst.masking.mask_undo import is_writable
+from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.names import dense_keys, first_names, masked_names, masked_places, unwrap
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.masking.rollback import AllOrNothing
@@ -92,6 +93,8 @@ def load_dense_state_dict(
     loaded = {name: state_dict[key] for key, name in dense_keys(state_dict).items()}
     loaded = _under_all_names(inner, loaded)
     _check_fits(_dense_shapes(inner), loaded)
+    for ref in masked_places(inner):
+        check_binary(ref.mask, ref)
     tensors = [*inner.parameters(), *inner.buffers()]
     before = [(t, t.detach().clone()) for t in tensors if not t.is_meta and is_writable(t)]
     with torch.no_grad(), AllOrNothing(masked_places(model)) as undo:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_rsst.distributed.dtensor import local, placed_like
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.masking.live_weight import MASK, ORIG, make_live
-from torch_rsst.masking.mask_values import AVERAGED, is_binary
+from torch_rsst.masking.mask_values import AVERAGED, check_binary, is_binary
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.masking.names import (
     OUTER_PREFIX,
@@ -392,8 +392,11 @@ def refresh(model: nn.Module) -> nn.Module:
         the model that was given.
 
     Raises:
-        ValueError: where modules that share a parameter have different masks for it.
+        ValueError: where modules that share a parameter have different masks for it, or a mask holds other values than 0
+            and 1.
     """
+    for ref in masked_refs(unwrap(model).modules()):
+        check_binary(ref.mask, ref)
     tied = {name: places for name, places in places_of(model).items() if len(places) > 1}
     masked = {n: found for n, p in tied.items() if (found := [ref for ref in p if ref.is_masked])}
     check_shared(masked)

@@ -31,7 +31,9 @@ def warn_of_rounding(config: RunConfig, model: nn.Module, groups: Groups) -> Non
     fillback = config.fillback_rate if config.method == "refill" else 0.0
     asked = config.regroup_amount * (1.0 - fillback)
     over_all = _going(config, model, groups, "type", fillback)
-    for kind, (gone, units) in _going(config, model, groups, config.chosen_scope, fillback).items():
+    for kind, (gone, units) in _going(
+        config, model, groups, config.scope_of(groups), fillback
+    ).items():
         off, other = abs(gone / units - asked), over_all[kind][0]
         if off <= _NEAR_ASKED * asked:
             continue

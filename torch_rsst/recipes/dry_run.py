@@ -116,7 +116,7 @@ def _smaller(config: RunConfig, trainer: Trainer, groups: Groups) -> nn.Module:
         groups,
         amount=config.regroup_amount,
         importance=config.importance,
-        scope=config.chosen_scope,
+        scope=config.scope_of(groups),
         round_to=config.round_to,
         fillback_rate=fillback,
         **data_source(config, trainer),

@@ -55,7 +55,7 @@ class PruningOptions:
     amount: float = 0.2
     """Share of the alive weights that each round prunes."""
     regroup_amount: float = 0.5
-    """Share of all units to remove, rounded to whole units: 2 of 3 heads in a layer."""
+    """Share of all units to remove, rounded to whole units; with --scope layer, those of each layer: 2 of 3 heads."""
     target_parameters: float | None = None
     """Share of the dense model's parameters that the compacted one may have, in place of --regroup-amount."""
     target_macs: float | None = None
@@ -69,7 +69,7 @@ class PruningOptions:
     importance_batches: int = 8
     """Batches of training images, for importances that need data and for --reconstruct."""
     scope: Literal["auto", "layer", "size", "type", "global"] = "auto"
-    """Which units are compared: those of a layer, of all layers with units of one size, of a type, or all; auto: size with obs, else layer."""
+    """Which units are compared: those of a layer, of all layers with units of one size, of a type, or all; auto: size with obs, unless there are channels, else layer."""
     schedule: Annotated[str, _named(_one_of_schedules)] = "late_exponential"
     """How the penalty grows over a round (RSST)."""
     shrink_to: float | None = None
@@ -116,12 +116,11 @@ class PruningOptions:
         """Whether they are scored by gradients of the loss."""
         return any(part.needs_gradient for part in self._data_parts)
 
-    @property
-    def chosen_scope(self) -> Any:
+    def scope_of(self, groups: Any) -> Any:
         """What units compete with: the scope that "auto" stands for in rounds."""
         from torch_rsst.regrouping.regrouping import RegroupPlan  # imports torch, see above
 
-        return RegroupPlan(self._chosen_importance, self.scope).choose_scope().scope
+        return RegroupPlan(self._chosen_importance, self.scope).choose_scope(groups).scope
 
     @property
     def _chosen_importance(self) -> Any:

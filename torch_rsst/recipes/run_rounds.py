@@ -47,7 +47,7 @@ def plan_target(config: RunConfig, trainer: Trainer, groups: Groups) -> dict[str
         budget=config.budget,
         importance=importance,
         example_inputs=example,
-        scope=config.chosen_scope,
+        scope=config.scope_of(groups),
         round_to=config.round_to,
     )
     plan: dict[str, Any]
@@ -65,7 +65,7 @@ def make_rounds(config: RunConfig, trainer: Trainer, groups: Groups) -> Rounds:
         "regroup_amount": config.regroup_amount,
         "round_to": config.round_to,
         "importance": config.importance,
-        "scope": config.chosen_scope,
+        "scope": config.scope,
         "rewind": None if config.rewind == "none" else config.rewind,
         "reconstruct": config.reconstruction,
         "follow": [] if trainer.average is None else [trainer.average],

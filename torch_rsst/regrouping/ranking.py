@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_rsst.groups.groups import Groups
 from torch_rsst.importance.weights import remain
 from torch_rsst.masking.mask_sets import Masks, alive_in
-from torch_rsst.masking.names import named_refs
+from torch_rsst.masking.names import first_names, named_refs
 from torch_rsst.masking.parameter_ref import (
     Parameter,
     check_has_values,
@@ -37,10 +37,10 @@ def ranked_names(
         names = [name for name in refs if name in members]
     else:
         by_identity = {id(places[0].original): name for name, places in refs.items()}
-        names = []
+        first, names = first_names(model), []
         for parameter in parameter_list(parameters):
             if isinstance(parameter, str):
-                name = parameter
+                name = first.get(parameter, parameter)
             else:
                 ref = ref_of(parameter)
                 name = by_identity.get(id(ref.original), f"{ref.name} of another model")

@@ -83,12 +83,14 @@ class RegroupPlan:
         if self.round_to is not None:
             check_count(self.round_to, "round_to", at_least=1)
 
-    def choose_scope(self: _Plan) -> _Plan:
+    def choose_scope(self: _Plan, groups: Groups) -> _Plan:
         """The plan with the scope that ``"auto"`` stands for."""
         if self.scope != "auto":
             return self
         across = getattr(resolve_importance(self.importance), "across_layers", False)
-        return replace(self, scope="size" if across else "layer")
+        # Layers of channels add to no stream that all share: what is much in one is little in another.
+        alike = all(layer.kind != "channels" for layer in groups.layers)
+        return replace(self, scope="size" if across and alike else "layer")
 
     def rules(self, groups: Groups, weights: Mapping[str, Tensor]) -> Rules:
         """The plan as a record of decisions about these groups names it."""
@@ -140,7 +142,7 @@ def regroup(
             ``"magnitude"`` without; or a callable, see :mod:`torch_rsst.importance`.
         scope: what units compete with: those of their ``"layer"``, of their ``"type"`` and ``"size"`` (layers whose
             units have as many weights), of their ``"type"``, or all (``"global"``; scores are then compared per
-            ranked entry). ``"auto"`` is ``"size"`` with ``importance="obs"``, else ``"layer"``.
+            ranked entry). ``"auto"`` is ``"size"`` with ``importance="obs"`` and without channels, else ``"layer"``.
         current_mask: what is alive now; the model's own masks by default.
         fillback_rate: the share of what would go that is given back.
         min_keep: units per layer that stay whatever the budget.
@@ -163,10 +165,9 @@ def regroup(
         TypeError: for batches that the model does not take.
     """
     importance = choose_importance(importance, data=batches is not None)
-    plan = RegroupPlan(
-        importance, scope, fillback_rate, min_keep, round_to, ungrouped
-    ).choose_scope()
     groups = as_groups(groups)
+    plan = RegroupPlan(importance, scope, fillback_rate, min_keep, round_to, ungrouped)
+    plan = plan.choose_scope(groups)
     weights = named_weights(model)
     current: Mapping[str, Tensor] = (
         ModelMasks(model) if current_mask is None else check_masks(weights, current_mask)

@@ -5,7 +5,6 @@ It owns no optimizer, device or data.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -47,6 +46,7 @@ from torch_rsst.rounds.optimizer_rewind import OptimizerRewind, restore_callback
 from torch_rsst.rounds.round import (
     Chosen,
     Round,
+    check_cut_is_free,
     record_decision,
     record_end,
     warn_of_end,
@@ -100,7 +100,7 @@ class Rounds(ABC):
             reconstruct=reconstructs,
             rounds=True,
         )
-        regrouping = replace(regrouping, importance=importance).choose_scope()
+        regrouping = replace(regrouping, importance=importance).choose_scope(self._groups)
         if reconstructs:
             check_reconstruction(self._model, data, again="in each round")
         if not reconstructs or any(data_parts(importance)):
@@ -228,7 +228,7 @@ class Rounds(ABC):
             remedy = "Leave them out, or pass reconstruct='least_squares'."
             refuse(ValueError, "batches", "none where nothing is reconstructed", "some", remedy)
         if not (force or how or self._finalized):
-            self._check_cut_is_free(self._last)
+            check_cut_is_free(self._last, self.free_share)
         before = dict(vars(self))
         self._close()
         try:
@@ -246,22 +246,6 @@ class Rounds(ABC):
     @staticmethod
     def _reconstruction_of(method: Method | None) -> Reconstruction | None:
         return None if method is None else Reconstruction(method)
-
-    def _check_cut_is_free(self, last: Round) -> None:
-        pruner = last.pruner
-        start, norm = pruner.start_norm, pruner.penalized_norm()
-        limit = self.free_share
-        if not norm <= limit * start:  # nor where it is no number
-            refuse(
-                RuntimeError,
-                "finalize",
-                f"penalized weights that have shrunk to {limit:.0%} of their norm or less",
-                f"{norm / start if start else math.inf:.1%} ({start:.4g} when round {last.index} opened, {norm:.4g} after "
-                f"{pruner.steps} of {self.course.steps_per_round} steps)",
-                "Train the round to its end, with the optimizer passed as optimizer= or to rnd.attach(); "
-                "lower shrink_to, raise strength or pass block_loss_grad=True; or pass force=True to "
-                "cut what is left.",
-            )
 
     def _final_mask(self, chosen: Chosen) -> Masks:
         return intersection(self._trained_with(chosen), chosen.refill_mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ from torch_rsst.regrouping.history import (
 from torch_rsst.regrouping.keep_units import ScopeBudget
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
 from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
-from torch_rsst.utils.errors import RoundWarning
+from torch_rsst.utils.errors import RoundWarning, refuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +147,23 @@ def record_decision(opened: Round) -> None:
     opened._history.begin(
         DecidedRound(opened.index, verdicts, _norms(opened), pruner.mode, pruner.strength)
     )
+
+
+def check_cut_is_free(last: Round, limit: float) -> None:
+    """Raise a RuntimeError where what a round penalizes has more left of its norm than ``limit``."""
+    pruner = last.pruner
+    start, norm = pruner.start_norm, pruner.penalized_norm()
+    if not norm <= limit * start:  # nor where it is no number
+        refuse(
+            RuntimeError,
+            "finalize",
+            f"penalized weights that have shrunk to {limit:.0%} of their norm or less",
+            f"{norm / start if start else math.inf:.1%} ({start:.4g} when round {last.index} opened, {norm:.4g} after "
+            f"{pruner.steps} of {pruner.total_steps} steps)",
+            "Train the round to its end, with the optimizer passed as optimizer= or to rnd.attach(); "
+            "lower shrink_to, raise strength or pass block_loss_grad=True; or pass force=True to "
+            "cut what is left.",
+        )
 
 
 def record_end(closing: Round) -> None:

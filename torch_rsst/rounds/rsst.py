@@ -73,12 +73,12 @@ class RSST(Rounds):
         amount: what a ranking prunes: a fraction of the entries that the last one left, or a count.
         regroup_amount: fraction of all units that is meant to go, None for the density budget, or
             a callable round index → fraction for a ramp. Rounded to whole units in each scope: of 3
-            heads in a layer, 0.5 lets 2 go; ``scope="type"`` comes nearer. An int counts the units
+            heads in a layer, 0.5 lets 2 go; ``scope="size"`` comes nearer. An int counts the units
             that go in each scope.
         importance: how units are scored, see :func:`regroup`: ``"auto"`` is ``"obs"`` where there are
             ``batches``, else ``"magnitude"``.
         scope: what units compete with, see :func:`regroup`: ``"auto"`` is ``"size"``, the units of all layers whose units
-            have as many weights, where they are scored by ``"obs"``, else ``"layer"``.
+            have as many weights, where heads and neurons are scored by ``"obs"``, else ``"layer"``.
         rewind: after each choice of a mask, put surviving weights back to those at construction
             (``"init"``) or to a state dict; None keeps them.
         rewind_optimizer: what becomes of the optimizers' moments then: ``"reset"`` starts them anew,
