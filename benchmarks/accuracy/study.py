@@ -110,6 +110,7 @@ ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-shot", {"importance": "obs", **LEAST_SQUARES}),
     ("one-shot", {"importance": "variance", "scope": "size", **LEAST_SQUARES}),
     ("rsst", {"scope": "layer"}),
+    ("rsst", {"scope": "size"}),
     ("rsst", {"importance": "magnitude"}),
     ("rsst", LEAST_SQUARES),
     ("rsst", {"importance": "variance"}),
