@@ -178,7 +178,7 @@ BATCHES = [torch.zeros(2, 4)]
 @pytest.mark.parametrize(
     ("importance", "arguments", "text"),
     [
-        ("l1", {}, "batches: expected batches to run on, for importance 'activation_l1', got none. Pass a DataLoader, a list of batches, or a function that returns one."),
+        ("l1", {}, "batches: expected batches to run on, for importance 'activation_l1', got none. Pass a DataLoader, a list of batches, or a function that returns one; with forward= for batches of inputs and labels."),
         ("taylor", {"batches": BATCHES}, "loss_fn: expected a function, for importance 'taylor', got none. Pass loss_fn=lambda output, batch: …, which returns the loss of a batch."),
         ("magnitude", {"batches": BATCHES}, "batches: expected none: importance 'magnitude' looks at no data, got some. Leave it out, or pass an importance such as 'activation_l1'."),
         ("remain", {"loss_fn": loss_fn}, "loss_fn: expected none: importance 'remain' looks at no data, got some."),

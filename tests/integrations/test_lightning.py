@@ -269,6 +269,10 @@ def test_other_callbacks_and_settings_are_refused(tmp_path: Path) -> None:
         RSSTCallback(steps_per_round=8, regroup_amont=0.5)
     with pytest.raises(ValueError, match="in epochs or in steps, got neither"):
         RSSTCallback()
+    with pytest.raises(TypeError, match=r"module: expected a dotted name, got None"):
+        RSSTCallback(steps_per_round=8, module=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"module: expected a part of Net, got 'model'.*'net'"):
+        trainer(tmp_path, RSSTCallback(steps_per_round=8, module="model")).fit(Net(), data())
 
 
 def test_the_callback_works_in_the_trainer_of_the_older_package(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class DataSource:
             again: how often they are drawn, in messages; "" for once, which an iterator allows.
         """
         expected, got = "an iterable of batches", type(self.batches).__name__
-        remedy = "Pass a DataLoader, a list of batches, or a function that returns one."
+        remedy = "Pass a DataLoader, a list of batches, or a function that returns one; with forward= for batches of inputs and labels."
         if self.batches is None:
             expected = f"batches to run on, for {purpose}"
             refuse(ValueError, "batches", expected, "none", remedy)

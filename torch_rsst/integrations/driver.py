@@ -23,6 +23,7 @@ from torch_rsst.masking.mask_sets import Masks, extract_mask
 from torch_rsst.penalty.hooks import as_optimizers
 from torch_rsst.rounds.engine import Rounds
 from torch_rsst.rounds.rsst import RSST
+from torch_rsst.saving.build_check import check_build
 from torch_rsst.saving.builders import Build, as_build
 from torch_rsst.saving.compact_folder import check_target, save_compact
 from torch_rsst.saving.info import CompactInfo, as_info
@@ -124,6 +125,8 @@ class RoundsDriver:
         rounds = None if saved is None else saved["rounds"]
         timetable = self._asked.timetable(training, rounds)
         self._model, self._timetable = model, timetable
+        if self._outcome.compact_to is not None and saved is None:
+            check_build(model, self._outcome.build, stacklevel=3)
         if (example := self._units.example_inputs) is None:
             example = inputs_of(draw())
         self._example = moved(example, model)

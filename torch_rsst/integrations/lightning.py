@@ -21,7 +21,7 @@ from torch_rsst.rounds.refill import Refill
 from torch_rsst.rounds.rsst import RSST
 from torch_rsst.saving.builders import Build
 from torch_rsst.saving.info import CompactInfo
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.errors import listing, refuse
 
 try:
     from lightning.pytorch import Callback
@@ -40,7 +40,8 @@ class RoundsCallback(Callback):  # type: ignore[misc] # untyped
         rounds: how many; None for as many as fit into the training.
         start_step: how many optimizer steps go before the first round; this or ``start_epoch``.
         start_epoch: the same in epochs.
-        module: dotted name of the part of the LightningModule that is pruned; all of it by default.
+        module: dotted name of the part of the LightningModule that is pruned and compacted, ``"model"`` for ``self.model``;
+            all of it by default.
         groups: of that part, from :func:`torch_rsst.find_groups`; None finds them.
         kinds: of units to find.
         example_inputs: for :func:`torch_rsst.find_groups` and :func:`torch_rsst.compact`; by default a
@@ -80,6 +81,9 @@ class RoundsCallback(Callback):  # type: ignore[misc] # untyped
         **arguments: Any,
     ) -> None:
         super().__init__()
+        if not isinstance(module, str):
+            remedy = "Pass module='model' for self.model, or leave it out for all."
+            refuse(TypeError, "module", "a dotted name", repr(module), remedy)
         self.module = module
         self.driver = RoundsDriver(
             type(self)._method,
@@ -137,7 +141,7 @@ class RoundsCallback(Callback):  # type: ignore[misc] # untyped
             steps_per_epoch=math.ceil(batches / trainer.accumulate_grad_batches) if known else None,
             total_steps=int(total) if 0 <= total < math.inf else None,
         )
-        model = pl_module.get_submodule(self.module)
+        model = _part_of(pl_module, self.module)
         self.driver.begin(
             model,
             trainer.optimizers,
@@ -189,6 +193,16 @@ class RoundsCallback(Callback):  # type: ignore[misc] # untyped
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def _part_of(pl_module: Any, name: str) -> nn.Module:
+    try:
+        part: nn.Module = pl_module.get_submodule(name)
+    except AttributeError:
+        expected = f"a part of {type(pl_module).__name__}"
+        remedy = f"It has {listing(key for key, _ in pl_module.named_modules() if key)}."
+        refuse(ValueError, "module", expected, repr(name), remedy)
+    return part
 
 
 class RSSTCallback(RoundsCallback):

@@ -83,9 +83,10 @@ def warn_of_costly_cut(rounds: Rounds) -> None:
     """Warn, before the cut, where the penalty has left much of the weights that go."""
     left = rounds.report().penalized_norm_ratio
     if left > rounds.free_share:
+        lever = "Raise --strength" if rounds.penalty.shrink_to is None else "Lower --shrink-to"
         warnings.warn(
             f"The penalty has left {left:.0%} of the norm of the weights that go: cutting them will "
-            "change the accuracy. Lower --shrink-to, raise --strength, or raise --epochs.",
+            f"change the accuracy. {lever}, or raise --epochs.",
             RSSTWarning,
             stacklevel=2,
         )

@@ -77,7 +77,7 @@ class PruningOptions:
     strength: float | None = None
     """Strength of the penalty at the end of a round, in place of --shrink-to (RSST)."""
     mode: Literal["auto", "coupled", "decoupled"] = "auto"
-    """decoupled shrinks weights after the step, coupled adds the penalty to gradients and needs --strength; auto is decoupled, or with --strength what the optimizer does with weight decay (RSST)."""
+    """decoupled shrinks weights after the step, coupled adds the penalty to gradients, by --strength (0.5 unless it is given); auto is decoupled, or with --strength what the optimizer does with weight decay (RSST)."""
     kept_units: Literal["dense", "sparse"] = "dense"
     """sparse: also mask single weights in units that stay (RSST)."""
     reconstruct: Literal["auto", "none", "mean", "least_squares"] = "auto"

@@ -118,6 +118,16 @@ def _is_a(value: object, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
+def _where_else(folder: Path) -> str:
+    """What helps where a folder holds no compacted model."""
+    inside = sorted(folder.glob(f"*/{INDEX}"))
+    if inside:
+        return f"Pass {inside[0].parent}."
+    if (folder / "config.yaml").is_file():
+        return f"It is the folder of a run: torch-rsst compact {folder} makes the smaller model."
+    return "Save a compacted model there: save_compact(small, folder)."
+
+
 def read_description(folder: Path) -> Description:
     """What a folder says of its model.
 
@@ -125,8 +135,8 @@ def read_description(folder: Path) -> Description:
         FileNotFoundError, ValueError: where it says nothing that can be read.
     """
     if not (folder / INDEX).is_file():
-        got, remedy = f"no {INDEX}", "Save a compacted model there: save_compact(small, folder)."
-        refuse(FileNotFoundError, str(folder), "a saved model", got, remedy)
+        got = f"no {INDEX}" if folder.exists() else "no such folder"
+        refuse(FileNotFoundError, str(folder), "a saved model", got, _where_else(folder))
     check_links(folder)
     text = (folder / INDEX).read_text(encoding="utf-8", errors="replace")
     return Description.from_json(text, str(folder / INDEX))
