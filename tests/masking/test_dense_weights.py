@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.nn.utils import prune as stock
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 import torch_rsst
+from torch_rsst.masking import dense_scope
 from torch_rsst.testing import assert_mask_invariants, mask_sets, models_with_groups
 
 MASK = torch.tensor(
@@ -224,6 +227,59 @@ def test_a_step_of_an_optimizer_inside_is_an_error(when: str) -> None:
         run_inside(model, step)
     optimizer.step()  # allowed again; there are no gradients
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_optimizer_made_inside_is_refused_afterwards_and_changes_nothing(fails: bool) -> None:
+    model = masked_mlp()
+
+    def make_and_fail(model: nn.Module) -> None:
+        made.append(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1))
+        if fails:
+            raise KeyError
+
+    made: list[torch.optim.Optimizer] = []
+    with contextlib.suppress(KeyError):
+        run_inside(model, make_and_fail)
+    model(tokens(0, 2, 4)).sum().backward()
+    before = fingerprint(model)
+    text = (
+        r"step of AdamW: expected parameters of a model, got a plain one of a dense_weights\(\) "
+        r"block that has ended, .* Make the optimizer before or after the `with` block"
+    )
+    with pytest.raises(RuntimeError, match=text):
+        made[0].step()
+    assert fingerprint(model) == before
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    assert fingerprint(model) != before
+
+
+def test_nothing_is_remembered_of_parameters_that_nobody_holds_after_a_block() -> None:
+    model = masked_mlp()
+    block = torch_rsst.dense_weights(model)
+    with block:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert len(ids & set(dense_scope._given_up)) == 3
+    del optimizer
+    gc.collect()
+    assert not ids & set(dense_scope._given_up)
+    run_inside(model, lambda model: None)
+    assert not dense_scope._given_up
+
+
+def test_a_plain_parameter_that_a_module_keeps_is_trained_afterwards() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    torch_rsst.apply_mask(model, {"0.weight": torch.eye(4)})
+    with torch_rsst.dense_weights(model, masked_writes="drop"):
+        model[1].weight = model[0].weight
+        model[0].weight = nn.Parameter(torch.ones(4, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(tokens(0, 2, 4)).sum().backward()
+    before = model[1].weight.detach().clone()
+    optimizer.step()
+    assert not same(model[1].weight, before)
+    assert_mask_invariants(model, {"0.weight": torch.eye(4)})
 
 
 def test_an_optimizer_of_another_model_steps_inside() -> None:

@@ -17,7 +17,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torch_rsst.distributed.dtensor import is_sharded
-from torch_rsst.masking.dense_scope import is_plain_now, masked_again, plain_from_now
+from torch_rsst.masking.dense_scope import (
+    give_up,
+    is_plain_now,
+    masked_again,
+    plain_from_now,
+)
 from torch_rsst.masking.freezing import move_freeze
 from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
 from torch_rsst.masking.mask_undo import is_writable
@@ -58,7 +63,8 @@ def dense_weights(
     which are found by the parameter or by their name. Values that were written to entries
     that are alive go to ``weight_orig``; gradients are added to its gradient on leaving, so that
     ``zero_grad()`` and ``backward()`` belong inside or outside together. A parameter that was assigned
-    inside becomes ``weight_orig`` itself. Memory formats and sharing between processes that are set inside are not kept.
+    inside becomes ``weight_orig`` itself. An optimizer that is made inside holds the plain parameters, which are gone
+    afterwards: make it before or after. Memory formats and sharing between processes that are set inside are not kept.
 
     Args:
         model: the model, wrapped or not; changed in place.
@@ -75,7 +81,8 @@ def dense_weights(
         TypeError: unless given a module.
         ValueError: for another ``masked_writes``, for parameters that are distributed over several ranks, or masks with other
             values than 0 and 1.
-        RuntimeError: for a block in another one for the same modules; by an optimizer that updates masked parameters and steps inside;
+        RuntimeError: for a block in another one for the same modules; by an optimizer that updates masked parameters and steps inside,
+            or that was made inside and steps afterwards;
             on leaving, for values written to masked entries under ``"error"``, for masks that were
             set inside, or where a masked parameter is gone or has another shape.
     """
@@ -170,14 +177,19 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
     ) -> None:
         masked_again(self._noted)
         self._hook.remove()
+        plain = [dense.plain for dense in self._dense]
         try:
             if kind is None:
                 with torch.inference_mode(False), torch.no_grad():
                     self._put_back(self._returns())
         except BaseException as refused:
             self._guard.__exit__(type(refused), refused, refused.__traceback__)
+            give_up(plain)
             raise
         self._guard.__exit__(kind, error, trace)
+        held = _holders(self._root.modules())
+        give_up(parameter for parameter in plain if id(parameter) not in held)
+        del self._dense, self._undo, self._guard
 
     def _checked(self) -> list[nn.Module]:
         """The modules whose masks must stay as they are: those of the model, and others that share them."""
