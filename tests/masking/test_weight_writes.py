@@ -218,6 +218,67 @@ def test_a_reset_that_assigns_parameters_is_an_error() -> None:
     assert_mask_invariants(layer, {"weight": MASK})
 
 
+# Tables with max_norm
+
+TABLE_MASK = torch.arange(24).reshape(6, 4) % 3 > 0
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_masked_table_with_max_norm_trains_as_a_dense_one_with_zeros(
+    make: Any, compiled: bool
+) -> None:
+    masked, dense = (make(6, 4, max_norm=0.8, norm_type=1.0) for _ in range(2))
+    dense.load_state_dict(masked.state_dict())
+    with torch.no_grad():
+        dense.weight.mul_(TABLE_MASK)
+    torch_rsst.apply_mask(masked, {"weight": TABLE_MASK})
+    latent = masked.weight_orig.detach().clone()
+    lookup = torch.compile(masked, backend="eager", fullgraph=True) if compiled else masked
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (masked, dense)]
+    for step in range(6):
+        rows = torch.tensor([[step % 6, 2, 3, 3], [0, 1, step % 4, 0]])
+        outputs = [lookup(rows), dense(input=rows)]
+        torch.testing.assert_close(outputs[0], outputs[1])
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            (output - 1).square().sum().backward()
+        dense.weight.grad.mul_(TABLE_MASK)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(masked.weight, dense.weight)
+    assert same(masked.weight_orig[~TABLE_MASK], latent[~TABLE_MASK])
+    assert_mask_invariants(masked, {"weight": TABLE_MASK})
+
+
+def test_a_lookup_shortens_the_rows_it_reads_and_no_others() -> None:
+    table = nn.Embedding(6, 4, max_norm=1.0)
+    nn.init.constant_(table.weight, 2.0)
+    torch_rsst.apply_mask(table, {"weight": torch.tensor([1, 0, 0, 0]).expand(6, 4)})
+    table.eval()(torch.tensor([1, 4]))
+    assert table.weight_orig[:, 0].tolist() == pytest.approx([2.0, 1.0, 2.0, 2.0, 1.0, 2.0])
+    assert bool((table.weight_orig[:, 1:] == 2.0).all())
+
+
+class Shifted(nn.Embedding):
+    """Looks up other rows than it is given."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows + 1)
+
+
+def test_a_table_with_max_norm_and_a_forward_of_its_own_is_not_masked() -> None:
+    table = Shifted(6, 4, max_norm=1.0)
+    before = dict(vars(table))
+    text = r"'weight' of Shifted: .* got max_norm=1.0 in a table with a forward of its own. Set max_norm to None"
+    with pytest.raises(ValueError, match=text):
+        torch_rsst.apply_mask(table, {"weight": TABLE_MASK})
+    assert vars(table) == before
+    table.max_norm = None
+    torch_rsst.apply_mask(table, {"weight": TABLE_MASK})
+    assert same(table(torch.tensor([1])), (table.weight_orig * TABLE_MASK)[[2]])
+
+
 # Conversions
 
 

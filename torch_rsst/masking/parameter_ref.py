@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.dense_scope import check_masks_in_place
-from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.live_weight import MASK, ORIG, loses_renormalization
 from torch_rsst.masking.mask_undo import has_own_memory
 from torch_rsst.utils.errors import listing, message, refuse, shown
 
@@ -114,6 +114,10 @@ def check_ref(module: object, name: object) -> ParameterRef:
             f"one in use: {taken[0]!r}",
             "Rename it: this is where PyTorch's pruning keeps the weights and the mask.",
         )
+    if name == "weight" and loses_renormalization(module):
+        got = f"max_norm={module.max_norm} in a table with a forward of its own"
+        remedy = "Set max_norm to None: there it would write to a product that is thrown away."
+        refuse(ValueError, subject, "a weight that its module does not write to", got, remedy)
     if parameter.layout != torch.strided:
         got, remedy = str(parameter.layout), "Call to_dense() first."
         refuse(ValueError, subject, "a dense tensor", got, remedy)
