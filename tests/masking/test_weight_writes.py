@@ -320,6 +320,70 @@ def test_merging_an_adapter_into_a_masked_base_names_the_remedy() -> None:
     torch.testing.assert_close(layer.weight.detach(), expected)
 
 
+def language_model(*, tied: bool) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=20,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        n_positions=16,
+        bos_token_id=1,
+        eos_token_id=1,
+        tie_word_embeddings=tied,
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def _resizes(model: Any, tokens: int = 24) -> None:
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("part", ["transformer.wte", "lm_head"])
+def test_resizing_masked_embeddings_of_transformers_is_an_error_that_names_the_remedy(
+    tied: bool, part: str
+) -> None:
+    model = language_model(tied=tied)
+    torch_rsst.l1_unstructured(model.get_submodule(part), "weight", amount=0.5)
+    before, masks = copy.deepcopy(model.state_dict()), torch_rsst.extract_mask(model)
+    text = r"expected 20 tokens, as its mask has, got a resize to 24. Resize after torch_rsst.remove_all"
+    with pytest.raises(RuntimeError, match=text):
+        _resizes(model)
+    head_alone = part == "lm_head" and not tied  # the embeddings come first
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) or (head_alone and key == "transformer.wte.weight")
+    assert_mask_invariants(model, masks)
+    torch_rsst.remove_all(model, freeze_zeros=False)
+    _resizes(model)
+    assert model(torch.tensor([[22]])).logits.shape == (1, 1, 24)
+
+
+def test_resizing_masked_embeddings_to_the_size_they_have_changes_nothing() -> None:
+    model = language_model(tied=False)
+    for part in (model.transformer.wte, model.lm_head):
+        torch_rsst.l1_unstructured(part, "weight", amount=0.5)
+    masks = torch_rsst.extract_mask(model)
+    _resizes(model, 20)
+    assert_mask_invariants(model, masks)
+
+
+def test_tying_masked_embeddings_of_transformers_is_an_error_that_names_the_remedy() -> None:
+    model = language_model(tied=True)
+    torch_rsst.l1_unstructured(model.lm_head, "weight", amount=0.5)
+    masks = torch_rsst.extract_mask(model)
+    with pytest.raises(
+        RuntimeError, match=rf"got tie_weights\(\), which needs a parameter. Do it {REMEDY}"
+    ):
+        model.tie_weights()
+    assert_mask_invariants(model, masks)
+    with torch_rsst.dense_weights(model):
+        model.tie_weights()
+    assert model.lm_head.weight_orig is model.transformer.wte.weight_orig
+    assert_mask_invariants(model, masks)
+
+
 class Quantizable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
