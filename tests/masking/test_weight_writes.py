@@ -12,6 +12,7 @@ import torch.ao.quantization as quantization
 from tiny_models import linear, same, tokens
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as stock
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -318,6 +319,69 @@ def test_merging_an_adapter_into_a_masked_base_names_the_remedy() -> None:
     with torch_rsst.dense_weights(layer, masked_writes="drop"):
         peft["merge"](layer, delta)
     torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2.0 * weight
+
+
+def _registers_on(name: str) -> Callable[[nn.Module], object]:
+    return lambda layer: parametrize.register_parametrization(layer, name, Doubled())
+
+
+PARAMETRIZING = [
+    *map(_registers_on, ("weight", "weight_orig", "weight_mask")),
+    parametrizations.weight_norm,
+    parametrizations.spectral_norm,
+    parametrizations.orthogonal,
+    nn.utils.weight_norm,
+]
+
+
+@pytest.mark.parametrize("make", [masked_layer, pruned_by_a_stock_function, pruned_by_both])
+@pytest.mark.parametrize("work", PARAMETRIZING)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_parametrizing_a_masked_weight_is_an_error_that_names_the_remedy(
+    make: Callable[[], nn.Module], work: Callable[[nn.Module], object]
+) -> None:
+    layer = make()
+    before, masks = copy.deepcopy(layer.state_dict()), torch_rsst.extract_mask(layer)
+    text = (
+        r"of Linear: expected a plain parameter to parametrize, got a part of a masked one. "
+        r"Parametrize it first, then mask .* 'parametrizations.weight.original'; or call"
+    )
+    with pytest.raises(RuntimeError, match=text):
+        work(layer)
+    assert not parametrize.is_parametrized(layer)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert_mask_invariants(layer, masks)
+    torch_rsst.remove_all(layer, freeze_zeros=False)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def test_another_parameter_of_a_masked_layer_is_parametrized_and_back() -> None:
+    layer, x = masked_layer(), tokens(0, 2, 4)
+    plain = layer(x)
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    torch.testing.assert_close(layer(x), plain + 3.0 * layer.parametrizations.bias.original)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    parametrize.remove_parametrizations(layer, "bias", leave_parametrized=False)
+    assert same(layer(x), plain)
+    assert not hasattr(layer, "parametrizations")
+    assert_mask_invariants(layer, {"weight": MASK})
+
+
+def test_what_a_parametrization_computes_from_can_be_masked() -> None:
+    layer = linear()
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    text = "got a parametrized one. .* or mask .*'parametrizations.weight.original'"
+    with pytest.raises(ValueError, match=text):
+        torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=1)
+    torch_rsst.apply_mask(layer, {"parametrizations.weight.original": MASK})
+    assert same(layer.weight, 2.0 * layer.parametrizations.weight.original_orig * MASK)
 
 
 def language_model(*, tied: bool) -> Any:

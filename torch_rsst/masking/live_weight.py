@@ -25,6 +25,7 @@ from torch_rsst.masking.weight_writes import (
     assigned,
     check_reader,
     deleted,
+    parametrizing,
     quantization,
     refuse_write,
     registering,
@@ -135,6 +136,7 @@ def _live_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
         "_live": (base, names),
         "register_parameter": registering(base, names),
         "qconfig": quantization,
+        "parametrizations": parametrizing(names),
         **{method: _reset(method) for method in _RESETS if hasattr(base, method)},
         **{name: _property(name) for name in names},
     }

@@ -93,7 +93,10 @@ def check_ref(module: object, name: object) -> ParameterRef:
     subject = f"parameter {ref}"
     own = [dense_name(module, key) for key, p in module._parameters.items() if p is not None]
     if parametrize.is_parametrized(module, name):
-        remedy = "Call torch.nn.utils.parametrize.remove_parametrizations first."
+        remedy = (
+            "Call torch.nn.utils.parametrize.remove_parametrizations first, or mask what the "
+            f"parametrization computes from, such as 'parametrizations.{name}.original'."
+        )
         refuse(ValueError, subject, "a plain parameter", "a parametrized one", remedy)
     if name.endswith(ORIG) and name.removesuffix(ORIG) in own:
         remedy = f"Pass {name.removesuffix(ORIG)!r}: masks of one parameter combine."

@@ -50,6 +50,8 @@ def check_reader(module: nn.Module, name: str, reader: FrameType) -> None:
         refuse_write(module, name, f"{function}(), which needs a parameter")
     if function == "get_parameter" and _ties(reader):
         refuse_write(module, name, "tie_weights(), which needs a parameter")
+    if function == "apply" and _is_in(reader, "torch.nn.utils.weight_norm"):
+        _refuse_parametrization(module, name, name)
     if function in _RESIZERS and _is_in(reader, "transformers."):
         _check_size(module, name, reader.f_locals)
 
@@ -123,6 +125,43 @@ def registering(base: type[nn.Module], names: frozenset[str]) -> Any:
         base.register_parameter(module, name, param)
 
     return register_parameter
+
+
+def parametrizing(names: frozenset[str]) -> property:
+    """``parametrizations``, by which ``register_parametrization`` first asks what there is already."""
+
+    def parametrizations(module: nn.Module) -> nn.Module:
+        if not torch.compiler.is_compiling():
+            caller = sys._getframe(1).f_back
+            if caller is not None and caller.f_code.co_name == "register_parametrization":
+                _check_parametrized(module, names, caller.f_locals.get("tensor_name"))
+        found = module._modules.get("parametrizations")
+        if found is None:
+            kind = type(module).__name__
+            raise AttributeError(f"'{kind}' object has no attribute 'parametrizations'")
+        return found
+
+    return property(parametrizations)
+
+
+def _check_parametrized(module: nn.Module, names: frozenset[str], tensor: object) -> None:
+    for name in names:
+        if (
+            tensor in (name, name + "_orig", name + "_mask")
+            and name + "_orig" in module._parameters
+        ):
+            _refuse_parametrization(module, name, tensor)
+
+
+def _refuse_parametrization(module: nn.Module, name: str, tensor: object) -> NoReturn:
+    refuse(
+        RuntimeError,
+        f"{tensor!r} of {type(module).__name__}",
+        "a plain parameter to parametrize",
+        "a part of a masked one",
+        "Parametrize it first, then mask what the parametrization computes from, such as "
+        f"'parametrizations.{name}.original'; or call torch_rsst.remove_all(model) before.",
+    )
 
 
 def _quantized(module: nn.Module, value: object = None) -> NoReturn:
