@@ -25,9 +25,9 @@ from torch_rsst.masking.dense_scope import (
     masked_again,
     plain_from_now,
 )
+from torch_rsst.masking.dense_undo import give_back, set_data, values_back
 from torch_rsst.masking.freezing import move_freeze
 from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
-from torch_rsst.masking.mask_undo import is_writable
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import find_hook, reparametrize, set_hook, set_plain
 from torch_rsst.masking.masked_product import masked, masked_gradient
@@ -160,7 +160,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             [ParameterRef(module, "") for module in self._modules.values()], written=[]
         )
         undo = self._guard.__enter__()
-        undo += _values_back(self._root)
+        undo += values_back(self._root)
         self._undo = undo
         self._outside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         try:
@@ -243,14 +243,14 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
 
     def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         """Note modules outside of the model that take a plain parameter, and what they had there."""
-        if not any(parameter is dense.plain for dense in self._dense):
+        if parameter is None or all(parameter is not dense.plain for dense in self._dense):
             return
         if any(module is own for own in self._modules.values()):
             return
         self._outside.add(module)
         former = module._parameters.get(name)
         if former is not None:
-            self._undo.append(partial(_give_back, weakref.ref(module), name, former, parameter))
+            self._undo.append(partial(give_back, weakref.ref(module), name, former, parameter))
 
     def _returns(self) -> list[_Return]:
         """Which parameters get their masks back, and where; nothing is touched."""
@@ -313,8 +313,8 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
         given.add(id(mask))
         self._undo.append(partial(target.requires_grad_, target.requires_grad))
         target.requires_grad_(each.parameter.requires_grad)
-        self._undo.append(partial(_set_data, target, target.detach().clone()))
-        _set_data(target, self._value(each, mask))
+        self._undo.append(partial(set_data, target, target.detach().clone()))
+        set_data(target, self._value(each, mask))
         self._undo.append(partial(setattr, target, "grad", target.grad))
         if each.parameter.grad is not None:
             grad = masked_gradient(each.parameter.grad, mask)
@@ -335,33 +335,6 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
 
 def _registries(module: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]:
     return module._parameters, module._buffers, module._forward_pre_hooks
-
-
-def _values_back(model: nn.Module) -> list[Any]:
-    """What gives parameters and buffers their values again; masked parameters are not written to."""
-    refs = masked_refs(model.modules())
-    kept = {id(t) for ref in refs for t in (ref.original, ref.mask)}
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in kept]
-    flags = [partial(p.requires_grad_, p.requires_grad) for p in model.parameters()]
-    return [*flags, *(partial(_set_data, t, t.detach().clone()) for t in tensors)]
-
-
-def _give_back(
-    of: weakref.ref[nn.Module], name: str, former: nn.Parameter, plain: nn.Parameter
-) -> None:
-    module = of()
-    if module is not None and module._parameters.get(name) is plain:
-        setattr(module, name, former)
-
-
-def _set_data(tensor: Tensor, value: Tensor) -> None:
-    alike = (tensor.dtype, tensor.device, tensor.shape) == (value.dtype, value.device, value.shape)
-    if alike and torch.equal(tensor, value):
-        return  # a write would end the backward passes that are still to come
-    if alike and is_writable(tensor):
-        tensor.copy_(value)
-    else:
-        tensor.data = value
 
 
 def _holders(modules: Iterable[nn.Module]) -> dict[int, list[ParameterRef]]:
