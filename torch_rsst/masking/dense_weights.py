@@ -388,7 +388,8 @@ def _mask_again(
     ref: ParameterRef, parameter: nn.Parameter, mask: Tensor, place: _Place | None
 ) -> None:
     module = ref.module
-    module._parameters[ref.name] = parameter
+    # Through setattr, which is seen by those who ask for other modules that share it.
+    setattr(module, ref.name, parameter)
     reparametrize(ref, mask)
     if place is None:
         set_hook(ref)

@@ -92,12 +92,7 @@ def check_ref(module: object, name: object) -> ParameterRef:
         return ref
     subject = f"parameter {ref}"
     own = [dense_name(module, key) for key, p in module._parameters.items() if p is not None]
-    if parametrize.is_parametrized(module, name):
-        remedy = (
-            "Call torch.nn.utils.parametrize.remove_parametrizations first, or mask what the "
-            f"parametrization computes from, such as 'parametrizations.{name}.original'."
-        )
-        refuse(ValueError, subject, "a plain parameter", "a parametrized one", remedy)
+    check_not_parametrized(ref)
     if name.endswith(ORIG) and name.removesuffix(ORIG) in own:
         remedy = f"Pass {name.removesuffix(ORIG)!r}: masks of one parameter combine."
         got = "the original of a parameter that is masked already"
@@ -133,6 +128,16 @@ def check_ref(module: object, name: object) -> ParameterRef:
         remedy = "Cast it first, or leave it out: only such weights can be pruned."
         refuse(ValueError, subject, expected, parameter.dtype, remedy)
     return ref
+
+
+def check_not_parametrized(ref: ParameterRef) -> None:
+    """Raise a ValueError for a name that ``torch.nn.utils.parametrize`` has made a computed one."""
+    if parametrize.is_parametrized(ref.module, ref.name):
+        remedy = (
+            "Call torch.nn.utils.parametrize.remove_parametrizations first, or mask what the "
+            f"parametrization computes from, such as 'parametrizations.{ref.name}.original'."
+        )
+        refuse(ValueError, f"parameter {ref}", "a plain parameter", "a parametrized one", remedy)
 
 
 def _is_taken(module: nn.Module, key: str) -> bool:
