@@ -642,3 +642,16 @@ def test_leaving_a_block_looks_through_no_heap(
 
     monkeypatch.setattr(tied_module, "_modules_alive", fail)
     run_inside(model, outputs)
+
+
+def test_a_program_that_is_exported_inside_stays_dense_and_can_be_trained() -> None:
+    model, x = masked_mlp(), tokens(0, 2, 4)
+    masks = torch_rsst.extract_mask(model)
+    with torch_rsst.dense_weights(model):
+        names = [name for name, _ in model.named_parameters()]
+        program = torch.export.export(model, (x,)).module()
+    assert [name for name, _ in program.named_parameters()] == names
+    torch.testing.assert_close(program(x), model(x))
+    program(x).sum().backward()
+    torch.optim.SGD(program.parameters(), lr=0.1).step()
+    assert_mask_invariants(model, masks)

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
@@ -57,7 +58,7 @@ def dense_weights(
 
     For inference at the speed of a dense model, and for code that needs a parameter called ``weight``:
     merging adapters, ``convert_sync_batchnorm``, ``torch.nn.init``, surgery on weights. Inside, the modules are of
-    their original classes, without ``weight_orig``, ``weight_mask`` and pruning hook; copies made
+    their original classes, without ``weight_orig``, ``weight_mask`` and pruning hook; copies and exported programs made
     inside are dense models. Calls that would change masks, or go by them, are refused inside: rounds go on and are
     saved outside.
 
@@ -271,7 +272,8 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
         """And the modules that share the parameter outside of the model."""
         own = each.parameter is each.dense.plain
         others = sharing(each.refs, references=2 if own else 1)  # those of `each`
-        return replace(each, refs=[*each.refs, *others])
+        shared = [ref for ref in others if not _is_of_a_program(ref.module)]
+        return replace(each, refs=[*each.refs, *shared])
 
     def _found(self) -> list[_Return]:
         tree = dict(self._root.named_modules())
@@ -345,6 +347,11 @@ def _holders(modules: Iterable[nn.Module]) -> dict[int, list[ParameterRef]]:
             if parameter is not None:
                 found.setdefault(id(parameter), []).append(ParameterRef(module, name))
     return found
+
+
+def _is_of_a_program(module: nn.Module) -> bool:
+    """Whether a module is a record of a traced or exported model, which stays dense as copies do, or a part of one."""
+    return isinstance(module, GraphModule) or type(module) is nn.Module
 
 
 def _now(
