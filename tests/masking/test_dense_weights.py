@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,9 @@ from torch.nn.utils import prune as stock
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 import torch_rsst
+from torch_rsst.masking import dense_scope
+from torch_rsst.masking import dense_weights as dense_weights_module
+from torch_rsst.masking import tied as tied_module
 from torch_rsst.testing import assert_mask_invariants, mask_sets, models_with_groups
 
 MASK = torch.tensor(
@@ -224,6 +229,60 @@ def test_a_step_of_an_optimizer_inside_is_an_error(when: str) -> None:
         run_inside(model, step)
     optimizer.step()  # allowed again; there are no gradients
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_optimizer_made_inside_is_refused_afterwards_and_changes_nothing(fails: bool) -> None:
+    model = masked_mlp()
+
+    def make_and_fail(model: nn.Module) -> None:
+        made.append(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1))
+        if fails:
+            raise KeyError
+
+    made: list[torch.optim.Optimizer] = []
+    with contextlib.suppress(KeyError):
+        run_inside(model, make_and_fail)
+    model(tokens(0, 2, 4)).sum().backward()
+    before = fingerprint(model)
+    text = (
+        r"step of AdamW: expected parameters of a model, got a plain one of a dense_weights\(\) "
+        r"block that has ended, .* Make the optimizer before or after the `with` block"
+    )
+    with pytest.raises(RuntimeError, match=text):
+        made[0].step()
+    assert fingerprint(model) == before
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    assert fingerprint(model) != before
+
+
+def test_nothing_is_remembered_of_parameters_that_nobody_holds_after_a_block() -> None:
+    model = masked_mlp()
+    block = torch_rsst.dense_weights(model)
+    with block:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert len(ids & set(dense_scope._given_up)) == 3
+    del optimizer
+    gc.collect()
+    assert not ids & set(dense_scope._given_up)
+    run_inside(model, lambda model: None)
+    assert not dense_scope._given_up
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_plain_parameter_that_a_module_keeps_is_trained_afterwards(whole: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    torch_rsst.apply_mask(model, {"0.weight": torch.eye(4)})
+    with torch_rsst.dense_weights(model if whole else model[0], masked_writes="drop"):
+        model[1].weight = model[0].weight
+        model[0].weight = nn.Parameter(torch.ones(4, 4))
+        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    model(tokens(0, 2, 4)).sum().backward()
+    before = model[1].weight.detach().clone()
+    optimizer.step()
+    assert not same(model[1].weight, before)
+    assert_mask_invariants(model, {"0.weight": torch.eye(4)})
 
 
 def test_an_optimizer_of_another_model_steps_inside() -> None:
@@ -495,3 +554,104 @@ def test_a_conversion_to_meta_inside_is_refused() -> None:
     ):
         layer.to("meta")
     assert not layer.weight_orig.is_meta
+
+
+# Ties to modules outside of the block
+
+
+def tied_inside(model: nn.Sequential, target: int, source: int) -> nn.Sequential:
+    """A block of the first module, in which its weight is tied to that of the second, outside."""
+    torch_rsst.apply_mask(model[0], {"weight": torch.eye(4)})
+    with torch_rsst.dense_weights(model[0], masked_writes="drop"):
+        model[target].weight = model[source].weight
+    return model
+
+
+@pytest.mark.parametrize(("target", "source"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 4), lambda: nn.Embedding(4, 4)])
+def test_a_module_outside_that_is_tied_inside_shares_the_mask(
+    make: Callable[[], nn.Module], target: int, source: int
+) -> None:
+    model = tied_inside(nn.Sequential(nn.Linear(4, 4), make()), target, source)
+    assert model[1].weight_orig is model[0].weight_orig
+    assert model[1].weight_mask is model[0].weight_mask
+    assert_mask_invariants(model, {"0.weight": torch.eye(4)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (model[0](tokens(0, 4, 4)).sum() + model[1].weight.sum()).backward()
+    optimizer.step()
+    assert same(model[1].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("work", [_reshapes, _deletes, None])
+def test_a_module_outside_that_is_tied_inside_has_its_own_weight_again_after_an_error(
+    work: Callable[[nn.Module], None] | None,
+) -> None:
+    layer, other = masked_layer(), linear()
+    layer.extra = linear()
+    torch_rsst.apply_mask(layer.extra, {"weight": MASK})
+    before = [fingerprint(each) for each in (layer, other)]
+
+    def tie(layer: nn.Module) -> None:
+        other.weight = layer.weight
+        if work is None:
+            raise KeyError
+        work(layer.extra)
+
+    with pytest.raises((RuntimeError, KeyError)):
+        run_inside(layer, tie)
+    assert [fingerprint(each) for each in (layer, other)] == before
+
+
+def test_an_error_while_masks_are_put_back_leaves_no_mask_in_a_module_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = fingerprint(model[1])
+
+    def failing(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dense_weights_module, "move_freeze", failing)
+    with pytest.raises(MemoryError):
+        tied_inside(model, 1, 0)
+    assert fingerprint(model[1]) == before
+    assert_mask_invariants(model, {"0.weight": torch.eye(4)})
+
+
+def test_a_weight_outside_that_has_another_mask_cannot_be_tied_inside() -> None:
+    layer, other = masked_layer(), masked_layer()
+    before = [fingerprint(each) for each in (layer, other)]
+    text = "'weight': expected a plain parameter on leaving, got one that was masked"
+
+    def tie(layer: nn.Module) -> None:
+        layer.weight = other.weight_orig
+
+    with pytest.raises(RuntimeError, match=text):
+        run_inside(layer, tie, masked_writes="drop")
+    assert [fingerprint(each) for each in (layer, other)] == before
+
+
+@pytest.mark.parametrize("make", [masked_mlp, tied, normed])
+def test_leaving_a_block_looks_through_no_heap(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+
+    def fail() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(tied_module, "_modules_alive", fail)
+    run_inside(model, outputs)
+
+
+def test_a_program_that_is_exported_inside_stays_dense_and_can_be_trained() -> None:
+    model, x = masked_mlp(), tokens(0, 2, 4)
+    masks = torch_rsst.extract_mask(model)
+    with torch_rsst.dense_weights(model):
+        names = [name for name, _ in model.named_parameters()]
+        program = torch.export.export(model, (x,)).module()
+    assert [name for name, _ in program.named_parameters()] == names
+    torch.testing.assert_close(program(x), model(x))
+    program(x).sum().backward()
+    torch.optim.SGD(program.parameters(), lr=0.1).step()
+    assert_mask_invariants(model, masks)

@@ -12,6 +12,7 @@ import torch.ao.quantization as quantization
 from tiny_models import linear, same, tokens
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as stock
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -218,6 +219,67 @@ def test_a_reset_that_assigns_parameters_is_an_error() -> None:
     assert_mask_invariants(layer, {"weight": MASK})
 
 
+# Tables with max_norm
+
+TABLE_MASK = torch.arange(24).reshape(6, 4) % 3 > 0
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_masked_table_with_max_norm_trains_as_a_dense_one_with_zeros(
+    make: Any, compiled: bool
+) -> None:
+    masked, dense = (make(6, 4, max_norm=0.8, norm_type=1.0) for _ in range(2))
+    dense.load_state_dict(masked.state_dict())
+    with torch.no_grad():
+        dense.weight.mul_(TABLE_MASK)
+    torch_rsst.apply_mask(masked, {"weight": TABLE_MASK})
+    latent = masked.weight_orig.detach().clone()
+    lookup = torch.compile(masked, backend="eager", fullgraph=True) if compiled else masked
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (masked, dense)]
+    for step in range(6):
+        rows = torch.tensor([[step % 6, 2, 3, 3], [0, 1, step % 4, 0]])
+        outputs = [lookup(rows), dense(input=rows)]
+        torch.testing.assert_close(outputs[0], outputs[1])
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            (output - 1).square().sum().backward()
+        dense.weight.grad.mul_(TABLE_MASK)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(masked.weight, dense.weight)
+    assert same(masked.weight_orig[~TABLE_MASK], latent[~TABLE_MASK])
+    assert_mask_invariants(masked, {"weight": TABLE_MASK})
+
+
+def test_a_lookup_shortens_the_rows_it_reads_and_no_others() -> None:
+    table = nn.Embedding(6, 4, max_norm=1.0)
+    nn.init.constant_(table.weight, 2.0)
+    torch_rsst.apply_mask(table, {"weight": torch.tensor([1, 0, 0, 0]).expand(6, 4)})
+    table.eval()(torch.tensor([1, 4]))
+    assert table.weight_orig[:, 0].tolist() == pytest.approx([2.0, 1.0, 2.0, 2.0, 1.0, 2.0])
+    assert bool((table.weight_orig[:, 1:] == 2.0).all())
+
+
+class Shifted(nn.Embedding):
+    """Looks up other rows than it is given."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows + 1)
+
+
+def test_a_table_with_max_norm_and_a_forward_of_its_own_is_not_masked() -> None:
+    table = Shifted(6, 4, max_norm=1.0)
+    before = dict(vars(table))
+    text = r"'weight' of Shifted: .* got max_norm=1.0 in a table with a forward of its own. Set max_norm to None"
+    with pytest.raises(ValueError, match=text):
+        torch_rsst.apply_mask(table, {"weight": TABLE_MASK})
+    assert vars(table) == before
+    table.max_norm = None
+    torch_rsst.apply_mask(table, {"weight": TABLE_MASK})
+    assert same(table(torch.tensor([1])), (table.weight_orig * TABLE_MASK)[[2]])
+
+
 # Conversions
 
 
@@ -257,6 +319,133 @@ def test_merging_an_adapter_into_a_masked_base_names_the_remedy() -> None:
     with torch_rsst.dense_weights(layer, masked_writes="drop"):
         peft["merge"](layer, delta)
     torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2.0 * weight
+
+
+def _registers_on(name: str) -> Callable[[nn.Module], object]:
+    return lambda layer: parametrize.register_parametrization(layer, name, Doubled())
+
+
+PARAMETRIZING = [
+    *map(_registers_on, ("weight", "weight_orig", "weight_mask")),
+    parametrizations.weight_norm,
+    parametrizations.spectral_norm,
+    parametrizations.orthogonal,
+    nn.utils.weight_norm,
+]
+
+
+@pytest.mark.parametrize("make", [masked_layer, pruned_by_a_stock_function, pruned_by_both])
+@pytest.mark.parametrize("work", PARAMETRIZING)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_parametrizing_a_masked_weight_is_an_error_that_names_the_remedy(
+    make: Callable[[], nn.Module], work: Callable[[nn.Module], object]
+) -> None:
+    layer = make()
+    before, masks = copy.deepcopy(layer.state_dict()), torch_rsst.extract_mask(layer)
+    text = (
+        r"of Linear: expected a plain parameter to parametrize, got a part of a masked one. "
+        r"Parametrize it first, then mask .* 'parametrizations.weight.original'; or call"
+    )
+    with pytest.raises(RuntimeError, match=text):
+        work(layer)
+    assert not parametrize.is_parametrized(layer)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert_mask_invariants(layer, masks)
+    torch_rsst.remove_all(layer, freeze_zeros=False)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def test_another_parameter_of_a_masked_layer_is_parametrized_and_back() -> None:
+    layer, x = masked_layer(), tokens(0, 2, 4)
+    plain = layer(x)
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    torch.testing.assert_close(layer(x), plain + 3.0 * layer.parametrizations.bias.original)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    parametrize.remove_parametrizations(layer, "bias", leave_parametrized=False)
+    assert same(layer(x), plain)
+    assert not hasattr(layer, "parametrizations")
+    assert_mask_invariants(layer, {"weight": MASK})
+
+
+def test_what_a_parametrization_computes_from_can_be_masked() -> None:
+    layer = linear()
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    text = "got a parametrized one. .* or mask .*'parametrizations.weight.original'"
+    with pytest.raises(ValueError, match=text):
+        torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=1)
+    torch_rsst.apply_mask(layer, {"parametrizations.weight.original": MASK})
+    assert same(layer.weight, 2.0 * layer.parametrizations.weight.original_orig * MASK)
+
+
+def language_model(*, tied: bool) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=20,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        n_positions=16,
+        bos_token_id=1,
+        eos_token_id=1,
+        tie_word_embeddings=tied,
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def _resizes(model: Any, tokens: int = 24) -> None:
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("part", ["transformer.wte", "lm_head"])
+def test_resizing_masked_embeddings_of_transformers_is_an_error_that_names_the_remedy(
+    tied: bool, part: str
+) -> None:
+    model = language_model(tied=tied)
+    torch_rsst.l1_unstructured(model.get_submodule(part), "weight", amount=0.5)
+    before, masks = copy.deepcopy(model.state_dict()), torch_rsst.extract_mask(model)
+    text = r"expected 20 tokens, as its mask has, got a resize to 24. Resize after torch_rsst.remove_all"
+    with pytest.raises(RuntimeError, match=text):
+        _resizes(model)
+    head_alone = part == "lm_head" and not tied  # the embeddings come first
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) or (head_alone and key == "transformer.wte.weight")
+    assert_mask_invariants(model, masks)
+    torch_rsst.remove_all(model, freeze_zeros=False)
+    _resizes(model)
+    assert model(torch.tensor([[22]])).logits.shape == (1, 1, 24)
+
+
+def test_resizing_masked_embeddings_to_the_size_they_have_changes_nothing() -> None:
+    model = language_model(tied=False)
+    for part in (model.transformer.wte, model.lm_head):
+        torch_rsst.l1_unstructured(part, "weight", amount=0.5)
+    masks = torch_rsst.extract_mask(model)
+    _resizes(model, 20)
+    assert_mask_invariants(model, masks)
+
+
+def test_tying_masked_embeddings_of_transformers_is_an_error_that_names_the_remedy() -> None:
+    model = language_model(tied=True)
+    torch_rsst.l1_unstructured(model.lm_head, "weight", amount=0.5)
+    masks = torch_rsst.extract_mask(model)
+    with pytest.raises(
+        RuntimeError, match=rf"got tie_weights\(\), which needs a parameter. Do it {REMEDY}"
+    ):
+        model.tie_weights()
+    assert_mask_invariants(model, masks)
+    with torch_rsst.dense_weights(model):
+        model.tie_weights()
+    assert model.lm_head.weight_orig is model.transformer.wte.weight_orig
+    assert_mask_invariants(model, masks)
 
 
 class Quantizable(nn.Module):

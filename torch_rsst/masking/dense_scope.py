@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.utils.errors import refuse
 
@@ -34,3 +40,37 @@ def check_masks_in_place(subject: str, modules: Iterable[nn.Module]) -> None:
         remedy = "Leave the `with` block first, or work on a copy (copy.deepcopy inside the block)."
         got = "one within dense_weights(), which puts the masks back on leaving"
         refuse(RuntimeError, subject, "a model whose masks are in place", got, remedy)
+
+
+# By their ids: plain parameters of blocks that have ended, while anything holds them.
+_given_up: dict[int, weakref.ref[nn.Parameter]] = {}
+_step_hooks: list[RemovableHandle] = []
+
+
+def give_up(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse steps of optimizers that hold one of these: no module does any more, so nothing would be trained."""
+    for each in parameters:
+        _given_up[id(each)] = weakref.ref(each, partial(_forget, id(each)))
+    if _given_up and not _step_hooks:
+        # It stays: a parameter may die while the hooks of a step are gone through.
+        _step_hooks.append(register_optimizer_step_pre_hook(_refuse_given_up))
+
+
+def _forget(key: int, dead: weakref.ref[nn.Parameter]) -> None:
+    if _given_up.get(key) is dead:
+        del _given_up[key]
+
+
+def _refuse_given_up(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _given_up:
+        return
+    if any(id(p) in _given_up for group in optimizer.param_groups for p in group["params"]):
+        got = "a plain one of a dense_weights() block that has ended, which would train nothing"
+        remedy = "Make the optimizer before or after the `with` block, of model.parameters() as they are then."
+        refuse(
+            RuntimeError,
+            f"step of {type(optimizer).__name__}",
+            "parameters of a model",
+            got,
+            remedy,
+        )

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torch_rsst.distributed.dtensor import is_sharded
-from torch_rsst.masking.dense_scope import is_plain_now, masked_again, plain_from_now
+from torch_rsst.masking.dense_scope import (
+    give_up,
+    is_plain_now,
+    masked_again,
+    plain_from_now,
+)
+from torch_rsst.masking.dense_undo import give_back, set_data, values_back
 from torch_rsst.masking.freezing import move_freeze
 from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
-from torch_rsst.masking.mask_undo import is_writable
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.masked_parameter import find_hook, reparametrize, set_hook, set_plain
 from torch_rsst.masking.masked_product import masked, masked_gradient
 from torch_rsst.masking.names import masked_places, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing
-from torch_rsst.masking.tied import masked_with
+from torch_rsst.masking.tied import masked_with, sharing
 from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
 MaskedWrites: TypeAlias = Literal["error", "drop", "keep"]
@@ -50,15 +58,17 @@ def dense_weights(
 
     For inference at the speed of a dense model, and for code that needs a parameter called ``weight``:
     merging adapters, ``convert_sync_batchnorm``, ``torch.nn.init``, surgery on weights. Inside, the modules are of
-    their original classes, without ``weight_orig``, ``weight_mask`` and pruning hook; copies made
+    their original classes, without ``weight_orig``, ``weight_mask`` and pruning hook; copies and exported programs made
     inside are dense models. Calls that would change masks, or go by them, are refused inside: rounds go on and are
     saved outside.
 
     On leaving, the masks are put back: in the same modules, and in modules that have taken their place,
-    which are found by the parameter or by their name. Values that were written to entries
+    which are found by the parameter or by their name. Modules that share a parameter then, whether
+    they belong to the model or not, share its mask. Values that were written to entries
     that are alive go to ``weight_orig``; gradients are added to its gradient on leaving, so that
     ``zero_grad()`` and ``backward()`` belong inside or outside together. A parameter that was assigned
-    inside becomes ``weight_orig`` itself. Memory formats and sharing between processes that are set inside are not kept.
+    inside becomes ``weight_orig`` itself. An optimizer that is made inside holds the plain parameters, which are gone
+    afterwards: make it before or after. Memory formats and sharing between processes that are set inside are not kept.
 
     Args:
         model: the model, wrapped or not; changed in place.
@@ -75,7 +85,8 @@ def dense_weights(
         TypeError: unless given a module.
         ValueError: for another ``masked_writes``, for parameters that are distributed over several ranks, or masks with other
             values than 0 and 1.
-        RuntimeError: for a block in another one for the same modules; by an optimizer that updates masked parameters and steps inside;
+        RuntimeError: for a block in another one for the same modules; by an optimizer that updates masked parameters and steps inside,
+            or that was made inside and steps afterwards;
             on leaving, for values written to masked entries under ``"error"``, for masks that were
             set inside, or where a masked parameter is gone or has another shape.
     """
@@ -150,12 +161,16 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             [ParameterRef(module, "") for module in self._modules.values()], written=[]
         )
         undo = self._guard.__enter__()
-        undo += _values_back(self._root)
+        undo += values_back(self._root)
         self._undo = undo
+        self._outside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._dense = self._swapped()
-            self._hook = register_optimizer_step_pre_hook(self._refuse_step)
+            self._hooks = [
+                register_optimizer_step_pre_hook(self._refuse_step),
+                register_module_parameter_registration_hook(self._registered),
+            ]
         except BaseException as error:
             self._guard.__exit__(type(error), error, error.__traceback__)
             raise
@@ -169,15 +184,24 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
         trace: TracebackType | None,
     ) -> None:
         masked_again(self._noted)
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         try:
             if kind is None:
                 with torch.inference_mode(False), torch.no_grad():
                     self._put_back(self._returns())
         except BaseException as refused:
             self._guard.__exit__(type(refused), refused, refused.__traceback__)
+            self._give_up()
             raise
         self._guard.__exit__(kind, error, trace)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Hold no parameter any more, and refuse to train those that no module holds."""
+        held = _holders([*self._root.modules(), *self._outside])
+        give_up(dense.plain for dense in self._dense if id(dense.plain) not in held)
+        del self._dense, self._undo, self._guard
 
     def _checked(self) -> list[nn.Module]:
         """The modules whose masks must stay as they are: those of the model, and others that share them."""
@@ -218,8 +242,40 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             got = f"a step of {type(optimizer).__name__}"
             refuse(RuntimeError, "dense_weights", "no training inside", got, remedy)
 
+    def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        """Note modules outside of the model that take a plain parameter, and what they had there."""
+        if parameter is None or all(parameter is not dense.plain for dense in self._dense):
+            return
+        if any(module is own for own in self._modules.values()):
+            return
+        self._outside.add(module)
+        former = module._parameters.get(name)
+        if former is not None:
+            self._undo.append(partial(give_back, weakref.ref(module), name, former, parameter))
+
     def _returns(self) -> list[_Return]:
         """Which parameters get their masks back, and where; nothing is touched."""
+        found = [self._with_others(each) for each in self._found()]
+        for each in found:
+            _check_return(each)
+        wrong = [each.name for each in found if bool(each.written.any())]
+        if wrong and self._masked_writes == "error":
+            got = f"other values in {listing(wrong)}"
+            remedy = (
+                "Pass masked_writes='drop' to forget them, 'keep' to hold them under the mask, or "
+                "call remove_all(model) before to give the masks up."
+            )
+            refuse(RuntimeError, "dense_weights", "zeros in masked entries", got, remedy)
+        return found
+
+    def _with_others(self, each: _Return) -> _Return:
+        """And the modules that share the parameter outside of the model."""
+        own = each.parameter is each.dense.plain
+        others = sharing(each.refs, references=2 if own else 1)  # those of `each`
+        shared = [ref for ref in others if not _is_of_a_program(ref.module)]
+        return replace(each, refs=[*each.refs, *shared])
+
+    def _found(self) -> list[_Return]:
         tree = dict(self._root.named_modules())
         places = [place for dense in self._dense for place in dense.places]
         holders = _holders([*tree.values(), *(place.ref.module for place in places)])
@@ -235,16 +291,6 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
                     got = f"one parameter for {each.name!r} and {place.name!r}"
                     remedy = "Tie weights before they are masked: tied ones share a mask."
                     refuse(RuntimeError, "dense_weights", "a mask for each", got, remedy)
-        for each in found.values():
-            _check_return(each)
-        wrong = [each.name for each in found.values() if bool(each.written.any())]
-        if wrong and self._masked_writes == "error":
-            got = f"other values in {listing(wrong)}"
-            remedy = (
-                "Pass masked_writes='drop' to forget them, 'keep' to hold them under the mask, or "
-                "call remove_all(model) before to give the masks up."
-            )
-            refuse(RuntimeError, "dense_weights", "zeros in masked entries", got, remedy)
         return list(found.values())
 
     def _put_back(self, returns: Iterable[_Return]) -> None:
@@ -254,23 +300,31 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             for place in dense.places
         }
         given: set[int] = set()
-        for each in returns:
-            mask, target = each.dense.mask.to(each.parameter), each.target
-            if id(mask) in given:  # by a parameter that was tied and is not any more
-                mask = mask.clone()
-            given.add(id(mask))
-            self._undo.append(partial(target.requires_grad_, target.requires_grad))
-            target.requires_grad_(each.parameter.requires_grad)
-            self._undo.append(partial(_set_data, target, target.detach().clone()))
-            _set_data(target, self._value(each, mask))
-            self._undo.append(partial(setattr, target, "grad", target.grad))
-            if each.parameter.grad is not None:
-                grad = masked_gradient(each.parameter.grad, mask)
-                before = None if target is each.parameter else target.grad
-                target.grad = grad if before is None else before + grad
-            for ref in each.refs:
-                _mask_again(ref, target, mask, saved.get((id(ref.module), ref.name)))
-            move_freeze(each.dense.places[0].ref, each.refs[0])
+        own = set(self._modules.values())
+        others = [ref for each in returns for ref in each.refs if ref.module not in own]
+        with AllOrNothing(others, written=[]):
+            for each in returns:
+                self._put_one_back(each, saved, given)
+
+    def _put_one_back(
+        self, each: _Return, saved: Mapping[tuple[int, str], _Place], given: set[int]
+    ) -> None:
+        mask, target = each.dense.mask.to(each.parameter), each.target
+        if id(mask) in given:  # by a parameter that was tied and is not any more
+            mask = mask.clone()
+        given.add(id(mask))
+        self._undo.append(partial(target.requires_grad_, target.requires_grad))
+        target.requires_grad_(each.parameter.requires_grad)
+        self._undo.append(partial(set_data, target, target.detach().clone()))
+        set_data(target, self._value(each, mask))
+        self._undo.append(partial(setattr, target, "grad", target.grad))
+        if each.parameter.grad is not None:
+            grad = masked_gradient(each.parameter.grad, mask)
+            before = None if target is each.parameter else target.grad
+            target.grad = grad if before is None else before + grad
+        for ref in each.refs:
+            _mask_again(ref, target, mask, saved.get((id(ref.module), ref.name)))
+        move_freeze(each.dense.places[0].ref, each.refs[0])
 
     def _value(self, each: _Return, mask: Tensor) -> Tensor:
         """Alive entries as they are now; masked ones as they were, but for what is to be kept."""
@@ -285,25 +339,6 @@ def _registries(module: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any], dict
     return module._parameters, module._buffers, module._forward_pre_hooks
 
 
-def _values_back(model: nn.Module) -> list[Any]:
-    """What gives parameters and buffers their values again; masked parameters are not written to."""
-    refs = masked_refs(model.modules())
-    kept = {id(t) for ref in refs for t in (ref.original, ref.mask)}
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in kept]
-    flags = [partial(p.requires_grad_, p.requires_grad) for p in model.parameters()]
-    return [*flags, *(partial(_set_data, t, t.detach().clone()) for t in tensors)]
-
-
-def _set_data(tensor: Tensor, value: Tensor) -> None:
-    alike = (tensor.dtype, tensor.device, tensor.shape) == (value.dtype, value.device, value.shape)
-    if alike and torch.equal(tensor, value):
-        return  # a write would end the backward passes that are still to come
-    if alike and is_writable(tensor):
-        tensor.copy_(value)
-    else:
-        tensor.data = value
-
-
 def _holders(modules: Iterable[nn.Module]) -> dict[int, list[ParameterRef]]:
     """By the id of each parameter: the modules that hold it."""
     found: dict[int, list[ParameterRef]] = {}
@@ -312,6 +347,11 @@ def _holders(modules: Iterable[nn.Module]) -> dict[int, list[ParameterRef]]:
             if parameter is not None:
                 found.setdefault(id(parameter), []).append(ParameterRef(module, name))
     return found
+
+
+def _is_of_a_program(module: nn.Module) -> bool:
+    """Whether a module is a record of a traced or exported model, which stays dense as copies do, or a part of one."""
+    return isinstance(module, GraphModule) or type(module) is nn.Module
 
 
 def _now(
@@ -344,7 +384,8 @@ def _check_return(each: _Return) -> None:
         remedy = "Change shapes after remove_all(model), or with compact()."
         refuse(RuntimeError, subject, expected, got, remedy)
     for ref in each.refs:
-        if ref.name.endswith(ORIG) or isinstance(ref.module, ParametrizationList):
+        masked = ref.is_masked or ref.name.endswith(ORIG)
+        if masked or isinstance(ref.module, ParametrizationList):
             got = "one that was masked or parametrized inside"
             remedy = "Mask and parametrize outside of the `with` block."
             refuse(RuntimeError, subject, "a plain parameter on leaving", got, remedy)
@@ -354,7 +395,8 @@ def _mask_again(
     ref: ParameterRef, parameter: nn.Parameter, mask: Tensor, place: _Place | None
 ) -> None:
     module = ref.module
-    module._parameters[ref.name] = parameter
+    # Through setattr, which is seen by those who ask for other modules that share it.
+    setattr(module, ref.name, parameter)
     reparametrize(ref, mask)
     if place is None:
         set_hook(ref)

@@ -9,6 +9,7 @@ names are properties. :mod:`torch.nn.utils.parametrize` works in the same way.
 from __future__ import annotations
 
 import copyreg
+import functools
 import sys
 import weakref
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from torch_rsst.masking.weight_writes import (
     assigned,
     check_reader,
     deleted,
+    parametrizing,
     quantization,
     refuse_write,
     registering,
@@ -134,9 +136,12 @@ def _live_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
         "_live": (base, names),
         "register_parameter": registering(base, names),
         "qconfig": quantization,
+        "parametrizations": parametrizing(names),
         **{method: _reset(method) for method in _RESETS if hasattr(base, method)},
         **{name: _property(name) for name in names},
     }
+    if base.forward in _LOOKUPS and "weight" in names:
+        body["forward"] = _renormalizing(base.forward)
     return type(base.__name__, (base,), body)
 
 
@@ -185,6 +190,34 @@ def _property(name: str) -> property:
         return product(module, name)
 
     return property(read, assigned(name), deleted(name))
+
+
+_LOOKUPS = (nn.Embedding.forward, nn.EmbeddingBag.forward)
+
+
+def _renormalizing(lookup: Any) -> Any:
+    """The lookup of a table that first shortens, by ``max_norm``, the rows that it reads: those of its weight."""
+
+    @functools.wraps(lookup)
+    def forward(module: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mask = module._buffers.get("weight" + MASK)
+        if module.max_norm is not None and mask is not None and isinstance(input, Tensor):
+            with torch.no_grad():
+                original = getattr(module, "weight" + ORIG)
+                table = masked(original, mask)
+                rows = input.contiguous()
+                torch.embedding_renorm_(table, rows, module.max_norm, module.norm_type)
+                original.copy_(torch.where(mask != 0, table, original))
+        return lookup(module, input, *args, **kwargs)
+
+    return forward
+
+
+def loses_renormalization(module: nn.Module) -> bool:
+    """Whether ``max_norm`` of a table would act on a product that is thrown away, in code of its own."""
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module.max_norm is None:
+        return False
+    return "forward" in vars(module) or type(module).forward not in _LOOKUPS
 
 
 # What draws the values of parameters anew, in place.

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.dense_scope import check_masks_in_place
-from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.live_weight import MASK, ORIG, loses_renormalization
 from torch_rsst.masking.mask_undo import has_own_memory
 from torch_rsst.utils.errors import listing, message, refuse, shown
 
@@ -92,9 +92,7 @@ def check_ref(module: object, name: object) -> ParameterRef:
         return ref
     subject = f"parameter {ref}"
     own = [dense_name(module, key) for key, p in module._parameters.items() if p is not None]
-    if parametrize.is_parametrized(module, name):
-        remedy = "Call torch.nn.utils.parametrize.remove_parametrizations first."
-        refuse(ValueError, subject, "a plain parameter", "a parametrized one", remedy)
+    check_not_parametrized(ref)
     if name.endswith(ORIG) and name.removesuffix(ORIG) in own:
         remedy = f"Pass {name.removesuffix(ORIG)!r}: masks of one parameter combine."
         got = "the original of a parameter that is masked already"
@@ -114,6 +112,10 @@ def check_ref(module: object, name: object) -> ParameterRef:
             f"one in use: {taken[0]!r}",
             "Rename it: this is where PyTorch's pruning keeps the weights and the mask.",
         )
+    if name == "weight" and loses_renormalization(module):
+        got = f"max_norm={module.max_norm} in a table with a forward of its own"
+        remedy = "Set max_norm to None: there it would write to a product that is thrown away."
+        refuse(ValueError, subject, "a weight that its module does not write to", got, remedy)
     if parameter.layout != torch.strided:
         got, remedy = str(parameter.layout), "Call to_dense() first."
         refuse(ValueError, subject, "a dense tensor", got, remedy)
@@ -126,6 +128,16 @@ def check_ref(module: object, name: object) -> ParameterRef:
         remedy = "Cast it first, or leave it out: only such weights can be pruned."
         refuse(ValueError, subject, expected, parameter.dtype, remedy)
     return ref
+
+
+def check_not_parametrized(ref: ParameterRef) -> None:
+    """Raise a ValueError for a name that ``torch.nn.utils.parametrize`` has made a computed one."""
+    if parametrize.is_parametrized(ref.module, ref.name):
+        remedy = (
+            "Call torch.nn.utils.parametrize.remove_parametrizations first, or mask what the "
+            f"parametrization computes from, such as 'parametrizations.{ref.name}.original'."
+        )
+        refuse(ValueError, f"parameter {ref}", "a plain parameter", "a parametrized one", remedy)
 
 
 def _is_taken(module: nn.Module, key: str) -> bool:

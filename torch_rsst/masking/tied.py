@@ -33,14 +33,16 @@ def by_parameter(refs: Iterable[ParameterRef]) -> list[list[ParameterRef]]:
     return list(shared.values())
 
 
-def sharing(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
+def sharing(refs: Iterable[ParameterRef], *, references: int = 0) -> list[ParameterRef]:
     """The other places that hold the parameters of ``refs``, in whatever modules are alive.
+
+    ``references``: how many the caller itself has to each parameter, beside those of ``refs``.
 
     Takes time only where something else refers to a parameter: another module, or an optimizer. Then one
     pass over the heap, tens of milliseconds, tells of all parameters until one of them is registered again.
     There is none for parameters that are masked by us already.
     """
-    suspects = [places for places in by_parameter(refs) if _is_held_elsewhere(places)]
+    suspects = [places for places in by_parameter(refs) if _is_held_elsewhere(places, references)]
     live = all(is_live(ref.module, ref.name) for places in suspects for ref in places)
     if not live:
         suspects = [p for p in suspects if not (len(p) == 1 and _ALONE.has(p[0]))]
@@ -60,10 +62,10 @@ def sharing(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
     return [ref for ref in dict.fromkeys(found) if ref not in given]
 
 
-def _is_held_elsewhere(places: Sequence[ParameterRef]) -> bool:
+def _is_held_elsewhere(places: Sequence[ParameterRef], references: int) -> bool:
     registry, key = places[0].module._parameters, places[0].key
     own = {(id(ref.module._parameters), ref.key) for ref in places}
-    return sys.getrefcount(registry[key]) > len(own) + _ARGUMENT
+    return sys.getrefcount(registry[key]) > len(own) + references + _ARGUMENT
 
 
 def masks_another(ref: ParameterRef) -> bool:

@@ -7,6 +7,7 @@ Writes in place to the computed tensor cannot be seen.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,7 +20,14 @@ from torch_rsst.utils.errors import refuse
 _HOOKS = ("torch.nn.utils.prune", "torch_rsst.masking.masked_parameter")
 # Functions that take the weight they read for a parameter, and where they stand: the first assigns it to
 # another module, which PyTorch refuses without naming the cause; the others add to it, which is lost.
-_WRITERS = {"convert_sync_batchnorm": "", "merge": "peft.", "unmerge": "peft."}
+_WRITERS = {
+    "convert_sync_batchnorm": "",
+    "merge": "peft.",
+    "unmerge": "peft.",
+    "_tie_or_clone_weights": "transformers.",
+}
+# Functions that read a weight to put one of other size in its place.
+_RESIZERS = ("_get_resized_embeddings", "_get_resized_lm_head")
 
 
 def refuse_write(module: nn.Module, name: str, got: str) -> NoReturn:
@@ -36,9 +44,45 @@ def refuse_write(module: nn.Module, name: str, got: str) -> NoReturn:
 
 def check_reader(module: nn.Module, name: str, reader: FrameType) -> None:
     """Refuse to give the weight to a function that is known to lose what it writes there."""
-    package = _WRITERS.get(reader.f_code.co_name)
-    if package is not None and str(reader.f_globals.get("__name__")).startswith(package):
-        refuse_write(module, name, f"{reader.f_code.co_name}(), which needs a parameter")
+    function = reader.f_code.co_name
+    package = _WRITERS.get(function)
+    if package is not None and _is_in(reader, package):
+        refuse_write(module, name, f"{function}(), which needs a parameter")
+    if function == "get_parameter" and _ties(reader):
+        refuse_write(module, name, "tie_weights(), which needs a parameter")
+    if function == "apply" and _is_in(reader, "torch.nn.utils.weight_norm"):
+        _refuse_parametrization(module, name, name)
+    if function in _RESIZERS and _is_in(reader, "transformers."):
+        _check_size(module, name, reader.f_locals)
+
+
+def _is_in(frame: FrameType, package: str) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(package)
+
+
+def _ties(reader: FrameType) -> bool:
+    """Whether ``get_parameter`` is called by ``tie_weights`` of transformers, which reads by it."""
+    frame = reader.f_back
+    if frame is not None and frame.f_code.co_name == "get_parameter_or_buffer":
+        frame = frame.f_back
+    is_known = frame is not None and frame.f_code.co_name == "tie_weights"
+    return is_known and frame is not None and _is_in(frame, "transformers.")
+
+
+def _check_size(module: nn.Module, name: str, asked: Mapping[str, Any]) -> None:
+    """Refuse to resize a masked table, or a head: the mask would be lost, or have another size."""
+    before = module._parameters[name + "_orig"]
+    after, dim = asked.get("new_num_tokens"), 1 if asked.get("transposed") else 0
+    if before is None or after is None or after == before.shape[dim]:
+        return
+    refuse(
+        RuntimeError,
+        f"{name!r} of {type(module).__name__}",
+        f"{before.shape[dim]} tokens, as its mask has",
+        f"a resize to {after}",
+        "Resize after torch_rsst.remove_all(model), and mask it anew: torch_rsst.extract_mask(model), called before, "
+        "gives the masks, to which rows are to be added.",
+    )
 
 
 def assigned(name: str) -> Any:
@@ -81,6 +125,43 @@ def registering(base: type[nn.Module], names: frozenset[str]) -> Any:
         base.register_parameter(module, name, param)
 
     return register_parameter
+
+
+def parametrizing(names: frozenset[str]) -> property:
+    """``parametrizations``, by which ``register_parametrization`` first asks what there is already."""
+
+    def parametrizations(module: nn.Module) -> nn.Module:
+        if not torch.compiler.is_compiling():
+            caller = sys._getframe(1).f_back
+            if caller is not None and caller.f_code.co_name == "register_parametrization":
+                _check_parametrized(module, names, caller.f_locals.get("tensor_name"))
+        found = module._modules.get("parametrizations")
+        if found is None:
+            kind = type(module).__name__
+            raise AttributeError(f"'{kind}' object has no attribute 'parametrizations'")
+        return found
+
+    return property(parametrizations)
+
+
+def _check_parametrized(module: nn.Module, names: frozenset[str], tensor: object) -> None:
+    for name in names:
+        if (
+            tensor in (name, name + "_orig", name + "_mask")
+            and name + "_orig" in module._parameters
+        ):
+            _refuse_parametrization(module, name, tensor)
+
+
+def _refuse_parametrization(module: nn.Module, name: str, tensor: object) -> NoReturn:
+    refuse(
+        RuntimeError,
+        f"{tensor!r} of {type(module).__name__}",
+        "a plain parameter to parametrize",
+        "a part of a masked one",
+        "Parametrize it first, then mask what the parametrization computes from, such as "
+        f"'parametrizations.{name}.original'; or call torch_rsst.remove_all(model) before.",
+    )
 
 
 def _quantized(module: nn.Module, value: object = None) -> NoReturn:
