@@ -462,6 +462,91 @@ def test_training_goes_on_without_a_jump(kind: Any, options: dict[str, Any]) -> 
     assert difference(twin, small, tokens()) <= 1e-9  # NAdam keeps a product in float32
 
 
+def with_held_zeros() -> tuple[nn.Module, Groups, Tensor]:
+    """Half of the units gone, and entries of the others held at 0; and those of the first weight."""
+    model, groups = with_element_masks()
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    left = model[0].weight.detach().any(1)
+    return model, groups, (model[0].weight.detach() == 0)[left]
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for number in range(steps):
+        optimizer.zero_grad()
+        model(tokens() + number).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("keep_masks", [None, True, False])
+def test_frozen_zeros_stay_zero_in_the_result_that_is_trained_on(keep_masks: bool | None) -> None:
+    model, groups, zeros = with_held_zeros()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    trained(model, optimizer)
+    small = compact(model, groups, optimizer=optimizer, keep_masks=keep_masks)
+    trained(small, optimizer)
+    assert bool(zeros.any())
+    assert torch.equal(small[0].weight == 0, zeros)
+    trained(model, torch.optim.SGD(model.parameters(), lr=0.1))  # held there, as before
+    assert torch.equal((model[0].weight == 0)[model[0].weight.any(1)], zeros)
+
+
+def test_frozen_zeros_of_a_result_without_an_optimizer_stay_with_keep_masks_or_are_counted() -> (
+    None
+):
+    model, groups, zeros = with_held_zeros()
+    held = compact(model, groups, keep_masks=True)
+    trained(held, torch.optim.AdamW(held.parameters(), lr=0.1))
+    assert torch.equal(held[0].weight == 0, zeros)
+    count = sum(int((p == 0).sum()) for p in compact(model, groups, keep_masks=False).parameters())
+    text = rf"compact: {count} zeros that freeze_zeros=True holds .* Pass optimizer= or keep_masks"
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match=text):
+        free = compact(model, groups)
+    trained(free, torch.optim.AdamW(free.parameters(), lr=0.1))
+    assert bool((free[0].weight != 0).all())
+
+
+def test_frozen_zeros_of_a_tied_weight_are_counted_once() -> None:
+    model = nn.Sequential(mlp(), nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).double()
+    model[2].weight = model[1].weight
+    groups = find_groups(model, on_unsupported="ignore")
+    torch_rsst.apply_mask(model, {"1.weight": torch.eye(3)})
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    with (
+        pytest.warns(torch_rsst.UnfrozenZerosWarning, match=r"compact: 6 zeros"),
+        pytest.warns(CompactionWarning, match="Nothing was cut"),
+    ):
+        compact(model, groups)
+
+
+def test_frozen_zeros_of_a_bias_that_takes_a_constant_up_let_it_stay() -> None:
+    model = mlp()
+    groups = find_groups(model)
+    torch_rsst.apply_mask(model, {"2.bias": torch.zeros(3)})
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    with torch.no_grad():
+        model[0].weight[2] = 0.0  # a constant, act(bias), into all outputs
+        model[0].bias[2], model[2].weight[1, 2] = 2.0, 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    small = compact(model, groups, optimizer=optimizer)
+    trained(small, optimizer, 1)
+    assert (small[2].bias != 0).tolist() == [True, False, True]
+    assert difference(model, small, tokens()) <= 1e-6
+
+
+def test_frozen_latents_stay_frozen_in_the_result_until_their_handle_lifts_it() -> None:
+    model, groups = with_element_masks()
+    handle = torch_rsst.freeze_masked(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    trained(model, optimizer)
+    small = compact(model, groups, optimizer=optimizer)
+    dead, before = small[0].weight_mask == 0, small[0].weight_orig.detach().clone()
+    trained(small, optimizer)
+    assert torch.equal(small[0].weight_orig == before, dead)
+    handle.remove()
+    trained(small, optimizer)
+    assert bool((small[0].weight_orig != before).all())
+
+
 def test_parameters_that_are_gone_leave_the_optimizer() -> None:
     model = nn.Sequential(nn.Linear(4, 4), mlp(), nn.Linear(3, 2)).double()
     groups = as_groups(find_groups(model).layers[:1])  # not the features between the modules

@@ -23,8 +23,9 @@ from torch_rsst.compaction.cut_record import (
     stages_of,
 )
 from torch_rsst.compaction.folding import Constants, measure_constants
+from torch_rsst.compaction.moved_freeze import heirs_of
 from torch_rsst.compaction.moved_optimizer import move_optimizer
-from torch_rsst.compaction.plain import check_keep_masks, warn_of_zeros
+from torch_rsst.compaction.plain import check_keep_masks, warn_of_held, warn_of_zeros
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
 from torch_rsst.discovery.examples import small_guesses
@@ -86,9 +87,9 @@ def compact(
             Given, the outputs of the result are compared with the model's before it is returned; so they
             are on inputs that are guessed where groups were made by hand.
         optimizer: of the model's parameters; changed in place: it goes on with those of the result,
-            and the surviving part of its state (momentum, second moments …).
+            and the surviving part of its state (momentum, second moments …). What is frozen stays so.
         round_to: leave the units of each layer a multiple of this, padded with dead ones.
-        keep_masks: True keeps masks that still have zeros, so that these stay 0 in training; False
+        keep_masks: True keeps masks that still have zeros, and what is frozen, so that these stay 0 in training; False
             makes all masks permanent, which is faster and half as large; None keeps them where an
             ``optimizer`` is passed.
 
@@ -104,7 +105,8 @@ def compact(
         RuntimeError: where the outputs on the inputs differ.
 
     Warns:
-        UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights became zeros.
+        UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights became zeros, or
+            ``freeze_zeros=True`` held some that nothing holds in the result.
     """
     bare = unwrap(model)
     check_masks_in_place("compact", bare.modules())
@@ -139,8 +141,11 @@ def compact(
         example_inputs = _example_of(bare)
     if example_inputs is not None:
         _compare(bare, small, example_inputs)
+    heirs = heirs_of(bare, small, successors)
+    goes_on = optimizer is not None or keep
     if keep_masks is None:
         warn_of_zeros("compact", zeros)
+        warn_of_held("compact", 0 if goes_on else heirs.zeros)
     if kept_whole:
         warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
     elif not dead:
@@ -148,6 +153,8 @@ def compact(
     if optimizer is not None:  # last: where warnings are errors, it is as before
         move_optimizer(optimizer, successors)
         _give_biases(optimizer, small, new_biases)
+    if goes_on:
+        heirs.hold()
     return small
 
 
