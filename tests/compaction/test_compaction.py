@@ -641,6 +641,54 @@ def test_inputs_that_the_model_does_not_run_on_are_named() -> None:
         compact(model, groups, example_inputs=tokens(2, 5))
 
 
+@pytest.mark.parametrize(
+    ("left_out", "text"),
+    [
+        (["1.running_mean", "1.running_var"], "do not list '1.running_mean', '1.running_var'"),
+        (["0.bias"], r"an error in 0 \(Conv2d: .* do not list '0.bias': add what its units touch"),
+        (["1.weight", "1.bias"], "do not list '1.bias', '1.weight'"),
+        (["3.bias"], ""),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_groups_by_hand_that_leave_out_what_their_units_touch_are_named(
+    left_out: list[str], text: str, given: bool
+) -> None:
+    model, groups = convolutions()
+    drop(model, groups, 1, 4)
+    layer, before = groups.layers[0], pickle.dumps(model.state_dict())
+    members, buffers = (
+        tuple(m for m in kept if m.parameter not in left_out)
+        for kept in (layer.members, layer.buffers)
+    )
+    bad = GroupLayer("0", "channels", 6, members, buffers)
+    example = tokens(2, 2, 6, 6) if given else None
+    if not text:  # what no unit touches need not be listed
+        assert compact(model, [bad], example_inputs=example, keep_masks=False)[0].out_channels == 4
+        return
+    start = r"groups of 0 \(6 channels\): expected a model that runs without some of its units, "
+    with pytest.raises(RuntimeError, match=f"{start}.*{text}"):
+        compact(model, [bad], example_inputs=example)
+    assert pickle.dumps(model.state_dict()) == before
+
+
+def test_groups_by_hand_along_a_wrong_dimension_are_named() -> None:
+    model, members = mlp(), find_groups(mlp()).layers[0].members
+    rows = Member("0.weight", 1, torch.arange(4), ranked=True)
+    bad = Groups((GroupLayer("0", "neurons", 8, (rows, *members[1:])),))
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, bad, amount=0.5))
+    with pytest.raises(RuntimeError, match=r"groups of 0 .* \(Linear: .* Check dim and unit_of of"):
+        compact(model, bad)
+    outputs = Member("2.weight", 0, torch.arange(3), ranked=True, consumes=True)
+    layer = GroupLayer("0", "neurons", 8, (*members[:2], outputs))
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[1], model[2].weight[1] = 0.0, 1.0  # a constant to be measured
+    text = r"'2.weight': expected a unit for each of its 8 inputs, got 3 along dim 0\. Deal"
+    with pytest.raises(ValueError, match=text):
+        compact(model, [layer], example_inputs=tokens())
+
+
 def test_a_result_that_differs_is_not_returned() -> None:
     """Groups by hand that forget a member: the comparison on example inputs notices."""
     model, groups = convolutions(norm=False)

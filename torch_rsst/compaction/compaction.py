@@ -22,6 +22,7 @@ from torch_rsst.compaction.cut_record import (
     stage_of,
     stages_of,
 )
+from torch_rsst.compaction.failed_run import HAND_MADE, why_not_run
 from torch_rsst.compaction.folding import Constants, measure_constants
 from torch_rsst.compaction.moved_freeze import heirs_of
 from torch_rsst.compaction.moved_optimizer import move_optimizer
@@ -29,7 +30,7 @@ from torch_rsst.compaction.plain import check_keep_masks, warn_of_held, warn_of_
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
 from torch_rsst.discovery.examples import small_guesses
-from torch_rsst.discovery.probe import output_error, run_on
+from torch_rsst.discovery.probe import output_error, run_example, run_on
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.dead_units import dead_units
 from torch_rsst.groups.groups import NO_UNIT, Group, GroupLayer, Groups, as_groups, check_groups
@@ -140,7 +141,7 @@ def compact(
     if example_inputs is None and any(not r.layer.family for r in removals if r.count):
         example_inputs = _example_of(bare)
     if example_inputs is not None:
-        _compare(bare, small, example_inputs)
+        _compare(bare, small, example_inputs, removals)
     heirs = heirs_of(bare, small, successors)
     goes_on = optimizer is not None or keep
     if keep_masks is None:
@@ -378,15 +379,18 @@ def _example_of(model: nn.Module) -> Any:
     refuse(ValueError, "compact", "groups that are verified", got, remedy)
 
 
-def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
-    error, scale = output_error(model, small, example_inputs)
+def _compare(
+    model: nn.Module, small: nn.Module, example_inputs: Any, removals: Sequence[Removal]
+) -> None:
+    try:
+        error, scale = output_error(model, small, example_inputs)
+    except Exception as failure:
+        with undisturbed(model):
+            run_example(model, example_inputs)  # tells where it is the model that does not run
+        raise RuntimeError(why_not_run(small, removals, failure)) from failure
     if not is_rounding(error, scale, model):
-        remedy = (
-            "Groups made by hand may leave out what their units touch: use find_groups(model). "
-            "If it found them, please report the model."
-        )
         got = f"a difference of {error:.3g} at values up to {scale:.3g}"
-        refuse(RuntimeError, "compact", "the same outputs", got, remedy)
+        refuse(RuntimeError, "compact", "the same outputs", got, HAND_MADE)
 
 
 def is_rounding(error: float, scale: float, model: nn.Module) -> bool:

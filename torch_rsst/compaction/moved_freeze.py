@@ -26,7 +26,9 @@ def heirs_of(
     heirs = Heirs()
     for refs in named_refs(model).values():
         new = successors[refs[0].original]
-        for ref in refs if new is not None and new.parameter in now else ():
+        if new is None:
+            continue
+        for ref in refs:
             heirs.add(ref, now[new.parameter], _cut_as(ref.original, new))
     return heirs
 

@@ -145,8 +145,6 @@ class Heirs:
 class _Frozen:
     """Entries of one parameter, wherever it goes, or of one that takes its place in its module."""
 
-    zeros = 0
-
     def __init__(self, ref: ParameterRef) -> None:
         original = ref.original
         self.module, self.name, self.shape = weakref.ref(ref.module), ref.name, original.shape
@@ -188,6 +186,11 @@ class _Frozen:
     def heir(self, ref: ParameterRef, cut: Callable[[Tensor], Tensor]) -> _Frozen | None:
         """What holds the same of another parameter; None where that leaves nothing to hold."""
         raise NotImplementedError
+
+    @property
+    def zeros(self) -> int:
+        """How many entries it holds at 0."""
+        return 0
 
     @property
     def has_ended(self) -> bool:
