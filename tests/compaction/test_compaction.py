@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import torch_rsst
 from torch_rsst import CompactionWarning, compact, find_groups
+from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.groups.groups import GroupLayer, Groups, Member, as_groups
 
 
@@ -687,6 +688,27 @@ def test_groups_by_hand_along_a_wrong_dimension_are_named() -> None:
     text = r"'2.weight': expected a unit for each of its 8 inputs, got 3 along dim 0\. Deal"
     with pytest.raises(ValueError, match=text):
         compact(model, [layer], example_inputs=tokens())
+
+
+def test_groups_by_hand_are_verified_on_inputs_on_which_their_units_are_active() -> None:
+    model = mlp(act=nn.ReLU())
+    few = next(iter(small_guesses(model)))  # neither of which activates the unit
+    with torch.no_grad():
+        model[0].weight[:2] = -torch.nn.functional.normalize(few).sum(0)
+        model[0].bias[:] = torch.arange(1, 9) / 100
+    assert bool((model[0](few)[:, :2] < 0).all())
+    layer = find_groups(model).layers[0]
+    swapped = Member("0.bias", 0, torch.tensor([1, 0, *range(2, 8)]), ranked=False)
+    members = (layer.members[0], swapped, layer.members[2])
+    rows = torch.ones(8, dtype=torch.bool)
+    rows[0] = False
+    masks = {
+        m.parameter: m.spread(rows, w)
+        for m, w in zip(members[::2], (model[0].weight, model[2].weight), strict=True)
+    }
+    torch_rsst.apply_mask(model, masks | {"0.bias": rows.roll(1)})
+    with pytest.raises(RuntimeError, match="compact: expected the same outputs, got a difference"):
+        compact(model, [GroupLayer("0", "neurons", 8, members)])
 
 
 def test_a_result_that_differs_is_not_returned() -> None:

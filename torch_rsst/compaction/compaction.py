@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -367,7 +367,8 @@ def _example_of(model: nn.Module) -> Any:
     Raises:
         ValueError: where none can be guessed.
     """
-    for example in small_guesses(model):
+    guesses = (each for guess in small_guesses(model) for each in (*_more_rows(guess), guess))
+    for example in guesses:
         try:
             with undisturbed(model):
                 run_on(model, example)
@@ -377,6 +378,13 @@ def _example_of(model: nn.Module) -> Any:
     remedy = "Pass example_inputs, so that the outputs can be compared."
     got = "groups made by hand, and a model that runs on no inputs that can be guessed"
     refuse(ValueError, "compact", "groups that are verified", got, remedy)
+
+
+def _more_rows(guess: Any) -> Iterator[Tensor]:
+    """A guess of many samples of features: on few ones, a unit that was cut wrongly may not be active."""
+    if isinstance(guess, Tensor) and guess.is_floating_point() and guess.ndim == 2:
+        generator = torch.Generator().manual_seed(1)
+        yield torch.randn((64, guess.shape[1]), generator=generator).to(guess)
 
 
 def _compare(
