@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import torch_rsst
 from torch_rsst import CompactionWarning, compact, find_groups
+from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.groups.groups import GroupLayer, Groups, Member, as_groups
 
 
@@ -462,6 +463,91 @@ def test_training_goes_on_without_a_jump(kind: Any, options: dict[str, Any]) -> 
     assert difference(twin, small, tokens()) <= 1e-9  # NAdam keeps a product in float32
 
 
+def with_held_zeros() -> tuple[nn.Module, Groups, Tensor]:
+    """Half of the units gone, and entries of the others held at 0; and those of the first weight."""
+    model, groups = with_element_masks()
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    left = model[0].weight.detach().any(1)
+    return model, groups, (model[0].weight.detach() == 0)[left]
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for number in range(steps):
+        optimizer.zero_grad()
+        model(tokens() + number).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("keep_masks", [None, True, False])
+def test_frozen_zeros_stay_zero_in_the_result_that_is_trained_on(keep_masks: bool | None) -> None:
+    model, groups, zeros = with_held_zeros()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    trained(model, optimizer)
+    small = compact(model, groups, optimizer=optimizer, keep_masks=keep_masks)
+    trained(small, optimizer)
+    assert bool(zeros.any())
+    assert torch.equal(small[0].weight == 0, zeros)
+    trained(model, torch.optim.SGD(model.parameters(), lr=0.1))  # held there, as before
+    assert torch.equal((model[0].weight == 0)[model[0].weight.any(1)], zeros)
+
+
+def test_frozen_zeros_of_a_result_without_an_optimizer_stay_with_keep_masks_or_are_counted() -> (
+    None
+):
+    model, groups, zeros = with_held_zeros()
+    held = compact(model, groups, keep_masks=True)
+    trained(held, torch.optim.AdamW(held.parameters(), lr=0.1))
+    assert torch.equal(held[0].weight == 0, zeros)
+    count = sum(int((p == 0).sum()) for p in compact(model, groups, keep_masks=False).parameters())
+    text = rf"compact: {count} zeros that freeze_zeros=True holds .* Pass optimizer= or keep_masks"
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match=text):
+        free = compact(model, groups)
+    trained(free, torch.optim.AdamW(free.parameters(), lr=0.1))
+    assert bool((free[0].weight != 0).all())
+
+
+def test_frozen_zeros_of_a_tied_weight_are_counted_once() -> None:
+    model = nn.Sequential(mlp(), nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).double()
+    model[2].weight = model[1].weight
+    groups = find_groups(model, on_unsupported="ignore")
+    torch_rsst.apply_mask(model, {"1.weight": torch.eye(3)})
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    with (
+        pytest.warns(torch_rsst.UnfrozenZerosWarning, match=r"compact: 6 zeros"),
+        pytest.warns(CompactionWarning, match="Nothing was cut"),
+    ):
+        compact(model, groups)
+
+
+def test_frozen_zeros_of_a_bias_that_takes_a_constant_up_let_it_stay() -> None:
+    model = mlp()
+    groups = find_groups(model)
+    torch_rsst.apply_mask(model, {"2.bias": torch.zeros(3)})
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    with torch.no_grad():
+        model[0].weight[2] = 0.0  # a constant, act(bias), into all outputs
+        model[0].bias[2], model[2].weight[1, 2] = 2.0, 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    small = compact(model, groups, optimizer=optimizer)
+    trained(small, optimizer, 1)
+    assert (small[2].bias != 0).tolist() == [True, False, True]
+    assert difference(model, small, tokens()) <= 1e-6
+
+
+def test_frozen_latents_stay_frozen_in_the_result_until_their_handle_lifts_it() -> None:
+    model, groups = with_element_masks()
+    handle = torch_rsst.freeze_masked(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    trained(model, optimizer)
+    small = compact(model, groups, optimizer=optimizer)
+    dead, before = small[0].weight_mask == 0, small[0].weight_orig.detach().clone()
+    trained(small, optimizer)
+    assert torch.equal(small[0].weight_orig == before, dead)
+    handle.remove()
+    trained(small, optimizer)
+    assert bool((small[0].weight_orig != before).all())
+
+
 def test_parameters_that_are_gone_leave_the_optimizer() -> None:
     model = nn.Sequential(nn.Linear(4, 4), mlp(), nn.Linear(3, 2)).double()
     groups = as_groups(find_groups(model).layers[:1])  # not the features between the modules
@@ -554,6 +640,75 @@ def test_inputs_that_the_model_does_not_run_on_are_named() -> None:
         ValueError, match=text + r".*\)\. Pass inputs of the size, dtype and device"
     ):
         compact(model, groups, example_inputs=tokens(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "text"),
+    [
+        (["1.running_mean", "1.running_var"], "do not list '1.running_mean', '1.running_var'"),
+        (["0.bias"], r"an error in 0 \(Conv2d: .* do not list '0.bias': add what its units touch"),
+        (["1.weight", "1.bias"], "do not list '1.bias', '1.weight'"),
+        (["3.bias"], ""),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_groups_by_hand_that_leave_out_what_their_units_touch_are_named(
+    left_out: list[str], text: str, given: bool
+) -> None:
+    model, groups = convolutions()
+    drop(model, groups, 1, 4)
+    layer, before = groups.layers[0], pickle.dumps(model.state_dict())
+    members, buffers = (
+        tuple(m for m in kept if m.parameter not in left_out)
+        for kept in (layer.members, layer.buffers)
+    )
+    bad = GroupLayer("0", "channels", 6, members, buffers)
+    example = tokens(2, 2, 6, 6) if given else None
+    if not text:  # what no unit touches need not be listed
+        assert compact(model, [bad], example_inputs=example, keep_masks=False)[0].out_channels == 4
+        return
+    start = r"groups of 0 \(6 channels\): expected a model that runs without some of its units, "
+    with pytest.raises(RuntimeError, match=f"{start}.*{text}"):
+        compact(model, [bad], example_inputs=example)
+    assert pickle.dumps(model.state_dict()) == before
+
+
+def test_groups_by_hand_along_a_wrong_dimension_are_named() -> None:
+    model, members = mlp(), find_groups(mlp()).layers[0].members
+    rows = Member("0.weight", 1, torch.arange(4), ranked=True)
+    bad = Groups((GroupLayer("0", "neurons", 8, (rows, *members[1:])),))
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, bad, amount=0.5))
+    with pytest.raises(RuntimeError, match=r"groups of 0 .* \(Linear: .* Check dim and unit_of of"):
+        compact(model, bad)
+    outputs = Member("2.weight", 0, torch.arange(3), ranked=True, consumes=True)
+    layer = GroupLayer("0", "neurons", 8, (*members[:2], outputs))
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[1], model[2].weight[1] = 0.0, 1.0  # a constant to be measured
+    text = r"'2.weight': expected a unit for each of its 8 inputs, got 3 along dim 0\. Deal"
+    with pytest.raises(ValueError, match=text):
+        compact(model, [layer], example_inputs=tokens())
+
+
+def test_groups_by_hand_are_verified_on_inputs_on_which_their_units_are_active() -> None:
+    model = mlp(act=nn.ReLU())
+    few = next(iter(small_guesses(model)))  # neither of which activates the unit
+    with torch.no_grad():
+        model[0].weight[:2] = -torch.nn.functional.normalize(few).sum(0)
+        model[0].bias[:] = torch.arange(1, 9) / 100
+    assert bool((model[0](few)[:, :2] < 0).all())
+    layer = find_groups(model).layers[0]
+    swapped = Member("0.bias", 0, torch.tensor([1, 0, *range(2, 8)]), ranked=False)
+    members = (layer.members[0], swapped, layer.members[2])
+    rows = torch.ones(8, dtype=torch.bool)
+    rows[0] = False
+    masks = {
+        m.parameter: m.spread(rows, w)
+        for m, w in zip(members[::2], (model[0].weight, model[2].weight), strict=True)
+    }
+    torch_rsst.apply_mask(model, masks | {"0.bias": rows.roll(1)})
+    with pytest.raises(RuntimeError, match="compact: expected the same outputs, got a difference"):
+        compact(model, [GroupLayer("0", "neurons", 8, members)])
 
 
 def test_a_result_that_differs_is_not_returned() -> None:

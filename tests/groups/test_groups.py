@@ -200,6 +200,52 @@ def test_every_layer_has_something_to_rank() -> None:
         check_groups(named_weights(mlp()), Groups((GroupLayer("0", "neurons", 3, (bias,)),)))
 
 
+BAD_TABLES: list[tuple[Any, int, type[Exception], str]] = [
+    (torch.arange(3).float(), 0, TypeError, "unit_of: expected an int64 tensor, got torch.float32"),
+    (
+        torch.ones(3, dtype=torch.bool),
+        0,
+        TypeError,
+        "unit_of: expected an int64 tensor, got torch.bool",
+    ),
+    ([0, 1, 2], 0, TypeError, "unit_of: expected an int64 tensor, got list"),
+    (torch.tensor(0), 0, ValueError, "unit_of: expected one dimension, or two .*, got 0"),
+    (torch.arange(3) - 2, 0, ValueError, "unit_of: expected units from 0 on, or -1 .*, got -2"),
+    (torch.arange(3), -2, ValueError, "dim: expected an int from 0 on .*, got -2. Count dim"),
+    (torch.arange(3), 0.0, ValueError, "dim: expected an int from 0 on .*, got 0.0"),
+    (torch.arange(3)[None], 0, ValueError, r"dim: expected an int from 1 on .* 2 dim.*, got 0"),
+]
+
+
+@pytest.mark.parametrize(("unit_of", "dim", "error", "text"), BAD_TABLES)
+def test_a_member_that_fits_no_parameter_is_refused_when_it_is_made(
+    unit_of: Any, dim: int, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=f"member '0.weight': {text}"):
+        Member("0.weight", dim, unit_of, ranked=True)
+
+
+def test_units_of_a_table_are_those_of_its_layer() -> None:
+    rows = Member("0.weight", 0, torch.arange(3), ranked=True)
+    shifted = Member("0.bias", 0, torch.arange(3) + 1, ranked=False)
+    text = r"groups of 0 \(3 neurons\): '0.bias': expected units below 3 in its unit_of, got 3"
+    for members, buffers in (((rows, shifted), ()), ((rows,), (shifted,))):
+        with pytest.raises(ValueError, match=text):
+            GroupLayer("0", "neurons", 3, members, buffers)
+    with pytest.raises(TypeError, match=r"units of 0: expected an int >= 0, got float 3\.0"):
+        GroupLayer("0", "neurons", 3.0, (rows,))
+    with pytest.raises(TypeError, match=r"groups of 0 .* expected members, got .*0.weight"):
+        GroupLayer("0", "neurons", 3, ("0.weight",))
+
+
+def test_a_member_without_units_is_refused() -> None:
+    rows = Member("0.weight", 0, torch.arange(3), ranked=True)
+    none = Member("2.weight", 1, torch.full((3,), NO_UNIT), ranked=True, consumes=True)
+    layer = GroupLayer("0", "neurons", 3, (rows, none))
+    with pytest.raises(ValueError, match=r"'2.weight': expected units in its unit_of, got -1 ever"):
+        check_groups(named_weights(mlp()), Groups((layer,)))
+
+
 def test_groups_are_frozen() -> None:
     groups = find_groups(mlp())
     for item in (groups, groups.layers[0], groups.layers[0].members[0], groups[0]):

@@ -124,6 +124,69 @@ def test_a_failing_call_changes_nothing(
     assert fingerprint(layer) == state
 
 
+ODD_VALUES = [0.5, 2.0, -1.0, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("value", ODD_VALUES)
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("where", [(0, 0), (0, 1)])  # the second is masked before
+def test_a_mask_of_other_values_than_0_and_1_is_refused_and_changes_nothing(
+    value: float, by_name: bool, where: tuple[int, int], fingerprint: Fingerprint
+) -> None:
+    mask = torch.ones(3, 4)
+    mask[where] = value
+    args, named = ((), {"mask": mask}) if by_name else ((mask,), {})
+    text = r"mask of 'weight' of Linear: expected zeros and ones, got other values\. Compare with"
+    for layer in (linear(), pruned("custom_from_mask", {"mask": MASK})):
+        before = fingerprint(layer)
+        with pytest.raises(ValueError, match=text):
+            prune.custom_from_mask(layer, "weight", *args, **named)
+        assert fingerprint(layer) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16])
+def test_masks_of_zeros_and_ones_are_taken_in_every_dtype(dtype: torch.dtype) -> None:
+    layer = prune.custom_from_mask(linear(), "weight", MASK.to(dtype))
+    assert same(layer.weight_mask, MASK)
+
+
+def test_a_rule_that_makes_fractions_is_refused_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, fingerprint: Fingerprint
+) -> None:
+    class Soft(stock.BasePruningMethod):
+        PRUNING_TYPE = "unstructured"
+
+        def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
+            return default_mask * 0.5
+
+    layer = linear()
+    before = fingerprint(layer)
+    with pytest.raises(ValueError, match="mask of Soft: expected zeros and ones"):
+        prune.global_unstructured([(layer, "weight")], Soft)
+    monkeypatch.setattr(stock.Identity, "compute_mask", Soft.compute_mask)
+    with pytest.raises(ValueError, match="mask of 'weight' of Linear: expected zeros and ones"):
+        prune.identity(layer, "weight")
+    assert fingerprint(layer) == before
+
+
+@every_call
+@pytest.mark.parametrize("times", [1, 2])
+def test_masks_made_in_inference_mode_can_be_trained_with(
+    call: str, arguments: dict[str, Any], times: int
+) -> None:
+    layer = linear()
+    with torch.inference_mode():
+        for _ in range(times):
+            getattr(prune, call)(layer, "weight", **arguments)
+        assert torch.is_inference_mode_enabled()
+    assert not layer.weight_mask.is_inference()
+    gradient_step(layer, torch.optim.SGD(layer.parameters(), lr=0.1), 0)
+    assert same(layer.weight == 0, layer.weight_mask == 0)
+    with torch.inference_mode():
+        prune.remove(layer, "weight", freeze_zeros=True)
+    gradient_step(layer, torch.optim.SGD(layer.parameters(), lr=0.1), 1)
+
+
 def test_recurrent_layers_keep_their_list_of_weights() -> None:
     recurrent = nn.LSTM(2, 3)
     order = list(recurrent._parameters)

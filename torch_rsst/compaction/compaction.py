@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,15 @@ from torch_rsst.compaction.cut_record import (
     stage_of,
     stages_of,
 )
+from torch_rsst.compaction.failed_run import HAND_MADE, why_not_run
 from torch_rsst.compaction.folding import Constants, measure_constants
+from torch_rsst.compaction.moved_freeze import heirs_of
 from torch_rsst.compaction.moved_optimizer import move_optimizer
-from torch_rsst.compaction.plain import check_keep_masks, warn_of_zeros
+from torch_rsst.compaction.plain import check_keep_masks, warn_of_held, warn_of_zeros
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
 from torch_rsst.discovery.examples import small_guesses
-from torch_rsst.discovery.probe import output_error, run_on
+from torch_rsst.discovery.probe import output_error, run_example, run_on
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.dead_units import dead_units
 from torch_rsst.groups.groups import NO_UNIT, Group, GroupLayer, Groups, as_groups, check_groups
@@ -86,9 +88,9 @@ def compact(
             Given, the outputs of the result are compared with the model's before it is returned; so they
             are on inputs that are guessed where groups were made by hand.
         optimizer: of the model's parameters; changed in place: it goes on with those of the result,
-            and the surviving part of its state (momentum, second moments …).
+            and the surviving part of its state (momentum, second moments …). What is frozen stays so.
         round_to: leave the units of each layer a multiple of this, padded with dead ones.
-        keep_masks: True keeps masks that still have zeros, so that these stay 0 in training; False
+        keep_masks: True keeps masks that still have zeros, and what is frozen, so that these stay 0 in training; False
             makes all masks permanent, which is faster and half as large; None keeps them where an
             ``optimizer`` is passed.
 
@@ -104,7 +106,8 @@ def compact(
         RuntimeError: where the outputs on the inputs differ.
 
     Warns:
-        UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights became zeros.
+        UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights became zeros, or
+            ``freeze_zeros=True`` held some that nothing holds in the result.
     """
     bare = unwrap(model)
     check_masks_in_place("compact", bare.modules())
@@ -138,9 +141,12 @@ def compact(
     if example_inputs is None and any(not r.layer.family for r in removals if r.count):
         example_inputs = _example_of(bare)
     if example_inputs is not None:
-        _compare(bare, small, example_inputs)
+        _compare(bare, small, example_inputs, removals)
+    heirs = heirs_of(bare, small, successors)
+    goes_on = optimizer is not None or keep
     if keep_masks is None:
         warn_of_zeros("compact", zeros)
+        warn_of_held("compact", 0 if goes_on else heirs.zeros)
     if kept_whole:
         warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
     elif not dead:
@@ -148,6 +154,8 @@ def compact(
     if optimizer is not None:  # last: where warnings are errors, it is as before
         move_optimizer(optimizer, successors)
         _give_biases(optimizer, small, new_biases)
+    if goes_on:
+        heirs.hold()
     return small
 
 
@@ -359,7 +367,8 @@ def _example_of(model: nn.Module) -> Any:
     Raises:
         ValueError: where none can be guessed.
     """
-    for example in small_guesses(model):
+    guesses = (each for guess in small_guesses(model) for each in (*_more_rows(guess), guess))
+    for example in guesses:
         try:
             with undisturbed(model):
                 run_on(model, example)
@@ -371,15 +380,25 @@ def _example_of(model: nn.Module) -> Any:
     refuse(ValueError, "compact", "groups that are verified", got, remedy)
 
 
-def _compare(model: nn.Module, small: nn.Module, example_inputs: Any) -> None:
-    error, scale = output_error(model, small, example_inputs)
+def _more_rows(guess: Any) -> Iterator[Tensor]:
+    """A guess of many samples of features: on few ones, a unit that was cut wrongly may not be active."""
+    if isinstance(guess, Tensor) and guess.is_floating_point() and guess.ndim == 2:
+        generator = torch.Generator().manual_seed(1)
+        yield torch.randn((64, guess.shape[1]), generator=generator).to(guess)
+
+
+def _compare(
+    model: nn.Module, small: nn.Module, example_inputs: Any, removals: Sequence[Removal]
+) -> None:
+    try:
+        error, scale = output_error(model, small, example_inputs)
+    except Exception as failure:
+        with undisturbed(model):
+            run_example(model, example_inputs)  # tells where it is the model that does not run
+        raise RuntimeError(why_not_run(small, removals, failure)) from failure
     if not is_rounding(error, scale, model):
-        remedy = (
-            "Groups made by hand may leave out what their units touch: use find_groups(model). "
-            "If it found them, please report the model."
-        )
         got = f"a difference of {error:.3g} at values up to {scale:.3g}"
-        refuse(RuntimeError, "compact", "the same outputs", got, remedy)
+        refuse(RuntimeError, "compact", "the same outputs", got, HAND_MADE)
 
 
 def is_rounding(error: float, scale: float, model: nn.Module) -> bool:

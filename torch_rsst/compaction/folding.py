@@ -17,6 +17,7 @@ from torch_rsst.masking.live_weight import product
 from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.names import named_refs
 from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.module_state import undisturbed
 
 
@@ -65,6 +66,9 @@ def measure_constants(
         units: bool tensor, True for those to measure.
         owner: the module to run.
         calls: different inputs of it.
+
+    Raises:
+        ValueError: for a member that takes units in along another dimension than its inputs.
     """
     members = _taking(layer)
     homes = [_home(model, member) for member in members]
@@ -80,9 +84,16 @@ def measure_constants(
         if len(inputs) < 2:
             none = torch.zeros_like(units)
             return Constants(layer, none, tuple(torch.zeros(0) for _ in homes), _NOT_RUN)
-        value, constant = _constants(inputs, home, size)
+        value, constant = _constants(inputs, home)
+        if value.numel() != size:
+            expected = f"a unit for each of its {value.numel()} inputs"
+            got, remedy = (
+                f"{size} along dim {member.dim}",
+                "Deal its inputs out, as columns: dim=1.",
+            )
+            refuse(ValueError, f"groups of {layer}: {member.parameter!r}", expected, got, remedy)
         if layer.buffers or norms:
-            trained, same = _constants(_inputs_of(home, owner, calls, norms), home, size)
+            trained, same = _constants(_inputs_of(home, owner, calls, norms), home)
             constant &= same & ((trained - value).abs() <= 1e-5 * (1.0 + value.abs()))
         movable = constant & ((_does_not_pad(home) and home not in tied) | (value == 0))
         owned = member.unit_of != NO_UNIT
@@ -123,7 +134,7 @@ def _inputs_of(
     return seen
 
 
-def _constants(inputs: Sequence[Tensor], layer: nn.Module, features: int) -> tuple[Tensor, Tensor]:
+def _constants(inputs: Sequence[Tensor], layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Per feature of a layer's input: its value, and whether it is the same everywhere."""
     dim = -1 if isinstance(layer, nn.Linear) else 1
     flat = torch.cat([tensor.movedim(dim, -1).flatten(0, -2) for tensor in inputs]).double()

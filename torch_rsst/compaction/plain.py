@@ -43,3 +43,14 @@ def warn_of_zeros(subject: str, zeros: int, *, stacklevel: int = 3) -> None:
             "keep_masks=False if you do not train on."
         )
         warnings.warn(text, UnfrozenZerosWarning, stacklevel=stacklevel)
+
+
+def warn_of_held(subject: str, zeros: int, *, stacklevel: int = 3) -> None:
+    """Warn that so many zeros that are frozen in a model are not so in what was made of it."""
+    if zeros:
+        text = (
+            f"{subject}: {zeros:,} zeros that freeze_zeros=True holds in the model are ordinary zeros in "
+            "the result, and can become nonzero if you train on. Pass optimizer= or keep_masks=True to "
+            "hold them there, too, or keep_masks=False if you do not train on."
+        )
+        warnings.warn(text, UnfrozenZerosWarning, stacklevel=stacklevel)

@@ -140,7 +140,7 @@ class _Look:
         shapes = {tuple(w.shape): name for name, w in named_weights(module).items() if w.ndim > 1}
         why = "it holds no matrices"
         for name in reversed(shapes.values()):  # the first of each shape comes last
-            stub = GroupLayer("", "heads", 1, (Member(name, 0, torch.zeros(1), ranked=True),))
+            stub = GroupLayer("", "heads", 1, (Member(name, 0, torch.arange(1), ranked=True),))
             call, why = self.probe.call_of(module, stub, self.adapter)
             if call is not None:
                 break

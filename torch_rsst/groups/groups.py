@@ -80,6 +80,24 @@ class Member:
     ranked: bool
     consumes: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what fits no parameter of any model."""
+        subject, table = f"member {self.parameter!r}", self.unit_of
+        remedy = "Give the unit of each index along dim: torch.arange(4) where each is a unit."
+        if not isinstance(table, Tensor) or table.dtype not in (torch.int64, torch.int32):
+            got = str(table.dtype) if isinstance(table, Tensor) else type(table).__name__
+            refuse(TypeError, f"{subject}: unit_of", "an int64 tensor", got, remedy)
+        if table.ndim not in (1, 2):
+            expected, got = "one dimension, or two where weights are stacked", f"{table.ndim}"
+            refuse(ValueError, f"{subject}: unit_of", expected, got, remedy)
+        if table.numel() and (least := int(table.min())) < NO_UNIT:
+            expected, remedy = "units from 0 on, or -1 for none", "Count them from 0."
+            refuse(ValueError, f"{subject}: unit_of", expected, least, remedy)
+        if type(self.dim) is not int or self.dim < table.ndim - 1:
+            expected = f"an int from {table.ndim - 1} on for unit_of of {table.ndim} dimension(s)"
+            remedy = "Count dimensions from 0: 0 for the rows of a weight, 1 for its columns."
+            refuse(ValueError, f"{subject}: dim", expected, repr(self.dim), remedy)
+
     @property
     def dims(self) -> tuple[int, ...]:
         """The dimensions of the parameter that ``unit_of`` has."""
@@ -214,6 +232,20 @@ class GroupLayer:
     fixed: str = ""
     least: int = 0
     multiple: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse tables of other units than there are."""
+        check_count(self.units, f"units of {self.name or 'the model'}", at_least=0)
+        for member in (*self.members, *self.buffers):
+            subject = f"groups of {self}"
+            if not isinstance(member, Member):
+                remedy = "Make one of each: Member('0.weight', 0, torch.arange(4), ranked=True)."
+                refuse(TypeError, subject, "members", shown(member), remedy)
+            last = int(member.unit_of.max()) if member.unit_of.numel() else NO_UNIT
+            if last >= self.units:
+                expected = f"units below {self.units} in its unit_of"
+                remedy = "Count units from 0, and pass as units how many there are."
+                refuse(ValueError, f"{subject}: {member.parameter!r}", expected, last, remedy)
 
     @property
     def ranked(self) -> tuple[Member, ...]:
@@ -420,6 +452,10 @@ def check_groups(weights: Mapping[str, Tensor], groups: Groups) -> None:
                     for dim, size in zip(member.dims, member.unit_of.shape, strict=True)
                 )
                 refuse(ValueError, subject, expected, f"shape {tuple(weight.shape)}", remedy)
+            owned = bool((member.unit_of != NO_UNIT).any()) or not member.unit_of.numel()
+            if not owned and not layer.family:
+                remedy = "Leave it out, or give the unit of each index that one owns."
+                refuse(ValueError, subject, "units in its unit_of", "-1 everywhere", remedy)
             if len({int(row) for row in (member.unit_of != NO_UNIT).sum(-1).view(-1)}) > 1:
                 remedy = "List as many units of each of the stacked weights, or all of them."
                 refuse(ValueError, subject, "as many units of each", "different numbers", remedy)

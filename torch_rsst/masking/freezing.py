@@ -46,7 +46,8 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
     Otherwise masked latents drift under momentum and weight decay, and a later fillback returns what
     they have become. Parameters that are masked now are covered, with whatever is masked in them at
     the time of a step. Costs a copy of each of these parameters during a step. Belongs to this model
-    object: a copy of the model starts unfrozen.
+    object: a copy of the model starts unfrozen. What :func:`torch_rsst.compact` makes of it does not,
+    where masks are kept.
 
     Returns:
         a handle; ``handle.remove()`` lifts the freeze, as does removing the masks.
@@ -105,6 +106,42 @@ def move_freeze(old: ParameterRef, new: ParameterRef) -> None:
             frozen.module, frozen.name = weakref.ref(new.module), new.name
 
 
+class Heirs:
+    """What holds of other parameters what is held of those whose place they take; not yet in force.
+
+    The first ones stay held. A handle that lifts their freeze lifts that of the heirs, too.
+    """
+
+    def __init__(self) -> None:
+        self._of: list[tuple[_Frozen, _Frozen]] = []
+
+    def add(self, old: ParameterRef, new: ParameterRef, cut: Callable[[Tensor], Tensor]) -> None:
+        """Hold of ``new`` what is held of ``old``.
+
+        Args:
+            old: a place of a parameter.
+            new: a place of the parameter that takes its place.
+            cut: entries of the old parameter, as bool → those of the new one.
+        """
+        for frozen in _FROZEN:
+            fits = frozen.is_of(old) and frozen.shape == old.original.shape
+            if fits and all(frozen is not known for known, _ in self._of):  # tied ones have several
+                heir = frozen.heir(new, cut)
+                if heir is not None:
+                    self._of.append((frozen, heir))
+
+    @property
+    def zeros(self) -> int:
+        """How many zeros they hold, those of latents not counted."""
+        return sum(heir.zeros for _, heir in self._of)
+
+    def hold(self) -> None:
+        """Let them hold from now on."""
+        _freeze([heir for _, heir in self._of])
+        for frozen, heir in self._of:
+            frozen.heirs.add(heir)
+
+
 class _Frozen:
     """Entries of one parameter, wherever it goes, or of one that takes its place in its module."""
 
@@ -112,6 +149,7 @@ class _Frozen:
         original = ref.original
         self.module, self.name, self.shape = weakref.ref(ref.module), ref.name, original.shape
         self.parameter = weakref.ref(original, self._parameter_died)
+        self.heirs: weakref.WeakSet[_Frozen] = weakref.WeakSet()
 
     def _parameter_died(self, _: object) -> None:
         if self.module() is None:  # the model died; else the next step tells
@@ -145,6 +183,15 @@ class _Frozen:
     def applies(self, ref: ParameterRef | None) -> bool:
         raise NotImplementedError
 
+    def heir(self, ref: ParameterRef, cut: Callable[[Tensor], Tensor]) -> _Frozen | None:
+        """What holds the same of another parameter; None where that leaves nothing to hold."""
+        raise NotImplementedError
+
+    @property
+    def zeros(self) -> int:
+        """How many entries it holds at 0."""
+        return 0
+
     @property
     def has_ended(self) -> bool:
         """Whether there is nothing left to hold, though the module lives on."""
@@ -160,6 +207,9 @@ class _Latents(_Frozen):
 
     def applies(self, ref: ParameterRef | None) -> bool:
         return ref is not None and ref.is_masked
+
+    def heir(self, ref: ParameterRef, cut: Callable[[Tensor], Tensor]) -> _Frozen | None:
+        return _Latents(ref) if ref.is_masked else None
 
     def before_step(self, parameter: nn.Parameter) -> None:
         self._before = parameter.detach().clone()
@@ -183,6 +233,14 @@ class _Zeros(_Frozen):
 
     def applies(self, ref: ParameterRef | None) -> bool:
         return ref is None or not ref.is_masked
+
+    @property
+    def zeros(self) -> int:
+        return int(self._entries.count_nonzero())
+
+    def heir(self, ref: ParameterRef, cut: Callable[[Tensor], Tensor]) -> _Frozen | None:
+        entries = cut(self._entries)
+        return _Zeros(ref, entries) if bool(entries.any()) else None
 
     def before_step(self, parameter: nn.Parameter) -> None:
         """Nothing to remember: the value is 0."""
@@ -208,6 +266,7 @@ class FreezeHandle:
         """Let the entries go; a second call does nothing, nor what was frozen anew since."""
         for frozen in self._frozen:
             _discard(frozen)
+            FreezeHandle(frozen.heirs).remove()
 
 
 def _discard(frozen: _Frozen) -> None:

@@ -30,6 +30,7 @@ from torch_rsst.masking.tied import by_parameter
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers, assign_to_optimizers
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.stock.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
+from torch_rsst.stock.stock import refuse_fractions
 from torch_rsst.utils.amounts import Amount, to_count
 from torch_rsst.utils.errors import refuse
 
@@ -202,7 +203,9 @@ def _rank_joined(method: Any, refs: list[ParameterRef], scores: list[Tensor]) ->
         ]
     )
     candidates = torch.cat([score.reshape(-1) for score in scores])[alive]
-    alive[alive.clone()] = method.compute_mask(candidates, torch.ones_like(candidates)) != 0
+    mask = method.compute_mask(candidates, torch.ones_like(candidates))
+    refuse_fractions(mask, type(method).__name__)
+    alive[alive.clone()] = mask != 0
     parts = torch.split(alive, [ref.original.numel() for ref in refs])
     return [part.reshape(ref.original.shape) for part, ref in zip(parts, refs, strict=True)]
 

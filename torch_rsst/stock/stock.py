@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.prune import BasePruningMethod
 
@@ -23,7 +25,8 @@ from torch_rsst.distributed.replicas import agreed, agreed_on_first, warn_of_dra
 from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.freezing import end_freeze, frozen_now
 from torch_rsst.masking.live_weight import make_live, make_plain
-from torch_rsst.masking.mask_values import check_binary
+from torch_rsst.masking.mask_sets import THRESHOLD
+from torch_rsst.masking.mask_values import check_binary, is_binary
 from torch_rsst.masking.masked_parameter import MaskHook, find_hook, restore, share_mask, zero
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref
 from torch_rsst.masking.removal import what_becomes_of
@@ -63,9 +66,13 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
             check_binary(mask, ref)
             for other in others:
                 check_ref(other.module, other.name)
-            return function(module, name, *args, **kwargs)
+            if function is prune.custom_from_mask:
+                refuse_fractions(args[0] if args else kwargs.get("mask"), ref)
+            result = function(module, name, *args, **kwargs)
+            refuse_fractions(ref.mask, ref)
+            return result
 
-        with AllOrNothing([ref, *others]) as undo, place_kept(ref):
+        with _no_inference_mode(), AllOrNothing([ref, *others]) as undo, place_kept(ref):
             undo.append(frozen_now([ref, *others]))
             result = (agreed_on_first if draws else agreed)(
                 process_group, act, lambda _: [] if ref.mask is None else [(str(ref), ref.mask)]
@@ -106,6 +113,23 @@ def _refuse_shards(ref: ParameterRef) -> None:
         remedy = "Use global_unstructured with GlobalL1, fillback or apply_mask: they know shards."
         got = "one in parts on several ranks"
         refuse(ValueError, f"parameter {ref}", "a whole tensor", got, remedy)
+
+
+def refuse_fractions(mask: object, subject: object) -> None:
+    """Raise a ValueError for a mask that is to be set and holds other values than 0 and 1."""
+    if not isinstance(mask, Tensor) or mask.is_meta or mask.layout != torch.strided:
+        return  # PyTorch's own errors, if any
+    if mask.dtype != torch.bool and not is_binary(mask):
+        refuse(ValueError, f"mask of {subject}", "zeros and ones", "other values", THRESHOLD)
+
+
+def _no_inference_mode() -> ExitStack:
+    """Within it, tensors are made that outlive ``torch.inference_mode()``, as masks do."""
+    stack = ExitStack()
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())  # gradients are off outside, too
+    return stack
 
 
 # How hooks are removed that restore() does the same for.
