@@ -399,3 +399,12 @@ def test_what_lists_no_pairs_is_named_in_a_line(method: str) -> None:
     with pytest.raises(TypeError, match=r"Pass .*\(model\.fc, 'weight'\)") as raised:
         torch_rsst.global_unstructured(getattr(model, method)(), torch_rsst.GlobalL1, amount=0.2)
     assert len(str(raised.value)) < 200
+
+
+def test_a_parametrized_parameter_is_refused_with_what_to_mask_instead(fingerprint):
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    before = fingerprint(layer)
+    for call in (torch_rsst.l1_unstructured, torch_rsst.random_unstructured):
+        with pytest.raises(ValueError, match=r"a plain parameter.*remove_parametrizations first"):
+            call(layer, "weight", amount=0.5)
+        assert fingerprint(layer) == before

@@ -28,7 +28,7 @@ from torch_rsst.masking.live_weight import make_live, make_plain
 from torch_rsst.masking.mask_sets import THRESHOLD
 from torch_rsst.masking.mask_values import check_binary, is_binary
 from torch_rsst.masking.masked_parameter import MaskHook, find_hook, restore, share_mask, zero
-from torch_rsst.masking.parameter_ref import ParameterRef, check_ref
+from torch_rsst.masking.parameter_ref import ParameterRef, check_not_parametrized, check_ref
 from torch_rsst.masking.removal import what_becomes_of
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.masking.tied import masked_with, sharing
@@ -62,6 +62,7 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
 
         def act() -> Any:
             if function is not prune.remove:
+                check_not_parametrized(ref)
                 _refuse_shards(ref)
             check_binary(mask, ref)
             for other in others:
