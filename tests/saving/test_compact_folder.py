@@ -857,8 +857,19 @@ def test_whether_masks_are_kept_is_said_by_true_or_false(tmp_path: Path, keep: A
 
 
 def test_a_folder_that_was_not_saved_to_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"expected a saved model, got no compact\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected a saved model, got no such folder\. Save"
+    ):
         torch_rsst.load_compact(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=r"got no compact\.json\. Save a compacted model"):
+        torch_rsst.load_compact(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=r"the folder of a run: torch-rsst compact "):
+        torch_rsst.load_compact(tmp_path)
+    (tmp_path / "compact").mkdir()
+    (tmp_path / "compact" / "compact.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"got no compact\.json\. Pass .*/compact\."):
+        torch_rsst.load_compact(tmp_path)
 
 
 # Damage
