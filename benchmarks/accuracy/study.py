@@ -109,19 +109,19 @@ ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("one-shot", {"importance": "obs", **LEAST_SQUARES}),
     ("one-shot", {"importance": "variance", "scope": "size", **LEAST_SQUARES}),
-    ("rsst", {"scope": "layer"}),
-    ("rsst", {"scope": "size"}),
     ("rsst", {"importance": "magnitude"}),
     ("rsst", LEAST_SQUARES),
     ("rsst", {"importance": "variance"}),
 )
+OTHER_SCOPE = {"language": "layer", "signal-transformer": "layer", "signal-resnet": "size"}
+"""What the default is not: heads and neurons compete over all layers, channels within their own."""
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {},
     {"kept_units": "sparse"},
     *({"shrink_to": rho} for rho in (0.1, 0.03, 0.001)),
     *({"shrink_by": tau} for tau in (0.5, 0.75)),
     *({"rounds": rounds} for rounds in (1, 2, 4, 8)),
-    *({"scope": scope} for scope in ("layer", "type", "global")),
+    *({"scope": scope} for scope in ("type", "global")),
     {"rewind": "init"},
     *({"cut_at": share} for share in (0.15, 0.3, 0.75)),
     {"block_loss_grad": True},
@@ -135,7 +135,7 @@ def grid() -> Iterator[Run]:
 
 def _cells() -> Iterator[Run]:
     for seed, task in product(OTHER_SEEDS, TASKS):
-        for arm, options in ARMS:
+        for arm, options in (*ARMS, ("rsst", {"scope": OTHER_SCOPE[task]})):
             yield Run("main", task, arm, options, seed=seed)
     for seed, task in product(OTHER_SEEDS, TASKS):
         for arm, options in MOST_ARMS:
