@@ -71,7 +71,7 @@ class DataImportance(ABC):
     relative: ClassVar[bool] = False
     """Whether the scores of a layer are divided by their sum where they compete with those of others."""
     across_layers: ClassVar[bool] = False
-    """Whether scores of different layers compare: then ``scope="auto"`` lets heads and neurons of all layers compete."""
+    """Whether scores of different layers compare. If so, ``scope="auto"`` lets heads and neurons of all layers compete."""
 
     @abstractmethod
     def entries(self, activation: Tensor, gradient: Tensor | None) -> Tensor | tuple[Tensor, ...]:
