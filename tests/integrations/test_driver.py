@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,33 @@ def test_inputs_are_keywords_of_a_mapping_or_the_first_of_a_sequence() -> None:
     assert inputs_of(x) is x
     assert inputs_of([x, 1]) is x
     assert torch.equal(run(mlp(), {"input": x}), run(mlp(), (x, None)))
+
+
+@pytest.mark.parametrize(
+    ("scope", "words"),
+    [
+        (
+            "layer",
+            r'4 of 6 heads will go \(67%\), where 50% .* scope="type" counts over all layers: 3 ',
+        ),
+        ("type", None),
+    ],
+)
+def test_a_share_that_whole_units_miss_is_told_before_the_training(
+    scope: str, words: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = torch.nn.ModuleList(torch.nn.MultiheadAttention(12, 3) for _ in range(2))
+    driver = RoundsDriver(
+        torch_rsst.RSST,
+        asked=Asked(steps_per_round=3, rounds=1),
+        units=Units(groups=torch_rsst.find_groups(model)),
+        outcome=Outcome(),
+        arguments={"scope": scope},
+    )
+    training = Training(steps_per_epoch=None, total_steps=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    driver.begin(model, [optimizer], training, lambda: None, steps=0)
+    told = [str(each.message) for each in recwarn if "will go" in str(each.message)]
+    assert len(told) == (words is not None)
+    if words is not None:
+        assert re.search(words, told[0])

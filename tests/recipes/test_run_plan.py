@@ -42,6 +42,8 @@ def test_a_dry_run_tells_what_the_run_comes_to(where, tmp_path, monkeypatch, cap
     out = " ".join(capsys.readouterr().out.split())
     assert sorted(tmp_path.rglob("*")) == before
     assert "Nothing has been trained or written." in out
+    normalized = "normalized by mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5), as timm"
+    assert (normalized in out) == (where == "folder")
 
     steps = []
     step = terminal.Terminal.step

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch_rsst.recipes.comparison import Result
 
-from torch_rsst.recipes.training_text import extras_text
+from torch_rsst.recipes.training_text import extras_text, images_text
 
 
 def is_main_process() -> bool:
@@ -61,7 +61,8 @@ class Terminal:
             f"{config.rounds} rounds on {experiment.trainer.accelerator.device}; "
             f"all files are written to {config.output}/"
         )
-        for line in [*extras_text(config, experiment.progress.plan), *notes(config)]:
+        images = images_text(config, experiment.trainer.form)
+        for line in [*images, *extras_text(config, experiment.progress.plan), *notes(config)]:
             self._console.print(line)
         self._chance = 100.0 / experiment.trainer.images.classes
         epochs = config.dense_epochs + config.rounds * config.epochs + config.finetune_epochs
@@ -171,7 +172,7 @@ def print_forecast(found: Any, config: Any) -> None:
         f"Steps: {dense:,} dense, {rounds:,} in {config.rounds} rounds, {finetune:,} of fine-tuning; "
         f"{config.batch_size * config.accumulation} images each."
     )
-    for sentence in extras_text(config, found.plan):
+    for sentence in [*images_text(config, found.form), *extras_text(config, found.plan)]:
         console.print(sentence)
     memory = found.memory
     console.print(

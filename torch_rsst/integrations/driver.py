@@ -21,6 +21,7 @@ from torch_rsst.integrations.batch import inputs_of, moved, run
 from torch_rsst.integrations.timetable import Asked, Timetable, Training
 from torch_rsst.masking.mask_sets import Masks, extract_mask
 from torch_rsst.penalty.hooks import as_optimizers
+from torch_rsst.regrouping.rounding import far_roundings
 from torch_rsst.rounds.engine import Rounds
 from torch_rsst.rounds.rsst import RSST
 from torch_rsst.saving.build_check import check_build
@@ -144,6 +145,8 @@ class RoundsDriver:
         )
         if saved is not None:
             self._resume(self.rounds, model, saved)
+        else:
+            _warn_of_rounding(self.rounds, model, self.groups)
         self.advance(steps)
 
     def advance(self, steps: int) -> None:
@@ -266,6 +269,15 @@ def _check_arguments(method: Callable[..., Rounds], arguments: Mapping[str, Any]
     for name in arguments:
         if name not in known:
             raise TypeError(unknown_choice("argument", name, known))
+
+
+def _warn_of_rounding(rounds: Rounds, model: nn.Module, groups: Groups) -> None:
+    """Warn where whole units make another share than was asked for; trainings are long."""
+    amount = rounds.regrouping.regroup_amount
+    if isinstance(amount, float):
+        for rounding in far_roundings(model, groups, amount, rounds.regrouping):
+            text = rounding.text(amount="regroup_amount", scope='scope="type"')
+            warnings.warn(text, RoundWarning, stacklevel=3)
 
 
 def _every_rank() -> dist.ProcessGroup | None:

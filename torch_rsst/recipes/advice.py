@@ -7,14 +7,12 @@ import warnings
 from torch import nn
 
 from torch_rsst.groups.groups import Groups
-from torch_rsst.masking.mask_sets import extract_mask
-from torch_rsst.masking.names import named_weights
 from torch_rsst.recipes.config import RunConfig
-from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, choose, score_layers
+from torch_rsst.regrouping.regrouping import RegroupPlan
+from torch_rsst.regrouping.rounding import far_roundings
 from torch_rsst.rounds.engine import Rounds
 from torch_rsst.utils.errors import RSSTWarning
 
-_NEAR_ASKED = 0.25  # of the share that was asked for
 _NEAR_CHANCE = 1.5  # times the accuracy of guessing
 
 
@@ -29,37 +27,10 @@ def warn_of_rounding(config: RunConfig, model: nn.Module, groups: Groups) -> Non
     if config.budget:  # which is met by the numbers of units as they are
         return
     fillback = config.fillback_rate if config.method == "refill" else 0.0
-    asked = config.regroup_amount * (1.0 - fillback)
-    over_all = _going(config, model, groups, "type", fillback)
-    for kind, (gone, units) in _going(
-        config, model, groups, config.scope_of(groups), fillback
-    ).items():
-        off, other = abs(gone / units - asked), over_all[kind][0]
-        if off <= _NEAR_ASKED * asked:
-            continue
-        remedy = "Pass another --regroup-amount."
-        if abs(other / units - asked) < off:
-            remedy = f"--scope type counts over all layers: {other} would go."
-        warnings.warn(
-            f"{gone} of {units} {kind} will go ({gone / units:.0%}), where {asked:.0%} was asked for: each "
-            f"layer has whole units, and keeps one. {remedy}",
-            RSSTWarning,
-            stacklevel=2,
-        )
-
-
-def _going(
-    config: RunConfig, model: nn.Module, groups: Groups, scope: Scope, fillback: float
-) -> dict[str, tuple[int, int]]:
-    """Kind → how many units go, and how many there are."""
-    rules = RegroupPlan("magnitude", scope, fillback, round_to=config.round_to)
-    scored = score_layers(named_weights(model), groups, extract_mask(model), rules)
-    kept = choose(groups, scored, config.regroup_amount, rules).kept
-    counts: dict[str, tuple[int, int]] = {}
-    for layer, stays in zip(groups.layers, kept, strict=True):
-        gone, units = counts.get(layer.kind, (0, 0))
-        counts[layer.kind] = gone + int((~stays).sum()), units + layer.units
-    return counts
+    plan = RegroupPlan("magnitude", config.scope_of(groups), fillback, round_to=config.round_to)
+    for rounding in far_roundings(model, groups, config.regroup_amount, plan):
+        text = rounding.text(amount="--regroup-amount", scope="--scope type")
+        warnings.warn(text, RSSTWarning, stacklevel=2)
 
 
 def warn_near_chance(accuracy: float, classes: int) -> None:
@@ -83,10 +54,19 @@ def warn_of_costly_cut(rounds: Rounds) -> None:
     """Warn, before the cut, where the penalty has left much of the weights that go."""
     left = rounds.report().penalized_norm_ratio
     if left > rounds.free_share:
-        lever = "Raise --strength" if rounds.penalty.shrink_to is None else "Lower --shrink-to"
+        lever = lever_text(shrinks_to=rounds.penalty.shrink_to is not None)
         warnings.warn(
             f"The penalty has left {left:.0%} of the norm of the weights that go: cutting them will "
-            f"change the accuracy. {lever}, or raise --epochs.",
+            f"change the accuracy. {lever}",
             RSSTWarning,
             stacklevel=2,
         )
+
+
+def lever_text(*, shrinks_to: bool) -> str:
+    """What makes the penalty leave less.
+
+    Args:
+        shrinks_to: whether the penalty was given its outcome, not a strength.
+    """
+    return f"{'Lower --shrink-to' if shrinks_to else 'Raise --strength'}, or raise --epochs."

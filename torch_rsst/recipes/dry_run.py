@@ -52,6 +52,7 @@ class Forecast:
         device: where it is trained.
         images: the numbers of images to train on and of held-out images.
         classes: the number of classes.
+        form: size, normalization and crop of the images, as a data configuration of timm.
         layers: each layer of units, with how many there are and how many would stay.
         before: parameters and multiply-adds of one image, of the dense model.
         after: the same of the compacted model.
@@ -64,6 +65,7 @@ class Forecast:
     device: str
     images: tuple[int, int]
     classes: int
+    form: dict[str, Any]
     layers: tuple[PlannedLayer, ...]
     before: Cost
     after: Cost
@@ -94,6 +96,7 @@ def forecast(config: RunConfig) -> Forecast:
         device=str(device),
         images=(len(images.train), len(images.held_out)),  # type: ignore[arg-type]
         classes=images.classes,
+        form=trainer.form,
         layers=_layers(model, small, groups),
         before=measure_cost(model, image),
         after=measure_cost(small, image),

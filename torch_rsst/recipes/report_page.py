@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from torch_rsst.penalty.penalty_arguments import Penalty
+from torch_rsst.recipes.advice import lever_text
 from torch_rsst.recipes.config import RunConfig
 from torch_rsst.recipes.run_folder import RunFolder
 from torch_rsst.recipes.training_text import extras_text
@@ -49,6 +51,7 @@ def write_page(
         config=config,
         extras=extras_text(config, results.get("plan")),
         soft=config.method == "rsst",
+        lever=lever_text(shrinks_to=Penalty(**config.penalty).shrink_to is not None),
         last_round=[record for record in records if record["event"] == "round"][-1],
         pictures=[(_data(path), caption) for path, caption in paths if path.is_file()],
         receipt=receipt,

@@ -84,7 +84,7 @@ class Trainer:
         check_batch_size(config, images, processes)
         seed_everything(config.seed)
         chosen = choose_model(config, images)
-        self.name, self.build = chosen.name, chosen.build
+        self.name, self.build, self.form = chosen.name, chosen.build, chosen.form
         self.images = images.prepared(config, chosen.form)
         self.example = torch.zeros(2, *chosen.form["input_size"])
         # The optimizer is made once, before pruning: parameters keep their identity.

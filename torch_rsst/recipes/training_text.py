@@ -31,6 +31,23 @@ def stages_text(config: RunConfig) -> str:
     )
 
 
+def images_text(config: RunConfig, form: Mapping[str, Any]) -> list[str]:
+    """How the images of a run become tensors, where that is taken from the model.
+
+    Args:
+        config: of the run.
+        form: size, normalization and crop, as a data configuration of timm.
+    """
+    if config.source == "digits":
+        return []
+    mean, std = (", ".join(f"{x:.4g}" for x in form[name]) for name in ("mean", "std"))
+    size = " x ".join(map(str, form["input_size"]))
+    return [
+        f"Images: {size}, {form['interpolation']}, normalized by mean ({mean}) and std ({std}), as timm "
+        "configures this model."
+    ]
+
+
 def extras_text(config: RunConfig, plan: Mapping[str, Any] | None = None) -> list[str]:
     """What a run does beyond that, a sentence each.
 
