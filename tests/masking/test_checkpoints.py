@@ -196,6 +196,16 @@ def test_refresh_renews_the_list_that_recurrent_layers_keep() -> None:
     assert same(recurrent._flat_weights[1], recurrent.weight_hh_l0_orig)
 
 
+def test_refresh_refuses_an_averaged_mask_by_its_name_and_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    stock.l1_unstructured(model[0], "weight", 0.5)
+    model[0].weight_mask.fill_(0.5)
+    product = model[0].weight
+    with pytest.raises(ValueError, match=r"^mask of .*weight.*: expected zeros and ones"):
+        torch_rsst.refresh(model)
+    assert model[0].weight is product
+
+
 def test_refresh_of_a_dense_model_does_nothing(fingerprint: Fingerprint) -> None:
     model = mlp()
     before = fingerprint(model)

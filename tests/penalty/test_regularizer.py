@@ -521,7 +521,8 @@ def test_a_scale_that_a_callable_returns_is_checked_too(scale: object) -> None:
     model = linear()
     pruner = pruner_of(model, mode="coupled", grad_scale=lambda: scale)
     with pytest.raises(
-        (TypeError, ValueError), match="what grad_scale returned: expected a number > 0"
+        (TypeError, ValueError),
+        match=r"what grad_scale returned: expected a number > 0, got .*\. Pass scaler\.get_scale, for example\.$",
     ):
         model(torch.ones(1, 4)).sum().backward()
     pruner.detach()
@@ -878,6 +879,33 @@ def test_errors_of_a_state_say_it_all():
             f"state of RegularizedPruner: expected a complete state, got none for '{key}'. "
             f"Pass what state_dict() has returned."
         )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"steps": "7"},
+        {"optimizer_steps": [0, "7"]},
+        {"start_norm": "7"},
+        {"pending": {"weight": "7"}},
+        {"fell_below": "7"},
+    ],
+)
+def test_a_state_of_other_things_than_numbers_is_refused_before_it_is_loaded(damage):
+    pruner = pruner_of(linear())
+    state = pruner.state_dict()
+    assert said_by(ValueError, lambda: pruner.load_state_dict({**state, **damage})) == (
+        "state of RegularizedPruner: expected numbers, got '7'. The file is damaged: load another one."
+    )
+    assert pruner.state_dict() == state
+
+
+def test_a_state_of_an_earlier_version_lacks_what_was_pending():
+    pruner = pruner_of(linear())
+    state = pruner.state_dict()
+    old = {key: value for key, value in state.items() if key not in ("fell_below", "pending")}
+    pruner.load_state_dict({**old, "start_norm": 2.0})
+    assert pruner.state_dict() == {**state, "start_norm": 2.0}
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(0, "0.125"), (1, "0.125"), (2, "0.25")])

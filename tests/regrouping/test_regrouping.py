@@ -573,3 +573,19 @@ def test_layers_whose_units_have_as_many_weights_compete_under_size() -> None:
         ("all of 2 weights", 8),
         ("all of 3 weights", 4),
     ]
+
+
+def test_the_rules_of_a_plan_name_score_scope_and_competitors():
+    shapes = [(4, 8), (8, 4), (4, 8), (8, 4), (4, 6), (6, 2)]  # hidden layers of 8, 8 and 6 neurons
+    layers = [nn.Linear(*shape) for shape in shapes]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.GELU())))
+    groups = Groups([each for each in find_groups(model).layers if each.name in ("0", "4", "8")])
+    weights = named_weights(model)
+    for scope, competitors in {
+        "layer": ((0,), (1,), (2,)),
+        "size": ((0, 1), (0, 1), (2,)),
+        "type": ((0, 1, 2),) * 3,
+    }.items():
+        rules = RegroupPlan("activation_l2", scope).rules(groups, weights)
+        assert (rules.importance, rules.scope) == ("activation_l2", scope)
+        assert rules.competitors == competitors
