@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tiny_models import gradient_step, linear, mlp, same, tokens, weights_of, zero_gradient_step
 from torch import Tensor, nn
 
+import torch_rsst
 from torch_rsst import (
     InertPenaltyWarning,
     RegularizedPruner,
@@ -864,6 +865,36 @@ def test_errors_of_attaching_say_it_all():
         "add_penalty: mode: expected 'coupled', got 'decoupled', which shrinks weights and leaves "
         "gradients alone. Call pruner.step() after the update instead, or pass mode='coupled'."
     )
+
+
+def test_another_optimizer_takes_over_before_the_first_step_and_not_after_it():
+    layer = linear()
+    first = torch.optim.SGD(layer.parameters(), lr=0.1)
+    pruner = pruner_of(layer, optimizer=first, mode="decoupled")
+    second = torch.optim.SGD(layer.parameters(), lr=0.1)
+    pruner.attach(second, replace=True)
+    before = layer.weight.detach().clone()
+    zero_gradient_step(layer, first)  # no longer counted, and shrinks nothing
+    assert pruner.steps == 0
+    assert torch.equal(layer.weight, before)
+    for _ in range(2):
+        zero_gradient_step(layer, second)
+    assert pruner.steps == 2
+    assert layer.weight[GOES].norm() < before[GOES].norm()
+    assert said_by(RuntimeError, lambda: pruner.attach(first, replace=True)) == (
+        "attach: expected the optimizer before the first step, got another one after 2 steps with the first. "
+        "Attach it when the round opens; several go into one list."
+    )
+    zero_gradient_step(layer, second)
+    assert pruner.steps == 3
+
+
+def test_masks_that_are_out_of_place_are_told_by_the_name_of_the_call():
+    layer = linear()
+    torch_rsst.apply_mask(layer, {"weight": ~GOES})
+    with torch_rsst.dense_weights(layer):
+        text = said_by(RuntimeError, lambda: pruner_of(layer))
+    assert text.startswith("RegularizedPruner: expected a model whose masks are in place, got")
 
 
 def test_errors_of_a_state_say_it_all():
