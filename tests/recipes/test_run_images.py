@@ -169,7 +169,7 @@ def test_gray_images_of_torchvision_are_colored(tmp_path, monkeypatch, capsys):
     assert exit_code("run", *run, *TINY, *QUICK, "--method", "refill") == 0, capsys.readouterr().err
 
 
-def test_download_is_asked_for_and_only_then(tmp_path, monkeypatch):
+def test_download_is_asked_for_and_only_then(tmp_path, monkeypatch, capsys):
     import torchvision
 
     from torch_rsst.recipes.images import open_images
@@ -191,6 +191,22 @@ def test_download_is_asked_for_and_only_then(tmp_path, monkeypatch):
     images = open_images(config(download=True, **options), processes=1)
     assert asked == [str(tmp_path)] * 2
     assert (len(images.train), len(images.held_out), images.classes) == (100, 20, 10)
+    run = ["--dataset", "torchvision/CIFAR10", "--data-dir", tmp_path, *TINY, "--device", "cpu"]
+    for more, written in {
+        "": "written.",
+        "--download": "written, but for downloaded images.",
+    }.items():
+        args = [
+            *run,
+            "--output",
+            tmp_path / "run",
+            "--dry-run",
+            "--batch-size",
+            20,
+            *filter(None, [more]),
+        ]
+        assert exit_code("run", *args) == 0, capsys.readouterr().err
+        assert f"Nothing has been trained or {written}" in " ".join(capsys.readouterr().out.split())
 
 
 # Augmentation

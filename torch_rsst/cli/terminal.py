@@ -154,9 +154,10 @@ def print_forecast(found: Any, config: Any) -> None:
 
     console = Console(highlight=False)
     images, held_out = found.images
+    but = ", but for downloaded images" if config.download else ""
     console.print(
         f"{found.name} on {found.device}: {images:,} images to train on, {held_out:,} held out, "
-        f"{found.classes} classes. Nothing has been trained or written."
+        f"{found.classes} classes. Nothing has been trained or written{but}."
     )
     table = Table("layer", "kind", "units", "stay", title="units, by the weights as they are now")
     for layer in found.layers:
