@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,145 +14,102 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 _CHUNK = 2**23  # features at a time, 64 MiB in float64
 
 
-class LinearForm(ABC):
-    """A layer as one linear map for each of its groups of channels; one group unless it is a convolution."""
-
-    @abstractmethod
-    def features(self, inputs: Tensor) -> Tensor:
-        """What each output is a linear function of: shape (groups, positions, features)."""
-
-    @abstractmethod
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The weight, or a mask of it, as a matrix: shape (groups, outputs, features)."""
-
-    @abstractmethod
-    def weight(self, matrix: Tensor) -> Tensor:
-        """A matrix in the shape of the weight: undoes :meth:`matrix`."""
-
-    @abstractmethod
-    def flat(self, outputs: Tensor) -> Tensor:
-        """The layer's outputs, laid out as features are: shape (groups, positions, outputs)."""
-
-    @abstractmethod
-    def chunks(self, inputs: Tensor) -> Iterator[Tensor]:
-        """An input in parts whose features need little memory."""
-
-
 @dataclass(frozen=True)
-class LinearLayer(LinearForm):
-    """``torch.nn.Linear``, and layers that store its weight transposed, as ``Conv1D`` of transformers does.
+class LinearForm:
+    """A layer as one linear map for each of its groups of channels; one group unless it is a convolution.
+
+    A linear layer is a convolution of 0 dimensions. A transposed convolution is one over its input with
+    zeros between the entries, with its kernel flipped.
 
     Attributes:
-        transposed: whether the weight is stored with inputs first.
+        convolution: the layer, where it is a convolution.
+        inputs_first: whether the weight is stored with inputs first, as transposed convolutions and
+            ``Conv1D`` of transformers do.
     """
 
-    transposed: bool = False
-
-    def features(self, inputs: Tensor) -> Tensor:
-        """See :class:`LinearForm`."""
-        return inputs.flatten(0, -2)[None] if inputs.ndim > 1 else inputs[None, None]
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """See :class:`LinearForm`."""
-        return (weight.T if self.transposed else weight)[None]
-
-    def weight(self, matrix: Tensor) -> Tensor:
-        """See :class:`LinearForm`."""
-        return matrix[0].T if self.transposed else matrix[0]
-
-    def flat(self, outputs: Tensor) -> Tensor:
-        """See :class:`LinearForm`."""
-        return self.features(outputs)
-
-    def chunks(self, inputs: Tensor) -> Iterator[Tensor]:
-        """See :class:`LinearForm`."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        yield from torch.split(rows, max(1, _CHUNK // max(1, rows.shape[1])))
-
-
-@dataclass(frozen=True)
-class Convolution(LinearForm):
-    """A convolution of any number of dimensions; features are the entries of its windows.
-
-    A transposed convolution is one too: over its input with zeros between the entries, with its kernel
-    flipped.
-
-    Attributes:
-        module: the layer.
-    """
-
-    module: _ConvNd
+    convolution: _ConvNd | None
+    inputs_first: bool
 
     @property
-    def _transposed(self) -> bool:
-        return isinstance(self.module, _ConvTransposeNd)
+    def _kernel(self) -> tuple[int, ...]:
+        return () if self.convolution is None else self.convolution.kernel_size
 
-    def features(self, inputs: Tensor) -> Tensor:
-        """See :class:`LinearForm`."""
-        layer, ndim = self.module, len(self.module.kernel_size)
-        windows = self._batched(inputs)
-        windows = self._spread(windows) if self._transposed else self._padded(windows)
-        for d in range(ndim):
-            reach = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
-            stride = 1 if self._transposed else layer.stride[d]
-            windows = windows.unfold(2 + d, reach, stride)[..., :: layer.dilation[d]]
-        # (N, C, *positions, *kernel) → (groups, N · positions, C/groups · kernel)
-        windows = torch.unflatten(windows, 1, (layer.groups, -1))
-        positions, kernel = range(3, 3 + ndim), range(3 + ndim, 3 + 2 * ndim)
-        windows = windows.permute(1, 0, *positions, 2, *kernel)
-        return windows.flatten(2 + ndim).flatten(1, 1 + ndim)
+    def _by_group(self, tensor: Tensor, dim: int) -> Tensor:
+        groups = 1 if self.convolution is None else self.convolution.groups
+        return torch.unflatten(tensor, dim, (groups, -1))
 
     def _batched(self, inputs: Tensor) -> Tensor:
-        return inputs if inputs.ndim == 2 + len(self.module.kernel_size) else inputs[None]
+        """With exactly one dimension before the channels."""
+        behind = 1 + len(self._kernel)
+        return inputs[None] if inputs.ndim == behind else inputs.flatten(0, -1 - behind)
 
-    def _padded(self, inputs: Tensor) -> Tensor:
-        layer = self.module
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        return F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-
-    def _spread(self, inputs: Tensor) -> Tensor:
-        """With zeros between the entries and around them."""
-        layer = self.module
-        padding: list[int] = []
-        for d, size in enumerate(inputs.shape[2:]):
-            stride, dim = layer.stride[d], 2 + d
-            wide = inputs.new_zeros([*inputs.shape[:dim], size, stride, *inputs.shape[dim + 1 :]])
-            wide.select(dim + 1, 0).copy_(inputs)
-            inputs = wide.flatten(dim, dim + 1).narrow(dim, 0, (size - 1) * stride + 1)
-            assert not isinstance(layer.padding, str), "transposed convolutions take numbers"
-            around = layer.dilation[d] * (layer.kernel_size[d] - 1) - layer.padding[d]
-            padding[:0] = [around, around + layer.output_padding[d]]
-        return F.pad(inputs, padding)
+    def features(self, inputs: Tensor) -> Tensor:
+        """What each output is a linear function of: shape (groups, positions, features)."""
+        windows, ndim = self._batched(inputs), len(self._kernel)
+        if self.convolution is not None:
+            windows = _windows(self.convolution, windows)
+        # (N, C, *positions, *kernel) → (groups, N · positions, C/groups · kernel)
+        positions, kernel = range(3, 3 + ndim), range(3 + ndim, 3 + 2 * ndim)
+        windows = self._by_group(windows, 1).permute(1, 0, *positions, 2, *kernel)
+        return windows.flatten(2 + ndim).flatten(1, 1 + ndim)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """See :class:`LinearForm`."""
-        by_group = torch.unflatten(weight, 0, (self.module.groups, -1))
-        if self._transposed:
-            by_group = by_group.transpose(1, 2).flip(*range(3, by_group.ndim))
+        """The weight, or a mask of it, as a matrix: shape (groups, outputs, features)."""
+        by_group = self._by_group(weight, 0)
+        if self.inputs_first:
+            by_group = by_group.transpose(1, 2).flip([*range(3, by_group.ndim)])
         return by_group.flatten(2)
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """See :class:`LinearForm`."""
-        layer = self.module
-        kernel = (layer.in_channels // layer.groups, *layer.kernel_size)
-        by_group = torch.unflatten(matrix, 2, kernel)
-        if self._transposed:
-            by_group = by_group.flip(*range(3, by_group.ndim)).transpose(1, 2)
+        """A matrix in the shape of the weight: undoes :meth:`matrix`."""
+        by_group = torch.unflatten(matrix, 2, (-1, *self._kernel))
+        if self.inputs_first:
+            by_group = by_group.flip([*range(3, by_group.ndim)]).transpose(1, 2)
         return by_group.flatten(0, 1)
 
     def flat(self, outputs: Tensor) -> Tensor:
-        """See :class:`LinearForm`."""
-        by_group = torch.unflatten(self._batched(outputs), 1, (self.module.groups, -1))
+        """The layer's outputs, laid out as features are: shape (groups, positions, outputs)."""
+        by_group = self._by_group(self._batched(outputs), 1)
         return by_group.permute(1, 0, *range(3, by_group.ndim), 2).flatten(1, -2)
 
     def chunks(self, inputs: Tensor) -> Iterator[Tensor]:
-        """See :class:`LinearForm`."""
+        """An input in parts whose features need little memory."""
         inputs = self._batched(inputs)
-        grown = math.prod(self.module.kernel_size)
-        if self._transposed:
-            grown *= math.prod(self.module.stride)
+        grown = math.prod(self._kernel)
+        if isinstance(self.convolution, _ConvTransposeNd):
+            grown *= math.prod(self.convolution.stride)
         sample = max(1, grown * inputs[0].numel()) if len(inputs) else 1
         yield from torch.split(inputs, max(1, _CHUNK // sample))
+
+
+def _windows(layer: _ConvNd, inputs: Tensor) -> Tensor:
+    """What the kernel meets: shape (N, C, *positions, *kernel)."""
+    transposed = isinstance(layer, _ConvTransposeNd)
+    windows = _spread(layer, inputs) if transposed else _padded(layer, inputs)
+    for d, size in enumerate(layer.kernel_size):
+        reach = layer.dilation[d] * (size - 1) + 1
+        stride = 1 if transposed else layer.stride[d]
+        windows = windows.unfold(2 + d, reach, stride)[..., :: layer.dilation[d]]
+    return windows
+
+
+def _padded(layer: _ConvNd, inputs: Tensor) -> Tensor:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def _spread(layer: _ConvNd, inputs: Tensor) -> Tensor:
+    """With zeros between the entries and around them."""
+    padding: list[int] = []
+    for d, size in enumerate(inputs.shape[2:]):
+        stride, dim = layer.stride[d], 2 + d
+        wide = inputs.new_zeros([*inputs.shape[:dim], size, stride, *inputs.shape[dim + 1 :]])
+        wide.select(dim + 1, 0).copy_(inputs)
+        inputs = wide.flatten(dim, dim + 1).narrow(dim, 0, (size - 1) * stride + 1)
+        assert not isinstance(layer.padding, str), "transposed convolutions take numbers"
+        around = layer.dilation[d] * (layer.kernel_size[d] - 1) - layer.padding[d]
+        padding[:0] = [around, around + layer.output_padding[d]]
+    return F.pad(inputs, padding)
 
 
 def linear_form(module: nn.Module, dim: int) -> LinearForm | None:
@@ -164,12 +120,12 @@ def linear_form(module: nn.Module, dim: int) -> LinearForm | None:
         dim: the dimension of its weight that meets the input.
     """
     if isinstance(module, _ConvNd):
-        return Convolution(module)
+        return LinearForm(module, isinstance(module, _ConvTransposeNd))
     if isinstance(module, nn.Linear):
-        return LinearLayer()
+        return LinearForm(None, False)
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2:
-        return LinearLayer(transposed=dim == 0)
+        return LinearForm(None, dim == 0)
     return None
 
 
@@ -180,4 +136,4 @@ def outputs_of(form: LinearForm, features: Tensor, weight: Tensor, bias: Tensor 
     return made if bias is None else made + bias.view(matrix.shape[0], 1, -1)
 
 
-__all__ = ["Convolution", "LinearForm", "LinearLayer", "linear_form", "outputs_of"]
+__all__ = ["LinearForm", "linear_form", "outputs_of"]
