@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -157,12 +157,14 @@ def reconstruct_towards(
     affected = agreed(replicas, lambda: _affected(model, groups, masks), lambda _: masks.items())
     values: list[tuple[Tensor, Tensor]] = []
     if affected.layers:
-        cut = deep_copy(model)
+        copies: dict[int, Any] = {}
+        cut = deep_copy(model, copies)
+        own = {id(copies.get(id(t), t)): t for t in (*model.parameters(), *model.buffers())}
         apply_mask(cut, masks)
         with torch.inference_mode(False), torch.no_grad():
             refit = Refit(reference, cut, affected, data, replicas)
             changed = refit.run(means_only=how.method == "mean", damping=how.damping)
-            values = _in_model(model, cut, changed)
+            values = [(own[id(tensor)], tensor.detach()) for tensor in changed]
     refs = [ref for places in named_refs(model).values() for ref in places]
     with AllOrNothing(refs) as undo, torch.no_grad():
         apply_mask(model, masks)
@@ -184,15 +186,3 @@ def _affected(model: nn.Module, groups: Groups, masks: Masks) -> Groups:
         return False
 
     return Groups(tuple(layer for layer in groups.layers if loses(layer)))
-
-
-def _in_model(
-    model: nn.Module, cut: nn.Module, changed: Iterable[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of a model whose copies have changed, each with its new value."""
-    own, buffers, copied = named_refs(model), dict(model.named_buffers()), named_refs(cut)
-    of_copy: dict[int, Tensor] = {
-        id(copied[name][0].original): own[name][0].original for name in own
-    }
-    of_copy |= {id(b): buffers[name] for name, b in cut.named_buffers() if name in buffers}
-    return [(of_copy[id(tensor)], tensor.detach()) for tensor in changed]
