@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch.distributed as dist
 from torch import nn
@@ -59,6 +59,7 @@ from torch_rsst.utils.errors import refuse
 
 __all__ = ["Chosen", "Round", "Rounds"]
 
+_Refit: TypeAlias = Callable[[nn.Module, Masks, nn.Module], None]
 _FREE = 0.05  # of its norm: what may be left of P where it is cut without force=True
 
 
@@ -218,21 +219,19 @@ class Rounds(ABC):
             remedy = "Train at least one: for rnd in rsst: …"
             refuse(RuntimeError, "finalize", "a round", "none yet", remedy)
         self._check_masks_in_place()
-        how = self._reconstruction_of(
-            self.course.reconstruct if reconstruct is None else reconstruct
-        )
         data = self.data if batches is None else replace(self.data, batches=batches)
-        if how is not None:
+        refit = self._refit(self.course.reconstruct if reconstruct is None else reconstruct, data)
+        if refit is not None:
             check_reconstruction(self._model, data)
         elif batches is not None:
             remedy = "Leave them out, or pass reconstruct='least_squares'."
             refuse(ValueError, "batches", "none where nothing is reconstructed", "some", remedy)
-        if not (force or how or self._finalized):
+        if not (force or refit or self._finalized):
             check_cut_is_free(self._last, self.free_share)
         before = dict(vars(self))
         self._close()
         try:
-            self._apply(self._final_mask(self._last.chosen), how, data)
+            self._apply(self._final_mask(self._last.chosen), refit)
         except BaseException:
             self._take_back(before)
             raise
@@ -243,9 +242,14 @@ class Rounds(ABC):
         """What P may have left of its norm where it is cut, max(0.05, 2 · ``shrink_to``)."""
         return max(_FREE, 2.0 * (self.penalty.shrink_to or 0.0))
 
-    @staticmethod
-    def _reconstruction_of(method: Method | None) -> Reconstruction | None:
-        return None if method is None else Reconstruction(method)
+    def _refit(self, method: Method | None, data: DataSource) -> _Refit | None:
+        """What masks a module and refits the consumers of what goes, towards another; None without a method."""
+        if method is None:
+            return None
+        how, replicas = Reconstruction(method), self._replicas
+        return lambda module, masks, towards: reconstruct_towards(
+            module, self._groups, masks, how, data, reference=towards, replicas=replicas
+        )
 
     def _final_mask(self, chosen: Chosen) -> Masks:
         return intersection(self._trained_with(chosen), chosen.refill_mask)
@@ -322,9 +326,9 @@ class Rounds(ABC):
         """Mask, refit and rewind what a round begins with."""
         pruner, trained = opened.pruner, opened._trained
         refits = new and self._refits_on_opening
-        how = self._reconstruction_of(self.course.reconstruct)
-        self._apply(trained, how if refits else None, self.data)
-        if new and how is not None and not refits:
+        refit = self._refit(self.course.reconstruct, self.data)
+        self._apply(trained, refit if refits else None)
+        if new and refit is not None and not refits:
             self._reference = Reference.of(self._model)
         pruner.follow(self._followers.modules)
         if new and self._snapshot.weights:
@@ -448,46 +452,29 @@ class Rounds(ABC):
         if finalized:
             self._apply(self._final_mask(saved.chosen))
 
-    def _apply(
-        self, masks: Masks, how: Reconstruction | None = None, data: DataSource | None = None
-    ) -> None:
+    def _apply(self, masks: Masks, refit: _Refit | None = None) -> None:
         """Apply masks, freeze what they mask, let returning weights start without a memory.
 
-        With ``how`` and ``data``, consumers of what goes are refitted: towards the reference, or the model
-        as it is.
+        With ``refit``, consumers of what goes are refitted: towards the reference, or the model as it is.
         """
         before = extract_mask(self._model) if self.course.reset_moments else {}
-        self._mask_all(masks, how, data)
+        self._mask_all(masks, refit)
         reset_returned(self._optimizers, self._model, before)
         if self.course.freeze_masked:
             freeze_latents(masked_refs(self._model.modules()))
 
-    def _mask_all(
-        self, masks: Masks, how: Reconstruction | None = None, data: DataSource | None = None
-    ) -> None:
+    def _mask_all(self, masks: Masks, refit: _Refit | None = None) -> None:
         """The followers first, which are put back where the model's turn fails."""
         with AllOrNothing(self._followers.refs()) as undo:
-            for module in self._followers.modules:
-                if how is not None:
+            for module in (*self._followers.modules, self._model):
+                if refit is None:
+                    apply_mask(module, masks)
+                elif module is self._model:
+                    kept = self._reference
+                    refit(module, masks, module if kept is None else kept.applied_to(module))
+                else:
                     undo.append(partial(Snapshot.of(module, "init").restore, module))
-                self._mask(module, masks, how, data, module)
-            kept = self._reference
-            towards = self._model if how is None or kept is None else kept.applied_to(self._model)
-            self._mask(self._model, masks, how, data, towards)
-
-    def _mask(
-        self,
-        module: nn.Module,
-        masks: Masks,
-        how: Reconstruction | None,
-        data: DataSource | None,
-        towards: nn.Module,
-    ) -> None:
-        if how is None or data is None:
-            apply_mask(module, masks)
-            return
-        parts = (module, self._groups, masks, how, data)
-        reconstruct_towards(*parts, reference=towards, replicas=self._replicas)
+                    refit(module, masks, module)
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for a state to fit: plain values, callables by their name."""
