@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -33,6 +32,7 @@ from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, choose, score_layers
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import message, refuse, unknown_choice
+from torch_rsst.utils.module_state import deep_copy
 
 BUDGETS = {"macs": "multiply-adds", "params": "parameters", "latency": "latency"}
 """Name of a budget → what it limits."""
@@ -40,7 +40,6 @@ _ALSO_CALLED = {"macs": ("flops", "gflops", "mult_adds"), "latency": ("time", "s
 _STEPS = {"macs": 10_000, "params": 10_000, "latency": 100}  # how finely amounts are searched
 _MIN_REPEATS = 3
 
-T = TypeVar("T")
 Counts = tuple[int, int | None]
 """Parameters, and multiply-adds where there is an example to run on."""
 
@@ -214,7 +213,7 @@ def plan(
         raise ValueError(_out_of_reach(what, limit, share(steps), min_keep))
     amount = bisect_left(range(steps), True, key=lambda step: share(step) <= limit) / steps
     removals = trials.removals(amount)
-    (parameters, adds), (parameters_left, adds_left) = map(trials.count, ([], removals))
+    (parameters, adds), (parameters_left, adds_left) = trials.whole, trials.count(removals)
     return Plan(
         budget=(what, limit),
         amount=amount,
@@ -304,45 +303,37 @@ class _Trials:
             before, after = map(statistics.median, runs)
             return before, after
         if what == "params":
-            return self._parameters, self._on_copy(removals, count_parameters)
-        return self._whole[1] or 0, self.count(removals)[1] or 0
+            return count_parameters(self._model), self.count(removals, run=False)[0]
+        return self.whole[1] or 0, self.count(removals)[1] or 0
 
-    def count(self, removals: Sequence[Removal]) -> Counts:
-        """Parameters, and multiply-adds where there is an example, without these units."""
-        return self._on_copy(removals, self._count)
-
-    def _count(self, model: nn.Module) -> Counts:
-        if self._inputs is None:
-            return count_parameters(model), None
-        cost = measure_cost(model, self._inputs)
-        return cost.parameters, cost.multiply_adds
-
-    def _on_copy(self, removals: Sequence[Removal], count: Callable[[nn.Module], T]) -> T:
+    def count(self, removals: Sequence[Removal], *, run: bool = True) -> Counts:
+        """Parameters, and multiply-adds where there is an example to ``run`` on, without these units."""
         try:
-            return count(_cut(self._sources[0], removals))
+            small = _cut(self._sources[0], removals)
+            if not run or self._inputs is None:
+                return count_parameters(small), None
+            cost = measure_cost(small, self._inputs)
+            return cost.parameters, cost.multiply_adds
         except Exception:
             if len(self._sources) == 1:
                 raise
             del self._sources[0]
-            return self._on_copy(removals, count)
+            return self.count(removals, run=run)
 
     @cached_property
-    def _parameters(self) -> int:
-        return count_parameters(self._model)
-
-    @cached_property
-    def _whole(self) -> Counts:
+    def whole(self) -> Counts:
+        """As :meth:`count`, of the whole model."""
         return self.count([])
 
     @cached_property
     def _dense(self) -> nn.Module:
-        dense = copy.deepcopy(self._model)
+        dense = deep_copy(self._model)
         restore(masked_refs(dense.modules()))  # a dense model applies no masks
         return dense
 
 
 def _cut(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
-    small, _ = remove(copy.deepcopy(model), removals)
+    small, _ = remove(deep_copy(model), removals)
     return small
 
 
