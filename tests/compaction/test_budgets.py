@@ -132,12 +132,13 @@ def test_the_whole_budget_needs_no_cut() -> None:
     assert plan.parameters[0] == plan.parameters[1]
 
 
+def steady(models: list[nn.Module], inputs: Tensor, *, repeats: int) -> list[list[float]]:
+    time_in_turns(models, inputs, repeats=repeats)
+    return [[1.0], [0.5]]  # what so small a model takes is chance
+
+
 @pytest.mark.parametrize("what", ["macs", "params", "latency"])
 def test_nothing_is_changed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def steady(models: list[nn.Module], inputs: Tensor, *, repeats: int) -> list[list[float]]:
-        time_in_turns(models, inputs, repeats=repeats)
-        return [[1.0], [0.5]]  # what so small a model takes is chance
-
     monkeypatch.setattr("torch_rsst.compaction.budgets.time_in_turns", steady)
     model = perceptrons().train()
     torch_rsst.apply_mask(model, torch_rsst.regroup(model, GROUPS, amount=0.25))
@@ -149,6 +150,21 @@ def test_nothing_is_changed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert all(module.training for module in model.modules())
     assert same(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("what", ["macs", "params", "latency"])
+def test_models_that_hold_tensors_of_a_graph(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_rsst.compaction.budgets.time_in_turns", steady)
+    model = mlp()
+    model.seen = [model[0](torch.randn(2, 4))]
+    plan = torch_rsst.plan(
+        model,
+        torch_rsst.find_groups(model),
+        budget={what: 1.0},
+        example_inputs=torch.randn(2, 4),
+        repeats=3,
+    )
+    assert plan.parameters[0] == sum(p.numel() for p in model.parameters())
 
 
 def test_units_that_are_masked_go_first() -> None:

@@ -185,6 +185,13 @@ def test_a_loaded_model_is_the_saved_one(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "compact.json").read_text())["receipt"] == receipt
 
 
+def test_a_model_that_holds_tensors_of_a_graph_is_measured(tmp_path: Path) -> None:
+    masked, small, _ = compacted()
+    masked.seen = [masked.head.weight * 2]
+    receipt = torch_rsst.save_compact(small, tmp_path, masked=masked, example_inputs=example())
+    assert receipt["parameters"] == {"before": 216, "after": 128}
+
+
 def test_the_receipt_hashes_the_masks(tmp_path: Path) -> None:
     masked, small, _ = compacted()
     receipt = torch_rsst.save_compact(small, tmp_path, masked=masked)

@@ -93,6 +93,12 @@ def test_a_file_that_puts_out_something_else_is_refused(make: Any) -> None:
         make(Counting().eval(), torch.randn(2, 4))
 
 
+def test_a_model_that_holds_tensors_of_a_graph_is_exported() -> None:
+    model = masked()
+    model.seen = [model[0](torch.randn(2, 4))]
+    assert export_program(model, torch.randn(2, 4)).max_error < 1e-5
+
+
 def test_what_onnx_cannot_express_is_told(tmp_path: Path) -> None:
     onnx_runtime()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from torch_rsst.discovery.probe import run_example, run_on
 from torch_rsst.masking.names import unwrap
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import refuse
-from torch_rsst.utils.module_state import undisturbed
+from torch_rsst.utils.module_state import deep_copy, undisturbed
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def shapes_of(model: nn.Module) -> nn.Module:
         for tensor in held:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _shape_of(tensor)
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def shapes_only(inputs: Any) -> Any:

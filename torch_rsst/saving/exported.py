@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import io
 import warnings
@@ -20,6 +19,7 @@ from torch_rsst.discovery.probe import output_error
 from torch_rsst.masking.names import unwrap
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.utils.errors import message, one_line, refuse
+from torch_rsst.utils.module_state import deep_copy
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def check_onnx() -> None:
 
 def _plain(model: nn.Module) -> nn.Module:
     """A copy in eval mode, without masks, that returns no cache."""
-    model = remove_all(copy.deepcopy(unwrap(model)), freeze_zeros=False)
+    model = remove_all(deep_copy(unwrap(model)), freeze_zeros=False)
     model.eval()
     for module in model.modules():
         config: Any = getattr(module, "config", None)

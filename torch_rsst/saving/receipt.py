@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import statistics
@@ -19,6 +18,7 @@ from torch_rsst.masking.mask_sets import extract_mask
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.module_state import deep_copy
 
 Receipt = dict[str, Any]
 """What :func:`measure` returns: plain values, as they stand in ``compact.json``."""
@@ -54,7 +54,7 @@ def measure(small: nn.Module, masked: nn.Module | None, example_inputs: Any) -> 
     if masked is not None:
         numbers["parameters"]["before"] = count_parameters(masked)
     if masked is not None and example_inputs is not None:
-        models["before"] = remove_all(copy.deepcopy(masked), freeze_zeros=False)
+        models["before"] = remove_all(deep_copy(masked), freeze_zeros=False)
         differ, most = output_error(masked, small, example_inputs)
         if math.isinf(differ) and math.isnan(most):
             remedy = "Pass the one that compact() was called with."
