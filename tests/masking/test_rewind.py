@@ -10,6 +10,7 @@ from tiny_models import linear, mlp, same
 from torch import Tensor, nn
 
 from torch_rsst import apply_mask
+from torch_rsst.masking.names import named_buffers
 from torch_rsst.masking.rewind import Snapshot
 
 
@@ -145,6 +146,20 @@ def test_what_does_not_fit_is_named_before_anything_is_changed(rewind, error, te
     with pytest.raises(error, match=text):
         Snapshot.of(model, rewind)
     assert same(model.fc.weight, linear().weight)
+
+
+def test_a_buffer_of_two_modules_is_kept_once_and_stays_shared() -> None:
+    model = nn.ModuleList([nn.Module(), nn.Module()])
+    shared = torch.zeros(2)
+    for part in model:
+        part.register_buffer("table", shared)
+    snapshot = Snapshot.of(model, "init")
+    assert list(snapshot.buffers) == ["0.table"]
+    assert list(named_buffers(model)) == ["0.table", "1.table"]
+    shared.fill_(1.0)
+    snapshot.restore(model)
+    assert model[0].table is model[1].table is shared
+    assert shared.tolist() == [0.0, 0.0]
 
 
 def test_buffers_that_a_state_dict_lacks_stay():

@@ -8,8 +8,8 @@ from types import TracebackType
 from torch import nn
 
 from torch_rsst.groups.groups import GroupLayer
-from torch_rsst.groups.surgery import Removal, buffer_shape, named_buffers
-from torch_rsst.masking.names import places_of, without_wrappers
+from torch_rsst.groups.surgery import Removal, buffer_shape
+from torch_rsst.masking.names import named_buffers, places_of, without_wrappers
 from torch_rsst.utils.errors import listing, message, one_line
 
 HAND_MADE = (

@@ -14,8 +14,8 @@ from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.head_attributes import head_count, reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows
-from torch_rsst.groups.surgery import Removal, module_at, named_buffers
-from torch_rsst.masking.names import named_weights
+from torch_rsst.groups.surgery import Removal, module_at
+from torch_rsst.masking.names import named_buffers, named_weights
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,7 @@ def head_members(
         if (weight := weights.get(part.name)) is not None:
             members.append(part.member(weight.shape[part.dim], heads))
         elif part.name in homes:
-            owner, key = homes[part.name]
-            buffer = owner._buffers[key]
-            assert buffer is not None
+            *_, buffer = homes[part.name]
             buffers.append(part.member(buffer.shape[part.dim], heads))
     return tuple(members), tuple(buffers)
 

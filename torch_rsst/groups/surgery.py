@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.masking.live_weight import MASK, ORIG, product
-from torch_rsst.masking.names import named_refs, without_wrappers
+from torch_rsst.masking.names import named_buffers, named_refs, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.large_pages import with_large_pages
@@ -72,9 +72,7 @@ def cut(model: nn.Module, removals: Sequence[Removal]) -> dict[nn.Parameter, Sho
             assert number is not None, "groups are those of this model"
             number.set(kept[0].numel())
             continue
-        module, key = homes[name]
-        buffer = module._buffers[key]
-        assert buffer is not None, "named_buffers() lists those that exist"
+        module, key, buffer = homes[name]
         module._buffers[key] = select(buffer, kept)
         touched[module] = None
     for module in touched:
@@ -126,17 +124,6 @@ def select(tensor: Tensor, kept: Kept) -> Tensor:
     if part.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return part.contiguous(memory_format=torch.channels_last)
     return part.contiguous()
-
-
-def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Dense name → the module and the key of every buffer that is no mask."""
-    return {
-        without_wrappers(f"{path}.{key}" if path else key): (module, key)
-        for path, module in model.named_modules()
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-        and not (key.endswith(MASK) and ParameterRef(module, key[: -len(MASK)]).is_masked)
-    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,9 +208,8 @@ def noted_size(model: nn.Module, name: str) -> NotedSize | None:
 
 def buffer_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
     """The shape of a buffer, or what stands for one; None where there is neither."""
-    module, key = named_buffers(model).get(name, (None, ""))
-    if module is not None and (buffer := module._buffers[key]) is not None:
-        return tuple(buffer.shape)
+    if (found := named_buffers(model).get(name)) is not None:
+        return tuple(found[-1].shape)
     number = noted_size(model, name)
     return None if number is None or number.value is None else (number.value,)
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_rsst.distributed.fsdp import reshard
+from torch_rsst.masking.live_weight import MASK
 from torch_rsst.masking.parameter_ref import ParameterRef, dense_name
 from torch_rsst.masking.tied import check_shared
 from torch_rsst.utils.errors import refuse
@@ -76,6 +77,17 @@ def _every_place(model: nn.Module) -> Iterator[tuple[str, ParameterRef]]:
             if parameter is not None:
                 own = dense_name(module, key)
                 yield without_wrappers(f"{path}.{own}" if path else own), ParameterRef(module, own)
+
+
+def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """Dense name → module, key and tensor of every buffer that is no mask; a shared one under each name."""
+    return {
+        without_wrappers(f"{path}.{key}" if path else key): (module, key, buffer)
+        for path, module in unwrap(model).named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+        and not (key.endswith(MASK) and ParameterRef(module, key.removesuffix(MASK)).is_masked)
+    }
 
 
 def first_names(model: nn.Module) -> dict[str, str]:

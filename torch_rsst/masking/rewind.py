@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.mask_undo import is_writable
-from torch_rsst.masking.names import dense_keys, named_refs, named_weights, unwrap, without_wrappers
+from torch_rsst.masking.names import dense_keys, named_buffers, named_refs, named_weights
 from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
 
@@ -32,7 +32,7 @@ class Snapshot:
         if rewind is None:
             return cls({}, {})
         weights = named_weights(model)
-        buffers = _buffers(model)
+        buffers = {name: buffer for name, (*_, buffer) in _buffers(model).items()}
         if rewind == "init":
             return cls(_copied(weights), _copied(buffers))
         if isinstance(rewind, str):
@@ -77,7 +77,7 @@ class Snapshot:
         Buffers that a forward pass has given another shape, as caches, get their former one; those that the
         module does not have are left out.
         """
-        present, places_of = _buffers(model), _buffer_places(model)
+        present = _buffers(model)
         with torch.no_grad():
             for name, places in named_refs(model).items():
                 if name in self.weights:
@@ -85,9 +85,8 @@ class Snapshot:
                     value = self.weights[name].to(original)
                     original.copy_(value if alive is None else torch.where(alive, value, original))
             for name in self.buffers.keys() & present.keys():
-                buffer, value = present[name], self.buffers[name]
+                (module, key, buffer), value = present[name], self.buffers[name]
                 if not is_writable(buffer):  # expanded, or made in inference mode
-                    module, key = places_of[name]
                     module._buffers[key] = value.to(buffer, copy=True)
                 elif buffer.shape == value.shape:
                     buffer.copy_(value)
@@ -104,22 +103,11 @@ class Snapshot:
         return cls(_copied(state["weights"]), _copied(state["buffers"]))
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    masks = {id(ref.mask) for places in named_refs(model).values() for ref in places}
-    return {
-        without_wrappers(name): buffer
-        for name, buffer in unwrap(model).named_buffers()
-        if id(buffer) not in masks
-    }
-
-
-def _buffer_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Name of a buffer → the module that holds it, and its name there."""
-    return {
-        without_wrappers(f"{path}.{key}" if path else key): (module, key)
-        for path, module in unwrap(model).named_modules()
-        for key in module._buffers
-    }
+def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """As :func:`named_buffers`, but shared ones under their first name alone."""
+    found = named_buffers(model)
+    first = {id(buffer): name for name, (*_, buffer) in reversed(found.items())}
+    return {name: place for name, place in found.items() if first[id(place[-1])] == name}
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch_rsst.compaction.compaction import replay
 from torch_rsst.compaction.cut_record import Stage, remember
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.masking.checkpoints import prepare_from_state_dict
-from torch_rsst.masking.names import without_wrappers
+from torch_rsst.masking.names import named_buffers, without_wrappers
 from torch_rsst.saving.builders import BUILT, Build
 from torch_rsst.saving.likeness import Settings, set_all
 from torch_rsst.saving.receipt import UNNAMED
@@ -181,7 +181,7 @@ def take_apart(model: nn.Module, stages: list[Stage]) -> tuple[Description, Tens
             channels_last.append(name)
     named = model.named_parameters(remove_duplicate=False)
     frozen = [without_wrappers(name) for name, p in named if not p.requires_grad]
-    buffers = {name: _for_file(m.get_buffer(key)) for name, (m, key) in _hidden(model).items()}
+    buffers = {name: _for_file(buffer) for name, (*_, buffer) in _hidden(model).items()}
     description = Description(
         model_class=_class_name(model),
         stages=stages,
@@ -212,8 +212,8 @@ def put_together(model: nn.Module, description: Description, tensors: Tensors) -
     own = {without_wrappers(key): key for key in model.state_dict()}
     _take_types(model, state, frozenset(description.channels_last))
     model.load_state_dict({own.get(name, name): tensor for name, tensor in state.items()})
-    for name, (module, key) in _hidden(model).items():
-        buffer, saved = module.get_buffer(key), tensors.buffers.get(name)
+    for name, (module, key, buffer) in _hidden(model).items():
+        saved = tensors.buffers.get(name)
         # Others are made anew when they are needed, as tables that grow with their input.
         if saved is not None and saved.shape == buffer.shape:
             module._buffers[key] = saved.to(buffer.device, copy=True)
@@ -259,13 +259,12 @@ def _class_name(model: nn.Module) -> str:
     return next(f"{cls.__module__}.{cls.__qualname__}" for cls in own)
 
 
-def _hidden(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Name → module and key of the buffers that are not in the state dict."""
+def _hidden(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """Name → module, key and tensor of the buffers that are not in the state dict."""
     return {
-        without_wrappers(f"{path}.{key}" if path else key): (module, key)
-        for path, module in model.named_modules()
-        for key in sorted(module._non_persistent_buffers_set)
-        if module._buffers.get(key) is not None
+        name: (module, key, buffer)
+        for name, (module, key, buffer) in named_buffers(model).items()
+        if key in module._non_persistent_buffers_set
     }
 
 

@@ -16,8 +16,8 @@ from torch_rsst.discovery.head_math import unflatten
 from torch_rsst.discovery.head_parts import recall
 from torch_rsst.discovery.timm_families.levit import forget_biases
 from torch_rsst.groups.groups import GroupLayer, Member
-from torch_rsst.groups.surgery import Removal, named_buffers
-from torch_rsst.masking.names import named_weights
+from torch_rsst.groups.surgery import Removal
+from torch_rsst.masking.names import named_buffers, named_weights
 
 
 class SlimCascadedGroupAttention(CascadedGroupAttention):
@@ -65,9 +65,8 @@ class CascadedHeads(Adapter):
         for unit, head in enumerate(heads):
             for stem in (f"qkvs.{head}.", f"dws.{head}."):
                 whole += [(name, unit) for name in weights if name.startswith(stem)]
-                for name, (owner, key) in homes.items():
-                    buffer = owner._buffers[key]
-                    if name.startswith(stem) and buffer is not None and buffer.ndim:
+                for name, (*_, buffer) in homes.items():
+                    if name.startswith(stem) and buffer.ndim:
                         buffers.append(Member(name, 0, _all_of(unit, buffer), ranked=False))
         members = [
             Member(
