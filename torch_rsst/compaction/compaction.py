@@ -45,6 +45,7 @@ from torch_rsst.groups.surgery import (
     select,
 )
 from torch_rsst.masking.dense_scope import check_masks_in_place
+from torch_rsst.masking.freezing import hold
 from torch_rsst.masking.live_weight import product
 from torch_rsst.masking.mask_sets import ModelMasks
 from torch_rsst.masking.mask_values import is_full
@@ -146,7 +147,7 @@ def compact(
     goes_on = optimizer is not None or keep
     if keep_masks is None:
         warn_of_zeros("compact", zeros)
-        warn_of_held("compact", 0 if goes_on else heirs.zeros)
+        warn_of_held("compact", 0 if goes_on else sum(heir.zeros for heir in heirs.values()))
     if kept_whole:
         warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
     elif not dead:
@@ -155,7 +156,7 @@ def compact(
         move_optimizer(optimizer, successors)
         _give_biases(optimizer, small, new_biases)
     if goes_on:
-        heirs.hold()
+        hold(heirs)
     return small
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.groups.surgery import Shortened, select
-from torch_rsst.masking.freezing import Heirs
+from torch_rsst.masking.freezing import Heirs, add_heirs
 from torch_rsst.masking.names import named_refs
 
 
@@ -23,13 +23,13 @@ def heirs_of(
         successors: parameter of ``model`` → what it has become; None for those that are gone.
     """
     now = {refs[0].original: refs[0] for refs in named_refs(small).values()}
-    heirs = Heirs()
+    heirs: Heirs = {}
     for refs in named_refs(model).values():
         new = successors[refs[0].original]
         if new is None:
             continue
         for ref in refs:
-            heirs.add(ref, now[new.parameter], _cut_as(ref.original, new))
+            add_heirs(heirs, ref, now[new.parameter], _cut_as(ref.original, new))
     return heirs
 
 

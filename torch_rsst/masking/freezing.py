@@ -10,7 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
 
 def freeze_latents(refs: Sequence[ParameterRef]) -> FreezeHandle:
     """Hold what is masked in these parameters."""
-    return _freeze([_Latents(ref) for ref in refs])
+    return _freeze([_Frozen(ref) for ref in refs])
 
 
 def freeze_zeros(zeros: Iterable[tuple[ParameterRef, Tensor]]) -> FreezeHandle:
@@ -77,7 +77,7 @@ def freeze_zeros(zeros: Iterable[tuple[ParameterRef, Tensor]]) -> FreezeHandle:
 
     Until the parameter is masked, or :func:`torch_rsst.masking.freezing.end_freeze` is called.
     """
-    return _freeze([_Zeros(ref, entries) for ref, entries in zeros])
+    return _freeze([_Frozen(ref, entries) for ref, entries in zeros])
 
 
 def end_freeze(ref: ParameterRef) -> None:
@@ -106,50 +106,45 @@ def move_freeze(old: ParameterRef, new: ParameterRef) -> None:
             frozen.module, frozen.name = weakref.ref(new.module), new.name
 
 
-class Heirs:
-    """What holds of other parameters what is held of those whose place they take; not yet in force.
+def add_heirs(
+    heirs: Heirs, old: ParameterRef, new: ParameterRef, cut: Callable[[Tensor], Tensor]
+) -> None:
+    """Note what holds of ``new`` what is held of ``old``; it is not yet in force.
 
-    The first ones stay held. A handle that lifts their freeze lifts that of the heirs, too.
+    Args:
+        heirs: gets it.
+        old: a place of a parameter.
+        new: a place of the parameter that takes its place.
+        cut: entries of the old parameter, as bool → those of the new one.
     """
+    for frozen in _FROZEN:
+        fits = frozen.is_of(old) and frozen.shape == old.original.shape
+        if fits and frozen not in heirs:  # tied ones have several
+            heir = frozen.heir(new, cut)
+            if heir is not None:
+                heirs[frozen] = heir
 
-    def __init__(self) -> None:
-        self._of: list[tuple[_Frozen, _Frozen]] = []
 
-    def add(self, old: ParameterRef, new: ParameterRef, cut: Callable[[Tensor], Tensor]) -> None:
-        """Hold of ``new`` what is held of ``old``.
-
-        Args:
-            old: a place of a parameter.
-            new: a place of the parameter that takes its place.
-            cut: entries of the old parameter, as bool → those of the new one.
-        """
-        for frozen in _FROZEN:
-            fits = frozen.is_of(old) and frozen.shape == old.original.shape
-            if fits and all(frozen is not known for known, _ in self._of):  # tied ones have several
-                heir = frozen.heir(new, cut)
-                if heir is not None:
-                    self._of.append((frozen, heir))
-
-    @property
-    def zeros(self) -> int:
-        """How many zeros they hold, those of latents not counted."""
-        return sum(heir.zeros for _, heir in self._of)
-
-    def hold(self) -> None:
-        """Let them hold from now on."""
-        _freeze([heir for _, heir in self._of])
-        for frozen, heir in self._of:
-            frozen.heirs.add(heir)
+def hold(heirs: Heirs) -> None:
+    """Let them hold from now on, and what they come from, too; a handle that lifts its freeze lifts theirs."""
+    _freeze([*heirs.values()])
+    for frozen, heir in heirs.items():
+        frozen.heirs.add(heir)
 
 
 class _Frozen:
-    """Entries of one parameter, wherever it goes, or of one that takes its place in its module."""
+    """Entries of one parameter, wherever it goes, or of one that takes its place in its module.
 
-    def __init__(self, ref: ParameterRef) -> None:
+    What is masked at the time of a step keeps its value; with ``zeros``, a fixed set of entries is 0 instead.
+    """
+
+    def __init__(self, ref: ParameterRef, zeros: Tensor | None = None) -> None:
         original = ref.original
         self.module, self.name, self.shape = weakref.ref(ref.module), ref.name, original.shape
         self.parameter = weakref.ref(original, self._parameter_died)
         self.heirs: weakref.WeakSet[_Frozen] = weakref.WeakSet()
+        self._zeros = zeros
+        self._before: Tensor | None = None
 
     def _parameter_died(self, _: object) -> None:
         if self.module() is None:  # the model died; else the next step tells
@@ -176,21 +171,24 @@ class _Frozen:
         ref = self.ref
         for parameter in (self.parameter(), None if ref is None else ref.original):
             fits = parameter is not None and parameter.shape == self.shape
-            if fits and id(parameter) in updated and self.applies(ref):
+            if fits and id(parameter) in updated and self._applies(ref):
                 return parameter
         return None
 
-    def applies(self, ref: ParameterRef | None) -> bool:
-        raise NotImplementedError
+    def _applies(self, ref: ParameterRef | None) -> bool:
+        is_masked = ref is not None and ref.is_masked
+        return is_masked == (self._zeros is None)
 
     def heir(self, ref: ParameterRef, cut: Callable[[Tensor], Tensor]) -> _Frozen | None:
         """What holds the same of another parameter; None where that leaves nothing to hold."""
-        raise NotImplementedError
+        zeros = None if self._zeros is None else cut(self._zeros)
+        holds = ref.is_masked if zeros is None else bool(zeros.any())
+        return _Frozen(ref, zeros) if holds else None
 
     @property
     def zeros(self) -> int:
-        """How many entries it holds at 0."""
-        return 0
+        """How many entries it holds at 0, those of latents not counted."""
+        return 0 if self._zeros is None else int(self._zeros.count_nonzero())
 
     @property
     def has_ended(self) -> bool:
@@ -199,61 +197,28 @@ class _Frozen:
         gone = parameter is None or parameter.shape != self.shape
         return gone and self.ref is None and self.module() is not None
 
-
-class _Latents(_Frozen):
-    """What is masked at the time of a step keeps its value."""
-
-    _before: Tensor | None = None
-
-    def applies(self, ref: ParameterRef | None) -> bool:
-        return ref is not None and ref.is_masked
-
-    def heir(self, ref: ParameterRef, cut: Callable[[Tensor], Tensor]) -> _Frozen | None:
-        return _Latents(ref) if ref.is_masked else None
-
     def before_step(self, parameter: nn.Parameter) -> None:
-        self._before = parameter.detach().clone()
+        if self._zeros is None:
+            self._before = parameter.detach().clone()
 
     def after_step(self, parameter: nn.Parameter, *, nested: bool) -> None:
         ref = self.ref
         alive = None if ref is None else ref.alive
-        if self._before is not None and alive is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            if self._zeros is not None:
+                self._zeros = placed_like(self._zeros, parameter)
+                parameter.masked_fill_(self._zeros, 0.0)
+            elif self._before is not None and alive is not None:
                 parameter.copy_(torch.where(alive, parameter, self._before))
         if not nested:
             self._before = None
 
 
-class _Zeros(_Frozen):
-    """A fixed set of entries is 0."""
-
-    def __init__(self, ref: ParameterRef, entries: Tensor) -> None:
-        super().__init__(ref)
-        self._entries = entries
-
-    def applies(self, ref: ParameterRef | None) -> bool:
-        return ref is None or not ref.is_masked
-
-    @property
-    def zeros(self) -> int:
-        return int(self._entries.count_nonzero())
-
-    def heir(self, ref: ParameterRef, cut: Callable[[Tensor], Tensor]) -> _Frozen | None:
-        entries = cut(self._entries)
-        return _Zeros(ref, entries) if bool(entries.any()) else None
-
-    def before_step(self, parameter: nn.Parameter) -> None:
-        """Nothing to remember: the value is 0."""
-
-    def after_step(self, parameter: nn.Parameter, *, nested: bool) -> None:
-        self._entries = placed_like(self._entries, parameter)
-        with torch.no_grad():
-            parameter.masked_fill_(self._entries, 0.0)
-
-
 # One entry a parameter, however often it is frozen; none keeps its model alive.
-_FROZEN: list[Any] = []
+_FROZEN: list[_Frozen] = []
 _step_hooks: list[RemovableHandle] = []
+Heirs: TypeAlias = dict[_Frozen, _Frozen]
+"""What is held → what holds the same of the parameter that takes its place."""
 
 
 class FreezeHandle:
@@ -285,7 +250,7 @@ def _freeze(frozen: Sequence[_Frozen]) -> FreezeHandle:
     return FreezeHandle(frozen)
 
 
-def _frozen_in(optimizer: Optimizer) -> list[tuple[nn.Parameter, Any]]:
+def _frozen_in(optimizer: Optimizer) -> list[tuple[nn.Parameter, _Frozen]]:
     """What is frozen of the parameters that an optimizer updates, where the freeze still holds."""
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found = [(frozen.held(updated), frozen) for frozen in list(_FROZEN)]
