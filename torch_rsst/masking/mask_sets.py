@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_rsst.distributed.dtensor import local, placed_like
 from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.masking.live_weight import MASK, ORIG, make_live
-from torch_rsst.masking.mask_values import AVERAGED, check_binary, is_binary
+from torch_rsst.masking.mask_values import AVERAGED, check_binary, check_shape, is_binary
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.masking.names import (
     OUTER_PREFIX,
@@ -24,7 +24,7 @@ from torch_rsst.masking.names import (
 )
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, masked_refs
 from torch_rsst.masking.tied import check_one_mask, check_shared
-from torch_rsst.utils.errors import MissingNameError, closest, listing, refuse
+from torch_rsst.utils.errors import MissingNameError, closest, listing, refuse, refuse_name
 
 Masks: TypeAlias = dict[str, Tensor]
 
@@ -251,7 +251,8 @@ def _sites_to_mask(
             )  # a copy of a mask of the model, which may be written before it is read
         for ref in refs[resolved[name]]:
             check_ref(ref.module, ref.name)
-            _check_shape(name, mask, ref)
+            remedy = "Masks are made for one architecture; extract them from the same one."
+            check_shape(f"mask of {name!r}", mask, ref.original, remedy)
             work.append((ref, mask))
     return work
 
@@ -284,19 +285,7 @@ def _resolve(name: str, names: Mapping[str, str]) -> str:
             return names[candidate]
     plain = name.removesuffix(ORIG)
     near = plain if plain in names else closest(name, names, 0.85)
-    remedy = f"{f'Did you mean {near!r}? ' if near else ''}It has {listing(names)}."
-    refuse(MissingNameError, f"mask {name!r}", "a parameter of the model", "no such name", remedy)
-
-
-def _check_shape(name: str, mask: Tensor, ref: ParameterRef) -> None:
-    if mask.shape != ref.original.shape:
-        refuse(
-            ValueError,
-            f"mask of {name!r}",
-            f"the parameter's shape {tuple(ref.original.shape)}",
-            f"shape {tuple(mask.shape)}",
-            "Masks are made for one architecture; extract them from the same one.",
-        )
+    refuse_name(f"mask {name!r}", names, f"Did you mean {near!r}? " if near else "")
 
 
 def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, Tensor]) -> Masks:
@@ -319,14 +308,8 @@ def penalty_mask(current_mask: Mapping[str, Tensor], refill_mask: Mapping[str, T
         go = refill.logical_not()
         if name in alive:
             current = alive[name]
-            if current.shape != go.shape:
-                refuse(
-                    ValueError,
-                    f"refill mask of {name!r}",
-                    f"the current mask's shape {tuple(current.shape)}",
-                    f"shape {tuple(go.shape)}",
-                    "Both masks must come from the same model.",
-                )
+            remedy = "Both masks must come from the same model."
+            check_shape(f"refill mask of {name!r}", go, current, remedy, of="current mask")
             go &= placed_like(current.bool(), go)
         penalized[name] = go
     return penalized
@@ -357,17 +340,9 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> M
     checked: Masks = {}
     for name, mask in _binary(masks).items():
         if name not in weights:
-            refuse(
-                MissingNameError,
-                f"mask {name!r}",
-                "a parameter of the model",
-                "no such name",
-                f"It has {listing(weights)}.",
-            )
-        if mask.shape != weights[name].shape:
-            expected = f"the parameter's shape {tuple(weights[name].shape)}"
-            remedy = "Take the masks from the same model."
-            refuse(ValueError, f"mask of {name!r}", expected, f"shape {tuple(mask.shape)}", remedy)
+            refuse_name(f"mask {name!r}", weights)
+        remedy = "Take the masks from the same model."
+        check_shape(f"mask of {name!r}", mask, weights[name], remedy)
         checked[name] = placed_like(mask.bool(), weights[name])
     return checked
 

@@ -60,6 +60,15 @@ def check_binary(mask: Tensor | None, subject: object) -> None:
         refuse(ValueError, f"mask of {subject}", "zeros and ones", "other values", AVERAGED)
 
 
+def check_shape(
+    subject: str, mask: Tensor, like: Tensor, remedy: str, *, of: str = "parameter"
+) -> None:
+    """Raise a ValueError for a mask of another shape than that of ``like``."""
+    if mask.shape != like.shape:
+        expected = f"the {of}'s shape {tuple(like.shape)}"
+        refuse(ValueError, subject, expected, f"shape {tuple(mask.shape)}", remedy)
+
+
 # By the id of a mask: a reference that removes the entry, and the version that was looked at.
 _seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import Ranks, local, placed_like, redistributed_like, total
+from torch_rsst.masking.mask_values import check_shape
 from torch_rsst.masking.names import named_refs
 from torch_rsst.masking.parameter_ref import MASKABLE
-from torch_rsst.utils.errors import MissingNameError, listing, refuse
+from torch_rsst.utils.errors import listing, refuse, refuse_name
 
 # In units of eps: with less, rounding to nearest would change the effect of many factors by more than 1 %.
 _LEAST = 4
@@ -32,14 +33,9 @@ class PenalizedSet:
         for name, mask in masks.items():
             subject = f"refill mask of {name!r}"
             if name not in refs:
-                remedy = f"It has {listing(refs)}."
-                expected = "a parameter of the model"
-                refuse(MissingNameError, subject, expected, "no such name", remedy)
+                refuse_name(subject, refs)
             parameter = refs[name][0].original
-            if mask.shape != parameter.shape:
-                expected = f"the parameter's shape {tuple(parameter.shape)}"
-                got, remedy = f"shape {tuple(mask.shape)}", "Make the masks with regroup(model, …)."
-                refuse(ValueError, subject, expected, got, remedy)
+            check_shape(subject, mask, parameter, "Make the masks with regroup(model, …).")
             if parameter.dtype not in MASKABLE:
                 expected = f"one of {', '.join(map(str, MASKABLE))}"
                 remedy = "Leave it out, or cast it first."

@@ -19,7 +19,7 @@ from torch_rsst.masking.parameter_ref import (
 )
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.utils.amounts import Amount, to_count
-from torch_rsst.utils.errors import MissingNameError, listing, refuse
+from torch_rsst.utils.errors import refuse, refuse_name
 
 
 def ranked_names(
@@ -45,13 +45,7 @@ def ranked_names(
                 ref = ref_of(parameter)
                 name = by_identity.get(id(ref.original), f"{ref.name} of another model")
             if name not in refs:
-                refuse(
-                    MissingNameError,
-                    f"parameters: {name!r}",
-                    "a parameter of the model",
-                    "no such name",
-                    f"It has {listing(refs)}.",
-                )
+                refuse_name(f"parameters: {name!r}", refs)
             if name in names:
                 remedy = "List every parameter once."
                 refuse(ValueError, f"parameters: {name!r}", "once", "it twice", remedy)

@@ -72,6 +72,12 @@ def refuse(
     raise error(message(subject, expected=expected, got=got, remedy=remedy))
 
 
+def refuse_name(subject: str, names: Iterable[str], hint: str = "") -> NoReturn:
+    """Raise a MissingNameError for a parameter that is not among ``names``, those of a model."""
+    remedy = f"{hint}It has {listing(names)}."
+    refuse(MissingNameError, subject, "a parameter of the model", "no such name", remedy)
+
+
 def shown(value: object) -> str:
     """A value for a message: what it is, where all that it holds would be long.
 
