@@ -93,11 +93,7 @@ class DecidedRound:
     def state(self) -> dict[str, Any]:
         """Plain Python and tensors (copies), for a checkpoint."""
         return {
-            "index": self.index,
-            "mode": self.mode,
-            "strength": self.strength,
-            "below": self.below,
-            "asked": self.asked,
+            **vars(self),
             "verdicts": [_copied(layer) for layer in self.verdicts],
             "norms": [_copied(layer) for layer in self.norms],
         }
@@ -225,37 +221,28 @@ class DecisionLog:
 
 
 class DecisionHistory:
-    """The rounds so far, as they are made. One for all rounds of a model."""
+    """The rounds so far, in order, as they are made. One for all rounds of a model."""
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
-        self._rounds: tuple[DecidedRound, ...] = ()
+        self.rounds: tuple[DecidedRound, ...] = ()
 
     def begin(self, decided: DecidedRound) -> None:
         """A round begins; one of the same number, and later ones, are forgotten."""
-        self._rounds = (*(r for r in self._rounds if r.index < decided.index), decided)
+        self.rounds = (*(r for r in self.rounds if r.index < decided.index), decided)
 
     def update(self, index: int, change: Callable[[DecidedRound], DecidedRound]) -> None:
         """Put what has become of a round in its place; a round that is not known stays so."""
-        self._rounds = tuple(change(r) if r.index == index else r for r in self._rounds)
+        self.rounds = tuple(change(r) if r.index == index else r for r in self.rounds)
 
     def up_to(
         self, index: int, change: Callable[[DecidedRound], DecidedRound]
     ) -> DecisionLog | None:
         """The rounds up to this one, itself changed; None where it was not recorded."""
-        rounds = [r for r in self._rounds if r.index <= index]
+        rounds = [r for r in self.rounds if r.index <= index]
         if not rounds or rounds[-1].index != index:
             return None
         return DecisionLog(self._rules, (*rounds[:-1], change(rounds[-1])))
-
-    @property
-    def rounds(self) -> tuple[DecidedRound, ...]:
-        """All of them, in order."""
-        return self._rounds
-
-    def load(self, rounds: Sequence[DecidedRound]) -> None:
-        """Continue with the rounds of a checkpoint."""
-        self._rounds = tuple(rounds)
 
 
 def measure_norms(

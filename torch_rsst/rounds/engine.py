@@ -432,7 +432,7 @@ class Rounds(ABC):
             self._mask_all(saved.masks)
         else:
             self._reopen(saved.round, finalized=saved.finalized)
-        self._history.load(saved.decisions)
+        self._history.rounds = tuple(saved.decisions)
         self._next_index, self._finalized = saved.next_index, saved.finalized
 
     def _reopen(self, saved: RoundState, *, finalized: bool) -> None:
