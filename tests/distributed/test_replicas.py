@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_rsst
+from torch_rsst.distributed.replicas import _digest
 from torch_rsst.testing import assert_mask_invariants
 
 pytestmark = pytest.mark.skipif(
@@ -307,3 +308,10 @@ def test_what_is_no_process_group_is_named_before_anything_is_touched(group, fin
         with pytest.raises(TypeError, match=r"process_group: expected None or a .*mesh\.get_group"):
             call()
         assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_masks_that_numpy_cannot_read_are_compared_by_what_is_alive(dtype: torch.dtype) -> None:
+    alive = torch.eye(2, 3, dtype=torch.bool)
+    assert _digest(alive.to(dtype)) == _digest(alive) != _digest(~alive)
+    assert _digest(alive.t().to(dtype)) == _digest(alive.t().contiguous()) != _digest(alive)

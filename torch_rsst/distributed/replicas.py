@@ -5,12 +5,10 @@ Ranks may hold shards: then those that hold the same shard of a parameter are it
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -70,7 +68,8 @@ def agreed(
     ) as raised:  # sent to the other ranks, which would wait for this one, then raised
         error = raised
     failure = f"{type(error).__name__}: {error}" if error is not None else ""
-    answers = list(map(json.loads, _all_gather(json.dumps([digests, failure]), group)))
+    answers: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, (digests, failure), group=group)
     if error is not None:
         raise error
     problem = _failure([answer[1] for answer in answers])
@@ -139,22 +138,6 @@ def _device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
 
 
-def _all_gather(text: str, group: dist.ProcessGroup) -> list[str]:
-    """The texts of all ranks; by tensors, because PyTorch gathers objects through NumPy."""
-    device = _device(group)
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    size = torch.tensor([data.numel()], device=device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    longest = max(int(each) for each in sizes)
-    padded = torch.nn.functional.pad(data, (0, longest - data.numel()))
-    parts = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return [
-        bytes(part[: int(each)].tolist()).decode() for part, each in zip(parts, sizes, strict=True)
-    ]
-
-
 def _failure(failures: list[str]) -> str:
     errors = {rank: error for rank, error in enumerate(failures) if error}
     return f"an error on rank(s) {list(errors)}: {next(iter(errors.values()))}" if errors else ""
@@ -181,7 +164,6 @@ def _difference(digests: list[Digests]) -> str:
 def _digest(mask: Tensor) -> tuple[str, str]:
     """Which part of the whole mask this rank holds, and a digest of its values."""
     layout = Layout.of(mask)
-    flat = local(mask.detach()).to("cpu", torch.bool).contiguous()
-    data = ctypes.string_at(flat.data_ptr(), flat.numel()) if flat.numel() else b""
+    data = local(mask.detach()).to("cpu", torch.bool).contiguous().numpy().tobytes()
     shard = "" if layout is None else f"{layout.start} {layout.size}"
     return shard, hashlib.sha256(repr(tuple(mask.shape)).encode() + data).hexdigest()
