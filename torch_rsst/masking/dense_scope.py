@@ -14,24 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.utils.errors import refuse
 
-_plain_now: list[set[nn.Module]] = []  # of each open block
-
-
-def plain_from_now(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """Note modules whose masks a block has taken off; pass what it returns to ``masked_again``."""
-    noted = set(modules)
-    _plain_now.append(noted)
-    return noted
-
-
-def masked_again(noted: set[nn.Module]) -> None:
-    """Forget the modules of a block that has ended."""
-    _plain_now[:] = [each for each in _plain_now if each is not noted]
+PLAIN_NOW: list[set[nn.Module]] = []
+"""Of each open block the modules whose masks it has taken off; one may be in several."""
 
 
 def is_plain_now(modules: Iterable[nn.Module]) -> bool:
     """Whether a block has taken the masks of one of these modules off."""
-    return bool(_plain_now) and any(m in noted for m in modules for noted in _plain_now)
+    return any(module in block for module in modules for block in PLAIN_NOW)
 
 
 def check_masks_in_place(subject: str, modules: Iterable[nn.Module]) -> None:

@@ -20,12 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torch_rsst.distributed.dtensor import is_sharded
-from torch_rsst.masking.dense_scope import (
-    give_up,
-    is_plain_now,
-    masked_again,
-    plain_from_now,
-)
+from torch_rsst.masking.dense_scope import PLAIN_NOW, give_up, is_plain_now
 from torch_rsst.masking.dense_undo import give_back, set_data, values_back
 from torch_rsst.masking.freezing import move_freeze
 from torch_rsst.masking.live_weight import ORIG, is_live, make_plain
@@ -174,7 +169,8 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
         except BaseException as error:
             self._guard.__exit__(type(error), error, error.__traceback__)
             raise
-        self._noted = plain_from_now(modules)
+        self._noted = set(modules)
+        PLAIN_NOW.append(self._noted)
         return self._model
 
     def __exit__(
@@ -183,7 +179,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        masked_again(self._noted)
+        PLAIN_NOW.remove(self._noted)
         for hook in self._hooks:
             hook.remove()
         try:
