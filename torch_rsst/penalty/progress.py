@@ -7,7 +7,6 @@ import warnings
 
 from torch import Tensor
 
-from torch_rsst.penalty.hooks import Mode
 from torch_rsst.penalty.penalized_set import PenalizedSet
 from torch_rsst.utils.errors import InertPenaltyWarning
 
@@ -15,7 +14,6 @@ SMALL = 0.01
 """The share of its first norm below which P counts as gone."""
 
 _FORGOTTEN = 3  # fewer passes may be those of an unusual loop
-_DIVERGED = "look for the step at which training diverged"
 
 
 class ShrinkProgress:
@@ -78,30 +76,3 @@ class UncountedSteps:
                     InertPenaltyWarning,
                     stacklevel=3,
                 )
-
-
-def warn_if_inert(
-    start_norm: float,
-    norm: float,
-    steps: int,
-    total_steps: int,
-    mode: Mode,
-    strength: float,
-    *,
-    counted: bool,
-) -> None:
-    """Warn, in the name of the caller's caller, of a penalty after which the norm of P is not down."""
-    if not start_norm or norm < start_norm:  # NaN is not down either
-        return
-    ways = [] if counted else ["pass the optimizer or call pruner.step()"]
-    ways.append("raise the strength or lower shrink_to")
-    if mode != "decoupled":
-        ways.append("use mode='decoupled'")
-    remedy = ", or ".join(ways) if math.isfinite(norm) else _DIVERGED
-    warnings.warn(
-        f"The penalty did not act: the norm of the penalized weights went from {start_norm:.4g} to "
-        f"{norm:.4g} in {steps} of {total_steps} steps (mode {mode!r}, last strength {strength:.3g}). "
-        f"{remedy[0].upper()}{remedy[1:]}.",
-        InertPenaltyWarning,
-        stacklevel=3,
-    )

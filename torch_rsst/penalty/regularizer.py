@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -28,11 +30,12 @@ from torch_rsst.penalty.hooks import (
 )
 from torch_rsst.penalty.penalized_set import PenalizedSet
 from torch_rsst.penalty.penalty_arguments import STRENGTH, GradScale, Penalty
-from torch_rsst.penalty.progress import ShrinkProgress, UncountedSteps, warn_if_inert
+from torch_rsst.penalty.progress import ShrinkProgress, UncountedSteps
 from torch_rsst.schedules import Schedule, strength_at
 from torch_rsst.utils.amounts import check_count, check_number
-from torch_rsst.utils.errors import check_keys, listing, refuse
+from torch_rsst.utils.errors import InertPenaltyWarning, check_keys, listing, refuse
 
+_DIVERGED = "look for the step at which training diverged"
 _ATTACHED: weakref.WeakSet[RegularizedPruner] = weakref.WeakSet()
 
 
@@ -287,17 +290,7 @@ class RegularizedPruner:
         """
         steps = max(self._steps)
         if self._release() and len(self._penalized) and (steps or self._hooks_fired):
-            acted = bool(self._optimizers) or steps == self.total_steps
-            strength = self._strength_of(max(1, steps))
-            warn_if_inert(
-                self.start_norm,
-                self.penalized_norm(),
-                steps,
-                self.total_steps,
-                self.mode,
-                strength,
-                counted=acted,
-            )
+            self._warn_if_inert(steps)
 
     def detach(self) -> None:
         """Detach like :meth:`remove`, without judging whether the penalty acted."""
@@ -415,6 +408,23 @@ class RegularizedPruner:
         _ATTACHED.remove(self)
         self._detach_hooks()
         return True
+
+    def _warn_if_inert(self, steps: int) -> None:
+        start, norm = self._start_norm, self.penalized_norm()
+        if not start or norm < start:  # NaN is not down either
+            return
+        counted = self._optimizers or steps == self.total_steps
+        ways = [] if counted else ["pass the optimizer or call pruner.step()"]
+        ways.append("raise the strength or lower shrink_to")
+        if self.mode != "decoupled":
+            ways.append("use mode='decoupled'")
+        remedy = ", or ".join(ways) if math.isfinite(norm) else _DIVERGED
+        text = (
+            f"The penalty did not act: the norm of the penalized weights went from {start:.4g} to "
+            f"{norm:.4g} in {steps} of {self.total_steps} steps (mode {self.mode!r}, last strength "
+            f"{self._strength_of(max(1, steps)):.3g}). {remedy[0].upper()}{remedy[1:]}."
+        )
+        warnings.warn(text, InertPenaltyWarning, stacklevel=3)  # the caller of remove()
 
     def _require_by_hand(self, call: str, remedy: str) -> None:
         if self not in _ATTACHED:
