@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch_rsst.distributed.fsdp import rename_parameter
 from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.mask_undo import restore_callbacks
 from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.utils.module_state import contents_back
 
 
 @contextmanager
@@ -62,9 +62,7 @@ class AllOrNothing:
         modules = {id(ref.module): ref.module for ref in self._sites}.values()
         masks = {id(ref.mask): ref.mask for ref in self._written if ref.mask is not None}
         self._masks_back = restore_callbacks(list(masks.values()))
-        self._modules_back = [
-            partial(_put_back, module, type(module), _shallow(module)) for module in modules
-        ]
+        self._modules_back = [step for module in modules for step in _steps_back(module)]
         return self._undo
 
     def __exit__(
@@ -106,25 +104,12 @@ def _restore_parameter_name(ref: ParameterRef) -> None:
     rename_parameter(ref.module, other, now)
 
 
-def _shallow(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, registries (and a recurrent layer's list of weights) copied."""
-    return {
-        key: value.copy() if isinstance(value, (dict, list)) else value
-        for key, value in module.__dict__.items()
-    }
+def _steps_back(module: nn.Module) -> list[Callable[[], object]]:
+    """What puts a module's class, attributes, registries and other dicts and lists back.
 
-
-def _put_back(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
-    module.__class__ = cls
-    for key in module.__dict__.keys() - state.keys():
-        del module.__dict__[key]
-    for key, value in state.items():
-        present = module.__dict__.get(key)
-        if isinstance(present, dict) and isinstance(value, dict):
-            # In place: hook handles hold weak references to these registries.
-            present.clear()
-            present.update(value)
-        elif isinstance(present, list) and isinstance(value, list):
-            present[:] = value
-        else:
-            module.__dict__[key] = value
+    In place: hook handles hold weak references to registries.
+    """
+    attributes = module.__dict__
+    found = [each for each in attributes.values() if isinstance(each, (dict, list))]
+    class_back = partial(object.__setattr__, module, "__class__", type(module))
+    return [class_back, *map(contents_back, [attributes, *found])]

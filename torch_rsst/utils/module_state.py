@@ -119,6 +119,13 @@ def drop_caches(module: nn.Module) -> None:
         part.training = mode
 
 
+def contents_back(value: dict[Any, Any] | list[Any] | bytearray) -> Callable[[], None]:
+    """What puts the contents of a dict or a list back, in place; what has not changed is not written to."""
+    if isinstance(value, dict):
+        return partial(_refill_dict, value, list(value.items()))
+    return partial(_refill_list, value, value[:])
+
+
 def _sharings(module: nn.Module) -> Iterator[Callable[[], dict[int, Any]]]:
     """What to share, from nothing to every object that cannot be copied."""
     yield dict
@@ -165,10 +172,8 @@ def _snapshot(module: nn.Module, managed: bool) -> list[_Undo]:
         if isinstance(value, Tensor):
             if not is_lazy(value):
                 undo.append(_of_tensor(value))
-        elif isinstance(value, dict):
-            undo.append(partial(_refill_dict, value, list(value.items())))
-        elif isinstance(value, (list, bytearray)):
-            undo.append(partial(_refill_list, value, value[:]))
+        elif isinstance(value, (dict, list, bytearray)):
+            undo.append(contents_back(value))
         elif isinstance(value, (set, deque)):
             undo.append(partial(_refill, value, list(value)))
         elif isinstance(value, torch.Generator):
