@@ -187,6 +187,11 @@ def test_masks_made_in_inference_mode_can_be_trained_with(
     gradient_step(layer, torch.optim.SGD(layer.parameters(), lr=0.1), 1)
 
 
+def test_a_mask_that_requires_a_gradient_leaves_a_module_that_can_be_copied() -> None:
+    layer = prune.custom_from_mask(linear(), "weight", MASK.clone().requires_grad_())
+    assert torch.equal(copy.deepcopy(layer).weight_mask, MASK)
+
+
 def test_recurrent_layers_keep_their_list_of_weights() -> None:
     recurrent = nn.LSTM(2, 3)
     order = list(recurrent._parameters)

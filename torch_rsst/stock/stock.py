@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -73,7 +72,9 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
             refuse_fractions(ref.mask, ref)
             return result
 
-        with _no_inference_mode(), AllOrNothing([ref, *others]) as undo, place_kept(ref):
+        # A mask made in inference mode could not be changed outside it.
+        kept = AllOrNothing([ref, *others])
+        with torch.inference_mode(False), torch.no_grad(), kept as undo, place_kept(ref):
             undo.append(frozen_now([ref, *others]))
             result = (agreed_on_first if draws else agreed)(
                 process_group, act, lambda _: [] if ref.mask is None else [(str(ref), ref.mask)]
@@ -122,15 +123,6 @@ def refuse_fractions(mask: object, subject: object) -> None:
         return  # PyTorch's own errors, if any
     if mask.dtype != torch.bool and not is_binary(mask):
         refuse(ValueError, f"mask of {subject}", "zeros and ones", "other values", THRESHOLD)
-
-
-def _no_inference_mode() -> ExitStack:
-    """Within it, tensors are made that outlive ``torch.inference_mode()``, as masks do."""
-    stack = ExitStack()
-    if torch.is_inference_mode_enabled():
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())  # gradients are off outside, too
-    return stack
 
 
 # How hooks are removed that restore() does the same for.
