@@ -197,7 +197,7 @@ def _masked_by_stock() -> nn.Module:
 
 @pytest.mark.parametrize("make", [_dense, _masked_by_us, _masked_by_stock])
 @pytest.mark.parametrize(
-    "point", ["_mask_buffer", "reparametrize", "make_live", "set_hook", "_rename"]
+    "point", ["_mask_buffer", "reparametrize", "make_live", "set_hook", "place_kept"]
 )
 @pytest.mark.parametrize("when", ["first", "second"])
 def test_a_failure_anywhere_in_install_changes_nothing(
@@ -227,7 +227,7 @@ def test_a_failure_anywhere_in_install_changes_nothing(
         monkeypatch.undo()
         torch_rsst.apply_mask(model, named)
     else:
-        assert point == "_rename"  # one dense parameter at most was left to rename
+        assert point == "place_kept"  # one dense parameter at most was left to rename
         assert when == "second"
     assert_mask_invariants(model)
 

@@ -29,7 +29,7 @@ from torch_rsst.masking.masked_parameter import find_hook, reparametrize, set_ho
 from torch_rsst.masking.masked_product import masked, masked_gradient
 from torch_rsst.masking.names import masked_places, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
-from torch_rsst.masking.rollback import AllOrNothing
+from torch_rsst.masking.rollback import AllOrNothing, reorder
 from torch_rsst.masking.tied import masked_with, sharing
 from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
@@ -400,16 +400,9 @@ def _mask_again(
         if place.hook is not None:
             module._forward_pre_hooks[place.hook[0]] = place.hook[1]
         for registry, order in zip(_registries(module), place.orders, strict=True):
-            _reorder(registry, order)
+            reorder(registry, order)
         if not place.live:
             make_plain(module, ref.name)
     hook = find_hook(ref)
     if hook is not None:
         hook[1](module, ())  # renews what it has stored
-
-
-def _reorder(registry: dict[Any, Any], order: Iterable[Any]) -> None:
-    """Keys that were there before come first, as they stood."""
-    before = [key for key in order if key in registry]
-    for key in [*before, *(key for key in list(registry) if key not in before)]:
-        registry[key] = registry.pop(key)

@@ -251,7 +251,9 @@ def find_hook(ref: ParameterRef) -> tuple[int, BasePruningMethod] | None:
 def reparametrize(ref: ParameterRef, mask: Tensor) -> None:
     """``name_orig``, ``name_mask`` and the live ``name``; no hook."""
     if not ref.is_masked:
-        _rename(ref.module._parameters, ref.name, ref.name + ORIG)
+        registry = ref.module._parameters
+        with place_kept(ref):
+            registry[ref.name + ORIG] = registry.pop(ref.name)
         rename_parameter(ref.module, ref.name, ref.name + ORIG)
         ref.module.register_buffer(ref.name + MASK, mask)
     elif ref.mask is not mask:
@@ -278,13 +280,6 @@ def set_hook(ref: ParameterRef) -> _Masked:
         container.add_pruning_method(method)
     ref.module._forward_pre_hooks[key] = container
     return container
-
-
-def _rename(ordered: dict[str, Any], old: str, new: str) -> None:
-    """Rename a key where it stands: optimizers address parameters by position."""
-    items = [(new if key == old else key, value) for key, value in ordered.items()]
-    ordered.clear()
-    ordered.update(items)
 
 
 def restore(refs: Sequence[ParameterRef], *, last: Callable[[], object] | None = None) -> None:

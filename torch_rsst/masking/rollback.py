@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,21 +20,26 @@ from torch_rsst.utils.module_state import contents_back
 
 @contextmanager
 def place_kept(ref: ParameterRef) -> Iterator[None]:
-    """Put the parameter back to its place in the module, whatever name the block gives it."""
-    registry = ref.module._parameters
+    """Put the parameter back to its place in the module, whatever name the block gives it.
 
-    def key() -> str | None:
-        return next((k for k in (ref.name + ORIG, ref.name) if k in registry), None)
-
-    old = key()
+    Optimizers address parameters by position.
+    """
+    registry, names = ref.module._parameters, (ref.name + ORIG, ref.name)
     order = list(registry)
     yield
-    new = key()
-    if old is None or new is None or list(registry)[order.index(old)] == new:
-        return
-    # In place: hooks, optimizers and parametrizations may hold the registry itself.
-    for other in [new, *order[order.index(old) + 1 :]]:
-        registry[other] = registry.pop(other)
+    now = next((name for name in names if name in registry), None)
+    reorder(registry, [now if key in names else key for key in order])
+
+
+def reorder(registry: dict[Any, Any], order: Iterable[Any]) -> None:
+    """Let keys of ``order`` come first, as they stand there, and others after them.
+
+    In place: hooks, optimizers and parametrizations may hold the registry itself.
+    """
+    keys = [key for key in dict.fromkeys([*order, *registry]) if key in registry]
+    if keys != list(registry):
+        for key in keys:
+            registry[key] = registry.pop(key)
 
 
 class AllOrNothing:
