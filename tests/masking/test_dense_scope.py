@@ -125,3 +125,16 @@ def test_copies_made_within_a_block_and_other_models_are_free() -> None:
             torch_rsst.remove_all(each, freeze_zeros=False)
             assert torch_rsst.extract_mask(each) == {}
     assert torch_rsst.extract_mask(model).keys() == {"0.weight"}
+
+
+def test_a_module_that_two_blocks_have_taken_the_masks_of_stays_so_until_both_end() -> None:
+    first, second, shared = nn.Linear(2, 3), nn.Linear(3, 2), nn.GRUCell(2, 3)
+    shared.weight_ih, shared.weight_hh = first.weight, second.weight
+    for part in (first, second):
+        torch_rsst.apply_mask(part, {"weight": torch.eye(*part.weight.shape)})
+    with torch_rsst.dense_weights(first):
+        with torch_rsst.dense_weights(second):
+            pass
+        with pytest.raises(RuntimeError, match=REFUSED):
+            torch_rsst.remove_all(shared, freeze_zeros=False)
+    torch_rsst.remove_all(shared, freeze_zeros=False)
