@@ -940,7 +940,7 @@ def test_a_state_of_an_earlier_version_lacks_what_was_pending():
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(0, "0.125"), (1, "0.125"), (2, "0.25")])
-def test_the_warning_says_it_all_and_points_to_the_caller(steps, strength):
+def test_the_warning_says_it_all(steps, strength):
     layer = linear()
     pruner = pruner_of(layer)
     layer(tokens(0, 5, 4)).square().mean().backward()
@@ -954,6 +954,14 @@ def test_the_warning_says_it_all_and_points_to_the_caller(steps, strength):
         f"{steps} of 4 steps (mode 'coupled', last strength {strength}). Pass the optimizer or call "
         f"pruner.step(), or raise the strength or lower shrink_to, or use mode='decoupled'."
     ]
+
+
+def test_the_warning_points_to_the_caller():
+    layer = linear()
+    pruner = pruner_of(layer)
+    layer(tokens(0, 5, 4)).square().mean().backward()
+    with pytest.warns(InertPenaltyWarning) as caught:
+        pruner.remove()
     assert caught[0].filename == __file__
 
 
@@ -967,6 +975,15 @@ def test_the_warning_advises_nothing_that_is_done_already():
         match=r"\)\. Raise the strength or lower shrink_to, or use mode='decoupled'\.$",
     ):
         pruner.remove()
+    by_hand = pruner_of(layer, mode="decoupled")
+    by_hand.step()
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    text = (
+        r"Pass the optimizer or call pruner\.step\(\), or raise the strength or lower shrink_to\.$"
+    )
+    with pytest.warns(InertPenaltyWarning, match=text):
+        by_hand.remove()
     by_hand = pruner_of(layer, mode="decoupled")
     by_hand.step()
     with torch.no_grad():
@@ -1157,4 +1174,53 @@ def test_an_infinite_latent_beside_whole_units_stays_alone(mode):
     assert model.weight_orig.grad.isfinite().all()
     assert model.weight_orig[0, 0] == torch.inf
     optimizer.zero_grad()
+    pruner.detach()
+
+
+# Averages of the model
+
+
+def test_a_follower_shrinks_by_the_factors_of_a_decoupled_penalty():
+    model, average = linear(), linear()
+    with torch.no_grad():
+        average.weight.mul_(3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = pruner_of(model, optimizer=optimizer, mode="decoupled")
+    pruner.follow([average])
+    for _ in range(3):
+        zero_gradient_step(model, optimizer)
+    torch.testing.assert_close(average.weight, 3.0 * model.weight)
+    pruner.remove()
+
+
+def test_a_follower_shrinks_as_the_norm_does_under_a_coupled_penalty():
+    model, average = linear(), linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    pruner = pruner_of(model, optimizer=optimizer, mode="coupled")
+    pruner.follow([average])
+    kept = average.weight.detach()[~GOES].clone()
+    for number in range(3):
+        norms = [module.weight.detach()[GOES].norm() for module in (model, average)]
+        gradient_step(model, optimizer, number)  # loss and penalty act in one step
+        now = model.weight.detach()[GOES].norm()
+        expected = norms[1] * min(1.0, now / norms[0])
+        torch.testing.assert_close(average.weight.detach()[GOES].norm(), expected)
+    assert torch.equal(average.weight.detach()[~GOES], kept)
+    pruner.detach()
+
+
+def test_a_follower_stays_where_the_loss_outgrows_a_coupled_penalty_or_nothing_is_left():
+    model, average = linear(), linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    pruner = pruner_of(model, optimizer=optimizer, mode="coupled")
+    pruner.follow([average])
+    before = average.weight.detach().clone()
+    model.weight.grad = -10.0 * model.weight.detach()  # which the penalty cannot outweigh
+    optimizer.step()
+    assert model.weight[GOES].norm() > before[GOES].norm()
+    assert torch.equal(average.weight, before)
+    with torch.no_grad():
+        model.weight[GOES] = 0.0
+    zero_gradient_step(model, optimizer)
+    assert torch.equal(average.weight, before)
     pruner.detach()
