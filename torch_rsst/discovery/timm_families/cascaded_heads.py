@@ -14,7 +14,6 @@ from torch_rsst.discovery.adapter import Adapter, register
 from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.head_math import unflatten
 from torch_rsst.discovery.head_parts import recall
-from torch_rsst.discovery.timm_families.levit import forget_biases
 from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.groups.surgery import Removal
 from torch_rsst.masking.names import named_buffers, named_weights
@@ -86,7 +85,6 @@ class CascadedHeads(Adapter):
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        forget_biases(module)
         recall(module, removal.gone)
         _lower(module, removal.count)
         become(module, SlimCascadedGroupAttention)

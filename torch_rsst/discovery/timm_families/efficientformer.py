@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from timm.models import efficientformer, efficientformer_v2, tiny_vit
-from torch import nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, normed, produces
-from torch_rsst.discovery.timm_families.levit import forget_biases
-from torch_rsst.groups.surgery import Removal
 
 
-class _WithPositions(HeadAdapter):
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        forget_biases(module)
-        return super().shrink(module, removal)
-
-
-class EfficientFormerAttention(_WithPositions):
+class EfficientFormerAttention(HeadAdapter):
     """``Attention`` of ``timm.models.efficientformer`` and of ``timm.models.tiny_vit``.
 
     Query, key and value of one head lie side by side.
@@ -29,7 +19,7 @@ class EfficientFormerAttention(_WithPositions):
     scaled = ("key_attn_dim", "val_attn_dim", "out_dim")
 
 
-class EfficientFormerV2Attention(_WithPositions):
+class EfficientFormerV2Attention(HeadAdapter):
     """``Attention2d`` and ``Attention2dDownsample`` of ``timm.models.efficientformer_v2``.
 
     They run with any number of heads but none. Heads that talk to each other are also heard by way of

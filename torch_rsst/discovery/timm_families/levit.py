@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from timm.models.levit import Attention, AttentionDownsample
-from torch import nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, normed, produces
-from torch_rsst.groups.surgery import Removal
 
 
 class LevitAttention(HeadAdapter):
@@ -30,16 +26,6 @@ class LevitAttention(HeadAdapter):
     )
     scaled = ("key_attn_dim", "val_attn_dim")
     least = 1
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        forget_biases(module)
-        return super().shrink(module, removal)
-
-
-def forget_biases(module: Any) -> None:
-    """Clear what a module has computed of its positions: it is per head."""
-    module.attention_bias_cache = {}
 
 
 register(LevitAttention())
