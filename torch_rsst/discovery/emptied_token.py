@@ -4,38 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_rsst.discovery.emptied import keep_bias
+from torch_rsst.discovery.emptied import BiasOnly
 
 
-class BiasOnlyToken(nn.Module):
+class BiasOnlyToken(BiasOnly):
     """What an attention of one token to all others computes once it has no heads.
 
     Example:
+        >>> import torch
         >>> layer = BiasOnlyToken(torch.nn.Linear(4, 2))
         >>> layer(torch.ones(3, 5, 6)).shape
         torch.Size([3, 1, 2])
-
-    Args:
-        output: the attention's output layer; its bias is kept, not copied.
     """
 
-    def __init__(self, output: nn.Module) -> None:
-        super().__init__()
-        assert isinstance(output, nn.Linear)
-        self.out_features = output.out_features
-        keep_bias(self, output)
-        like = output.weight.new_zeros(())
-        self.register_buffer("_like", like, persistent=False)
-        self.train(output.training)
-
-    _like: Tensor
-    bias: Tensor | None
+    dim = -1  # on the class as well: instances pickled by earlier versions lack it
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bias for every item of the batch; whatever else is passed is not needed."""
-        shape = (x.shape[0], 1, self.out_features)
-        out = torch.zeros(shape, dtype=self._like.dtype, device=self._like.device)
-        return out if self.bias is None else out + self.bias
+        return super().forward(x[:, :1])

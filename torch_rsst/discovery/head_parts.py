@@ -113,6 +113,8 @@ class HeadAdapter(Adapter):
     """Attributes that become smaller in proportion, beside those of :mod:`head_attributes`."""
     output: ClassVar[str] = "proj"
     """The layer whose bias is left once there are no heads."""
+    left: ClassVar[type[BiasOnly]] = BiasOnly
+    """What puts that bias out in place of the module."""
     slim: ClassVar[tuple[type[nn.Module], ...]] = ()
     """Subclasses of the classes it knows that run with any number of heads."""
     recalls: ClassVar[bool] = False
@@ -155,7 +157,9 @@ class HeadAdapter(Adapter):
             recall(module, removal.gone)
         left = reduce_head_attributes(module, removal, self.scaled)
         if left == 0 and self.least == 0:
-            return self.emptied(module)
+            output = module_at(module, self.output)
+            assert isinstance(output, (nn.Linear, nn.Conv2d))
+            return self.left(output)
         return self.slimmed(module)
 
     def slimmed(self, module: nn.Module) -> nn.Module:
@@ -166,17 +170,6 @@ class HeadAdapter(Adapter):
                 become(module, slim)
                 break
         return module
-
-    def emptied(self, module: nn.Module) -> nn.Module:
-        """What takes the place of a module without heads."""
-        return self.left_of(module, self.output)
-
-    @staticmethod
-    def left_of(module: nn.Module, output_path: str) -> nn.Module:
-        """The bias of an output layer, at every position."""
-        output = module_at(module, output_path)
-        assert isinstance(output, (nn.Linear, nn.Conv2d))
-        return BiasOnly(output)
 
 
 def _forward(cls: type[nn.Module]) -> object:

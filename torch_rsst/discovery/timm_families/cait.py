@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 from timm.models.cait import ClassAttn, TalkingHeadAttn
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
-from torch_rsst.groups.surgery import module_at
 
 
 class SlimClassAttn(ClassAttn):
@@ -44,10 +43,7 @@ class CaitClassAttention(HeadAdapter):
     classes = (ClassAttn,)
     parts = (*produces("q"), *produces("k"), *produces("v"), *consumes())
     slim = (SlimClassAttn,)
-
-    def emptied(self, module: nn.Module) -> nn.Module:
-        """See :class:`HeadAdapter`."""
-        return BiasOnlyToken(module_at(module, "proj"))
+    left = BiasOnlyToken
 
 
 class CaitTalkingHeads(HeadAdapter):

@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 from timm.models import crossvit, fastvit, metaformer, nest, tnt, visformer, vision_transformer_sam
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
-from torch_rsst.groups.surgery import module_at
 
 
 class SlimNestAttention(nest.Attention):
@@ -70,10 +69,7 @@ class CrossVitAttention(HeadAdapter):
     classes = (crossvit.CrossAttention,)
     parts = (*produces("wq"), *produces("wk"), *produces("wv"), *consumes())
     slim = (SlimCrossAttention,)
-
-    def emptied(self, module: nn.Module) -> nn.Module:
-        """See :class:`HeadAdapter`."""
-        return BiasOnlyToken(module_at(module, "proj"))
+    left = BiasOnlyToken
 
 
 class PlainAttention(HeadAdapter):

@@ -7,14 +7,13 @@ from __future__ import annotations
 import math
 
 from timm.models.volo import Attention, ClassAttention, OutlookAttention
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
-from torch_rsst.groups.surgery import module_at
 
 
 class SlimVoloAttention(Attention):
@@ -73,10 +72,7 @@ class VoloClassAttention(HeadAdapter):
 
     classes = (ClassAttention,)
     parts = (*produces("q"), *produces("kv", 2), *consumes())
-
-    def emptied(self, module: nn.Module) -> nn.Module:
-        """See :class:`HeadAdapter`."""
-        return BiasOnlyToken(module_at(module, "proj"))
+    left = BiasOnlyToken
 
 
 for _adapter in (VoloAttention(), VoloOutlook(), VoloClassAttention()):
