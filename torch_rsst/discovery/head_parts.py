@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,8 +13,8 @@ from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.head_attributes import head_count, reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows
-from torch_rsst.groups.surgery import Removal, module_at
-from torch_rsst.masking.names import named_buffers, named_weights
+from torch_rsst.groups.surgery import Removal, buffer_shape, module_at
+from torch_rsst.masking.names import named_weights
 
 
 @dataclass(frozen=True)
@@ -78,25 +77,6 @@ def normed(path: str, stacked: int = 1) -> tuple[Part, ...]:
     return tuple(Part(f"{path}.{name}", stacked=stacked) for name in names)
 
 
-def head_members(
-    module: nn.Module, parts: Iterable[Part], heads: int
-) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
-    """Members of the parameters and of the buffers that a module has of these parts.
-
-    Raises:
-        ValueError: where a tensor cannot be dealt out evenly.
-    """
-    weights, homes = named_weights(module), named_buffers(module)
-    members, buffers = [], []
-    for part in parts:
-        if (weight := weights.get(part.name)) is not None:
-            members.append(part.member(weight.shape[part.dim], heads))
-        elif part.name in homes:
-            *_, buffer = homes[part.name]
-            buffers.append(part.member(buffer.shape[part.dim], heads))
-    return tuple(members), tuple(buffers)
-
-
 class HeadAdapter(Adapter):
     """An adapter of one family, from a list of parts.
 
@@ -142,14 +122,19 @@ class HeadAdapter(Adapter):
 
     def found(self, module: nn.Module) -> GroupLayer | Unsupported:
         """The units of a module, by its parts."""
-        heads = self.units_of(module)
+        heads, weights = self.units_of(module), named_weights(module)
+        members, buffers = [], []
         try:
-            members, buffers = head_members(module, self.parts_of(module), heads)
+            for part in self.parts_of(module):
+                if (weight := weights.get(part.name)) is not None:
+                    members.append(part.member(weight.shape[part.dim], heads))
+                elif (shape := buffer_shape(module, part.name)) is not None:
+                    buffers.append(part.member(shape[part.dim], heads))
         except ValueError as error:
             return Unsupported(str(error))
         if not any(m.consumes for m in members):
             return Unsupported("it has no projection that takes its heads in")
-        return GroupLayer("", self.kind, heads, members, buffers)
+        return GroupLayer("", self.kind, heads, tuple(members), tuple(buffers))
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
@@ -186,4 +171,4 @@ def recall(module: nn.Module, gone: Tensor) -> None:
     )
 
 
-__all__ = ["HeadAdapter", "Part", "consumes", "head_members", "normed", "produces", "recall"]
+__all__ = ["HeadAdapter", "Part", "consumes", "normed", "produces", "recall"]
