@@ -509,6 +509,7 @@ def test_registered_models_need_no_example(name: str) -> None:
         ("VisformerAttention", "PlainAttention"),
         ("SamAttention", "PlainAttention"),
         ("HieraDetAttention", "HieraAttention"),
+        ("TwinsLocalAttention", "SubsampledAttention"),
     ],
 )
 def test_groups_that_name_a_former_adapter_find_its_successor(former: str, present: str) -> None:

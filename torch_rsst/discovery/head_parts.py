@@ -87,7 +87,10 @@ class HeadAdapter(Adapter):
     kind = "heads"
     classes: ClassVar[tuple[type[nn.Module], ...]] = ()
     """The modules that it knows."""
-    parts: ClassVar[tuple[Part, ...]] = (*produces("qkv", 3), *consumes())
+    parts: ClassVar[tuple[Part, ...]] = (
+        *(*produces("qkv", 3), *produces("q"), *produces("kv", 2), *produces("k"), *produces("v")),
+        *consumes(),
+    )
     """What is dealt out to heads; the first one is the layer whose input is the module's, if any is."""
     scaled: ClassVar[tuple[str, ...]] = ()
     """Attributes that become smaller in proportion, beside those of :mod:`head_attributes`."""

@@ -55,7 +55,6 @@ class TimmAttentionPool2d(HeadAdapter):
     """``AttentionPool2d`` and ``RotAttentionPool2d``, with ``qkv`` or separate ``q``, ``k``, ``v``."""
 
     classes = (AttentionPool2d, RotAttentionPool2d)
-    parts = (*produces("qkv", 3), *produces("q"), *produces("k"), *produces("v"), *consumes())
     scaled = ("embed_dim",)
     least = 1
 

@@ -41,7 +41,6 @@ class CaitClassAttention(HeadAdapter):
     """``timm.models.cait.ClassAttn``, which XCiT uses, too."""
 
     classes = (ClassAttn,)
-    parts = (*produces("q"), *produces("k"), *produces("v"), *consumes())
     slim = (SlimClassAttn,)
     left = BiasOnlyToken
 

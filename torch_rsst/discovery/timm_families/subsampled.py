@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, put_out, split_heads, unflatten
-from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
+from torch_rsst.discovery.head_parts import HeadAdapter
 
 
 def _as_map(x: Tensor, size: Any) -> Tensor:
@@ -79,23 +79,16 @@ class SlimEfficientAttention(EfficientAttention):
 
 
 class SubsampledAttention(HeadAdapter):
-    """Separate ``q`` and ``kv``, or ``q``, ``k`` and ``v``; what reduces the tokens stays."""
+    """What reduces the tokens, or makes windows of them, stays."""
 
-    classes = (PvtV2Attention, GlobalSubSampleAttn, EfficientAttention)
-    parts = (*produces("q"), *produces("kv", 2), *produces("k"), *produces("v"), *consumes())
+    classes = (PvtV2Attention, GlobalSubSampleAttn, EfficientAttention, LocallyGroupedAttn)
+    former_names = ("TwinsLocalAttention",)
     slim = (
         SlimPvtV2Attention,
         SlimGlobalSubSampleAttn,
         SlimEfficientAttention,
+        SlimLocallyGroupedAttn,
     )
 
 
-class TwinsLocalAttention(HeadAdapter):
-    """``timm.models.twins.LocallyGroupedAttn``."""
-
-    classes = (LocallyGroupedAttn,)
-    slim = (SlimLocallyGroupedAttn,)
-
-
-for _adapter in (SubsampledAttention(), TwinsLocalAttention()):
-    register(_adapter)
+register(SubsampledAttention())

@@ -71,7 +71,6 @@ class VoloClassAttention(HeadAdapter):
     """``timm.models.volo.ClassAttention``: runs with any number of heads."""
 
     classes = (ClassAttention,)
-    parts = (*produces("q"), *produces("kv", 2), *consumes())
     left = BiasOnlyToken
 
 
