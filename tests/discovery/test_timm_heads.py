@@ -489,6 +489,13 @@ def test_heads_that_are_normalized_jointly_are_refused(build: Build, reason: str
     assert reason in str(caught[0].message)
 
 
+def test_heads_without_an_output_projection_are_refused() -> None:
+    model = alone("AttentionPoolLatent", 12, 0, num_heads=3, tokens=True)()
+    reason = "it has no output projection: its heads are features of what follows"
+    with pytest.raises(ValueError, match=reason):
+        torch_rsst.find_groups(model, "heads")
+
+
 @pytest.mark.parametrize(
     "name", ["test_vit", "test_vit_relpos", "mobilevit_xxs", "edgenext_xx_small"]
 )

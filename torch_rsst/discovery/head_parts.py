@@ -136,7 +136,9 @@ class HeadAdapter(Adapter):
         except ValueError as error:
             return Unsupported(str(error))
         if not any(m.consumes for m in members):
-            return Unsupported("it has no projection that takes its heads in")
+            return Unsupported(
+                "it has no output projection: its heads are features of what follows"
+            )
         return GroupLayer("", self.kind, heads, tuple(members), tuple(buffers))
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:

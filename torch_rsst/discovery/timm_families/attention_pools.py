@@ -44,12 +44,6 @@ class TimmLatentPool(HeadAdapter):
         query = (Part("latent", 2, ranked=True),) if direct else produces("q")
         return (*produces("kv", 2), *query, *consumes())
 
-    def why_not(self, module: nn.Module) -> str | None:
-        """See :class:`HeadAdapter`."""
-        if isinstance(module.proj, nn.Linear):
-            return None
-        return "it has no output projection: its heads are features of what follows"
-
 
 class TimmAttentionPool2d(HeadAdapter):
     """``AttentionPool2d`` and ``RotAttentionPool2d``, with ``qkv`` or separate ``q``, ``k``, ``v``."""
@@ -57,12 +51,6 @@ class TimmAttentionPool2d(HeadAdapter):
     classes = (AttentionPool2d, RotAttentionPool2d)
     scaled = ("embed_dim",)
     least = 1
-
-    def why_not(self, module: nn.Module) -> str | None:
-        """See :class:`HeadAdapter`."""
-        if isinstance(module.proj, nn.Linear):
-            return None
-        return "it has no output projection: its heads are features of what follows"
 
 
 for _adapter in (TimmLatentPool(), TimmAttentionPool2d()):
