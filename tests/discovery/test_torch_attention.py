@@ -312,3 +312,15 @@ def test_what_a_reduced_window_attention_is() -> None:
     assert attention.logit_scale.shape == (2, 1, 1)
     assert type(attention).__name__ == "ReducedShiftedWindowAttentionV2"
     assert difference(model, small, images) <= 1e-12
+
+
+@pytest.mark.needs_timm
+def test_subclasses_of_window_attention_that_compute_something_else_are_refused() -> None:
+    from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+    class Scaled(ShiftedWindowAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="its class changes what torchvision's window attention"):
+        torch_rsst.find_groups(Scaled(12, [4, 4], [0, 0], 3), "heads")

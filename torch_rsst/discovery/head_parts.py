@@ -99,7 +99,7 @@ class HeadAdapter(Adapter):
     left: ClassVar[type[BiasOnly]] = BiasOnly
     """What puts that bias out in place of the module."""
     slim: ClassVar[tuple[type[nn.Module], ...]] = ()
-    """Subclasses of the classes it knows that run with any number of heads."""
+    """Subclasses, whose last base is a class it knows, that run with any number of heads."""
     recalls: ClassVar[bool] = False
     """Whether a shrunk module must know which heads it has: others hand it something per head."""
 
@@ -155,7 +155,7 @@ class HeadAdapter(Adapter):
     def slimmed(self, module: nn.Module) -> nn.Module:
         """The module as the subclass of its class that runs with any number of heads, in place."""
         for slim in self.slim:
-            known = slim.__bases__[0]
+            known = slim.__bases__[-1]
             if isinstance(module, known) and _forward(type(module)) in map(_forward, (known, slim)):
                 become(module, slim)
                 break

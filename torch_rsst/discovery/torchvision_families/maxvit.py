@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 
-from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, rows
-from torch_rsst.discovery.change_class import become
-from torch_rsst.discovery.emptied import BiasOnly
-from torch_rsst.discovery.head_attributes import reduce_head_attributes
-from torch_rsst.groups.groups import GroupLayer, Member, head_rows
-from torch_rsst.groups.surgery import Removal
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
 class ReducedRelativeAttention(RelativePositionalMultiHeadAttention):  # type: ignore[misc] # untyped
@@ -27,29 +21,14 @@ class ReducedRelativeAttention(RelativePositionalMultiHeadAttention):  # type: i
         return out
 
 
-class MaxVitAttention(Adapter):
+class MaxVitAttention(HeadAdapter):
     """A head owns its column of the table of position biases as well."""
 
-    kind = "heads"
-
-    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        if not isinstance(module, RelativePositionalMultiHeadAttention):
-            return None
-        heads, width = module.n_heads, module.merge.in_features
-        each, one = torch.arange(heads), head_rows(width, heads)
-        members = (
-            *rows("to_qkv", module.to_qkv, head_rows(3 * width, heads, 3)),
-            Member("relative_position_bias_table", 1, each, ranked=False),
-            columns("merge", one),
-        )
-        return GroupLayer("", self.kind, heads, members)
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        if not reduce_head_attributes(module, removal):
-            merge = module.merge
-            assert isinstance(merge, nn.Linear)
-            return BiasOnly(merge)
-        become(module, ReducedRelativeAttention)
-        return module
+    classes = (RelativePositionalMultiHeadAttention,)
+    parts = (
+        *produces("to_qkv", 3),
+        Part("relative_position_bias_table", 1),
+        *consumes("merge"),
+    )
+    output = "merge"
+    slim = (ReducedRelativeAttention,)

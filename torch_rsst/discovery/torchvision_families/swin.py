@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, rows
-from torch_rsst.discovery.change_class import become
-from torch_rsst.discovery.emptied import BiasOnly
-from torch_rsst.discovery.head_attributes import reduce_head_attributes
-from torch_rsst.groups.groups import GroupLayer, Member, head_rows
-from torch_rsst.groups.surgery import Removal
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 _FAR = -100.0
 """What torchvision adds to the score of two tokens that the shift has brought into one window."""
@@ -75,42 +70,25 @@ class ReducedShiftedWindowAttentionV2(
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * scale
 
 
-class TorchvisionSwinAttention(Adapter):
+class TorchvisionSwinAttention(HeadAdapter):
     """A head owns its column of the table of position biases, or of the MLP that makes them, as well."""
 
-    kind = "heads"
+    classes = (ShiftedWindowAttention,)
+    parts = (
+        *produces("qkv", 3),
+        Part("logit_scale"),
+        Part("cpb_mlp.2.weight"),
+        Part("relative_position_bias_table", 1),
+        *consumes(),
+    )
+    slim = (ReducedShiftedWindowAttentionV2, ReducedShiftedWindowAttention)
 
-    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        if not isinstance(module, ShiftedWindowAttention):
+    def why_not(self, module: nn.Module) -> str | None:
+        """See :class:`HeadAdapter`."""
+        known = (cls for slim in self.slim for cls in (slim, slim.__bases__[-1]))
+        if type(module).forward in {cls.forward for cls in known}:
             return None
-        if type(module).forward not in {cls.forward for cls in (*_REDUCED, *_REDUCED.values())}:
-            return Unsupported("its class changes what torchvision's window attention computes")
-        heads, width = module.num_heads, module.proj.in_features
-        each, one = torch.arange(heads), head_rows(width, heads)
-        members = rows("qkv", module.qkv, head_rows(3 * width, heads, 3))
-        if isinstance(module, ShiftedWindowAttentionV2):
-            members.append(Member("logit_scale", 0, each, ranked=False))
-            members.append(Member("cpb_mlp.2.weight", 0, each, ranked=False))
-        else:
-            members.append(Member("relative_position_bias_table", 1, each, ranked=False))
-        return GroupLayer("", self.kind, heads, (*members, columns("proj", one)))
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        if not reduce_head_attributes(module, removal):
-            proj = module.proj
-            assert isinstance(proj, nn.Linear)
-            return BiasOnly(proj)
-        second = isinstance(module, ShiftedWindowAttentionV2)
-        become(module, _REDUCED[ShiftedWindowAttentionV2 if second else ShiftedWindowAttention])
-        return module
-
-
-_REDUCED: dict[type[ShiftedWindowAttention], type[ReducedShiftedWindowAttention]] = {
-    ShiftedWindowAttention: ReducedShiftedWindowAttention,
-    ShiftedWindowAttentionV2: ReducedShiftedWindowAttentionV2,
-}
+        return "its class changes what torchvision's window attention computes"
 
 
 def _windows(x: Tensor, window: Sequence[int]) -> Tensor:
