@@ -16,27 +16,24 @@ from torch_rsst.discovery.head_math import put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 
-def _cross_covariance(module: Any, x: Tensor) -> Tensor:
-    q, k, v = split_heads(module.qkv(x), 3, module.num_heads).mT  # (…, heads, width, tokens)
+def _forward(self: Any, x: Tensor) -> Tensor:
+    """See timm."""
+    q, k, v = split_heads(self.qkv(x), 3, self.num_heads).mT  # (…, heads, width, tokens)
     scores = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT
-    weights = module.attn_drop((scores * module.temperature).softmax(-1))
-    return put_out(module, (weights @ v).mT)
+    weights = self.attn_drop((scores * self.temperature).softmax(-1))
+    return put_out(self, (weights @ v).mT)
 
 
 class SlimXCA(XCA):
     """With any number of heads."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See timm."""
-        return _cross_covariance(self, x)
+    forward = _forward
 
 
 class SlimCrossCovarianceAttn(CrossCovarianceAttn):
     """With any number of heads."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See timm."""
-        return _cross_covariance(self, x)
+    forward = _forward
 
 
 class CrossCovariance(HeadAdapter):
@@ -44,10 +41,7 @@ class CrossCovariance(HeadAdapter):
 
     classes = (XCA, CrossCovarianceAttn)
     parts = (*produces("qkv", 3), Part("temperature"), *consumes())
-    slim = (
-        SlimXCA,
-        SlimCrossCovarianceAttn,
-    )
+    slim = (SlimXCA, SlimCrossCovarianceAttn)
 
 
 register(CrossCovariance())

@@ -13,7 +13,7 @@ from torch_rsst.discovery.head_parts import Part, consumes, produces
 from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
 
 
-class SlimAttention2d(Attention2d):
+class _OwnPositions(nn.Module):
     """Takes shared positions of all the heads that there once were."""
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
@@ -23,24 +23,19 @@ class SlimAttention2d(Attention2d):
         return out
 
 
-class SlimAttentionCl(AttentionCl):
-    """Takes shared positions of all the heads that there once were."""
+class SlimAttention2d(_OwnPositions, Attention2d):
+    """With any number of heads."""
 
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        """See timm."""
-        shared = None if shared_rel_pos is None else kept(self, shared_rel_pos, -3)
-        out: Tensor = super().forward(x, shared_rel_pos=shared)
-        return out
+
+class SlimAttentionCl(_OwnPositions, AttentionCl):
+    """With any number of heads."""
 
 
 class MaxxVitAttention(PositionedHeads):
     """``Attention2d`` and ``AttentionCl`` of ``timm.models.maxxvit``."""
 
     classes = (Attention2d, AttentionCl)
-    slim = (
-        SlimAttention2d,
-        SlimAttentionCl,
-    )
+    slim = (SlimAttention2d, SlimAttentionCl)
     recalls = True
 
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
