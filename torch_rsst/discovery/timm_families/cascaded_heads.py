@@ -4,18 +4,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from timm.models.efficientvit_msra import CascadedGroupAttention
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import Adapter, register
-from torch_rsst.discovery.change_class import become
+from torch_rsst.discovery.adapter import Unsupported, register
 from torch_rsst.discovery.head_math import unflatten
-from torch_rsst.discovery.head_parts import recall
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes
 from torch_rsst.groups.groups import GroupLayer, Member
-from torch_rsst.groups.surgery import Removal
 from torch_rsst.masking.names import named_buffers, named_weights
 
 
@@ -43,60 +41,36 @@ class SlimCascadedGroupAttention(CascadedGroupAttention):
         return unflatten(v.flatten(2) @ weights.mT, -1, x.shape[2:])
 
 
-class CascadedHeads(Adapter):
+class CascadedHeads(HeadAdapter):
     """``timm.models.efficientvit_msra.CascadedGroupAttention``.
 
     A head reaches the output by way of the next one, too: it is dead only where all of it is, so that
     each of its ranked members counts as one that could still be heard.
     """
 
-    kind = "heads"
+    classes = (CascadedGroupAttention,)
+    parts = (Part("attention_biases"), *consumes("proj.1.conv"))
     least = 1
+    slim = (SlimCascadedGroupAttention,)
+    recalls = True
 
-    def find(self, module: nn.Module) -> GroupLayer | None:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        if not isinstance(module, CascadedGroupAttention):
-            return None
-        heads = list(vars(module).get("kept_heads", range(int(module.num_heads))))
-        weights, homes = named_weights(module), named_buffers(module)
-        whole: list[tuple[str, int]] = []
-        buffers = []
-        for unit, head in enumerate(heads):
-            for stem in (f"qkvs.{head}.", f"dws.{head}."):
-                whole += [(name, unit) for name in weights if name.startswith(stem)]
-                for name, (*_, buffer) in homes.items():
-                    if name.startswith(stem) and buffer.ndim:
-                        buffers.append(Member(name, 0, _all_of(unit, buffer), ranked=False))
-        members = [
-            Member(
-                name,
-                0,
-                _all_of(unit, weights[name]),
-                weights[name].ndim > 1,
-                weights[name].ndim > 1,
-            )
-            for name, unit in whole
-        ]
-        members.append(Member("attention_biases", 0, torch.arange(len(heads)), ranked=False))
-        last = "proj.1.conv.weight"
-        columns = torch.arange(len(heads)).repeat_interleave(int(module.val_dim))
-        members.append(Member(last, 1, columns, ranked=True, consumes=True))
-        return GroupLayer("", self.kind, len(heads), tuple(members), tuple(buffers))
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        recall(module, removal.gone)
-        _lower(module, removal.count)
-        become(module, SlimCascadedGroupAttention)
-        return module
-
-
-def _all_of(unit: int, tensor: Tensor) -> Tensor:
-    return torch.full((tensor.shape[0],), unit)
-
-
-def _lower(module: Any, by: int) -> None:
-    module.num_heads -= by
+    def found(self, module: nn.Module) -> GroupLayer | Unsupported:
+        """See :class:`HeadAdapter`."""
+        found = super().found(module)
+        if isinstance(found, Unsupported):
+            return found
+        members, buffers = [], []
+        for unit, head in enumerate(vars(module).get("kept_heads", range(found.units))):
+            stems = (f"qkvs.{head}.", f"dws.{head}.")
+            for name, weight in named_weights(module).items():
+                if name.startswith(stems):
+                    ranked, own = weight.ndim > 1, torch.full(weight.shape[:1], unit)
+                    members.append(Member(name, 0, own, ranked, consumes=ranked))
+            for name, (*_, buffer) in named_buffers(module).items():
+                if name.startswith(stems) and buffer.ndim:
+                    own = torch.full(buffer.shape[:1], unit)
+                    buffers.append(Member(name, 0, own, ranked=False))
+        return replace(found, members=(*members, *found.members), buffers=tuple(buffers))
 
 
 register(CascadedHeads())
