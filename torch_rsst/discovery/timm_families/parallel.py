@@ -4,16 +4,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import Adapter, holds, register
-from torch_rsst.discovery.change_class import become
+from torch_rsst.discovery.adapter import columns, register, rows
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
-from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member, head_rows
+from torch_rsst.discovery.head_parts import HeadAdapter
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, head_rows
 from torch_rsst.groups.surgery import Removal
 
 
@@ -39,57 +39,29 @@ class SlimParallelScalingBlock(ParallelScalingBlock):
         return out
 
 
-class ParallelScalingHeads(Adapter):
+class ParallelScalingHeads(HeadAdapter):
     """``timm.models.vision_transformer.ParallelScalingBlock``, with one output projection or two."""
 
-    kind = "heads"
+    classes = (ParallelScalingBlock,)
     least = 1
-    classes: ClassVar[tuple[type[nn.Module], ...]] = (ParallelScalingBlock,)
-    """The modules that it knows."""
-    widths: ClassVar[int] = 1
-    """How many times as wide as it notes a head is."""
+    slim = (SlimParallelScalingBlock,)
 
-    def find(self, module: nn.Module) -> GroupLayer | None:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        if not isinstance(module, self.classes):
-            return None
-        heads, head_dim = _heads_of(module), self.widths * _head_dim_of(module)
-        hidden = torch.full((_in_split(module)[0],), NO_UNIT)
-        rows = torch.cat([hidden, head_rows(3 * heads * head_dim, heads, 3)])
-        columns = head_rows(heads * head_dim, heads)
-        members = [Member("in_proj.weight", 0, rows, ranked=True)]
-        if holds(module.get_submodule("in_proj"), "bias"):
-            members.append(Member("in_proj.bias", 0, rows, ranked=False))
-        output = "attn_out_proj.weight"
+    def found(self, module: Any) -> GroupLayer:
+        """See :class:`HeadAdapter`."""
+        heads, (before, *projected) = self.units_of(module), module.in_split
+        hidden = torch.full((before,), NO_UNIT)
+        fused = torch.cat([hidden, head_rows(sum(projected), heads, 3)])
+        output, taken = "attn_out_proj", head_rows(projected[-1], heads)
         if getattr(module, "out_proj", None) is not None:
-            output, columns = "out_proj.weight", torch.cat([columns, hidden])
-        members.append(Member(output, 1, columns, ranked=True, consumes=True))
-        return GroupLayer("", self.kind, heads, tuple(members))
+            output, taken = "out_proj", torch.cat([taken, hidden])
+        members = (*rows("in_proj", module.in_proj, fused), columns(output, taken))
+        return GroupLayer("", self.kind, heads, members)
 
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+    def shrink(self, module: Any, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        heads = _heads_of(module) - removal.count
-        split = [_in_split(module)[0], *[heads * self.widths * _head_dim_of(module)] * 3]
-        setattr(module, "num_heads", heads)  # noqa: B010 - mypy knows no attributes
-        setattr(module, "in_split", split)  # noqa: B010
-        return self.slimmed(module)
-
-    def slimmed(self, module: nn.Module) -> nn.Module:
-        """The module as the subclass of its class that runs with any number of heads, in place."""
-        become(module, SlimParallelScalingBlock)
-        return module
-
-
-def _heads_of(module: Any) -> int:
-    return int(module.num_heads)
-
-
-def _head_dim_of(module: Any) -> int:
-    return int(module.head_dim)
-
-
-def _in_split(module: Any) -> list[int]:
-    return [int(width) for width in module.in_split]
+        before = module.in_split[0]
+        module.in_split = [before, *[(module.in_proj.out_features - before) // 3] * 3]
+        return super().shrink(module, removal)
 
 
 register(ParallelScalingHeads())

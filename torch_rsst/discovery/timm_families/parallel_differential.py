@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import torch
 from timm.models.vision_transformer import DiffParallelScalingBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
 from torch_rsst.discovery.timm_families.parallel import ParallelScalingHeads
 
@@ -43,12 +42,7 @@ class DiffParallelScalingHeads(ParallelScalingHeads):
     """``timm.models.vision_transformer.DiffParallelScalingBlock``."""
 
     classes = (DiffParallelScalingBlock,)
-    widths = 2
-
-    def slimmed(self, module: nn.Module) -> nn.Module:
-        """See :class:`ParallelScalingHeads`."""
-        become(module, SlimDiffParallelScalingBlock)
-        return module
+    slim = (SlimDiffParallelScalingBlock,)
 
 
 register(DiffParallelScalingHeads())
