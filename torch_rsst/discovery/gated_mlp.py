@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported
-from torch_rsst.discovery.projections import Projection, between, empty, members_of, projections
+from torch_rsst.discovery.projections import Projection, empty, hidden_units, projections
 from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.groups.surgery import Removal
 
@@ -23,19 +22,7 @@ class GatedMLP(Adapter):
     def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
         layers = _layers(module)
-        if not layers or layers[-1].taken == 0:
-            return None
-        hidden = layers[-1].taken
-        unit = torch.arange(hidden)
-        others = between(module, layers, hidden, unit)
-        if others is None:
-            return None
-        if isinstance(others, str):
-            return Unsupported(f"its {others} may join its hidden neurons")
-        halves = unit.repeat(2) if len(layers) == 2 else unit
-        giving = [member for layer in layers[:-1] for member in members_of(layer, halves)]
-        taking = members_of(layers[-1], unit, takes=True)
-        return GroupLayer("", self.kind, hidden, (*giving, *others[0], *taking), tuple(others[1]))
+        return hidden_units(module, layers) if layers and layers[-1].taken else None
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""

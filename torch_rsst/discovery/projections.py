@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torch_rsst.discovery.adapter import columns, own_parameters, rows
+from torch_rsst.discovery.adapter import Unsupported, columns, own_parameters, rows
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
 from torch_rsst.discovery.head_attributes import is_attention
-from torch_rsst.groups.groups import Member
+from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.groups.surgery import replace_module
 from torch_rsst.masking.live_weight import ORIG
 
@@ -72,13 +72,6 @@ def projections(module: nn.Module) -> list[Projection]:
     return inside if len(inside) in (2, 3) else []
 
 
-def members_of(projection: Projection, unit: Tensor, *, takes: bool = False) -> list[Member]:
-    """Members of a projection: its columns where it takes units in, else its rows and its bias."""
-    if takes:
-        return [columns(projection.path, unit)]
-    return rows(projection.path, projection.layer, unit)
-
-
 def maps_between(module: nn.Module, pair: Sequence[Projection]) -> bool:
     """Whether a module holds other layers that map features between some of its projections."""
     ordered = _in_order(module, pair[0].path, pair[-1].path)
@@ -93,23 +86,21 @@ def _among(named: Sequence[tuple[str, nn.Module]]) -> list[Projection]:
     ]
 
 
-def between(
-    module: nn.Module, pair: Sequence[Projection], hidden: int, unit: Tensor
-) -> tuple[list[Member], list[Member]] | str | None:
-    """What acts on the hidden features between the first and the last of some projections.
+def hidden_units(module: nn.Module, pair: Sequence[Projection]) -> GroupLayer | Unsupported | None:
+    """The features that the last of some projections takes in, each of them a unit.
 
     Batch norms, PReLU and, between linear layers, depthwise convolutions treat every feature by itself.
 
     Args:
         module: that holds the projections.
-        pair: the projections, the last of which takes the hidden features in.
-        hidden: how many hidden features there are.
-        unit: the unit of each.
+        pair: the projections; those before the last put out each feature once, or one of them twice.
 
     Returns:
-        the members and the buffers of these layers; or what joins the features; or None where
-        another convolution has to do with the features of 1×1 convolutions: these are channels.
+        the units, with what acts on them between; or what joins them; or None where another
+        convolution has to do with the features of 1×1 convolutions: these are channels.
     """
+    hidden = pair[-1].taken
+    unit = torch.arange(hidden)
     known = {p.path for p in pair}
     outside = {pair[0].taken, pair[-1].given}
     members: list[Member] = []
@@ -126,14 +117,17 @@ def between(
         if not (isinstance(part, _Shared) or _is_depthwise(part, hidden)):
             if hidden in outside and not path:
                 continue  # of which width it is, running tells
-            return f"{path} ({type(part).__name__})" if path else f"own parameter {wide[0]}"
+            joint = f"{path} ({type(part).__name__})" if path else f"own parameter {wide[0]}"
+            return Unsupported(f"its {joint} may join its hidden neurons")
         for name in wide:
             ranked = len(_shape(part, name)) > 1
             members.append(Member(f"{path}.{name}", 0, unit, ranked=ranked))
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.shape == (hidden,):
                 buffers.append(Member(f"{path}.{name}", 0, unit, ranked=False))
-    return members, buffers
+    giving = [m for p in pair[:-1] for m in rows(p.path, p.layer, unit.repeat(p.given // hidden))]
+    members = [*giving, *members, columns(pair[-1].path, unit)]
+    return GroupLayer("", "neurons", hidden, tuple(members), tuple(buffers))
 
 
 def empty(module: nn.Module, pair: Sequence[Projection], *, packed: bool = False) -> nn.Module:

@@ -10,10 +10,9 @@ from torch import nn
 from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
 from torch_rsst.discovery.projections import (
     Projection,
-    between,
     empty,
+    hidden_units,
     maps_between,
-    members_of,
     projections,
 )
 from torch_rsst.groups.groups import GroupLayer
@@ -37,16 +36,7 @@ class TwoLayerMLP(Adapter):
         pair = _pair(module)
         if not pair or pair[0].given == 0 or maps_between(module, pair):
             return None
-        first, second = pair
-        hidden = first.given
-        unit = torch.arange(hidden)
-        others = between(module, pair, hidden, unit)
-        if others is None:
-            return None
-        if isinstance(others, str):
-            return Unsupported(f"its {others} may join its hidden neurons")
-        members = (*members_of(first, unit), *others[0], *members_of(second, unit, takes=True))
-        return GroupLayer("", self.kind, hidden, members, tuple(others[1]))
+        return hidden_units(module, pair)
 
     def examples(self, module: nn.Module) -> Iterable[Call]:
         """See :class:`torch_rsst.discovery.Adapter`: targets and memory of a decoder's layer."""
