@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -37,11 +36,6 @@ def compressed(field: Tensor) -> Tensor:
             if field.stride(dim) == 0 or bool((field == first).all()):
                 field = first
     return field
-
-
-def spread(field: Tensor, shape: torch.Size) -> Tensor:
-    """Labels of every entry of a tensor of this shape; no memory is spent."""
-    return field.expand(shape)
 
 
 def vector(field: Tensor, ndim: int, dim: int) -> Tensor:

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_rsst.discovery.channels.entry_rules import Operand, meet
-from torch_rsst.discovery.channels.labels import Labels, compressed, spread, varying, vector
+from torch_rsst.discovery.channels.labels import Labels, compressed, varying, vector
 from torch_rsst.discovery.channels.ledger import NOBODY
 from torch_rsst.discovery.channels.walk import (
     Arguments,
@@ -25,12 +25,27 @@ UNEVEN = "they are split at a place that pruning would move"
 AT_ONCE = "they are split evenly"
 
 
-def _move(walk: Walk, arguments: Arguments, out: Any, moved: Sequence[Sequence[Tensor]]) -> None:
-    """Label outputs; ``moved`` has, per field of the source, what became of it in each output."""
-    known = walk.labels(arguments["self"])
-    for i, tensor in enumerate(tensors_in(out)):
-        fields = [_evened(walk, compressed(parts[i])) for parts in moved]
-        walk.put(tensor, fields, weight=known.weight, wild=known.wild)
+_SHAPED: dict[str, Callable[[Tensor, Arguments, torch.Size], Tensor]] = {
+    **dict.fromkeys(
+        ("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "squeeze"),
+        lambda labels, _, shape: labels.reshape(shape),
+    ),
+    **dict.fromkeys(("expand", "expand_as"), lambda labels, _, shape: labels.expand(shape)),
+    "flip": lambda labels, arguments, _: labels.flip(arguments["dims"]),
+    "permute": lambda labels, arguments, _: labels.permute(arguments["dims"]),
+    "repeat": lambda labels, arguments, _: labels.repeat(arguments["repeats"]),
+    "t": lambda labels, *_: labels.t(),
+    "transpose": lambda labels, given, _: labels.transpose(given["dim0"], given["dim1"]),
+    "unsqueeze": lambda labels, arguments, _: labels.unsqueeze(arguments["dim"]),
+}
+"""Operators that put entries into another shape or order, or repeat them → the same done to their labels."""
+
+
+@rule(*_SHAPED)
+def shaped(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
+    """Labels are moved as their entries are."""
+    moved = (_SHAPED[name](f, arguments, out.shape) for f in _fields(walk, arguments))
+    walk.put_like(arguments["self"], out, [_evened(walk, compressed(f)) for f in moved])
 
 
 def _evened(walk: Walk, field: Tensor) -> Tensor:
@@ -42,45 +57,9 @@ def _evened(walk: Walk, field: Tensor) -> Tensor:
 
 
 def _fields(walk: Walk, arguments: Arguments) -> list[Tensor]:
+    """Labels of every entry; no memory is spent."""
     x = arguments["self"]
-    return [spread(f, x.shape) for f in walk.labels(x).fields]
-
-
-@rule("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy")
-def view(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
-    """Entries in their order, in another shape."""
-    _move(walk, arguments, out, [[f.reshape(out.shape)] for f in _fields(walk, arguments)])
-
-
-@rule("permute", "transpose", "t", "numpy_T", "movedim")
-def permute(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
-    """Dimensions in another order."""
-    if name == "permute":
-        moved = [f.permute(arguments["dims"]) for f in _fields(walk, arguments)]
-    elif name == "transpose":
-        dims = arguments["dim0"], arguments["dim1"]
-        moved = [f.transpose(*dims) for f in _fields(walk, arguments)]
-    elif name == "t":
-        moved = [f.t() for f in _fields(walk, arguments)]
-    else:
-        unknown(walk, name, arguments, out)
-        return
-    known = walk.labels(arguments["self"])
-    walk.put(out, map(compressed, moved), weight=known.weight, wild=known.wild)
-
-
-@rule("unsqueeze", "squeeze", "expand", "expand_as", "repeat")
-def resize(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
-    """Dimensions of size 1 come, go or are repeated."""
-    if name == "unsqueeze":
-        moved = [[f.unsqueeze(arguments["dim"])] for f in _fields(walk, arguments)]
-    elif name == "squeeze":
-        moved = [[f.reshape(out.shape)] for f in _fields(walk, arguments)]
-    elif name == "repeat":
-        moved = [[f.repeat(arguments["repeats"])] for f in _fields(walk, arguments)]
-    else:
-        moved = [[f.expand(out.shape)] for f in _fields(walk, arguments)]
-    _move(walk, arguments, out, moved)
+    return [f.expand(x.shape) for f in walk.labels(x).fields]
 
 
 @rule("slice", "narrow", "select", "unbind")
@@ -101,9 +80,8 @@ def part(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
             begin = begin % x.shape[dim] if begin < 0 else begin
             if _even(walk, field, dim, [size], begin):
                 fields.append(field.narrow(dim, begin, size))
-    known = walk.labels(x)
     for tensor in tensors_in(out):
-        walk.put(tensor, map(compressed, fields), weight=known.weight, wild=known.wild)
+        walk.put_like(x, tensor, fields)
 
 
 def _even(walk: Walk, field: Tensor, dim: int, sizes: Sequence[int], begin: int = 0) -> bool:
@@ -129,19 +107,18 @@ def split(walk: Walk, name: str, arguments: Arguments, out: Sequence[Tensor]) ->
     x = arguments["self"]
     dim = arguments.get("dim", 0) % x.ndim
     sizes = [tensor.shape[dim] for tensor in out]
-    known = walk.labels(x)
     parts: list[list[Tensor]] = [[] for _ in out]
     for field in _fields(walk, arguments):
         if dim not in varying(compressed(field)):
             pieces: Sequence[Tensor] = [compressed(field)] * len(out)
         elif _even(walk, field, dim, sizes):
-            pieces = [compressed(piece) for piece in field.split(sizes, dim)]
+            pieces = field.split(sizes, dim)
         else:
             continue
         for fields, piece in zip(parts, pieces, strict=True):
             fields.append(piece)
     for tensor, fields in zip(out, parts, strict=True):
-        walk.put(tensor, fields, weight=known.weight, wild=known.wild)
+        walk.put_like(x, tensor, fields)
 
 
 @rule("glu")
@@ -155,12 +132,6 @@ def gated(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
         if dim not in varying(compressed(field)) or _even(walk, field, dim, [size]):
             fields.append(compressed(field.narrow(dim, 0, size)))
     walk.put(out, fields)
-
-
-@rule("flip")
-def flip(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
-    """The order of entries reversed."""
-    _move(walk, arguments, out, [[f.flip(arguments["dims"])] for f in _fields(walk, arguments)])
 
 
 @rule("roll", "index_select", "index", "constant_pad_nd", "pad")
@@ -180,8 +151,7 @@ def pick(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
             fields.append(vector(flat, x.ndim, dim))
         else:
             walk.freeze([field], UNEVEN)
-    known = walk.labels(x)
-    walk.put(out, fields, weight=known.weight, wild=known.wild)
+    walk.put_like(x, out, fields)
 
 
 @rule("index_put", "_index_put_impl")

@@ -60,6 +60,11 @@ class Walk:
             if not weight:
                 self._note_sizes(fields)
 
+    def put_like(self, source: Tensor, out: Any, fields: Iterable[Tensor]) -> None:
+        """The same for what holds entries of another tensor, made of weights or of sizes if that one is."""
+        known = self.labels(source)
+        self.put(out, map(compressed, fields), weight=known.weight, wild=known.wild)
+
     def _note_sizes(self, fields: Iterable[Tensor]) -> None:
         """The running module may keep the number of channels that it works on."""
         sure = bool(self.running) and isinstance(self.running[-1], _NormBase)
@@ -161,11 +166,9 @@ def tensors_in(arguments: Any) -> list[Tensor]:
 
 def pass_on(walk: Walk, source: Tensor, out: Any, fields: Iterable[Tensor]) -> None:
     """Label every output that has as many dimensions as its source."""
-    fields = [compressed(f) for f in fields]
-    known = walk.labels(source)
+    fields = list(fields)
     for tensor in tensors_in(out):
-        kept = fields if tensor.ndim == source.ndim else []
-        walk.put(tensor, kept, weight=known.weight, wild=known.wild)
+        walk.put_like(source, tensor, fields if tensor.ndim == source.ndim else [])
 
 
 def unknown(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
