@@ -305,3 +305,17 @@ def test_heads_whose_biases_are_made_elsewhere_stay_whole():
     ):
         groups = torch_rsst.find_groups(transformers.MPNetModel(config))
     assert {layer.kind for layer in groups.layers} == {"neurons"}
+
+
+@pytest.mark.parametrize(
+    ("former", "present", "file"),
+    [
+        ("SomeHeads", "SeparateHeads", "t5.modeling_t5"),  # from whose adapter T5's derives
+        ("Data2VecVisionHeads", "BeitHeads", "data2vec.modeling_data2vec_vision"),
+    ],
+)
+def test_groups_that_name_a_former_adapter_find_its_successor(
+    former: str, present: str, file: str
+) -> None:
+    pytest.importorskip(f"transformers.models.{file}")
+    assert type(torch_rsst.discovery.family(former)).__name__ == present

@@ -106,7 +106,10 @@ def family(name: str) -> Adapter:
     """
     load_families()
     for adapter in ADAPTERS:
-        if name in (type(adapter).__name__, *adapter.former_names):
+        former = vars(type(adapter)).get(
+            "former_names", ()
+        )  # those of a base class are not its own
+        if name in (type(adapter).__name__, *former):
             return adapter
     known = (type(adapter).__name__ for adapter in ADAPTERS)
     raise MissingNameError(unknown_choice("family of groups", name, known))

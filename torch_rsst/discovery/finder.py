@@ -225,7 +225,7 @@ def _answer(kind: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsuppor
                 answer,
                 family=type(adapter).__name__,
                 fixed=verdict.fixed,
-                least=max(adapter.least, verdict.least),
+                least=max(adapter.least, answer.least, verdict.least),
             )
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -150,16 +151,17 @@ class HeadAdapter(Adapter):
             output = module_at(module, self.output)
             assert isinstance(output, (nn.Linear, nn.Conv2d))
             return self.left(output)
-        return self.slimmed(module)
+        return slimmed(module, self.slim)
 
-    def slimmed(self, module: nn.Module) -> nn.Module:
-        """The module as the subclass of its class that runs with any number of heads, in place."""
-        for slim in self.slim:
-            known = slim.__bases__[-1]
-            if isinstance(module, known) and _forward(type(module)) in map(_forward, (known, slim)):
-                become(module, slim)
-                break
-        return module
+
+def slimmed(module: nn.Module, slims: Iterable[type[nn.Module]]) -> nn.Module:
+    """The module as the subclass of its class that runs with any number of heads, in place."""
+    for slim in slims:
+        known = slim.__bases__[-1]
+        if isinstance(module, known) and _forward(type(module)) in map(_forward, (known, slim)):
+            become(module, slim)
+            break
+    return module
 
 
 def _forward(cls: type[nn.Module]) -> object:
@@ -176,4 +178,4 @@ def recall(module: nn.Module, gone: Tensor) -> None:
     )
 
 
-__all__ = ["HeadAdapter", "Part", "consumes", "normed", "produces", "recall"]
+__all__ = ["HeadAdapter", "Part", "consumes", "normed", "produces", "recall", "slimmed"]

@@ -5,7 +5,7 @@ from torch_rsst.discovery.transformers_families.conv1d import Conv1DMLP
 from torch_rsst.discovery.transformers_families.experts import StackedExperts
 from torch_rsst.discovery.transformers_families.intermediate_output import IntermediateOutput
 from torch_rsst.discovery.transformers_families.latent_heads import LatentHeads
-from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads, SomeHeads
+from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads
 from torch_rsst.discovery.transformers_families.state_spaces import StateSpace
 
 register(Conv1DMLP())
@@ -13,5 +13,4 @@ register(IntermediateOutput())
 register(StackedExperts())
 register(LatentHeads())
 register(StateSpace())
-register(SomeHeads())
-register(SeparateHeads())  # asked first: which of the two it is depends on the module
+register(SeparateHeads())

@@ -75,17 +75,17 @@ class SeparateHeads(Adapter):
     """A unit is a key/value head with all its query heads: one of each, unless they are grouped.
 
     The output layer is part of the attention, or stands in the module beside it, as in BERT. A table of
-    position biases goes along (Swin, BEiT). Where all heads go, nothing is attended any more.
+    position biases goes along (Swin, BEiT). Where all heads go, nothing is attended any more; where the cache
+    of a decoder, or a norm behind, needs one, one has to stay.
     """
 
     kind = "heads"
+    former_names = ("SomeHeads",)
 
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
         attention = attention_of(module)
-        if attention is None or not may_be_emptied(attention.holder) or _is_mixed(attention):
-            return None
-        return _units(attention)
+        return None if attention is None else _units(attention)
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
@@ -101,25 +101,6 @@ class SeparateHeads(Adapter):
             module._modules[attention.path] = NoHeads(attention.last)
         else:
             module._modules[attention.path] = NothingAttended()
-        return module
-
-
-class SomeHeads(Adapter):
-    """The same where one head has to stay: for the cache of a decoder, or for a norm behind it."""
-
-    kind = "heads"
-    least = 1
-
-    def find(self, module: nn.Module) -> Answer:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        attention = attention_of(module)
-        return None if attention is None else _units(attention)
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        attention = attention_of(module)
-        assert attention is not None
-        reduce_head_attributes(attention.holder, removal)
         return module
 
 
@@ -189,7 +170,8 @@ def _units(attention: Attention) -> GroupLayer | Unsupported | None:
     members.append(columns(attention.output, of_query))
     if not attention.stands_in_layer and (refused := returns_weights(attention.holder)):
         return refused
-    return GroupLayer("", "heads", units, tuple(members))
+    may_go = may_be_emptied(attention.holder) and not _is_mixed(attention)
+    return GroupLayer("", "heads", units, tuple(members), least=0 if may_go else 1)
 
 
 def _per_head(attention: Attention, unit_of: Tensor) -> Iterator[Member]:

@@ -15,11 +15,10 @@ from transformers.models.mt5.modeling_mt5 import MT5Attention
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from torch_rsst.discovery.adapter import register
-from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.head_math import kept
-from torch_rsst.discovery.head_parts import recall
+from torch_rsst.discovery.head_parts import recall, slimmed
 from torch_rsst.discovery.transformers_families.parts import Answer
-from torch_rsst.discovery.transformers_families.separate_heads import SomeHeads
+from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads
 from torch_rsst.groups.surgery import Removal
 
 if TYPE_CHECKING:
@@ -72,24 +71,19 @@ class SlimMT5Attention(_AllPositions, MT5Attention):  # type: ignore[misc]
     """With any number of heads but none."""
 
 
-_SLIM: dict[type[nn.Module], type[nn.Module]] = {
-    T5Attention: SlimT5Attention,
-    MT5Attention: SlimMT5Attention,
-}
-
-
-class T5Heads(SomeHeads):
+class T5Heads(SeparateHeads):
     """``T5Attention`` and ``MT5Attention``; the table of biases stays whole, since all layers share it."""
+
+    least = 1
 
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        return super().find(module) if isinstance(module, tuple(_SLIM)) else None
+        return super().find(module) if isinstance(module, (T5Attention, MT5Attention)) else None
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
         recall(module, removal.gone)
-        become(module, next(slim for known, slim in _SLIM.items() if isinstance(module, known)))
-        return super().shrink(module, removal)
+        return super().shrink(slimmed(module, (SlimT5Attention, SlimMT5Attention)), removal)
 
 
 if "cache" in inspect.signature(T5Attention.forward).parameters:
