@@ -4,36 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import pkgutil
 
-FILES = (
-    "shared_attention",
-    "convolution_sizes",
-    "attention_pools",
-    "beit",
-    "eva",
-    "swin",
-    "cait",
-    "cross_covariance",
-    "davit",
-    "mvitv2",
-    "hiera",
-    "subsampled",
-    "maxvit",
-    "levit",
-    "efficientformer",
-    "gcvit",
-    "plain_attention",
-    "volo",
-    "convit",
-    "coat",
-    "relpos",
-    "efficientvit",
-    "cascaded_heads",
-    "bottleneck",
-    "parallel",
-    "parallel_differential",
-)
-
-for _file in FILES:
+for _file in pkgutil.iter_modules(__path__):
     with contextlib.suppress(ImportError):  # a family that this version of timm does not have
-        importlib.import_module(f"{__name__}.{_file}")
+        importlib.import_module(f"{__name__}.{_file.name}")
