@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.families import load_families
 from torch_rsst.groups.groups import BLOCKS, KINDS, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal
@@ -168,7 +167,6 @@ __all__ = [
     "ADAPTERS",
     "KINDS",
     "Adapter",
-    "BiasOnly",
     "Unsupported",
     "columns",
     "family",

@@ -91,16 +91,3 @@ def reduce_head_attributes(module: nn.Module, removal: Removal, more: Iterable[s
 def _first_int(module: nn.Module, names: Iterable[str]) -> int | None:
     values = (getattr(module, name, None) for name in names)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
-
-
-__all__ = [
-    "CUT",
-    "HEADS",
-    "HEAD_WIDTHS",
-    "KEY_VALUE_HEADS",
-    "TOTAL_WIDTHS",
-    "head_count",
-    "head_width",
-    "is_attention",
-    "reduce_head_attributes",
-]

@@ -176,6 +176,3 @@ def recall(module: nn.Module, gone: Tensor) -> None:
     module.kept_heads = tuple(  # type: ignore[assignment]
         head for head, goes in zip(old, gone.tolist(), strict=True) if not goes
     )
-
-
-__all__ = ["HeadAdapter", "Part", "consumes", "normed", "produces", "recall", "slimmed"]

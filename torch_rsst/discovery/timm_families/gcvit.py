@@ -44,6 +44,4 @@ class GcVitAttention(PositionedHeads):
         )
 
 
-__all__ = ["GcVitAttention", "SlimWindowAttentionGlobal"]
-
 register(GcVitAttention())
