@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -147,17 +147,10 @@ def _owner_of(names: Iterable[str]) -> str:
     return ".".join(shared)
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """The nodes of the graph from which a module's input came, and by which its output was made."""
-
-    given: Node
-    made: Node
-
-
 def _residual(model: nn.Module, call: Call) -> list[str]:
     """The paths of the residual blocks of a model, from the graph of one run; the model is a copy."""
-    runs: dict[nn.Module, list[_Run]] = {}
+    # Of each run, the nodes of the graph from which the input came, and by which the output was made.
+    runs: dict[nn.Module, list[tuple[Node, Node]]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given, made = _first_tensor((args, kwargs)), _first_tensor(output)
@@ -165,7 +158,7 @@ def _residual(model: nn.Module, call: Call) -> list[str]:
             return
         if given.requires_grad and made.requires_grad:
             edges = get_gradient_edge(given).node, get_gradient_edge(made).node
-            runs.setdefault(module, []).append(_Run(*edges))
+            runs.setdefault(module, []).append(edges)
 
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -190,7 +183,7 @@ def _residual(model: nn.Module, call: Call) -> list[str]:
         own = [name for name in refs if name.startswith(f"{path}.")]
         alone = own and _owner_of(own) == path and all(len(refs[name]) == 1 for name in own)
         once = len(done := runs.get(module, [])) == 1
-        if alone and once and (added := _added_at(done[0], users)) is not None:
+        if alone and once and (added := _added_at(*done[0], users)) is not None:
             found[path] = added
     return [path for path in found if not any(_goes_before(p, path, found) for p in found)]
 
@@ -202,9 +195,9 @@ def _goes_before(other: str, path: str, found: dict[str, Node]) -> bool:
     return other.startswith(f"{path}.")
 
 
-def _added_at(run: _Run, users: dict[Node, list[Node]]) -> Node | None:
+def _added_at(given: Node, made: Node, users: dict[Node, list[Node]]) -> Node | None:
     """Where an output is added to what its input was made of, without matrices on the way; or None."""
-    waiting, inside, end = [run.made], {run.made}, None
+    waiting, inside, end = [made], {made}, None
     while waiting and len(inside) < _MOST_STEPS:
         node = waiting.pop()
         for above in users.get(node, [node]):
@@ -212,7 +205,7 @@ def _added_at(run: _Run, users: dict[Node, list[Node]]) -> Node | None:
             if above is node or any(map(_is_matrix, others)):
                 return None  # it is put out, or followed by another layer
             is_sum = above.name().startswith("Add")
-            if is_sum and any(_reaches(run.given, _viewed(other)) for other in others):
+            if is_sum and any(_reaches(given, _viewed(other)) for other in others):
                 if end is not None and end is not above:
                     return None
                 end = above

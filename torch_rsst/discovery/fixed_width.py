@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from torch_rsst.discovery.trial import tensors_of
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer
 from torch_rsst.groups.surgery import module_at
 
@@ -45,9 +45,9 @@ def why_mixed(
         with _disturb(producers, disturbed):
             after = _input_of(consumer, module, args, kwargs)
         with _silence(consumer):
-            without = _output_of(module, args, kwargs)
+            without = tensors_of(module(*args, **kwargs))
             with _disturb(producers, everything):
-                still = _output_of(module, args, kwargs)
+                still = tensors_of(module(*args, **kwargs))
     if before.shape != after.shape or before.shape[-1:] != unit.shape:
         return "its output layer gets inputs of an unexpected shape"
     changed = (before != after).reshape(-1, unit.numel()).any(0).cpu()
@@ -85,11 +85,6 @@ def _input_of(
     if not seen:
         raise RuntimeError("its output layer was not called")
     return seen[0]
-
-
-def _output_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    leaves = tree_leaves(module(*args, **kwargs))
-    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 @contextmanager

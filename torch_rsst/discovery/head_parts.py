@@ -65,17 +65,17 @@ def produces(path: str, stacked: int = 1) -> tuple[Part, ...]:
 
 
 def consumes(
-    path: str = "proj", *, dim: int = 1, stacked: int = 1, interleaved: bool = False
+    path: str = "proj", *, stacked: int = 1, interleaved: bool = False
 ) -> tuple[Part, ...]:
     """The layer that takes the heads in, by its columns."""
     weight = f"{path}.weight"
-    return (Part(weight, dim, stacked, ranked=True, consumes=True, interleaved=interleaved),)
+    return (Part(weight, 1, stacked, ranked=True, consumes=True, interleaved=interleaved),)
 
 
-def normed(path: str, stacked: int = 1) -> tuple[Part, ...]:
+def normed(path: str) -> tuple[Part, ...]:
     """A norm without statistics over heads: weight, bias and running statistics."""
     names = ("weight", "bias", "running_mean", "running_var")
-    return tuple(Part(f"{path}.{name}", stacked=stacked) for name in names)
+    return tuple(Part(f"{path}.{name}") for name in names)
 
 
 class HeadAdapter(Adapter):

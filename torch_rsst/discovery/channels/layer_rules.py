@@ -228,8 +228,8 @@ def group_norm(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
     walk.ledger.tie(together[:, :1], together, AT_ONCE)
     layer = walk.running[-1] if walk.running else None
     if isinstance(layer, nn.GroupNorm):
-        walk.note("num_channels", fed, sure=True)
-        walk.note("num_groups", together[:, 0], sure=True)
+        walk.note("num_channels", fed)
+        walk.note("num_groups", together[:, 0])
         return
     for key, value in walk.numbers():
         if value == groups:

@@ -74,11 +74,10 @@ class Walk:
                     if size == labels.numel():
                         self.ledger.note(name, labels.flatten(), sure=sure)
 
-    def note(self, attribute: str, labels: Tensor | None, *, sure: bool) -> None:
+    def note(self, attribute: str, labels: Tensor) -> None:
         """Say what a number that the running module keeps counts."""
-        if labels is not None and (path := self.paths.get(self.running[-1])) is not None:
-            name = f"{path}.{attribute}" if path else attribute
-            self.ledger.note(name, labels, sure=sure)
+        if (path := self.paths.get(self.running[-1])) is not None:
+            self.ledger.note(f"{path}.{attribute}" if path else attribute, labels, sure=True)
 
     def numbers(self) -> list[tuple[str, int]]:
         """The names and values of the numbers above 1 that the running module keeps."""

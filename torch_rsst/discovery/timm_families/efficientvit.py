@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models.efficientvit_mit import LiteMLA
-from torch import nn
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, normed, produces
@@ -17,27 +16,19 @@ class MultiScaleLinearAttention(HeadAdapter):
     classes = (LiteMLA,)
     least = 1
 
-    def units_of(self, module: nn.Module) -> int:
+    def units_of(self, module: Any) -> int:
         """See :class:`HeadAdapter`."""
-        return self._heads(module)
+        return int(module.qkv.conv.out_channels) // (3 * int(module.dim))
 
-    def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
+    def parts_of(self, module: Any) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
-        scales = range(self._scales(module))
+        scales = range(len(module.aggreg))
         return (
             *produces("qkv.conv"),
             *normed("qkv.norm"),
             *(part for i in scales for j in (0, 1) for part in produces(f"aggreg.{i}.{j}")),
             *consumes("proj.conv", stacked=1 + len(scales)),
         )
-
-    @staticmethod
-    def _heads(module: Any) -> int:
-        return int(module.qkv.conv.out_channels) // (3 * int(module.dim))
-
-    @staticmethod
-    def _scales(module: Any) -> int:
-        return len(module.aggreg)
 
 
 register(MultiScaleLinearAttention())

@@ -6,8 +6,8 @@ from torch import nn
 
 from torch_rsst.discovery.adapter import Adapter, columns, rows
 from torch_rsst.discovery.head_attributes import reduce_head_attributes
-from torch_rsst.discovery.transformers_families.parts import Answer, returns_weights, shared_rows
-from torch_rsst.groups.groups import GroupLayer
+from torch_rsst.discovery.transformers_families.parts import Answer, returns_weights
+from torch_rsst.groups.groups import GroupLayer, head_rows
 from torch_rsst.groups.surgery import Removal
 
 
@@ -35,9 +35,9 @@ class LatentHeads(Adapter):
             member
             for name, layer in ((query, first), ("kv_b_proj", latent))
             if layer is not None
-            for member in rows(name, layer, shared_rows(heads, layer.out_features // heads))
+            for member in rows(name, layer, head_rows(layer.out_features, heads))
         ]
-        members.append(columns("o_proj", shared_rows(heads, width)))
+        members.append(columns("o_proj", head_rows(heads * width, heads)))
         return returns_weights(module) or GroupLayer("", self.kind, heads, tuple(members))
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:

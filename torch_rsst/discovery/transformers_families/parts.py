@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Unsupported
@@ -63,8 +62,3 @@ def returns_weights(module: nn.Module) -> Unsupported | None:
         "its eager implementation returns the weights of every head; where the model has another, "
         "call model.set_attn_implementation('sdpa') first, and set it back once the model is compacted"
     )
-
-
-def shared_rows(units: int, each: int) -> Tensor:
-    """The unit of each row, where each has that many rows in a row."""
-    return torch.arange(units).repeat_interleave(each)

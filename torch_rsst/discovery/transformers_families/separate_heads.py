@@ -17,9 +17,8 @@ from torch_rsst.discovery.transformers_families.parts import (
     is_of_transformers,
     may_be_emptied,
     returns_weights,
-    shared_rows,
 )
-from torch_rsst.groups.groups import GroupLayer, Member
+from torch_rsst.groups.groups import GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal
 
 _PROJECTIONS = (
@@ -158,15 +157,14 @@ def _units(attention: Attention) -> GroupLayer | Unsupported | None:
         )
     if queries % units:
         return Unsupported(f"its {queries} query heads do not share {units} key heads evenly")
-    of_query = shared_rows(units, queries // units * width)
-    of_key = shared_rows(units, width)
+    of_query, of_key = head_rows(q.out_features, units), head_rows(k.out_features, units)
     names = [attention.inside(name) for name in attention.names]
     members = [
         member
         for name, layer, unit_of in zip(names, (q, k, v), (of_query, of_key, of_key), strict=True)
         for member in rows(name, layer, unit_of)
     ]
-    members += _per_head(attention, shared_rows(units, queries // units))
+    members += _per_head(attention, head_rows(queries, units))
     members.append(columns(attention.output, of_query))
     if not attention.stands_in_layer and (refused := returns_weights(attention.holder)):
         return refused

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, holds, rows
-from torch_rsst.discovery.transformers_families.parts import Answer, shared_rows
-from torch_rsst.groups.groups import GroupLayer, Member
+from torch_rsst.discovery.transformers_families.parts import Answer
+from torch_rsst.groups.groups import GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal
 
 _WIDTHS = ("intermediate_size", "conv_dim", "num_heads", "n_groups")
@@ -49,8 +49,8 @@ class StateSpace(Adapter):
             return None
         if groups < 2 or getattr(norm, "group_size", wide) * groups != wide:
             return Unsupported("one norm over all its channels joins them")
-        unit, head = (shared_rows(groups, n // groups) for n in (wide, heads))
-        mixed = torch.cat([unit, *[shared_rows(groups, size)] * 2])
+        unit, head = (head_rows(n - n % groups, groups) for n in (wide, heads))
+        mixed = torch.cat([unit, *[head_rows(groups * size, groups)] * 2])
         given = _giving(first, torch.cat([unit, mixed, head]), kernel, mixed)
         states = [*_states(("dt_bias", "A_log", "D"), head), *_states(("norm.weight",), unit)]
         return GroupLayer("", self.kind, groups, (*given, *states, columns("out_proj", unit)))
