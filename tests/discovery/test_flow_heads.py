@@ -61,6 +61,13 @@ class LinearByHand(ByHand):
         return scores.relu() + 1e-3
 
 
+class Shifted(ByHand):
+    """It makes a tensor with values when it runs."""
+
+    def positive(self, scores: torch.Tensor) -> torch.Tensor:
+        return (scores + torch.ones(scores.shape, device="cpu")).exp()
+
+
 class FixedWidth(nn.Module):
     """Its output is as wide as its input."""
 
@@ -142,6 +149,14 @@ def test_a_norm_over_all_heads_is_refused() -> None:
     reason = "its units mix before the output layer, so that none can be removed exactly"
     with pytest.raises(ValueError, match="got none") as caught:
         torch_rsst.find_groups(Separate(norm=True), "heads", on_unsupported="ignore")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Separate, Shifted])
+def test_attention_on_the_meta_device_is_refused(kind: type[nn.Module]) -> None:
+    reason = "its weights are on the meta device, so that it cannot be run"
+    with pytest.raises(ValueError, match="got none") as caught:
+        torch_rsst.find_groups(kind().to("meta"), "heads", on_unsupported="ignore")
     assert reason in str(caught.value)
 
 

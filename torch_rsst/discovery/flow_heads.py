@@ -19,10 +19,12 @@ from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
 from torch_rsst.discovery.flow_units import divisions
 from torch_rsst.discovery.head_attributes import CUT, HEAD_WIDTHS, head_count
 from torch_rsst.discovery.probe import (
+    ON_META,
     Fact,
     Probe,
     Verdict,
     check_on,
+    is_on_meta,
     other_call,
     signature_of_call,
     too_few,
@@ -124,6 +126,7 @@ class _Look:
     def at(self, module: nn.Module) -> list[Answer]:
         """The heads of a module, or why there are none; nothing where it is no attention."""
         call, why = self._call(module)
+        why = ON_META if is_on_meta(module) else why
         unknown = f"no adapter knows the attention of {type(module).__name__}"
         if call is None:
             return [_Open(f"{unknown}: {why}")] if head_count(module) else []
@@ -133,7 +136,7 @@ class _Look:
                 self._answers[key] = self._looked_at(module, call)
         if self._answers[key] or not head_count(module):
             return self._answers[key]
-        return [_Open(f"{unknown}: nothing is attended in it")]
+        return [_Open(f"{unknown}: {why or 'nothing is attended in it'}")]
 
     def _call(self, module: nn.Module) -> tuple[Call | None, str]:
         """Arguments that fit, as wide as a matrix of the module; or None, and why there are none."""
@@ -155,6 +158,8 @@ class _Look:
         if not ends:
             attends = any(contracts(out, noises) for out in tensors_in(flow.out))
             return [_Open(NO_OUTPUT)] if attends else []
+        if is_on_meta(module):
+            return [Unsupported(ON_META)]
         least = 0 if len(ends) == 1 and isinstance(flow.out, Tensor) else 1
         answers = [self._best(module, flow, place, least, call) for place in ends]
         return answers if len(ends) == 1 else [_named(answer) for answer in answers]

@@ -34,6 +34,7 @@ from torch_rsst.utils.module_state import deep_copy, undisturbed
 
 Fact = tuple[Any, ...]
 
+ON_META = "its weights are on the meta device, so that it cannot be run"
 _DRAWS = 8
 """How often weights are drawn for a trial, until an output shows that units are gone."""
 
@@ -84,8 +85,8 @@ class Probe:
             adapter: that found them.
             layer: the units, by names within the module.
         """
-        if any(parameter.is_meta for parameter in module.parameters()):
-            return Verdict(refused="its weights are on the meta device, so that it cannot be run")
+        if is_on_meta(module):
+            return Verdict(refused=ON_META)
         # Modules of one signature differ in nothing but the values of their tensors.
         alike = (type(adapter), self.signature(module))
         if (fitting := self._fitting.get(alike)) is not None:
@@ -331,6 +332,11 @@ def _check(
     if mixed and layer.units <= least:
         mixed = too_few(layer.kind, layer.units)
     return Verdict(refused=mixed or "")
+
+
+def is_on_meta(module: nn.Module) -> bool:
+    """Whether a module has parameters without values."""
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def too_few(kind: str, units: int) -> str:

@@ -18,7 +18,7 @@ from torch_rsst.discovery.channels.ledger import Ledger
 from torch_rsst.discovery.channels.tracer import follow
 from torch_rsst.discovery.channels.verify import Trials
 from torch_rsst.discovery.examples import small_guesses
-from torch_rsst.discovery.probe import Probe, run_on
+from torch_rsst.discovery.probe import ON_META, Probe, is_on_meta, run_on
 from torch_rsst.discovery.trial import one_line, randomized
 from torch_rsst.masking.names import named_weights
 
@@ -49,10 +49,8 @@ class ConvolutionChannels(WholeModelAdapter):
         patches = all(map(_is_patch_embedding, convolutions))
         if patches and not _feed_others(model, taken, least):
             return Survey()
-        if any(parameter.is_meta for parameter in model.parameters()):
-            return _refused(
-                convolutions, "its weights are on the meta device, so that it cannot be run"
-            )
+        if is_on_meta(model):
+            return _refused(convolutions, ON_META)
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=devices):
             traced = _traced(model, example_inputs)
