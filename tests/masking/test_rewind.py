@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import linear, mlp, same
 from torch import Tensor, nn
 
+import torch_rsst
 from torch_rsst import apply_mask
 from torch_rsst.masking.names import named_buffers
 from torch_rsst.masking.rewind import Snapshot
@@ -160,6 +161,40 @@ def test_a_buffer_of_two_modules_is_kept_once_and_stays_shared() -> None:
     snapshot.restore(model)
     assert model[0].table is model[1].table is shared
     assert shared.tolist() == [0.0, 0.0]
+
+
+def test_a_shared_buffer_that_is_not_written_in_place_is_put_back_in_both_modules() -> None:
+    model = nn.ModuleList([nn.Module(), nn.Module()])
+    for part in model:
+        part.register_buffer("table", torch.zeros(()))
+    model[0].table = model[1].table = torch.zeros(1).expand(3)
+    snapshot = Snapshot.of(model, "init")
+    model[0].table = model[1].table = torch.ones(1).expand(3)
+    snapshot.restore(model)
+    assert model[0].table is model[1].table
+    assert model[1].table.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_buffer_that_has_had_another_shape_does_not_become_the_snapshot() -> None:
+    model = nn.Module()
+    model.register_buffer("statistic", torch.zeros(4))
+    snapshot = Snapshot.of(model, "init")
+    model.statistic = torch.ones(2)
+    snapshot.restore(model)
+    model.statistic.add_(1.0)
+    snapshot.restore(model)
+    assert model.statistic.tolist() == [0.0] * 4
+
+
+def test_a_mask_that_is_registered_under_another_name_as_well_is_not_rewound() -> None:
+    model = linear()
+    torch_rsst.apply_mask(model, {"weight": torch.ones_like(model.weight)})
+    model.register_buffer("kept", model.weight_mask)
+    snapshot = Snapshot.of(model, "init")
+    assert not snapshot.buffers
+    torch_rsst.apply_mask(model, {"weight": torch.zeros_like(model.weight)})
+    snapshot.restore(model)
+    assert not model.weight_mask.any()
 
 
 def test_buffers_that_a_state_dict_lacks_stay():

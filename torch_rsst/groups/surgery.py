@@ -209,7 +209,7 @@ def noted_size(model: nn.Module, name: str) -> NotedSize | None:
 def buffer_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
     """The shape of a buffer, or what stands for one; None where there is neither."""
     if (found := named_buffers(model).get(name)) is not None:
-        return tuple(found[-1].shape)
+        return tuple(found.buffer.shape)
     number = noted_size(model, name)
     return None if number is None or number.value is None else (number.value,)
 

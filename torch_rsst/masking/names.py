@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from torch_rsst.distributed.fsdp import reshard
-from torch_rsst.masking.live_weight import MASK
-from torch_rsst.masking.parameter_ref import ParameterRef, dense_name
+from torch_rsst.masking.parameter_ref import ParameterRef, dense_name, masked_refs
 from torch_rsst.masking.tied import check_shared
 from torch_rsst.utils.errors import refuse
 
@@ -79,14 +78,23 @@ def _every_place(model: nn.Module) -> Iterator[tuple[str, ParameterRef]]:
                 yield without_wrappers(f"{path}.{own}" if path else own), ParameterRef(module, own)
 
 
-def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """Dense name → module, key and tensor of every buffer that is no mask; a shared one under each name."""
+class BufferPlace(NamedTuple):
+    """A buffer and where it is."""
+
+    module: nn.Module
+    key: str
+    buffer: Tensor
+
+
+def named_buffers(model: nn.Module) -> dict[str, BufferPlace]:
+    """Dense name → the place of every buffer that is no mask; a shared one under each name."""
+    model = unwrap(model)
+    masks = {id(ref.mask) for ref in masked_refs(model.modules())}
     return {
-        without_wrappers(f"{path}.{key}" if path else key): (module, key, buffer)
-        for path, module in unwrap(model).named_modules()
+        without_wrappers(f"{path}.{key}" if path else key): BufferPlace(module, key, buffer)
+        for path, module in model.named_modules()
         for key, buffer in module._buffers.items()
-        if buffer is not None
-        and not (key.endswith(MASK) and ParameterRef(module, key.removesuffix(MASK)).is_masked)
+        if buffer is not None and id(buffer) not in masks
     }
 
 

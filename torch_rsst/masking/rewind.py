@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.mask_undo import is_writable
-from torch_rsst.masking.names import dense_keys, named_buffers, named_refs, named_weights
+from torch_rsst.masking.names import (
+    BufferPlace,
+    dense_keys,
+    named_buffers,
+    named_refs,
+    named_weights,
+)
 from torch_rsst.utils.errors import listing, refuse, unknown_choice
 
 
@@ -32,7 +38,7 @@ class Snapshot:
         if rewind is None:
             return cls({}, {})
         weights = named_weights(model)
-        buffers = {name: buffer for name, (*_, buffer) in _buffers(model).items()}
+        buffers = {name: places[0].buffer for name, places in _buffers(model).items()}
         if rewind == "init":
             return cls(_copied(weights), _copied(buffers))
         if isinstance(rewind, str):
@@ -85,13 +91,16 @@ class Snapshot:
                     value = self.weights[name].to(original)
                     original.copy_(value if alive is None else torch.where(alive, value, original))
             for name in self.buffers.keys() & present.keys():
-                (module, key, buffer), value = present[name], self.buffers[name]
-                if not is_writable(buffer):  # expanded, or made in inference mode
-                    module._buffers[key] = value.to(buffer, copy=True)
-                elif buffer.shape == value.shape:
+                buffer, value = present[name][0].buffer, self.buffers[name]
+                if is_writable(buffer) and buffer.shape == value.shape:
                     buffer.copy_(value)
-                else:
-                    buffer.data = value.to(buffer)
+                    continue
+                value = value.to(buffer, copy=True)
+                if is_writable(buffer):
+                    buffer.data = value
+                else:  # expanded, or made in inference mode
+                    for place in present[name]:
+                        place.module._buffers[place.key] = value
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Copies, for a checkpoint."""
@@ -103,11 +112,12 @@ class Snapshot:
         return cls(_copied(state["weights"]), _copied(state["buffers"]))
 
 
-def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """As :func:`named_buffers`, but shared ones under their first name alone."""
-    found = named_buffers(model)
-    first = {id(buffer): name for name, (*_, buffer) in reversed(found.items())}
-    return {name: place for name, place in found.items() if first[id(place[-1])] == name}
+def _buffers(model: nn.Module) -> dict[str, list[BufferPlace]]:
+    """First name → every place of a buffer, those of modules that share it."""
+    found: dict[int, tuple[str, list[BufferPlace]]] = {}
+    for name, place in named_buffers(model).items():
+        found.setdefault(id(place.buffer), (name, []))[1].append(place)
+    return dict(found.values())
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch_rsst.compaction.compaction import replay
 from torch_rsst.compaction.cut_record import Stage, remember
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.masking.checkpoints import prepare_from_state_dict
-from torch_rsst.masking.names import named_buffers, without_wrappers
+from torch_rsst.masking.names import BufferPlace, named_buffers, without_wrappers
 from torch_rsst.saving.builders import BUILT, Build
 from torch_rsst.saving.likeness import Settings, set_all
 from torch_rsst.saving.receipt import UNNAMED
@@ -181,7 +181,7 @@ def take_apart(model: nn.Module, stages: list[Stage]) -> tuple[Description, Tens
             channels_last.append(name)
     named = model.named_parameters(remove_duplicate=False)
     frozen = [without_wrappers(name) for name, p in named if not p.requires_grad]
-    buffers = {name: _for_file(buffer) for name, (*_, buffer) in _hidden(model).items()}
+    buffers = {name: _for_file(place.buffer) for name, place in _hidden(model).items()}
     description = Description(
         model_class=_class_name(model),
         stages=stages,
@@ -259,12 +259,12 @@ def _class_name(model: nn.Module) -> str:
     return next(f"{cls.__module__}.{cls.__qualname__}" for cls in own)
 
 
-def _hidden(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """Name → module, key and tensor of the buffers that are not in the state dict."""
+def _hidden(model: nn.Module) -> dict[str, BufferPlace]:
+    """Name → the place of each buffer that is not in the state dict."""
     return {
-        name: (module, key, buffer)
-        for name, (module, key, buffer) in named_buffers(model).items()
-        if key in module._non_persistent_buffers_set
+        name: place
+        for name, place in named_buffers(model).items()
+        if place.key in place.module._non_persistent_buffers_set
     }
 
 

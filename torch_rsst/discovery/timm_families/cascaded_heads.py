@@ -66,9 +66,9 @@ class CascadedHeads(HeadAdapter):
                 if name.startswith(stems):
                     ranked, own = weight.ndim > 1, torch.full(weight.shape[:1], unit)
                     members.append(Member(name, 0, own, ranked, consumes=ranked))
-            for name, (*_, buffer) in named_buffers(module).items():
-                if name.startswith(stems) and buffer.ndim:
-                    own = torch.full(buffer.shape[:1], unit)
+            for name, place in named_buffers(module).items():
+                if name.startswith(stems) and place.buffer.ndim:
+                    own = torch.full(place.buffer.shape[:1], unit)
                     buffers.append(Member(name, 0, own, ranked=False))
         return replace(found, members=(*members, *found.members), buffers=tuple(buffers))
 
