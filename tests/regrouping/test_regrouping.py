@@ -18,7 +18,7 @@ import torch_rsst
 from torch_rsst import Group, GroupLayer, Groups, Member, find_groups, head_layer, regroup
 from torch_rsst.masking.mask_sets import extract_mask
 from torch_rsst.masking.names import named_weights
-from torch_rsst.regrouping.regrouping import RegroupPlan, decide
+from torch_rsst.regrouping.regrouping import RegroupPlan, decide, score_layers
 from torch_rsst.testing import mask_sets, models_with_groups
 from torch_rsst.utils.amounts import units_to_keep
 
@@ -589,3 +589,72 @@ def test_the_rules_of_a_plan_name_score_scope_and_competitors():
         rules = RegroupPlan("activation_l2", scope).rules(groups, weights)
         assert (rules.importance, rules.scope) == ("activation_l2", scope)
         assert rules.competitors == competitors
+
+
+# Scopes and data that regroup() chooses by itself
+
+
+def convolutions() -> nn.Sequential:
+    """The first one reads the images and stays whole."""
+    convolutions = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 2, 3)
+    return nn.Sequential(*(part for each in convolutions for part in (each, nn.ReLU())))
+
+
+@pytest.mark.parametrize(
+    ("importance", "model", "scope"),
+    [
+        ("obs", nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), "size"),
+        ("variance", nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), "layer"),
+        ("magnitude", nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), "layer"),
+        (lambda unit, weights: weights.norm(), convolutions(), "layer"),
+        ("obs", convolutions(), "layer"),
+    ],
+)
+def test_auto_is_size_for_obs_without_channels(
+    importance: Any, model: nn.Module, scope: str
+) -> None:
+    example = torch.zeros(2, *((4,) if isinstance(model[0], nn.Linear) else (3, 9, 9)))
+    groups = find_groups(model, example_inputs=example)
+    assert {layer.kind for layer in groups.layers} <= {"neurons", "channels"}
+    assert RegroupPlan(importance, "auto").choose_scope(groups).scope == scope
+    kept = RegroupPlan(importance, "type")
+    assert kept.choose_scope(groups) is kept
+
+
+def test_regroup_measures_what_it_is_given() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    groups, rows = find_groups(model), torch.randn(64, 4)
+    current = {"0.weight": torch.rand(8, 4) < 0.7}
+
+    def chosen(**data: Any) -> list[bool]:
+        refill = regroup(model, groups, amount=0.5, current_mask=current, **data)
+        return refill["0.weight"].all(dim=1).tolist()
+
+    by_variance = chosen(importance="variance", batches=[rows])
+    assert chosen(importance="auto", batches=[rows]) == by_variance
+    packed = {"batches": [{"rows": rows}], "forward": lambda model, batch: model(batch["rows"])}
+    assert chosen(importance="variance", **packed) == by_variance
+
+    torch_rsst.apply_mask(model, current)
+    wanted = torch.randn(64, 3)
+
+    def loss_fn(output: Tensor, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(output, wanted)
+
+    data: Any = {"batches": [rows], "loss_fn": loss_fn}
+    scores = torch_rsst.measure_importance(model, groups, "taylor", **data)
+    assert chosen(importance="taylor", **data) == chosen(importance=scores)
+
+
+def test_a_unit_that_still_trains_is_not_dead_where_the_ranking_leaves_it_nothing() -> None:
+    """Of units without an entry in the ranked mask, those that are masked for good go first."""
+    layer = linear([[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]])
+    groups = Groups((GroupLayer("", "neurons", 3, (Member("weight", 0, torch.arange(3), True),)),))
+    ranked = {"weight": torch.tensor([[True, True], [False, False], [False, False]])}
+    trained = {"weight": torch.tensor([[True, True], [False, False], [True, True]])}
+    plan = RegroupPlan("magnitude")
+    (scored,) = score_layers(named_weights(layer), groups, ranked, plan, trained)
+    assert scored.dead.tolist() == [False, True, False]
+    (alone,) = score_layers(named_weights(layer), groups, ranked, plan)
+    assert alone.dead.tolist() == [False, True, True]

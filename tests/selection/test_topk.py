@@ -469,7 +469,10 @@ def test_views_with_the_sign_turned_are_read_as_such(dtype: torch.dtype, absolut
 
 @pytest.mark.parametrize("among", [[torch.ones(1)], [torch.ones(6)], [], [torch.ones(4, 1)]])
 def test_masks_have_the_shapes_of_the_scores(among: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"among: expected \[\(4,\)\], got"):
+    with pytest.raises(
+        ValueError,
+        match=r"among: expected \[\(4,\)\], got \[.*\]\. Pass a mask of the same shape for each tensor, or None\.$",
+    ):
         lowest([torch.arange(4.0)], 1, among=among)
 
 
