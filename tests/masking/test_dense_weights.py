@@ -655,3 +655,21 @@ def test_a_program_that_is_exported_inside_stays_dense_and_can_be_trained() -> N
     program(x).sum().backward()
     torch.optim.SGD(program.parameters(), lr=0.1).step()
     assert_mask_invariants(model, masks)
+
+
+def test_a_buffer_that_a_failing_block_has_made_non_persistent_is_saved_again() -> None:
+    layer = nn.Linear(2, 2)
+    layer.register_buffer("statistic", torch.ones(2))
+    torch_rsst.l1_unstructured(layer, "weight", 0.5)
+    keys = list(layer.state_dict())
+
+    def failing() -> None:
+        with torch_rsst.dense_weights(layer):
+            del layer.statistic
+            layer.register_buffer("statistic", torch.zeros(3), persistent=False)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert list(layer.state_dict()) == keys
+    assert layer.statistic.tolist() == [1.0, 1.0]

@@ -645,3 +645,43 @@ def test_both_models_remember_the_same_earlier_batches():
     for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert float(model[0].last) == 0.0
+
+
+class CopiesItself(nn.Linear):
+    """Its copy is made by hand, without a word to copy.deepcopy of the tensors in it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesItself:
+        made = CopiesItself(self.in_features, self.out_features)
+        made.load_state_dict(self.state_dict())
+        return made
+
+
+def test_a_layer_that_copies_itself_is_refitted_as_any_other() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(20, 6)]
+    first, last = nn.Linear(6, 12), nn.Linear(12, 3)
+    own = CopiesItself(12, 3)
+    own.load_state_dict(last.state_dict())
+    refitted = []
+    for consumer in (last, own):
+        model = nn.Sequential(copy.deepcopy(first), nn.GELU(), consumer).eval()
+        groups = torch_rsst.find_groups(model)
+        refill = torch_rsst.regroup(model, groups, amount=0.5)
+        torch_rsst.reconstruct(model, groups, refill, batches=batches)
+        refitted.append(model[2].weight.detach())
+    assert torch.equal(*refitted)
+
+
+def test_inference_mode_does_not_keep_a_model_from_being_refitted() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(20, 6)]
+    model = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)).eval()
+    twin = copy.deepcopy(model)
+    for each, inference in ((model, True), (twin, False)):
+        groups = torch_rsst.find_groups(each)
+        refill = torch_rsst.regroup(each, groups, amount=0.5)
+        with torch.inference_mode(inference):
+            torch_rsst.reconstruct(each, groups, refill, batches=batches)
+    assert torch.equal(model[2].weight, twin[2].weight)
+    model(batches[0]).sum().backward()  # and it trains as before
+    assert model[2].weight_orig.grad is not None

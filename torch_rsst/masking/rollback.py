@@ -111,11 +111,11 @@ def _restore_parameter_name(ref: ParameterRef) -> None:
 
 
 def _steps_back(module: nn.Module) -> list[Callable[[], object]]:
-    """What puts a module's class, attributes, registries and other dicts and lists back.
+    """What puts a module's class, attributes, registries and other dicts, lists and sets back.
 
     In place: hook handles hold weak references to registries.
     """
     attributes = module.__dict__
-    found = [each for each in attributes.values() if isinstance(each, (dict, list))]
+    found = [each for each in attributes.values() if isinstance(each, (dict, list, set))]
     class_back = partial(object.__setattr__, module, "__class__", type(module))
     return [class_back, *map(contents_back, [attributes, *found])]

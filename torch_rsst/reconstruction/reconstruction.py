@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -157,11 +157,12 @@ def reconstruct_towards(
     affected = agreed(replicas, lambda: _affected(model, groups, masks), lambda _: masks.items())
     values: list[tuple[Tensor, Tensor]] = []
     if affected.layers:
-        copies: dict[int, Any] = {}
-        cut = deep_copy(model, copies)
-        own = {id(copies.get(id(t), t)): t for t in (*model.parameters(), *model.buffers())}
-        apply_mask(cut, masks)
         with torch.inference_mode(False), torch.no_grad():
+            cut = deep_copy(model)
+            own = {
+                id(copy): each for copy, each in zip(_tensors(cut), _tensors(model), strict=True)
+            }
+            apply_mask(cut, masks)
             refit = Refit(reference, cut, affected, data, replicas)
             changed = refit.run(means_only=how.method == "mean", damping=how.damping)
             values = [(own[id(tensor)], tensor.detach()) for tensor in changed]
@@ -171,6 +172,11 @@ def reconstruct_towards(
         for tensor, value in values:
             undo.append(partial(tensor.copy_, tensor.clone()))
             tensor.copy_(value)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, in an order that a copy of the model has, too."""
+    return [*model.parameters(), *model.buffers()]
 
 
 def _affected(model: nn.Module, groups: Groups, masks: Masks) -> Groups:

@@ -119,8 +119,12 @@ def drop_caches(module: nn.Module) -> None:
         part.training = mode
 
 
-def contents_back(value: dict[Any, Any] | list[Any] | bytearray) -> Callable[[], None]:
-    """What puts the contents of a dict or a list back, in place; what has not changed is not written to."""
+def contents_back(
+    value: dict[Any, Any] | list[Any] | bytearray | set[Any],
+) -> Callable[[], None]:
+    """What puts the contents of a dict, a list or a set back, in place; what has not changed is not written to."""
+    if isinstance(value, set):
+        return partial(_refill, value, list(value))
     if isinstance(value, dict):
         return partial(_refill_dict, value, list(value.items()))
     return partial(_refill_list, value, value[:])
