@@ -501,3 +501,32 @@ def test_a_removal_whose_warning_is_an_error_removes_nothing(remove) -> None:
         with pytest.raises(torch_rsst.UnfrozenZerosWarning, match="come back to life"):
             remove(layer)
     assert "weight_mask" in dict(layer.named_buffers())
+
+
+class PullsBack(Optimizer):
+    """An optimizer around another one, which writes to the parameters after its step."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.mul_(0.5)
+
+
+def test_what_is_frozen_is_held_when_the_optimizer_around_another_one_is_done() -> None:
+    model = mlp()
+    torch_rsst.l1_unstructured(model[0], "weight", 0.5)
+    torch_rsst.freeze_masked(model)
+    gone = model[0].weight_mask == 0
+    before = model[0].weight_orig.detach().clone()
+    optimizer = PullsBack(torch.optim.AdamW(model.parameters(), lr=0.1))
+    for number in range(3):
+        gradient_step(model, optimizer, number)
+    assert torch.equal(model[0].weight_orig[gone], before[gone])
+    assert not torch.equal(model[0].weight_orig[~gone], before[~gone])
+    own = [each for each in freezing._FROZEN if each.module() is model[0]]
+    assert [each._before for each in own] == [None]

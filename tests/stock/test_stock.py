@@ -192,6 +192,16 @@ def test_a_mask_that_requires_a_gradient_leaves_a_module_that_can_be_copied() ->
     assert torch.equal(copy.deepcopy(layer).weight_mask, MASK)
 
 
+def test_a_mask_that_was_computed_with_a_graph_is_copied_with_its_module() -> None:
+    """The hook of a custom mask keeps it, beside the buffer."""
+    scores = torch.rand(MASK.shape, requires_grad=True)
+    mask = torch.where(MASK > 0, (scores - scores) + 1.0, 0.0 * scores)
+    layer = prune.custom_from_mask(linear(), "weight", mask=mask)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin.weight_mask, MASK.to(twin.weight_mask))
+    assert mask.requires_grad
+
+
 def test_recurrent_layers_keep_their_list_of_weights() -> None:
     recurrent = nn.LSTM(2, 3)
     order = list(recurrent._parameters)

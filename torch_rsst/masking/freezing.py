@@ -27,7 +27,7 @@ from torch_rsst.masking.names import masked_places
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.tied import masked_with
 from torch_rsst.utils.errors import UnfrozenZerosWarning, message, refuse
-from torch_rsst.utils.optimizer_hooks import is_nested
+from torch_rsst.utils.optimizer_hooks import steps_around
 
 
 def freeze_masked(model: nn.Module) -> FreezeHandle:
@@ -45,9 +45,9 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
 
     Otherwise masked latents drift under momentum and weight decay, and a later fillback returns what
     they have become. Parameters that are masked now are covered, with whatever is masked in them at
-    the time of a step. Costs a copy of each of these parameters during a step. Belongs to this model
-    object: a copy of the model starts unfrozen. What :func:`torch_rsst.compact` makes of it does not,
-    where masks are kept.
+    the time of a step, also of an optimizer around another one. Costs a copy of each of these
+    parameters during a step. Belongs to this model object: a copy of the model starts unfrozen. What
+    :func:`torch_rsst.compact` makes of it does not, where masks are kept.
 
     Returns:
         a handle; ``handle.remove()`` lifts the freeze, as does removing the masks.
@@ -250,9 +250,13 @@ def _freeze(frozen: Sequence[_Frozen]) -> FreezeHandle:
     return FreezeHandle(frozen)
 
 
+def _updated_by(optimizers: Iterable[Optimizer]) -> set[int]:
+    return {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+
+
 def _frozen_in(optimizer: Optimizer) -> list[tuple[nn.Parameter, _Frozen]]:
     """What is frozen of the parameters that an optimizer updates, where the freeze still holds."""
-    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    updated = _updated_by([optimizer])
     found = [(frozen.held(updated), frozen) for frozen in list(_FROZEN)]
     return [(parameter, frozen) for parameter, frozen in found if parameter is not None]
 
@@ -270,15 +274,20 @@ def _warn_of_ended() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _FROZEN and not is_nested(optimizer, sys._getframe(1)):
+    if not _FROZEN:
+        return
+    around = _updated_by(steps_around(sys._getframe(1)))
+    if not around:
         _warn_of_ended()
-        for parameter, frozen in _frozen_in(optimizer):
+    for parameter, frozen in _frozen_in(optimizer):
+        if id(parameter) not in around:
             frozen.before_step(parameter)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _FROZEN:
         return
-    nested = is_nested(optimizer, sys._getframe(1))
+    # What an optimizer around this one updates as well is held once more when that one is done.
+    around = _updated_by(steps_around(sys._getframe(1)))
     for parameter, frozen in _frozen_in(optimizer):
-        frozen.after_step(parameter, nested=nested)
+        frozen.after_step(parameter, nested=id(parameter) in around)

@@ -45,7 +45,7 @@ class Rounding:
             remedy = f"{scope} counts over all layers: {self.over_all} would go."
         return (
             f"{self.gone} of {self.units} {self.kind} will go ({self.gone / self.units:.0%}), where "
-            f"{self.asked:.0%} was asked for: each layer has whole units, and keeps one. {remedy}"
+            f"{self.asked:.0%} was asked for: each layer has whole units, some of which stay. {remedy}"
         )
 
     @property

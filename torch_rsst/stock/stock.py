@@ -34,6 +34,11 @@ from torch_rsst.masking.tied import masked_with, sharing
 from torch_rsst.utils.errors import refuse
 
 
+def _without_graph(value: Any) -> Any:
+    """Masks and scores take no gradients, and what the hook keeps of them must be copied with the module."""
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
 def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[..., Any]:
     """A stock function ``f(module, name, …)`` that keeps place and product, and is all or nothing.
 
@@ -56,6 +61,8 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
             warn_of_draws(function.__name__, process_group)
         check_masks_in_place(function.__name__, [module])
         reshard([module])
+        args = tuple(map(_without_graph, args))
+        kwargs = {key: _without_graph(value) for key, value in kwargs.items()}
         ref = ParameterRef(module, name)
         mask, others = ref.mask, sharing([ref]) if ref.held is not None else []
 
