@@ -138,6 +138,45 @@ def test_numbers_follow() -> None:
     assert (small.num_heads, small.num_kv_heads, small.inner_dim) == (4, 2, 16)
 
 
+class Clipped(nn.Module):
+    """A projection in a module of its own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.linear = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).clamp(-9, 9)
+
+
+class Encoder(nn.Module):
+    """Two blocks of attention whose projections are wrapped, between layers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention = (
+            nn.Linear(5, 8),
+            nn.ModuleList([Separate(3, 3), Separate(4, 2)]),
+        )
+        for attention in self.attention:
+            for name in ("to_q", "to_k", "to_v", "to_out"):
+                setattr(attention, name, Clipped(getattr(attention, name)))
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for attention in self.attention:
+            x = x + attention(x)
+        return self.last(x)
+
+
+def test_projections_in_modules_of_their_own_belong_to_the_attention_around_them() -> None:
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    groups = assert_contract(Encoder(), inputs, kinds=["heads"], amounts=[1])
+    found = [(layer.name, layer.units, layer.fixed) for layer in groups.layers]
+    assert found == [("attention.0", 3, ""), ("attention.1", 2, "")]
+
+
 def test_a_forward_that_fixes_the_width_is_masked_only() -> None:
     (layer,) = torch_rsst.find_groups(FixedWidth(), "heads").layers
     assert layer.units == 2

@@ -268,20 +268,35 @@ def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
 
 
 def _own_matrices(model: nn.Module, taken: Collection[str]) -> Counter[nn.Module]:
-    """How many matrices that are no unit's a module holds itself, in layers or in containers of these."""
+    """How many matrices that are no unit's a module holds itself, in layers or in containers of these.
+
+    A module around a single layer counts as that layer where the one that holds it has heads.
+    """
     modules = {without_wrappers(path): module for path, module in model.named_modules()}
     names = [n for n, w in named_weights(model).items() if w.ndim > 1 and n not in taken]
     direct = Counter(name.rpartition(".")[0] for name in names)
+    below = Counter(part for name in names for part in _paths_to(name))
+
+    def is_layer(path: str) -> bool:
+        outer = modules[path.rpartition(".")[0]]
+        return not modules[path]._modules or (below[path] == 1 and bool(head_count(outer)))
+
     found: Counter[nn.Module] = Counter()
     for path, count in direct.items():
         module = modules[path]
         if isinstance(module, (nn.Embedding, nn.modules.batchnorm._NormBase)):
             continue
-        while path and (isinstance(module, _CONTAINERS) or (count < 2 and not module._modules)):
+        while path and (isinstance(module, _CONTAINERS) or (count < 2 and is_layer(path))):
             path = path.rpartition(".")[0]
             module = modules[path]
         found[module] += count
     return found
+
+
+def _paths_to(name: str) -> Iterator[str]:
+    """The paths of the modules that a parameter is in, the innermost first."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _is_in(name: str, outer: str) -> bool:
