@@ -1180,13 +1180,19 @@ def test_an_infinite_latent_beside_whole_units_stays_alone(mode):
 # Averages of the model
 
 
-def test_a_follower_shrinks_by_the_factors_of_a_decoupled_penalty():
+def followed(mode: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, RegularizedPruner]:
+    """A model, another one that follows it, and what trains and penalizes it."""
     model, average = linear(), linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    pruner = pruner_of(model, optimizer=optimizer, mode=mode)
+    pruner.follow([average])
+    return model, average, optimizer, pruner
+
+
+def test_a_follower_shrinks_by_the_factors_of_a_decoupled_penalty():
+    model, average, optimizer, pruner = followed("decoupled")
     with torch.no_grad():
         average.weight.mul_(3.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = pruner_of(model, optimizer=optimizer, mode="decoupled")
-    pruner.follow([average])
     for _ in range(3):
         zero_gradient_step(model, optimizer)
     torch.testing.assert_close(average.weight, 3.0 * model.weight)
@@ -1194,10 +1200,7 @@ def test_a_follower_shrinks_by_the_factors_of_a_decoupled_penalty():
 
 
 def test_a_follower_shrinks_as_the_norm_does_under_a_coupled_penalty():
-    model, average = linear(), linear()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    pruner = pruner_of(model, optimizer=optimizer, mode="coupled")
-    pruner.follow([average])
+    model, average, optimizer, pruner = followed("coupled")
     kept = average.weight.detach()[~GOES].clone()
     for number in range(3):
         norms = [module.weight.detach()[GOES].norm() for module in (model, average)]
@@ -1210,10 +1213,7 @@ def test_a_follower_shrinks_as_the_norm_does_under_a_coupled_penalty():
 
 
 def test_a_follower_stays_where_the_loss_outgrows_a_coupled_penalty_or_nothing_is_left():
-    model, average = linear(), linear()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    pruner = pruner_of(model, optimizer=optimizer, mode="coupled")
-    pruner.follow([average])
+    model, average, optimizer, pruner = followed("coupled")
     before = average.weight.detach().clone()
     model.weight.grad = -10.0 * model.weight.detach()  # which the penalty cannot outweigh
     optimizer.step()

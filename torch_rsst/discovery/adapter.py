@@ -105,9 +105,8 @@ def family(name: str) -> Adapter:
     """
     load_families()
     for adapter in ADAPTERS:
-        former = vars(type(adapter)).get(
-            "former_names", ()
-        )  # those of a base class are not its own
+        # Names that a base class had are not its own.
+        former = vars(type(adapter)).get("former_names", ())
         if name in (type(adapter).__name__, *former):
             return adapter
     known = (type(adapter).__name__ for adapter in ADAPTERS)

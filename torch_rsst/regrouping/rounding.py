@@ -69,10 +69,10 @@ def far_roundings(
         plan: by what units compete; its importance does not matter.
     """
     plan = replace(plan, importance="magnitude").choose_scope(groups)
-    weights, masks = named_weights(model), extract_mask(model)
+    scored = score_layers(named_weights(model), groups, extract_mask(model), plan)
 
     def going(plan: RegroupPlan) -> Iterator[tuple[str, int, int]]:
-        kept = choose(groups, score_layers(weights, groups, masks, plan), amount, plan).kept
+        kept = choose(groups, scored, amount, plan).kept
         for kind in dict.fromkeys(layer.kind for layer in groups.layers):
             stay = [k for k, layer in zip(kept, groups.layers, strict=True) if layer.kind == kind]
             yield kind, sum(int((~k).sum()) for k in stay), sum(k.numel() for k in stay)
