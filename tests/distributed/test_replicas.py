@@ -207,6 +207,10 @@ def test_a_corrupted_rank_raises_on_every_rank(outcomes: list[dict[str, Any]], c
         assert masks == []
 
 
+def test_masks_that_differ_between_ranks_are_named(outcomes: list[dict[str, Any]]) -> None:
+    assert "than on lower ranks for '0.weight'. " in outcomes[0]["apply value"][0]
+
+
 @pytest.mark.parametrize(
     ("case", "own"),
     [

@@ -761,6 +761,8 @@ def test_a_damaged_state_changes_nothing_not_even_the_open_round(fingerprint):
         lambda s: s["round"]["pruner"].update({"total_steps": 99}),
         lambda s: s["round"].pop("pruner"),
         lambda s: s.pop("snapshot"),
+        lambda s: s["decisions"][0].update(index=torch.ones(2)),
+        lambda s: s["decisions"][0].update(strength=torch.ones(2)),
         lambda s: s.clear(),
     ):
         state = rsst.state_dict()

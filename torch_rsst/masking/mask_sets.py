@@ -217,17 +217,17 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
     work = agreed(
         replica_group(model),
         lambda: _sites_to_mask(model, masks, strict=strict),
-        lambda work: ((str(i), mask) for i, (_, mask) in enumerate(work)),
+        lambda work: ((name, mask) for name, _, mask in work),
     )
     of_each: dict[int, Tensor] = {}
-    for ref, mask in work:
+    for _, ref, mask in work:
         of_each.setdefault(id(ref.original), mask)
-    install([ref for ref, _ in work], NewMasks.of(list(of_each.values())))
+    install([ref for _, ref, _ in work], NewMasks.of(list(of_each.values())))
 
 
 def _sites_to_mask(
     model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool
-) -> list[tuple[ParameterRef, Tensor]]:
+) -> list[tuple[str, ParameterRef, Tensor]]:
     refs = places_of(model)
     chosen, names = _binary(masks), first_names(model)
     resolved = {name: _resolve(name, names) for name in chosen}
@@ -243,17 +243,16 @@ def _sites_to_mask(
             "Add them, or pass strict=False to leave them as they are.",
         )
     overwritten = {_address(ref.mask) for ref in masked_refs(unwrap(model).modules())}
-    work: list[tuple[ParameterRef, Tensor]] = []
+    work: list[tuple[str, ParameterRef, Tensor]] = []
     for name, mask in chosen.items():
         if mask.is_complex() or _address(mask) in overwritten:
-            mask = (
-                mask != 0
-            )  # a copy of a mask of the model, which may be written before it is read
+            # A copy of a mask of the model, which may be written before it is read.
+            mask = mask != 0
         for ref in refs[resolved[name]]:
             check_ref(ref.module, ref.name)
             remedy = "Masks are made for one architecture; extract them from the same one."
             check_shape(f"mask of {name!r}", mask, ref.original, remedy)
-            work.append((ref, mask))
+            work.append((resolved[name], ref, mask))
     return work
 
 

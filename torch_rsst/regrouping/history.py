@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_rsst.groups.groups import Groups
 from torch_rsst.regrouping.keep_units import REASONS, ranks
-from torch_rsst.utils.errors import check_keys, refuse
+from torch_rsst.utils.errors import check_keys, check_kinds, refuse
 
 NO_PENALTY = "none"
 
@@ -106,13 +106,14 @@ class DecidedRound:
             ValueError: unless it fits the groups.
         """
         check_keys(state, ("index", "mode", "strength", "verdicts", "norms"), _SUBJECT)
+        check_kinds(state, {"index": int, "mode": str, "strength": float}, _SUBJECT)
         units = [layer.units for layer in groups.layers]
         decided = cls(
-            index=int(state["index"]),
+            index=state["index"],
             verdicts=_read(Verdicts, state["verdicts"], units),
             norms=_read(UnitNorms, state["norms"], units) if state["norms"] else (),
-            mode=str(state["mode"]),
-            strength=float(state["strength"]),
+            mode=state["mode"],
+            strength=state["strength"],
             below=state.get("below"),  # older states have neither
             asked=int(state.get("asked", 0)),
         )

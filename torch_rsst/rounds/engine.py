@@ -400,7 +400,8 @@ class Rounds(ABC):
                 one; the model's masks are as before then.
         """
         self._check_masks_in_place()
-        with damage_reported():
+        # What reads a state does nothing else: a RuntimeError there is of tensors where numbers belong.
+        with damage_reported(RuntimeError):
             saved = RoundsState.read(
                 state,
                 settings=self._settings(),
@@ -408,9 +409,9 @@ class Rounds(ABC):
                 groups=self._groups,
                 check_pruner=self._check_pruner,
             )
-            with AllOrNothing(self._refs()) as undo:
-                undo.append(partial(self._take_back, dict(vars(self))))
-                self._continue(saved)
+        with damage_reported(), AllOrNothing(self._refs()) as undo:
+            undo.append(partial(self._take_back, dict(vars(self))))
+            self._continue(saved)
 
     def _take_back(self, before: Mapping[str, Any]) -> None:
         """Be as before, the open round with its penalty."""

@@ -17,7 +17,7 @@ from torch_rsst.regrouping.history import DecidedRound
 from torch_rsst.regrouping.keep_units import ScopeBudget
 from torch_rsst.rounds.round import Chosen
 from torch_rsst.rounds.round_start import Reference
-from torch_rsst.utils.errors import check_keys, message, refuse
+from torch_rsst.utils.errors import check_keys, check_kinds, message, refuse
 
 SUBJECT = "state of rounds"
 
@@ -58,7 +58,7 @@ class RoundState:
     def read(cls, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> RoundState:
         """What :meth:`to_dict` has made, for a model with these weights."""
         check_keys(state, ("index", "open", *_MASKS, "budgets", "pruner"), "state of a round")
-        _check_kinds(state, {"index": int, "open": bool}, "state of a round")
+        check_kinds(state, {"index": int, "open": bool}, "state of a round")
         budgets = tuple(ScopeBudget(**budget) for budget in state["budgets"])
         ranked, current, refill = (check_masks(weights, as_masks(state[name])) for name in _MASKS)
         chosen = Chosen(ranked, current, refill, budgets)
@@ -138,7 +138,7 @@ class RoundsState:
         parts = ("settings", "next_index", "finalized", "snapshot", "masks", "round")
         check_keys(state, parts, SUBJECT)
         state = _up_to_date(state)
-        _check_kinds(state, {"next_index": int, "finalized": bool}, SUBJECT)
+        check_kinds(state, {"next_index": int, "finalized": bool}, SUBJECT)
         _check_settings(state["settings"], settings)
         check_keys(state["snapshot"], ("weights", "buffers"), "rewind snapshot")
         saved = state["round"]
@@ -181,13 +181,6 @@ def _up_to_date(state: Mapping[str, Any]) -> dict[str, Any]:
     return up_to_date
 
 
-def _check_kinds(state: Mapping[str, Any], kinds: Mapping[str, type], subject: str) -> None:
-    for name, kind in kinds.items():
-        if type(state[name]) is not kind:
-            expected, got = f"{name} of type {kind.__name__}", repr(state[name])
-            refuse(ValueError, subject, expected, got, "The file is damaged: load another one.")
-
-
 def _check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     # A tensor, which no setting is, compares to no truth.
     differing = [k for k in own if isinstance(saved.get(k), Tensor) or saved.get(k) != own[k]]
@@ -203,11 +196,12 @@ def _check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def damage_reported() -> Iterator[None]:
-    """Turn what a damaged state makes fail into an error that says so."""
+def damage_reported(*more: type[Exception]) -> Iterator[None]:
+    """Turn what a damaged state makes fail, ``more`` as well, into an error that says so."""
+    kinds: tuple[type[Exception], ...] = (AttributeError, IndexError, TypeError, *more)
     try:
         yield
-    except (AttributeError, IndexError, TypeError) as error:
+    except kinds as error:
         got = f"{type(error).__name__}: {error}"
         remedy = "The file is damaged: load another one."
         expected = "what state_dict() has returned"

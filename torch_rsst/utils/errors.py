@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class RSSTWarning(UserWarning):
@@ -132,6 +132,14 @@ def check_keys(state: object, keys: Iterable[str], subject: str) -> None:
         got = f"none for {listing(missing)}" if isinstance(state, Mapping) else type(state).__name__
         remedy = "Pass what state_dict() has returned."
         refuse(ValueError, subject, "a complete state", got, remedy)
+
+
+def check_kinds(state: Mapping[str, Any], kinds: Mapping[str, type], subject: str) -> None:
+    """Raise a ValueError unless what ``state`` holds under these names is of these very types."""
+    for name, kind in kinds.items():
+        if type(state[name]) is not kind:
+            expected, got = f"{name} of type {kind.__name__}", repr(state[name])
+            refuse(ValueError, subject, expected, got, "The file is damaged: load another one.")
 
 
 def listing(names: Iterable[str], limit: int = 5) -> str:
