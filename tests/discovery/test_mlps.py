@@ -356,3 +356,60 @@ def test_a_quantized_model_is_told_that_it_is_quantized() -> None:
         ValueError, match=r"got quantized ones \(Linear\)\. Prune, compact, and quan"
     ):
         torch_rsst.find_groups(quantized)
+
+
+class _Between(nn.Module):
+    """Two linear layers and something between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.between, self.down = nn.Linear(10, 24), between, nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.between(self.up(x)))
+
+
+def _one_of_its_own(first: int | None, end: int | None) -> Callable[[Tensor], Tensor]:
+    def between(y: Tensor) -> Tensor:
+        y = y.clone()
+        y[:, first:end] = y[:, first:end].sin() + 1.0
+        return y
+
+    return between
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 12, 20, 23, -1])
+@pytest.mark.parametrize("activation", [nn.functional.relu, nn.functional.gelu])
+def test_a_neuron_that_the_forward_tells_by_its_index_is_no_unit(
+    first: int, activation: Callable[[Tensor], Tensor]
+) -> None:
+    special = _one_of_its_own(first, first + 1 if first != -1 else None)
+    model = _Between(lambda y: special(activation(y)))
+    with pytest.raises(ValueError, match="its output without some of its units differs"):
+        torch_rsst.find_groups(model, example_inputs=torch.randn(6, 10))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda y: y - y.amax(1, keepdim=True),
+        lambda y: y - y.amin(1, keepdim=True),
+        lambda y: y * (y == y.amax(1, keepdim=True)),
+        lambda y: (y - y.amin(1, keepdim=True)) / y.std(1, keepdim=True),
+    ],
+)
+@pytest.mark.parametrize("shift", [-20.0, 0.0, 20.0])
+def test_neurons_compared_with_the_largest_of_all_are_no_units(
+    between: Callable[[Tensor], Tensor], shift: float
+) -> None:
+    model = _Between(between)
+    with torch.no_grad():
+        model.up.bias.add_(shift)
+    with pytest.raises(ValueError, match=r"units mix|differs"):
+        torch_rsst.find_groups(model, example_inputs=torch.randn(6, 10))
+
+
+def test_outputs_of_trials_that_are_nan_are_compared() -> None:
+    model = _Between(lambda y: y / y.amax(1, keepdim=True))
+    with pytest.raises(ValueError, match=r"units mix|differs"):
+        torch_rsst.find_groups(model, example_inputs=torch.randn(6, 10))

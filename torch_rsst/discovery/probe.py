@@ -20,6 +20,7 @@ from torch_rsst.discovery.trial import (
     agree,
     choices,
     is_half,
+    negate,
     one_line,
     randomized,
     silence,
@@ -302,11 +303,13 @@ def _check(
     differs, exact = False, None
     mixes = (lambda *_: None) if adapter.told_apart else _why_mixed
     least = max(adapter.least, layer.least)
-    for gone in choices(layer.units, least, len(layer.parts), layer.multiple):
+    for gone, negated in _trials(layer, least):
         removal = Removal(layer, gone)
         # Each choice has the units of the one before: so parameters need no copy of their own.
         masked = deep_copy(whole, {id(parameter): parameter for parameter in whole.parameters()})
         silence(masked, [removal])
+        if negated:
+            negate(masked, layer)
         expected = _outputs(masked, call)
         differs = differs or not agree(before, expected)
         if not differs and draw + 1 < _DRAWS:  # no unit that goes was active
@@ -332,6 +335,18 @@ def _check(
     if mixed and layer.units <= least:
         mixed = too_few(layer.kind, layer.units)
     return Verdict(refused=mixed or "")
+
+
+def _trials(layer: GroupLayer, least: int) -> Iterator[tuple[Tensor, bool]]:
+    """Which units go in each trial, and whether signs are changed.
+
+    A neuron that stays alone is tried with both signs: one of them shows where all are compared with the
+    largest, which is 0 or not then.
+    """
+    for gone in choices(layer.units, least, len(layer.parts), layer.multiple):
+        yield gone, False
+        if layer.kind == "neurons" and int((~gone).sum()) == len(layer.parts) * layer.multiple:
+            yield gone, True
 
 
 def is_on_meta(module: nn.Module) -> bool:

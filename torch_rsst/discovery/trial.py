@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.groups.surgery import Removal
 from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.names import named_weights
@@ -62,18 +63,43 @@ def silence(module: nn.Module, removals: Iterable[Removal]) -> None:
     drop_caches(module)
 
 
-def choices(units: int, least: int, parts: int = 1, step: int = 1) -> Iterator[Tensor]:
-    """Some units in no order that a layout could share; then as many as may go, those included.
+def negate(module: nn.Module, layer: GroupLayer) -> None:
+    """Change the signs of what units put out before any activation, in place."""
+    weights = named_weights(module)
+    with torch.no_grad():
+        for member in layer.members:
+            if not member.consumes:
+                weights[member.parameter].neg_()
+    drop_caches(module)
 
-    Where units are of several parts, one after the other, as many of each: a multiple of ``step``.
+
+def choices(units: int, least: int, parts: int = 1, step: int = 1) -> Iterator[Tensor]:
+    """Some units, then all but one, then as many as may go; those of the choice before are included.
+
+    Where units are of several parts, one after the other, as many of each go: a multiple of ``step``.
     """
     each, generator = units // parts, torch.Generator().manual_seed(0)
     least = -(-least // step) * step
-    shuffled = torch.stack([torch.randperm(each, generator=generator) for _ in range(parts)])
-    for count in dict.fromkeys((max(step, each // 2 // step * step), each - least)):
+    some = max(step, -(-each // 3) // step * step)
+    order = torch.stack([_going(each, some, generator) for _ in range(parts)])
+    for count in dict.fromkeys((some, each - max(least, step), each - least)):
         if 0 < count <= each - least:
             gone = torch.zeros(parts, each, dtype=torch.bool)
-            yield gone.scatter_(1, shuffled[:, :count], True).flatten()
+            yield gone.scatter_(1, order[:, :count], True).flatten()
+
+
+def _going(units: int, some: int, generator: torch.Generator) -> Tensor:
+    """All units in an order that no layout could share, and that shows where one is told by its index.
+
+    The first one leads, so that every other one moves, and the last one follows on some. These come before
+    the place where the shorter tensor ends, so that what stands there is met by another one, or by none.
+    """
+    shuffled = torch.randperm(units, generator=generator)
+    inner = shuffled[(shuffled > 0) & (shuffled < units - 1)]
+    is_early = inner < units - some
+    inner = torch.cat([inner[is_early], inner[~is_early]])
+    first, last = torch.tensor([0]), torch.arange(1, units)[-1:]
+    return torch.cat([first, inner[: some - 1], last, inner[some - 1 :]])
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
@@ -93,10 +119,15 @@ def agree(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float = 1e-
     if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
         return False
     return all(
-        torch.allclose(a, b, rtol=0.0, atol=tolerance * float(a.abs().max()) + 1e-9)
+        torch.allclose(a, b, rtol=0.0, atol=tolerance * _largest(a) + 1e-9, equal_nan=True)
         for a, b in zip(one, other, strict=True)
         if a.numel() and a.is_floating_point()
     )
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest finite value."""
+    return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def one_line(error: Exception) -> str:
