@@ -159,7 +159,7 @@ def test_a_model_that_fails_on_its_example_is_left_bit_identical(
 ) -> None:
     model = tiny_transformer()
     before = fingerprint(model)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="example_inputs: expected inputs that the model runs on"):
         find_groups(model, example_inputs=torch.ones(2, 3, 7))
     assert fingerprint(model) == before
 
@@ -689,3 +689,59 @@ def test_blocks_that_differ_in_nothing_but_their_number_are_tried_once(
     groups = find_groups(model)
     assert [layer.name for layer in groups.layers] == [str(i) for i in range(len(numbers))]
     assert len(tried) == len(run) == tries
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+
+
+def test_a_lazy_module_is_named_and_left_as_it_is() -> None:
+    model = nn.Sequential(nn.LazyLinear(6), nn.GELU(), nn.Linear(6, 4))
+    text = r"find_groups: expected modules that know their sizes, got lazy 0 \(LazyLinear\). Run the model once"
+    for example in (None, torch.randn(2, 4)):
+        with pytest.raises(ValueError, match=text):
+            find_groups(model, example_inputs=example)
+        assert type(model[0]) is nn.LazyLinear
+    model(torch.randn(2, 4))
+    assert len(find_groups(model)) == 6
+
+
+@pytest.mark.parametrize("part", ["whole", "inside"])
+def test_a_scripted_module_is_named(part: str) -> None:
+    scripted = torch.jit.script(_mlp())
+    model = scripted if part == "whole" else nn.Sequential(scripted, _mlp())
+    with pytest.raises(ValueError, match=r"got scripted .*before it is scripted or traced"):
+        find_groups(model)
+
+
+def test_a_compiled_module_within_a_model_is_found_and_cut() -> None:
+    model, x = nn.Sequential(_mlp(), _mlp()).eval(), torch.randn(3, 4)
+    model[0] = torch.compile(model[0], backend="eager")
+    model(x)
+    groups = find_groups(model, example_inputs=x)
+    assert len(groups) == 16
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups))
+    small = torch_rsst.compact(model, groups, example_inputs=x)
+    torch.testing.assert_close(small(x), model(x))
+
+
+def test_what_is_found_and_cut_in_inference_mode_is_as_outside() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 4, batch_first=True), nn.Identity())[0].eval()
+    x = torch.randn(2, 3, 8)
+    with torch.inference_mode():
+        groups = find_groups(model, example_inputs=(x, x, x))
+    assert str(groups) == str(find_groups(model, example_inputs=(x, x, x)))
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups))
+    with torch.inference_mode():
+        small = torch_rsst.compact(model, groups)
+    assert not any(parameter.is_inference() for parameter in small.parameters())
+    small(x, x, x)[0].sum().backward()
+
+
+@pytest.mark.parametrize(
+    "example", [torch.randn(2, 5), {"y": torch.randn(2, 4)}, "text", (torch.randn(2, 4),) * 2]
+)
+def test_inputs_that_the_model_does_not_run_on_are_named(example: object) -> None:
+    text = r"example_inputs: expected inputs that the model runs on, got .*Pass inputs of the size"
+    with pytest.raises(ValueError, match=text):
+        find_groups(_mlp(), example_inputs=example)

@@ -110,54 +110,57 @@ def compact(
         UnfrozenZerosWarning: for ``keep_masks=None``, where masked weights became zeros, or
             ``freeze_zeros=True`` held some that nothing holds in the result.
     """
-    bare = unwrap(model)
-    check_masks_in_place("compact", bare.modules())
-    groups = as_groups(groups)
-    check_count(round_to, "round_to", at_least=1)
-    check_keep_masks(keep_masks)
-    check_compactable(bare, groups)
-    probe = Probe(bare, example_inputs)
-    removals, constants, kept_whole, dead = _choose(bare, groups, round_to, probe)
-    keep = optimizer is not None if keep_masks is None else keep_masks
-    shared = _cut_tensors(bare, removals)
-    masks = {ref.original: ref.mask for ref in masked_refs(bare.modules()) if ref.mask is not None}
-    memo = {id(tensor): tensor for tensor in shared}
-    if not keep:
-        # Read from the masked model instead: an empty mask stands for that of a tensor to be cut.
-        memo |= {id(m): m.new_ones(0) if p in shared else m for p, m in masks.items()}
-    small = deep_copy(bare, memo)
-    if not keep:
-        restore(masked_refs(small.modules()))
-    without = bare_biases(small)
-    for emitted, units in constants:
-        emitted.add_to(small, bare, units)
-    new_biases = without - bare_biases(small)
-    removals = [_with_biases(removal, new_biases) for removal in removals]
-    stage = stage_of(removals, new_biases)
-    small, shortened = remove(small, removals)
-    remember(small, [*(stages_of(bare) or ()), stage])
-    successors = _successors(bare, small, memo, shortened)
-    zeros = 0 if keep else _zero_masked(masks, successors, shared)
-    restore([ref for ref in masked_refs(small.modules()) if is_full(ref.mask)])
-    if example_inputs is None and any(not r.layer.family for r in removals if r.count):
-        example_inputs = _example_of(bare)
-    if example_inputs is not None:
-        _compare(bare, small, example_inputs, removals)
-    heirs = heirs_of(bare, small, successors)
-    goes_on = optimizer is not None or keep
-    if keep_masks is None:
-        warn_of_zeros("compact", zeros)
-        warn_of_held("compact", 0 if goes_on else sum(heir.zeros for heir in heirs.values()))
-    if kept_whole:
-        warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
-    elif not dead:
-        warnings.warn(_NOTHING, CompactionWarning, stacklevel=2)
-    if optimizer is not None:  # last: where warnings are errors, it is as before
-        move_optimizer(optimizer, successors)
-        _give_biases(optimizer, small, new_biases)
-    if goes_on:
-        hold(heirs)
-    return small
+    with torch.inference_mode(False):  # whose tensors cannot be trained
+        bare = unwrap(model)
+        check_masks_in_place("compact", bare.modules())
+        groups = as_groups(groups)
+        check_count(round_to, "round_to", at_least=1)
+        check_keep_masks(keep_masks)
+        check_compactable(bare, groups)
+        probe = Probe(bare, example_inputs)
+        removals, constants, kept_whole, dead = _choose(bare, groups, round_to, probe)
+        keep = optimizer is not None if keep_masks is None else keep_masks
+        shared = _cut_tensors(bare, removals)
+        masks = {
+            ref.original: ref.mask for ref in masked_refs(bare.modules()) if ref.mask is not None
+        }
+        memo = {id(tensor): tensor for tensor in shared}
+        if not keep:
+            # Read from the masked model instead: an empty mask stands for that of a tensor to be cut.
+            memo |= {id(m): m.new_ones(0) if p in shared else m for p, m in masks.items()}
+        small = deep_copy(bare, memo)
+        if not keep:
+            restore(masked_refs(small.modules()))
+        without = bare_biases(small)
+        for emitted, units in constants:
+            emitted.add_to(small, bare, units)
+        new_biases = without - bare_biases(small)
+        removals = [_with_biases(removal, new_biases) for removal in removals]
+        stage = stage_of(removals, new_biases)
+        small, shortened = remove(small, removals)
+        remember(small, [*(stages_of(bare) or ()), stage])
+        successors = _successors(bare, small, memo, shortened)
+        zeros = 0 if keep else _zero_masked(masks, successors, shared)
+        restore([ref for ref in masked_refs(small.modules()) if is_full(ref.mask)])
+        if example_inputs is None and any(not r.layer.family for r in removals if r.count):
+            example_inputs = _example_of(bare)
+        if example_inputs is not None:
+            _compare(bare, small, example_inputs, removals)
+        heirs = heirs_of(bare, small, successors)
+        goes_on = optimizer is not None or keep
+        if keep_masks is None:
+            warn_of_zeros("compact", zeros)
+            warn_of_held("compact", 0 if goes_on else sum(heir.zeros for heir in heirs.values()))
+        if kept_whole:
+            warnings.warn(_not_cut(kept_whole), CompactionWarning, stacklevel=2)
+        elif not dead:
+            warnings.warn(_NOTHING, CompactionWarning, stacklevel=2)
+        if optimizer is not None:  # last: where warnings are errors, it is as before
+            move_optimizer(optimizer, successors)
+            _give_biases(optimizer, small, new_biases)
+        if goes_on:
+            hold(heirs)
+        return small
 
 
 def remove(

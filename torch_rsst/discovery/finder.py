@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torch_rsst.discovery.account import account, routers, uncovered
 from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported
@@ -64,8 +66,9 @@ def find_groups(
 
     Raises:
         TypeError: unless ``model`` is a module.
-        ValueError: for an unknown kind, for no unit of a kind asked for, or, with
-            ``on_unsupported="raise"``, for a module that is not understood.
+        ValueError: for an unknown kind, for no unit of a kind asked for, for inputs that the model does not
+            run on, for lazy or scripted modules, or, with ``on_unsupported="raise"``, for a module that is
+            not understood.
     """
     bare = unwrap(model)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
@@ -79,9 +82,7 @@ def find_groups(
         raise ValueError(
             unknown_choice("on_unsupported", on_unsupported, ("warn", "raise", "ignore"))
         )
-    if any(is_sharded(parameter) for parameter in bare.parameters()):
-        remedy = "Find the groups before sharding; they fit the sharded model."
-        refuse(ValueError, "find_groups", "whole parameters", "sharded ones", remedy)
+    _check_runnable(bare)
     groups, refused = survey(bare, kinds, example_inputs=example_inputs)
     if on_unsupported == "raise" and refused:
         raise ValueError(_not_understood(refused))
@@ -96,6 +97,22 @@ def find_groups(
         for sentence in _to_be_told(groups, refused, kinds):
             warnings.warn(sentence, UnsupportedModuleWarning, stacklevel=2)
     return groups
+
+
+def _check_runnable(model: nn.Module) -> None:
+    """Raise for modules that cannot be copied and tried as they are."""
+    subject = "find_groups"
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        remedy = "Find the groups before sharding; they fit the sharded model."
+        refuse(ValueError, subject, "whole parameters", "sharded ones", remedy)
+    for path, module in model.named_modules():
+        got = f"{path or 'the model'} ({type(module).__name__})"
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            remedy = "Run the model once on inputs of its size."
+            refuse(ValueError, subject, "modules that know their sizes", f"lazy {got}", remedy)
+        if isinstance(module, torch.jit.ScriptModule):
+            remedy = "Prune and compact the model before it is scripted or traced."
+            refuse(ValueError, subject, "modules of Python", f"scripted {got}", remedy)
 
 
 def _to_be_told(groups: Groups, refused: Sequence[Unsupported], kinds: Sequence[str]) -> list[str]:
@@ -131,9 +148,10 @@ def survey(
         kinds: to look for.
         example_inputs: as for :func:`torch_rsst.find_groups`.
     """
-    layers, refused, reasons = _ask_adapters(model, kinds, Probe.of(model, example_inputs))
-    groups = Groups(tuple(layers), account(model, layers, refused, reasons))
-    return groups, uncovered(refused, groups, model)
+    with torch.inference_mode(False):  # whose tensors are not followed
+        layers, refused, reasons = _ask_adapters(model, kinds, Probe.of(model, example_inputs))
+        groups = Groups(tuple(layers), account(model, layers, refused, reasons))
+        return groups, uncovered(refused, groups, model)
 
 
 def _ask_adapters(

@@ -72,7 +72,7 @@ class Probe:
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any) -> Probe:
-        """A probe; a model that does not run on the inputs it is given raises its own error here."""
+        """A probe; a model that does not run on the inputs it is given raises a ValueError here."""
         probe = cls(model, example_inputs)
         if example_inputs is not None:
             _ = probe._recorded
@@ -218,7 +218,7 @@ def record_calls(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Call]
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
     try:
         with undisturbed(model):
-            run_on(model, example_inputs)
+            run_example(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()

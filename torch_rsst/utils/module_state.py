@@ -8,10 +8,10 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +53,23 @@ def kept_state(module: nn.Module, *, managed: bool = False) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(module: nn.Module, *, managed: bool = False) -> Iterator[None]:
-    """Run the block in eval mode without gradients; keep the state of modules and random numbers.
+    """Run the block in eval mode without gradients or compilation; keep the state of modules and random numbers.
 
     Args:
         module: whose modules run in the block.
         managed: see :func:`kept_state`.
     """
-    with kept_state(module, managed=managed), torch.no_grad(), kept_random_state(module):
+    state = kept_state(module, managed=managed), kept_random_state(module)
+    with state[0], torch.no_grad(), state[1], _eagerly():
         module.eval()
         yield
+
+
+def _eagerly() -> AbstractContextManager[object]:
+    """Lets compiled modules run as they were written: the compiler refuses hooks that are put on them."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        return nullcontext()
+    return cast(AbstractContextManager[object], torch.compiler.set_stance("force_eager"))
 
 
 @contextmanager
