@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import torch_rsst
+from torch_rsst.discovery import survey
 from torch_rsst.groups.groups import GroupLayer, Groups, Member
 
 
@@ -45,6 +46,10 @@ def flattened(net: Any, x: Tensor) -> Tensor:
 def read_in_order(net: Any, x: Tensor) -> Tensor:
     x = net.c2(net.c1(x).relu()).relu()
     x = x.permute(0, 3, 1, 2).flatten(2)
+    return net.last(net.rnn(x)[0])
+
+
+def in_turn(net: Any, x: Tensor) -> Tensor:
     return net.last(net.rnn(x)[0])
 
 
@@ -174,6 +179,26 @@ def test_channels_into_recurrent_layers_and_their_hidden_units(
         net, inputs(2, 1, 6, 4), kinds=["channels", "neurons"], example_inputs=True
     )
     assert units_of(found) == {"c2": 4, "rnn": 5}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_projected_hidden_units_stay_more_than_what_they_are_projected_to(
+    options: dict[str, Any],
+) -> None:
+    def net(hidden: int, projected: int) -> Net:
+        rnn = nn.LSTM(3, hidden, proj_size=projected, batch_first=True, **options)
+        return Net(in_turn, rnn=rnn, last=nn.Linear(projected * (1 + bool(options)), 2))
+
+    found = assert_contract(
+        net(8, 3), inputs(2, 5, 3), kinds=["neurons"], amounts=(0.5, 1.0), example_inputs=True
+    )
+    assert units_of(found) == {"rnn": 8, "last": 3}
+    assert {layer.name: layer.least for layer in found.layers} == {"rnn": 4, "last": 0}
+    found, refused = survey(net(4, 3), ["neurons"])
+    assert units_of(found) == {"last": 3}
+    assert [str(item) for item in refused] == [
+        "rnn (neurons): it has no more neurons than it needs to run (4)"
+    ]
 
 
 def test_numbers_that_a_module_keeps_are_found_by_trying() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.base import Place, Survey, WholeModelAdapter
-from torch_rsst.discovery.channels.layers import layers_of, reasons_of
+from torch_rsst.discovery.channels.layers import layers_of, must_stay, reasons_of
 from torch_rsst.discovery.channels.ledger import Ledger
 from torch_rsst.discovery.channels.tracer import follow
 from torch_rsst.discovery.channels.verify import Trials
@@ -59,7 +60,7 @@ class ConvolutionChannels(WholeModelAdapter):
                 return _refused(convolutions, f"it cannot be run ({traced}){remedy}")
             ledger, trials = traced
             layers, refused, trials.candidates = layers_of(ledger, type(self).__name__, taken)
-            exact = trials.exact(layers)
+            exact = trials.exact([replace(x, least=must_stay(x, model)) for x in layers])
         return Survey(tuple(exact), (*refused, *trials.refused), reasons_of(ledger))
 
 

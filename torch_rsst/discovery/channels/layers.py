@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.base import Place
 from torch_rsst.discovery.channels.ledger import NOBODY, Axis, Ledger
 from torch_rsst.discovery.channels.walk import INPUT, OUTPUT, SILENT_REASONS, TOGETHER
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
+from torch_rsst.masking.names import without_wrappers
 
 Signature = tuple[tuple[int, int], ...]
 """Which axes a unit has entries on, by their place in the ledger, and how many."""
@@ -97,6 +98,20 @@ def layers_of(
     if not found and not refused and not taken:
         refused = list(_refusals(parts, silent=(OUTPUT, INPUT)))
     return found, refused, candidates
+
+
+def must_stay(layer: GroupLayer, model: nn.Module) -> int:
+    """How many units must stay: an LSTM has more hidden features than it projects them to."""
+    least = layer.least
+    for path, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            name = without_wrappers(f"{path}.weight_hr_l0" if path else "weight_hr_l0")
+            for member in layer.members:
+                if (member.parameter, member.dim) == (name, 1):
+                    each = int((member.unit_of == 0).sum())
+                    may_go = (module.hidden_size - module.proj_size - 1) // each
+                    least = max(least, layer.units - may_go)
+    return least
 
 
 def reasons_of(ledger: Ledger) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.layers import Candidates
 from torch_rsst.discovery.channels.tracer import running_modules
+from torch_rsst.discovery.probe import too_few
 from torch_rsst.discovery.trial import agree, choices, one_line, silence, tensors_of
 from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, cut
@@ -56,6 +57,10 @@ class Trials:
 
         All at once where that is exact; otherwise the culprits are searched where it failed.
         """
+        if few := [layer for layer in layers if layer.units <= layer.least]:
+            for layer in few:
+                self._refuse([layer], Failure(too_few(layer.kind, layer.units)))
+            layers = [layer for layer in layers if layer not in few]
         if layers and not self._made and not self._is_finite():
             return self._refuse(layers, Failure("its activations are not finite"))
         if not layers or (failure := self._failure(layers)) is None:
@@ -176,6 +181,9 @@ def _divided(
 
 
 def _removals(layers: Sequence[GroupLayer]) -> Iterator[list[Removal]]:
-    """Half of the units of every layer, then all but one of every layer."""
+    """Half of the units of every layer, then as many of each as may go."""
     for which in (0, -1):
-        yield [Removal(layer, list(choices(layer.units, least=1))[which]) for layer in layers]
+        yield [
+            Removal(layer, list(choices(layer.units, max(1, layer.least)))[which])
+            for layer in layers
+        ]
