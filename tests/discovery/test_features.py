@@ -53,6 +53,16 @@ def in_turn(net: Any, x: Tensor) -> Tensor:
     return net.last(net.rnn(x)[0])
 
 
+def stacked_experts(net: Any, x: Tensor) -> Tensor:
+    tokens = x.flatten(0, 1)
+    out = torch.zeros_like(tokens)
+    for expert, (up, down) in enumerate(zip(net.up, net.down, strict=True)):
+        (mine,) = torch.where(torch.arange(len(tokens)) % net.used == expert)
+        gate, value = F.linear(tokens[mine], up).chunk(2, -1)
+        out.index_add_(0, mine, F.linear(F.silu(gate) * value, down))
+    return net.last(out.view(x.shape))
+
+
 def keeping_numbers(net: Any, x: Tensor) -> Tensor:
     x = F.group_norm(net.first(net.stem(x)), net.count).relu()
     x = x.view(len(x), net.width, -1).cumsum(-1).view(x.shape)
@@ -199,6 +209,15 @@ def test_projected_hidden_units_stay_more_than_what_they_are_projected_to(
     assert [str(item) for item in refused] == [
         "rnn (neurons): it has no more neurons than it needs to run (4)"
     ]
+
+
+@pytest.mark.parametrize("used", [2, 3])
+def test_an_expert_without_tokens_hides_no_neurons(used: int) -> None:
+    up, down = (nn.Parameter(torch.randn(3, *shape)) for shape in ((10, 4), (4, 5)))
+    net = Net(stacked_experts, up=up, down=down, last=nn.Linear(4, 2))
+    net.used = used
+    found = assert_contract(net, inputs(2, 6, 4), kinds=["neurons"], example_inputs=True)
+    assert units_of(found)[""] == 5
 
 
 def test_numbers_that_a_module_keeps_are_found_by_trying() -> None:

@@ -44,7 +44,10 @@ _SHAPED: dict[str, Callable[[Tensor, Arguments, torch.Size], Tensor]] = {
 @rule(*_SHAPED)
 def shaped(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
     """Labels are moved as their entries are."""
-    moved = (_SHAPED[name](f, arguments, out.shape) for f in _fields(walk, arguments))
+    shape = _filled(out.shape)
+    if not out.numel() and _filled(arguments["self"].shape).numel() != shape.numel():
+        return  # nothing in it, and no telling where labels would lie
+    moved = (_SHAPED[name](f, arguments, shape) for f in _fields(walk, arguments))
     walk.put_like(arguments["self"], out, [_evened(walk, compressed(f)) for f in moved])
 
 
@@ -59,7 +62,12 @@ def _evened(walk: Walk, field: Tensor) -> Tensor:
 def _fields(walk: Walk, arguments: Arguments) -> list[Tensor]:
     """Labels of every entry; no memory is spent."""
     x = arguments["self"]
-    return [f.expand(x.shape) for f in walk.labels(x).fields]
+    return [f.expand(_filled(x.shape)) for f in walk.labels(x).fields]
+
+
+def _filled(shape: torch.Size) -> torch.Size:
+    """As of one row where there is none: an expert without tokens says as much of its neurons."""
+    return torch.Size(max(1, size) for size in shape)
 
 
 @rule("slice", "narrow", "select", "unbind")
