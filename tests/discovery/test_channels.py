@@ -325,6 +325,36 @@ def test_a_model_that_does_not_run_is_reported() -> None:
     assert reasons(meta) == {"": reason}
 
 
+class Rooted(nn.Module):
+    """Scales channels by the roots of parameters close to 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.last = conv(3, 3), conv(3, 8), conv(8, 2)
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(self.stem(x)).relu() * self.scale.sqrt())
+        return out
+
+
+def test_weights_that_must_stay_positive_are_tried_positive() -> None:
+    found, refused = survey(Rooted(), ["channels"])
+    assert (found.layers[0].units, refused) == (8, [])
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model = Rooted()
+    model.offset = nn.Parameter(torch.zeros(()))
+    model.register_forward_hook(lambda model, _, out: out + 1 / model.offset.mul(0))
+    expected = "outputs are not finite with the random weights on which it is tried"
+    assert reasons(model) == {"first": expected}
+    with torch.no_grad():
+        model.scale[0] = float("nan")
+    expected = "scale holds NaN or infinity: look for the step at which training diverged"
+    assert reasons(model) == {"first": expected}
+
+
 def test_half_precision_models() -> None:
     assert layers_of(behind_stem(NETS["residual"]()).bfloat16()) == {"1.first.0": 6}
 

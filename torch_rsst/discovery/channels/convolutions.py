@@ -122,7 +122,7 @@ def _traced(model: nn.Module, example_inputs: Any) -> tuple[Ledger, Trials] | st
                 error = error if trials else one_line(failure)
                 continue
             run.settle()
-            trials = trials or Trials(copy, run.call, run.trains)
+            trials = trials or Trials(copy, model, run.call, run.trains)
             if run.trains or not ledger.unseen:
                 return ledger, trials
             error = f"in training mode, where alone some of it is used: {run.error}"
@@ -183,7 +183,8 @@ class _Run:
     def settle(self) -> None:
         """Let the statistics of batch norms be those of the run in training mode: no channel drowns."""
         for buffer, value in self.statistics.items():
-            buffer.copy_(value)
+            if bool(value.isfinite().all()):
+                buffer.copy_(value)
 
     def evaluating(self) -> Any:
         """In eval mode."""
