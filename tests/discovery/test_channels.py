@@ -271,6 +271,8 @@ def test_widths_that_a_forward_fixes_are_found_out() -> None:
     model = mixing(run)
     reason = reasons(model)["1.first"]
     assert reason.startswith("its forward fixes how many it has (RuntimeError: ")
+    remedy = "let sizes follow from its tensors there, x.flatten(1) instead of x.view(-1, 64)"
+    assert reason.endswith(remedy)
     assert layers_of(model) == {"1.inner": 6}
 
 

@@ -21,6 +21,7 @@ from torch_rsst.masking.names import named_weights
 from torch_rsst.utils.module_state import deep_copy, drop_caches
 
 DIFFERS = "its output without some of its channels differs"
+REMEDY = ": let sizes follow from its tensors there, x.flatten(1) instead of x.view(-1, 64)"
 MOST_TRIALS = 64
 MOST_WAYS = 3
 """How many of the things that a number may count are tried."""
@@ -129,7 +130,7 @@ class Trials:
                     if trains:
                         self._outputs(small.train())
             except Exception as error:
-                reason = f"its forward fixes how many it has ({one_line(error)})"
+                reason = f"its forward fixes how many it has ({one_line(error)}){REMEDY}"
                 return Failure(reason, _path_of(running[-1], small) if running else "")
             del small
             masked = deep_copy(self.whole)
