@@ -394,15 +394,66 @@ def test_a_model_that_cannot_be_copied_is_reported() -> None:
     assert reasons(model) == {"": expected}
 
 
-def test_channels_with_a_weight_norm_are_told_to_take_it_off() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3),
-        parametrizations.weight_norm(nn.Conv2d(6, 6, 3)),
-        nn.ReLU(),
-        nn.Conv2d(6, 4, 1),
-    )
-    _, refused = survey(model, ["channels"], example_inputs=torch.randn(2, 3, 8, 8))
-    assert all(item.reason.startswith("weight_norm joins them; take it off") for item in refused)
-    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
-    found, refused = survey(model, ["channels"], example_inputs=torch.randn(2, 3, 8, 8))
-    assert sum(layer.units for layer in found.layers) == 6
+JOINING: dict[str, tuple[Callable[[nn.Module], nn.Module], str, Callable[..., object]]] = {
+    "weight_norm": (
+        parametrizations.weight_norm,
+        "the parametrization WeightNorm joins them",
+        nn.utils.parametrize.remove_parametrizations,
+    ),
+    "spectral_norm": (
+        parametrizations.spectral_norm,
+        "the parametrization SpectralNorm joins them",
+        nn.utils.parametrize.remove_parametrizations,
+    ),
+    "orthogonal": (
+        parametrizations.orthogonal,
+        "the parametrization Orthogonal joins them",
+        nn.utils.parametrize.remove_parametrizations,
+    ),
+    "hook of weight_norm": (
+        nn.utils.weight_norm,
+        "weight_norm joins them",
+        nn.utils.remove_weight_norm,
+    ),
+    "hook of spectral_norm": (
+        nn.utils.spectral_norm,
+        "spectral_norm joins them",
+        nn.utils.remove_spectral_norm,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINING)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_weights_that_are_made_of_others_are_told_how_to_be_set_free(name: str) -> None:
+    join, reason, remedy = JOINING[name]
+    inner = join(nn.Conv2d(6, 6, 3))
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), inner, nn.ReLU(), nn.Conv2d(6, 4, 1))
+    x = images(2, 3, 8, 8).float()
+    found, refused = survey(model, example_inputs=x)
+    assert found.layers == ()
+    told = [
+        *(item.reason for item in refused),
+        *(w.reason for w in found.whole if w.role == "left"),
+    ]
+    start = f"{reason}; take it off before you find groups, with torch.nn.utils."
+    assert any(text.startswith(start) and remedy.__name__ in text for text in told)
+    assert not any("fixes" in text for text in told)
+    remedy(inner, "weight")
+    (layer,) = find_groups(model, example_inputs=x).layers
+    assert (layer.name, layer.units) == ("1", 6)
+
+
+def test_a_parametrization_that_keeps_channels_apart_is_cut_along() -> None:
+    class Signed(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * weight.abs()
+
+    model = nn.Sequential(conv(3, 3), conv(3, 6), nn.ReLU(), conv(6, 2)).double()
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Signed())
+    found = find_groups(model, example_inputs=images())
+    assert layers_of(model) == {"1.parametrizations.weight": 6}
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, found, amount=0.5))
+    small = torch_rsst.compact(model, found)
+    assert (small[1].out_channels, small[3].in_channels) == (3, 3)
+    torch.testing.assert_close(small(images()), model(images()))

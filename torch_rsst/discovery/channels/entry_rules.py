@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_rsst.discovery.channels.labels import Labels, varying
 from torch_rsst.discovery.channels.walk import (
+    NORMS,
     UNNAMED,
     Arguments,
     Walk,
@@ -45,10 +46,6 @@ REDUCING = [
     "min", "norm", "prod", "softmax", "sort", "std", "std_mean", "sum", "topk", "var", "var_mean",
     "_log_softmax", "_softmax", "_weight_norm_interface",
 ]
-_JOINED = {
-    "_weight_norm_interface": "weight_norm joins them; take it off before you find groups, with "
-    "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
-}
 WINDOWED = [
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_upsample_bicubic2d_aa",
     "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
@@ -139,7 +136,7 @@ def reduce(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
     given, kept = walk.labels(x).fields, []
     for field in given:
         if over & set(varying(field)):
-            walk.freeze([field], _JOINED.get(name, f"they are joined by {name.removeprefix('_')}"))
+            walk.freeze([field], NORMS.get(name, f"they are joined by {name.removeprefix('_')}"))
         else:
             kept.append(field)
     for tensor in tensors_in(out):
