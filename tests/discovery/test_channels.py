@@ -276,6 +276,33 @@ def test_widths_that_a_forward_fixes_are_found_out() -> None:
     assert layers_of(model) == {"1.inner": 6}
 
 
+def test_neurons_that_a_response_norm_joins_are_named_where_nothing_is_found() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x).permute(0, 2, 3, 1)
+        y = F.gelu(net.up(x))
+        size = y.norm(p=2, dim=(1, 2), keepdim=True)
+        y = y + net.scale * y * size / size.mean(-1, keepdim=True)
+        return net.last(x + net.down(y)).mean((1, 2))
+
+    scale = nn.Parameter(torch.randn(1, 1, 1, 12))
+    up, down, last = nn.Linear(4, 12), nn.Linear(12, 4), nn.Linear(4, 2)
+    model = Net(run, stem=conv(3, 4), up=up, scale=scale, down=down, last=last)
+    _, refused = survey(model, example_inputs=images().float())
+    assert [str(item) for item in refused] == [
+        "stem (channels): they come out of a convolution that reads the model's input, which is left "
+        "alone",
+        "up (neurons): they are joined by mean",
+    ]
+
+
+def test_a_single_channel_is_no_position_of_a_kernel() -> None:
+    model = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 1), conv(1, 1), nn.ReLU(), conv(1, 2))
+    found, _ = survey(model)
+    whole = {item.name: item.reason for item in found.whole}
+    assert whole["3"] == "its one feature cannot go"
+    assert not any("kernel" in reason for reason in whole.values())
+
+
 def test_a_wrong_rule_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_rsst.discovery.channels.walk import RULES
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.base import Place
 from torch_rsst.discovery.channels.ledger import NOBODY, Axis, Ledger
-from torch_rsst.discovery.channels.walk import INPUT, OUTPUT, SILENT_REASONS, TOGETHER
+from torch_rsst.discovery.channels.walk import INPUT, KERNEL, OUTPUT, SILENT_REASONS, TOGETHER
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.masking.names import without_wrappers
 
@@ -84,7 +84,7 @@ def layers_of(
         numbers, units = layers.setdefault(name, (set(), []))
         numbers.update(number for number, _ in signature)
         units.extend(roots)
-    found, refused = [], list(_refusals(parts))
+    found, refused = [], list(_refusals(parts, _convolutions(ledger), SILENT_REASONS))
     candidates: dict[str, Sequence[tuple[int, Member]]] = {}
     for name, (numbers, units) in layers.items():
         if len(units) > 1:
@@ -96,7 +96,7 @@ def layers_of(
         else:
             refused.append(Unsupported(TOGETHER, name, "channels"))
     if not found and not refused and not taken:
-        refused = list(_refusals(parts, silent=(OUTPUT, INPUT)))
+        refused = list(_refusals(parts, _giving(ledger), (OUTPUT, INPUT)))
     return found, refused, candidates
 
 
@@ -121,7 +121,7 @@ def reasons_of(ledger: Ledger) -> dict[str, str]:
     found: dict[str, str] = {}
     for axis in sorted(ledger.axes, key=lambda axis: axis.start in ledger.takes):
         reason = next((frozen[r] for r in _on(axis, roots).tolist() if r in frozen), None)
-        if reason is not None and not axis.buffer:
+        if reason not in (None, KERNEL) and not axis.buffer:
             found.setdefault(axis.tensor, reason)
     return found
 
@@ -186,14 +186,17 @@ def _counted(parts: _Parts, unit_of_root: Tensor, *, sure: bool) -> Iterator[tup
             yield places[note.name] - 1, Member(note.name, 0, unit_of, ranked=False)
 
 
-def _refusals(parts: _Parts, silent: Collection[str] = SILENT_REASONS) -> Iterator[Unsupported]:
-    """One for each set of convolutions whose channels hang together and cannot go."""
+def _refusals(
+    parts: _Parts, giving: Iterable[Axis], silent: Collection[str]
+) -> Iterator[Unsupported]:
+    """One for each set of layers that put out what hangs together and cannot go."""
     told: set[int] = set()
-    for axis in _convolutions(parts.ledger):
+    for axis in giving:
+        kind = "channels" if axis.start in parts.ledger.convolves else "neurons"
         roots = set(_on(axis, parts.roots).tolist())
         reasons = _reasons(roots, parts.frozen, silent)
         if reasons and not roots & told:
-            yield Unsupported(reasons[0], _module(axis), "channels")
+            yield Unsupported(reasons[0], _module(axis), kind)
         told |= roots
 
 

@@ -22,6 +22,7 @@ UNLABELED = Labels()
 OUTPUT = "they are outputs of the model"
 INPUT = "they meet the model's input"
 STEM = "they come out of a convolution that reads the model's input, which is left alone"
+KERNEL = "they are positions of a kernel"
 UNNAMED = "they meet entries that are no channels"
 TOGETHER = "they hang together, so that only all of them could go"
 TAKE_OFF = "joins them; take it off before you find groups, with torch.nn.utils."
