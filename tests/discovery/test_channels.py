@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -214,6 +215,14 @@ def uneven(net: Any, x: Tensor) -> Tensor:
     return net.last(net.inner(torch.cat([x[:, :2] * 2, x[:, 2:]], 1)).relu())
 
 
+def picked(net: Any, x: Tensor) -> Tensor:
+    return net.last(net.inner(net.first(x)[:, net.order]).relu())
+
+
+def selected(net: Any, x: Tensor) -> Tensor:
+    return net.last(net.inner(net.first(x).index_select(1, net.order)).relu())
+
+
 def unknown_operator(net: Any, x: Tensor) -> Tensor:
     return net.last(net.inner(torch.fft.fft(net.first(x)).real).relu())
 
@@ -241,6 +250,14 @@ REFUSED = {
         "they meet in a product of activations, as those of an attention do",
     ),
     "uneven": (lambda: mixing(uneven), "they are split at a place that pruning would move"),
+    **{
+        name: (
+            partial(mixing, run, order=nn.Buffer(torch.arange(6).flip(0))),
+            "an index picks them by their numbers, which change when some go: put what it picks, in its "
+            "order, into the weights before it, and take the index out",
+        )
+        for name, run in {"index": picked, "index_select": selected}.items()
+    },
     "unknown": (
         lambda: mixing(unknown_operator),
         "they go through _fft_r2c, which may join them",

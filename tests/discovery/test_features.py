@@ -63,6 +63,10 @@ def stacked_experts(net: Any, x: Tensor) -> Tensor:
     return net.last(out.view(x.shape))
 
 
+def tied_to_its_transpose(net: Any, x: Tensor) -> Tensor:
+    return F.linear(net.encoder(x).relu(), net.encoder.weight.t(), net.bias)
+
+
 def keeping_numbers(net: Any, x: Tensor) -> Tensor:
     x = F.group_norm(net.first(net.stem(x)), net.count).relu()
     x = x.view(len(x), net.width, -1).cumsum(-1).view(x.shape)
@@ -218,6 +222,14 @@ def test_an_expert_without_tokens_hides_no_neurons(used: int) -> None:
     net.used = used
     found = assert_contract(net, inputs(2, 6, 4), kinds=["neurons"], example_inputs=True)
     assert units_of(found)[""] == 5
+
+
+def test_hidden_units_of_a_weight_that_is_used_both_ways() -> None:
+    net = Net(tied_to_its_transpose, encoder=nn.Linear(6, 4), bias=nn.Parameter(torch.randn(6)))
+    found = assert_contract(net, inputs(5, 6), kinds=["neurons"], example_inputs=True)
+    assert units_of(found) == {"encoder": 4}
+    (whole,) = survey(nn.Linear(6, 4))[0].whole
+    assert whole.reason == "they are outputs of the model"
 
 
 def test_numbers_that_a_module_keeps_are_found_by_trying() -> None:

@@ -77,7 +77,8 @@ def _feed_others(model: nn.Module, taken: Collection[Place], ndim: int) -> bool:
     """
     patches = {p for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters(False)}
     weights = {n: w for n, w in named_weights(model).items() if w.ndim >= ndim and w not in patches}
-    if ndim == 2 and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    if ndim == 2 and (recurrent or len(weights) == 1):  # which may be used both ways
         return True
     normalized = {
         weight.shape[-1]

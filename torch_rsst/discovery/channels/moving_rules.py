@@ -23,6 +23,10 @@ from torch_rsst.discovery.channels.walk import (
 
 UNEVEN = "they are split at a place that pruning would move"
 AT_ONCE = "they are split evenly"
+PICKED = (
+    "an index picks them by their numbers, which change when some go: put what it picks, in its order, "
+    "into the weights before it, and take the index out"
+)
 
 
 _SHAPED: dict[str, Callable[[Tensor, Arguments, torch.Size], Tensor]] = {
@@ -147,6 +151,7 @@ def pick(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
     """Entries picked by position: channels elsewhere stay where they are."""
     x = arguments["self"]
     touched = _picked(name, arguments, x.ndim)
+    by_number = name.startswith("index") and not walk.labels(x).weight
     fields = []
     for field in map(compressed, _fields(walk, arguments)):
         if out.ndim == x.ndim and touched is not None and not touched & set(varying(field)):
@@ -158,7 +163,7 @@ def pick(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
             flat = torch.nn.functional.pad(field.flatten(), (before, after), value=NOBODY)
             fields.append(vector(flat, x.ndim, dim))
         else:
-            walk.freeze([field], UNEVEN)
+            walk.freeze([field], PICKED if by_number else UNEVEN)
     walk.put_like(x, out, fields)
 
 
