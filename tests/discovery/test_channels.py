@@ -320,6 +320,19 @@ def test_a_single_channel_is_no_position_of_a_kernel() -> None:
     assert not any("kernel" in reason for reason in whole.values())
 
 
+def test_a_plain_tensor_of_the_module_is_to_be_a_buffer() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.last(net.inner(net.first(x) * net.scale[:, None, None]).relu())
+
+    model = mixing(run)
+    model[1].scale = torch.rand(6, dtype=torch.float64)
+    reason = "they meet 1.scale, a plain tensor: let register_buffer hold it"
+    assert reasons(model) == {"1.first": reason}
+    scale = model[1].__dict__.pop("scale")
+    model[1].register_buffer("scale", scale)
+    assert layers_of(model) == {"1.first": 6, "1.inner": 6}
+
+
 def test_a_wrong_rule_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_rsst.discovery.channels.walk import RULES
 

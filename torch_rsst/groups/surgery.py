@@ -234,8 +234,8 @@ def _shorten(ref: ParameterRef, kept: Kept, shortened: dict[nn.Parameter, Shorte
 def _shape_of(layer: nn.Module) -> torch.Size:
     """Of its weight, whose masked product nobody needs for that."""
     if is_parametrized(layer, "weight"):
-        made: Tensor = layer.weight
-        return made.shape
+        assert isinstance(layer.weight, Tensor)
+        return layer.weight.shape
     return ParameterRef(layer, "weight").original.shape
 
 

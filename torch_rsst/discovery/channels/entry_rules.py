@@ -108,7 +108,11 @@ def meet(walk: Walk, operands: Sequence[Operand], ndim: int) -> list[Tensor]:
             continue
         labeled = {d for f in laid[other] for d in varying(f)}
         bare = {d for d, size in enumerate(sizes[other]) if size > 1 and d not in labeled}
-        walk.freeze([f for f in laid[one] if bare & set(varying(f))], UNNAMED)
+        name = operands[other].labels.attribute
+        reason = (
+            f"they meet {name}, a plain tensor: let register_buffer hold it" if name else UNNAMED
+        )
+        walk.freeze([f for f in laid[one] if bare & set(varying(f))], reason)
     result: list[Tensor] = []
     for field in itertools.chain.from_iterable(laid):
         dims = set(varying(field))

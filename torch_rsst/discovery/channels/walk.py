@@ -58,21 +58,29 @@ class Walk:
         return found
 
     def put(
-        self, tensor: Any, fields: Iterable[Tensor], *, weight: bool = False, wild: bool = False
+        self,
+        tensor: Any,
+        fields: Iterable[Tensor],
+        *,
+        weight: bool = False,
+        wild: bool = False,
+        attribute: str = "",
     ) -> None:
         """Say what a tensor that an operator made is labeled with."""
         if isinstance(tensor, Tensor):
             fields = list(fields)
             weight = weight or self._parametrization() is not None
             self.freeze([f for f in fields if not varying(f)], TOGETHER)
-            self._labels[tensor] = Labels(tuple(f for f in fields if varying(f)), weight, wild)
+            known = tuple(f for f in fields if varying(f))
+            self._labels[tensor] = Labels(known, weight, wild, attribute)
             if not weight:
                 self._note_sizes(fields)
 
     def put_like(self, source: Tensor, out: Any, fields: Iterable[Tensor]) -> None:
         """The same for what holds entries of another tensor, made of weights or of sizes if that one is."""
         known = self.labels(source)
-        self.put(out, map(compressed, fields), weight=known.weight, wild=known.wild)
+        fields = map(compressed, fields)
+        self.put(out, fields, weight=known.weight, wild=known.wild, attribute=known.attribute)
 
     def _note_sizes(self, fields: Iterable[Tensor]) -> None:
         """The running module may keep the number of channels that it works on."""
