@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -214,6 +215,14 @@ def uneven(net: Any, x: Tensor) -> Tensor:
     return net.last(net.inner(torch.cat([x[:, :2] * 2, x[:, 2:]], 1)).relu())
 
 
+def picked(net: Any, x: Tensor) -> Tensor:
+    return net.last(net.inner(net.first(x)[:, net.order]).relu())
+
+
+def selected(net: Any, x: Tensor) -> Tensor:
+    return net.last(net.inner(net.first(x).index_select(1, net.order)).relu())
+
+
 def unknown_operator(net: Any, x: Tensor) -> Tensor:
     return net.last(net.inner(torch.fft.fft(net.first(x)).real).relu())
 
@@ -241,6 +250,14 @@ REFUSED = {
         "they meet in a product of activations, as those of an attention do",
     ),
     "uneven": (lambda: mixing(uneven), "they are split at a place that pruning would move"),
+    **{
+        name: (
+            partial(mixing, run, order=nn.Buffer(torch.arange(6).flip(0))),
+            "an index picks them by their numbers, which change when some go: put what it picks, in its "
+            "order, into the weights before it, and take the index out",
+        )
+        for name, run in {"index": picked, "index_select": selected}.items()
+    },
     "unknown": (
         lambda: mixing(unknown_operator),
         "they go through _fft_r2c, which may join them",
@@ -271,7 +288,49 @@ def test_widths_that_a_forward_fixes_are_found_out() -> None:
     model = mixing(run)
     reason = reasons(model)["1.first"]
     assert reason.startswith("its forward fixes how many it has (RuntimeError: ")
+    remedy = "let sizes follow from its tensors there, x.flatten(1) instead of x.view(-1, 64)"
+    assert reason.endswith(remedy)
     assert layers_of(model) == {"1.inner": 6}
+
+
+def test_neurons_that_a_response_norm_joins_are_named_where_nothing_is_found() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x).permute(0, 2, 3, 1)
+        y = F.gelu(net.up(x))
+        size = y.norm(p=2, dim=(1, 2), keepdim=True)
+        y = y + net.scale * y * size / size.mean(-1, keepdim=True)
+        return net.last(x + net.down(y)).mean((1, 2))
+
+    scale = nn.Parameter(torch.randn(1, 1, 1, 12))
+    up, down, last = nn.Linear(4, 12), nn.Linear(12, 4), nn.Linear(4, 2)
+    model = Net(run, stem=conv(3, 4), up=up, scale=scale, down=down, last=last)
+    _, refused = survey(model, example_inputs=images().float())
+    assert [str(item) for item in refused] == [
+        "stem (channels): they come out of a convolution that reads the model's input, which is left "
+        "alone",
+        "up (neurons): they are joined by mean",
+    ]
+
+
+def test_a_single_channel_is_no_position_of_a_kernel() -> None:
+    model = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 1), conv(1, 1), nn.ReLU(), conv(1, 2))
+    found, _ = survey(model)
+    whole = {item.name: item.reason for item in found.whole}
+    assert whole["3"] == "its one feature cannot go"
+    assert not any("kernel" in reason for reason in whole.values())
+
+
+def test_a_plain_tensor_of_the_module_is_to_be_a_buffer() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.last(net.inner(net.first(x) * net.scale[:, None, None]).relu())
+
+    model = mixing(run)
+    model[1].scale = torch.rand(6, dtype=torch.float64)
+    reason = "they meet 1.scale, a plain tensor: let register_buffer hold it"
+    assert reasons(model) == {"1.first": reason}
+    scale = model[1].__dict__.pop("scale")
+    model[1].register_buffer("scale", scale)
+    assert layers_of(model) == {"1.first": 6, "1.inner": 6}
 
 
 def test_a_wrong_rule_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +384,36 @@ def test_a_model_that_does_not_run_is_reported() -> None:
     assert reasons(meta) == {"": reason}
 
 
+class Rooted(nn.Module):
+    """Scales channels by the roots of parameters close to 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.last = conv(3, 3), conv(3, 8), conv(8, 2)
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(self.stem(x)).relu() * self.scale.sqrt())
+        return out
+
+
+def test_weights_that_must_stay_positive_are_tried_positive() -> None:
+    found, refused = survey(Rooted(), ["channels"])
+    assert (found.layers[0].units, refused) == (8, [])
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model = Rooted()
+    model.offset = nn.Parameter(torch.zeros(()))
+    model.register_forward_hook(lambda model, _, out: out + 1 / model.offset.mul(0))
+    expected = "outputs are not finite with the random weights on which it is tried"
+    assert reasons(model) == {"first": expected}
+    with torch.no_grad():
+        model.scale[0] = float("nan")
+    expected = "scale holds NaN or infinity: look for the step at which training diverged"
+    assert reasons(model) == {"first": expected}
+
+
 def test_half_precision_models() -> None:
     assert layers_of(behind_stem(NETS["residual"]()).bfloat16()) == {"1.first.0": 6}
 
@@ -362,15 +451,66 @@ def test_a_model_that_cannot_be_copied_is_reported() -> None:
     assert reasons(model) == {"": expected}
 
 
-def test_channels_with_a_weight_norm_are_told_to_take_it_off() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3),
-        parametrizations.weight_norm(nn.Conv2d(6, 6, 3)),
-        nn.ReLU(),
-        nn.Conv2d(6, 4, 1),
-    )
-    _, refused = survey(model, ["channels"], example_inputs=torch.randn(2, 3, 8, 8))
-    assert all(item.reason.startswith("weight_norm joins them; take it off") for item in refused)
-    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
-    found, refused = survey(model, ["channels"], example_inputs=torch.randn(2, 3, 8, 8))
-    assert sum(layer.units for layer in found.layers) == 6
+JOINING: dict[str, tuple[Callable[[nn.Module], nn.Module], str, Callable[..., object]]] = {
+    "weight_norm": (
+        parametrizations.weight_norm,
+        "the parametrization WeightNorm joins them",
+        nn.utils.parametrize.remove_parametrizations,
+    ),
+    "spectral_norm": (
+        parametrizations.spectral_norm,
+        "the parametrization SpectralNorm joins them",
+        nn.utils.parametrize.remove_parametrizations,
+    ),
+    "orthogonal": (
+        parametrizations.orthogonal,
+        "the parametrization Orthogonal joins them",
+        nn.utils.parametrize.remove_parametrizations,
+    ),
+    "hook of weight_norm": (
+        nn.utils.weight_norm,
+        "weight_norm joins them",
+        nn.utils.remove_weight_norm,
+    ),
+    "hook of spectral_norm": (
+        nn.utils.spectral_norm,
+        "spectral_norm joins them",
+        nn.utils.remove_spectral_norm,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINING)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_weights_that_are_made_of_others_are_told_how_to_be_set_free(name: str) -> None:
+    join, reason, remedy = JOINING[name]
+    inner = join(nn.Conv2d(6, 6, 3))
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), inner, nn.ReLU(), nn.Conv2d(6, 4, 1))
+    x = images(2, 3, 8, 8).float()
+    found, refused = survey(model, example_inputs=x)
+    assert found.layers == ()
+    told = [
+        *(item.reason for item in refused),
+        *(w.reason for w in found.whole if w.role == "left"),
+    ]
+    start = f"{reason}; take it off before you find groups, with torch.nn.utils."
+    assert any(text.startswith(start) and remedy.__name__ in text for text in told)
+    assert not any("fixes" in text for text in told)
+    remedy(inner, "weight")
+    (layer,) = find_groups(model, example_inputs=x).layers
+    assert (layer.name, layer.units) == ("1", 6)
+
+
+def test_a_parametrization_that_keeps_channels_apart_is_cut_along() -> None:
+    class Signed(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * weight.abs()
+
+    model = nn.Sequential(conv(3, 3), conv(3, 6), nn.ReLU(), conv(6, 2)).double()
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Signed())
+    found = find_groups(model, example_inputs=images())
+    assert layers_of(model) == {"1.parametrizations.weight": 6}
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, found, amount=0.5))
+    small = torch_rsst.compact(model, found)
+    assert (small[1].out_channels, small[3].in_channels) == (3, 3)
+    torch.testing.assert_close(small(images()), model(images()))

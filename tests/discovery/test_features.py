@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import torch_rsst
+from torch_rsst.discovery import survey
 from torch_rsst.groups.groups import GroupLayer, Groups, Member
 
 
@@ -46,6 +47,24 @@ def read_in_order(net: Any, x: Tensor) -> Tensor:
     x = net.c2(net.c1(x).relu()).relu()
     x = x.permute(0, 3, 1, 2).flatten(2)
     return net.last(net.rnn(x)[0])
+
+
+def in_turn(net: Any, x: Tensor) -> Tensor:
+    return net.last(net.rnn(x)[0])
+
+
+def stacked_experts(net: Any, x: Tensor) -> Tensor:
+    tokens = x.flatten(0, 1)
+    out = torch.zeros_like(tokens)
+    for expert, (up, down) in enumerate(zip(net.up, net.down, strict=True)):
+        (mine,) = torch.where(torch.arange(len(tokens)) % net.used == expert)
+        gate, value = F.linear(tokens[mine], up).chunk(2, -1)
+        out.index_add_(0, mine, F.linear(F.silu(gate) * value, down))
+    return net.last(out.view(x.shape))
+
+
+def tied_to_its_transpose(net: Any, x: Tensor) -> Tensor:
+    return F.linear(net.encoder(x).relu(), net.encoder.weight.t(), net.bias)
 
 
 def keeping_numbers(net: Any, x: Tensor) -> Tensor:
@@ -174,6 +193,43 @@ def test_channels_into_recurrent_layers_and_their_hidden_units(
         net, inputs(2, 1, 6, 4), kinds=["channels", "neurons"], example_inputs=True
     )
     assert units_of(found) == {"c2": 4, "rnn": 5}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_projected_hidden_units_stay_more_than_what_they_are_projected_to(
+    options: dict[str, Any],
+) -> None:
+    def net(hidden: int, projected: int) -> Net:
+        rnn = nn.LSTM(3, hidden, proj_size=projected, batch_first=True, **options)
+        return Net(in_turn, rnn=rnn, last=nn.Linear(projected * (1 + bool(options)), 2))
+
+    found = assert_contract(
+        net(8, 3), inputs(2, 5, 3), kinds=["neurons"], amounts=(0.5, 1.0), example_inputs=True
+    )
+    assert units_of(found) == {"rnn": 8, "last": 3}
+    assert {layer.name: layer.least for layer in found.layers} == {"rnn": 4, "last": 0}
+    found, refused = survey(net(4, 3), ["neurons"])
+    assert units_of(found) == {"last": 3}
+    assert [str(item) for item in refused] == [
+        "rnn (neurons): it has no more neurons than it needs to run (4)"
+    ]
+
+
+@pytest.mark.parametrize("used", [2, 3])
+def test_an_expert_without_tokens_hides_no_neurons(used: int) -> None:
+    up, down = (nn.Parameter(torch.randn(3, *shape)) for shape in ((10, 4), (4, 5)))
+    net = Net(stacked_experts, up=up, down=down, last=nn.Linear(4, 2))
+    net.used = used
+    found = assert_contract(net, inputs(2, 6, 4), kinds=["neurons"], example_inputs=True)
+    assert units_of(found)[""] == 5
+
+
+def test_hidden_units_of_a_weight_that_is_used_both_ways() -> None:
+    net = Net(tied_to_its_transpose, encoder=nn.Linear(6, 4), bias=nn.Parameter(torch.randn(6)))
+    found = assert_contract(net, inputs(5, 6), kinds=["neurons"], example_inputs=True)
+    assert units_of(found) == {"encoder": 4}
+    (whole,) = survey(nn.Linear(6, 4))[0].whole
+    assert whole.reason == "they are outputs of the model"
 
 
 def test_numbers_that_a_module_keeps_are_found_by_trying() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.masking.live_weight import MASK, ORIG, product
@@ -232,6 +233,9 @@ def _shorten(ref: ParameterRef, kept: Kept, shortened: dict[nn.Parameter, Shorte
 
 def _shape_of(layer: nn.Module) -> torch.Size:
     """Of its weight, whose masked product nobody needs for that."""
+    if is_parametrized(layer, "weight"):
+        assert isinstance(layer.weight, Tensor)
+        return layer.weight.shape
     return ParameterRef(layer, "weight").original.shape
 
 

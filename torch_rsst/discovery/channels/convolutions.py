@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.base import Place, Survey, WholeModelAdapter
-from torch_rsst.discovery.channels.layers import layers_of, reasons_of
+from torch_rsst.discovery.channels.layers import layers_of, must_stay, reasons_of
 from torch_rsst.discovery.channels.ledger import Ledger
 from torch_rsst.discovery.channels.tracer import follow
 from torch_rsst.discovery.channels.verify import Trials
@@ -59,7 +60,7 @@ class ConvolutionChannels(WholeModelAdapter):
                 return _refused(convolutions, f"it cannot be run ({traced}){remedy}")
             ledger, trials = traced
             layers, refused, trials.candidates = layers_of(ledger, type(self).__name__, taken)
-            exact = trials.exact(layers)
+            exact = trials.exact([replace(x, least=must_stay(x, model)) for x in layers])
         return Survey(tuple(exact), (*refused, *trials.refused), reasons_of(ledger))
 
 
@@ -76,7 +77,8 @@ def _feed_others(model: nn.Module, taken: Collection[Place], ndim: int) -> bool:
     """
     patches = {p for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters(False)}
     weights = {n: w for n, w in named_weights(model).items() if w.ndim >= ndim and w not in patches}
-    if ndim == 2 and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    if ndim == 2 and (recurrent or len(weights) == 1):  # which may be used both ways
         return True
     normalized = {
         weight.shape[-1]
@@ -121,7 +123,7 @@ def _traced(model: nn.Module, example_inputs: Any) -> tuple[Ledger, Trials] | st
                 error = error if trials else one_line(failure)
                 continue
             run.settle()
-            trials = trials or Trials(copy, run.call, run.trains)
+            trials = trials or Trials(copy, model, run.call, run.trains)
             if run.trains or not ledger.unseen:
                 return ledger, trials
             error = f"in training mode, where alone some of it is used: {run.error}"
@@ -182,7 +184,8 @@ class _Run:
     def settle(self) -> None:
         """Let the statistics of batch norms be those of the run in training mode: no channel drowns."""
         for buffer, value in self.statistics.items():
-            buffer.copy_(value)
+            if bool(value.isfinite().all()):
+                buffer.copy_(value)
 
     def evaluating(self) -> Any:
         """In eval mode."""

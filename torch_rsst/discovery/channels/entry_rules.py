@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_rsst.discovery.channels.labels import Labels, varying
 from torch_rsst.discovery.channels.walk import (
+    NORMS,
     UNNAMED,
     Arguments,
     Walk,
@@ -45,10 +46,6 @@ REDUCING = [
     "min", "norm", "prod", "softmax", "sort", "std", "std_mean", "sum", "topk", "var", "var_mean",
     "_log_softmax", "_softmax", "_weight_norm_interface",
 ]
-_JOINED = {
-    "_weight_norm_interface": "weight_norm joins them; take it off before you find groups, with "
-    "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
-}
 WINDOWED = [
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_upsample_bicubic2d_aa",
     "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
@@ -111,7 +108,11 @@ def meet(walk: Walk, operands: Sequence[Operand], ndim: int) -> list[Tensor]:
             continue
         labeled = {d for f in laid[other] for d in varying(f)}
         bare = {d for d, size in enumerate(sizes[other]) if size > 1 and d not in labeled}
-        walk.freeze([f for f in laid[one] if bare & set(varying(f))], UNNAMED)
+        name = operands[other].labels.attribute
+        reason = (
+            f"they meet {name}, a plain tensor: let register_buffer hold it" if name else UNNAMED
+        )
+        walk.freeze([f for f in laid[one] if bare & set(varying(f))], reason)
     result: list[Tensor] = []
     for field in itertools.chain.from_iterable(laid):
         dims = set(varying(field))
@@ -139,7 +140,7 @@ def reduce(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
     given, kept = walk.labels(x).fields, []
     for field in given:
         if over & set(varying(field)):
-            walk.freeze([field], _JOINED.get(name, f"they are joined by {name.removeprefix('_')}"))
+            walk.freeze([field], NORMS.get(name, f"they are joined by {name.removeprefix('_')}"))
         else:
             kept.append(field)
     for tensor in tensors_in(out):

@@ -16,11 +16,13 @@ class Labels:
             constant. An activation has at most one; a weight has one for each of its dimensions.
         weight: whether it is made of parameters alone.
         wild: whether it was made from sizes alone: filled, random, counted.
+        attribute: the name of the plain attribute of a module that it is, or moved from.
     """
 
     fields: tuple[Tensor, ...] = ()
     weight: bool = False
     wild: bool = False
+    attribute: str = ""
 
 
 def varying(field: Tensor) -> tuple[int, ...]:

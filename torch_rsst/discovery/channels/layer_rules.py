@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch_rsst.discovery.channels.labels import varying, vector
 from torch_rsst.discovery.channels.walk import (
     INPUT,
+    KERNEL,
     STEM,
     UNNAMED,
     Arguments,
@@ -18,7 +19,6 @@ from torch_rsst.discovery.channels.walk import (
 )
 
 POSITIONS = "they are normalized as positions"
-KERNEL = "they are positions of a kernel"
 WHOLE = "whole groups of a grouped convolution go"
 AT_ONCE = "they are normalized in groups"
 MIXED = "they meet in a product of activations, as those of an attention do"

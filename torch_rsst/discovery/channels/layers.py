@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.base import Place
 from torch_rsst.discovery.channels.ledger import NOBODY, Axis, Ledger
-from torch_rsst.discovery.channels.walk import INPUT, OUTPUT, SILENT_REASONS, TOGETHER
+from torch_rsst.discovery.channels.walk import INPUT, KERNEL, OUTPUT, SILENT_REASONS, TOGETHER
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
+from torch_rsst.masking.names import without_wrappers
 
 Signature = tuple[tuple[int, int], ...]
 """Which axes a unit has entries on, by their place in the ledger, and how many."""
@@ -83,7 +84,7 @@ def layers_of(
         numbers, units = layers.setdefault(name, (set(), []))
         numbers.update(number for number, _ in signature)
         units.extend(roots)
-    found, refused = [], list(_refusals(parts))
+    found, refused = [], list(_refusals(parts, _convolutions(ledger), SILENT_REASONS))
     candidates: dict[str, Sequence[tuple[int, Member]]] = {}
     for name, (numbers, units) in layers.items():
         if len(units) > 1:
@@ -95,8 +96,22 @@ def layers_of(
         else:
             refused.append(Unsupported(TOGETHER, name, "channels"))
     if not found and not refused and not taken:
-        refused = list(_refusals(parts, silent=(OUTPUT, INPUT)))
+        refused = list(_refusals(parts, _giving(ledger), (OUTPUT, INPUT)))
     return found, refused, candidates
+
+
+def must_stay(layer: GroupLayer, model: nn.Module) -> int:
+    """How many units must stay: an LSTM has more hidden features than it projects them to."""
+    least = layer.least
+    for path, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            name = without_wrappers(f"{path}.weight_hr_l0" if path else "weight_hr_l0")
+            for member in layer.members:
+                if (member.parameter, member.dim) == (name, 1):
+                    each = int((member.unit_of == 0).sum())
+                    may_go = (module.hidden_size - module.proj_size - 1) // each
+                    least = max(least, layer.units - may_go)
+    return least
 
 
 def reasons_of(ledger: Ledger) -> dict[str, str]:
@@ -106,7 +121,7 @@ def reasons_of(ledger: Ledger) -> dict[str, str]:
     found: dict[str, str] = {}
     for axis in sorted(ledger.axes, key=lambda axis: axis.start in ledger.takes):
         reason = next((frozen[r] for r in _on(axis, roots).tolist() if r in frozen), None)
-        if reason is not None and not axis.buffer:
+        if reason not in (None, KERNEL) and not axis.buffer:
             found.setdefault(axis.tensor, reason)
     return found
 
@@ -171,14 +186,17 @@ def _counted(parts: _Parts, unit_of_root: Tensor, *, sure: bool) -> Iterator[tup
             yield places[note.name] - 1, Member(note.name, 0, unit_of, ranked=False)
 
 
-def _refusals(parts: _Parts, silent: Collection[str] = SILENT_REASONS) -> Iterator[Unsupported]:
-    """One for each set of convolutions whose channels hang together and cannot go."""
+def _refusals(
+    parts: _Parts, giving: Iterable[Axis], silent: Collection[str]
+) -> Iterator[Unsupported]:
+    """One for each set of layers that put out what hangs together and cannot go."""
     told: set[int] = set()
-    for axis in _convolutions(parts.ledger):
+    for axis in giving:
+        kind = "channels" if axis.start in parts.ledger.convolves else "neurons"
         roots = set(_on(axis, parts.roots).tolist())
         reasons = _reasons(roots, parts.frozen, silent)
         if reasons and not roots & told:
-            yield Unsupported(reasons[0], _module(axis), "channels")
+            yield Unsupported(reasons[0], _module(axis), kind)
         told |= roots
 
 

@@ -23,6 +23,10 @@ from torch_rsst.discovery.channels.walk import (
 
 UNEVEN = "they are split at a place that pruning would move"
 AT_ONCE = "they are split evenly"
+PICKED = (
+    "an index picks them by their numbers, which change when some go: put what it picks, in its order, "
+    "into the weights before it, and take the index out"
+)
 
 
 _SHAPED: dict[str, Callable[[Tensor, Arguments, torch.Size], Tensor]] = {
@@ -44,7 +48,10 @@ _SHAPED: dict[str, Callable[[Tensor, Arguments, torch.Size], Tensor]] = {
 @rule(*_SHAPED)
 def shaped(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
     """Labels are moved as their entries are."""
-    moved = (_SHAPED[name](f, arguments, out.shape) for f in _fields(walk, arguments))
+    shape = _filled(out.shape)
+    if not out.numel() and _filled(arguments["self"].shape).numel() != shape.numel():
+        return  # nothing in it, and no telling where labels would lie
+    moved = (_SHAPED[name](f, arguments, shape) for f in _fields(walk, arguments))
     walk.put_like(arguments["self"], out, [_evened(walk, compressed(f)) for f in moved])
 
 
@@ -59,7 +66,12 @@ def _evened(walk: Walk, field: Tensor) -> Tensor:
 def _fields(walk: Walk, arguments: Arguments) -> list[Tensor]:
     """Labels of every entry; no memory is spent."""
     x = arguments["self"]
-    return [f.expand(x.shape) for f in walk.labels(x).fields]
+    return [f.expand(_filled(x.shape)) for f in walk.labels(x).fields]
+
+
+def _filled(shape: torch.Size) -> torch.Size:
+    """As of one row where there is none: an expert without tokens says as much of its neurons."""
+    return torch.Size(max(1, size) for size in shape)
 
 
 @rule("slice", "narrow", "select", "unbind")
@@ -139,6 +151,7 @@ def pick(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
     """Entries picked by position: channels elsewhere stay where they are."""
     x = arguments["self"]
     touched = _picked(name, arguments, x.ndim)
+    by_number = name.startswith("index") and not walk.labels(x).weight
     fields = []
     for field in map(compressed, _fields(walk, arguments)):
         if out.ndim == x.ndim and touched is not None and not touched & set(varying(field)):
@@ -150,7 +163,7 @@ def pick(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
             flat = torch.nn.functional.pad(field.flatten(), (before, after), value=NOBODY)
             fields.append(vector(flat, x.ndim, dim))
         else:
-            walk.freeze([field], UNEVEN)
+            walk.freeze([field], PICKED if by_number else UNEVEN)
     walk.put_like(x, out, fields)
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_rsst.discovery.channels import entry_rules, layer_rules, moving_rules
 from torch_rsst.discovery.channels.ledger import Ledger
-from torch_rsst.discovery.channels.walk import OUTPUT, RULES, Walk, tensors_in, unknown
+from torch_rsst.discovery.channels.walk import OUTPUT, RULES, UNLABELED, Walk, tensors_in, unknown
 from torch_rsst.masking.names import without_wrappers
 from torch_rsst.utils.module_state import kept_state
 
@@ -77,6 +77,10 @@ def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) 
     for name, buffer in model.named_buffers():
         fields = ledger.enter(without_wrappers(name), buffer, buffer=True)
         walk.put(buffer, fields, weight=True)
+    for module, path in walk.paths.items():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and walk.labels(value) is UNLABELED:
+                walk.put(value, (), attribute=f"{path}.{key}" if path else key)
     for run in runs:
         running = running_modules(model, walk.running)
         with kept_state(model), torch.no_grad(), running, _Follow(walk, names):

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.layers import Candidates
 from torch_rsst.discovery.channels.tracer import running_modules
+from torch_rsst.discovery.probe import too_few
 from torch_rsst.discovery.trial import agree, choices, one_line, silence, tensors_of
 from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, cut
-from torch_rsst.utils.module_state import deep_copy
+from torch_rsst.masking.names import named_weights
+from torch_rsst.utils.module_state import deep_copy, drop_caches
 
 DIFFERS = "its output without some of its channels differs"
+REMEDY = ": let sizes follow from its tensors there, x.flatten(1) instead of x.view(-1, 64)"
 MOST_TRIALS = 64
 MOST_WAYS = 3
 """How many of the things that a number may count are tried."""
@@ -38,6 +41,7 @@ class Trials:
 
     Attributes:
         whole: a dense copy with random weights, in eval mode.
+        model: that it is a copy of.
         run: calls a model with the example inputs.
         trains: whether the model also runs in training mode.
         candidates: numbers that modules keep and that may count the units of a layer.
@@ -45,6 +49,7 @@ class Trials:
     """
 
     whole: nn.Module
+    model: nn.Module
     run: Callable[[nn.Module], Any]
     trains: bool
     candidates: Candidates = field(default_factory=dict)
@@ -56,8 +61,12 @@ class Trials:
 
         All at once where that is exact; otherwise the culprits are searched where it failed.
         """
-        if layers and not self._made and not self._is_finite():
-            return self._refuse(layers, Failure("its activations are not finite"))
+        if few := [layer for layer in layers if layer.units <= layer.least]:
+            for layer in few:
+                self._refuse([layer], Failure(too_few(layer.kind, layer.units)))
+            layers = [layer for layer in layers if layer not in few]
+        if layers and not self._made and not self._becomes_finite():
+            return self._refuse(layers, Failure(_why_not_finite(self.model)))
         if not layers or (failure := self._failure(layers)) is None:
             return list(layers)
         noted = self._with_numbers(layers, failure)
@@ -121,7 +130,7 @@ class Trials:
                     if trains:
                         self._outputs(small.train())
             except Exception as error:
-                reason = f"its forward fixes how many it has ({one_line(error)})"
+                reason = f"its forward fixes how many it has ({one_line(error)}){REMEDY}"
                 return Failure(reason, _path_of(running[-1], small) if running else "")
             del small
             masked = deep_copy(self.whole)
@@ -134,6 +143,17 @@ class Trials:
         with torch.no_grad():
             return tensors_of(self.run(model))
 
+    def _becomes_finite(self) -> bool:
+        """Whether outputs are finite, if need be with weights of the signs that they have in the model."""
+        if self._is_finite():
+            return True
+        own = named_weights(self.model)
+        for name, weight in named_weights(self.whole).items():
+            if weight.is_floating_point():
+                weight.copy_(weight.abs().copysign(own[name]).where(own[name] != 0, weight))
+        drop_caches(self.whole)
+        return self._is_finite()
+
     def _is_finite(self) -> bool:
         floats = (t for t in self._outputs(deep_copy(self.whole)) if t.is_floating_point())
         return all(bool(t.isfinite().all()) for t in floats)
@@ -141,6 +161,13 @@ class Trials:
     def _tolerance(self) -> float:
         double = all(p.dtype != torch.float32 for p in self.whole.parameters())
         return 1e-8 if double else 1e-4
+
+
+def _why_not_finite(model: nn.Module) -> str:
+    for name, weight in named_weights(model).items():
+        if not bool(weight.isfinite().all()):
+            return f"{name} holds NaN or infinity: look for the step at which training diverged"
+    return "outputs are not finite with the random weights on which it is tried"
 
 
 def _kept_by(path: str, way: int, place: int, number: Member) -> bool:
@@ -176,6 +203,9 @@ def _divided(
 
 
 def _removals(layers: Sequence[GroupLayer]) -> Iterator[list[Removal]]:
-    """Half of the units of every layer, then all but one of every layer."""
+    """Half of the units of every layer, then as many of each as may go."""
     for which in (0, -1):
-        yield [Removal(layer, list(choices(layer.units, least=1))[which]) for layer in layers]
+        yield [
+            Removal(layer, list(choices(layer.units, max(1, layer.least)))[which])
+            for layer in layers
+        ]

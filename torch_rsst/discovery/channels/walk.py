@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -21,8 +22,15 @@ UNLABELED = Labels()
 OUTPUT = "they are outputs of the model"
 INPUT = "they meet the model's input"
 STEM = "they come out of a convolution that reads the model's input, which is left alone"
+KERNEL = "they are positions of a kernel"
 UNNAMED = "they meet entries that are no channels"
 TOGETHER = "they hang together, so that only all of them could go"
+TAKE_OFF = "joins them; take it off before you find groups, with torch.nn.utils."
+NORMS = {
+    "_weight_norm_interface": f"weight_norm {TAKE_OFF}remove_weight_norm(module)",
+    "mv": f"spectral_norm {TAKE_OFF}remove_spectral_norm(module)",
+}
+"""Operators of the hooks that make a weight of others before a forward → what to say of them."""
 SILENT_REASONS = (OUTPUT, INPUT, STEM)
 """Reasons that need no report: there is nothing to prune."""
 
@@ -50,20 +58,29 @@ class Walk:
         return found
 
     def put(
-        self, tensor: Any, fields: Iterable[Tensor], *, weight: bool = False, wild: bool = False
+        self,
+        tensor: Any,
+        fields: Iterable[Tensor],
+        *,
+        weight: bool = False,
+        wild: bool = False,
+        attribute: str = "",
     ) -> None:
         """Say what a tensor that an operator made is labeled with."""
         if isinstance(tensor, Tensor):
             fields = list(fields)
+            weight = weight or self._parametrization() is not None
             self.freeze([f for f in fields if not varying(f)], TOGETHER)
-            self._labels[tensor] = Labels(tuple(f for f in fields if varying(f)), weight, wild)
+            known = tuple(f for f in fields if varying(f))
+            self._labels[tensor] = Labels(known, weight, wild, attribute)
             if not weight:
                 self._note_sizes(fields)
 
     def put_like(self, source: Tensor, out: Any, fields: Iterable[Tensor]) -> None:
         """The same for what holds entries of another tensor, made of weights or of sizes if that one is."""
         known = self.labels(source)
-        self.put(out, map(compressed, fields), weight=known.weight, wild=known.wild)
+        fields = map(compressed, fields)
+        self.put(out, fields, weight=known.weight, wild=known.wild, attribute=known.attribute)
 
     def _note_sizes(self, fields: Iterable[Tensor]) -> None:
         """The running module may keep the number of channels that it works on."""
@@ -103,8 +120,17 @@ class Walk:
         """Whether the running module notes, and is told, where it splits its channels."""
         return bool(self.running) and bool(sizes_of(self.running[-1], OWNERS))
 
+    def _parametrization(self) -> ParametrizationList | None:
+        """The parametrization that runs, which makes a weight of others."""
+        lists = (module for module in self.running if isinstance(module, ParametrizationList))
+        return next(lists, None)
+
     def freeze(self, fields: Iterable[Tensor], reason: str) -> None:
         """No channel in these labels can go."""
+        if (made_by := self._parametrization()) is not None:
+            kind, name = type(made_by[-1]).__name__, self.paths[made_by].rpartition(".")[2]
+            remedy = f"parametrize.remove_parametrizations(module, {name!r})"
+            reason = f"the parametrization {kind.lstrip('_')} {TAKE_OFF}{remedy}"
         for labels in fields:
             self.ledger.freeze(labels, reason)
 
@@ -176,7 +202,8 @@ def unknown(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
     for tensor in tensors_in(arguments):
         fields = walk.labels(tensor).fields
         labeled = labeled or bool(fields)
-        walk.freeze(fields, f"they go through {name.rpartition('::')[2]}, which may join them")
+        through = f"they go through {name.rpartition('::')[2]}, which may join them"
+        walk.freeze(fields, NORMS.get(name, through))
     made_of_sizes = not labeled and all(walk.labels(t).wild for t in tensors_in(arguments))
     for tensor in tensors_in(out):
         walk.put(tensor, [], wild=made_of_sizes)
