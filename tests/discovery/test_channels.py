@@ -514,3 +514,23 @@ def test_a_parametrization_that_keeps_channels_apart_is_cut_along() -> None:
     small = torch_rsst.compact(model, found)
     assert (small[1].out_channels, small[3].in_channels) == (3, 3)
     torch.testing.assert_close(small(images()), model(images()))
+
+
+class _Chosen(nn.Module):
+    """What it puts out is decided by rounding, as boxes of equal scores are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1e16 * x).sin()
+
+
+def test_channels_before_a_choice_that_rounding_decides_are_compared_where_they_go() -> None:
+    before = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
+    model = nn.Sequential(*before, _Chosen(), nn.Conv2d(4, 2, 3)).double()
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    groups, refused = survey(model, example_inputs=images)
+    assert [layer.name for layer in groups.layers] == ["2"]
+    assert [item.layer for item in refused] == ["4"]
+    assert refused[0].reason.startswith("what follows depends on choices that rounding decides")
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups))
+    small = torch_rsst.compact(model, groups)
+    torch.testing.assert_close(small[:5](images), model[:5](images))

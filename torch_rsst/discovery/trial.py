@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,36 @@ def negate(module: nn.Module, layer: GroupLayer) -> None:
             if not member.consumes:
                 weights[member.parameter].neg_()
     drop_caches(module)
+
+
+def shake(module: nn.Module) -> None:
+    """Change all parameters as rounding might, in place."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in dict.fromkeys(module.parameters()):
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.mul_(1.0 + 8.0 * torch.finfo(parameter.dtype).eps * noise)
+    drop_caches(module)
+
+
+def outputs_of_modules(
+    model: nn.Module, run: Callable[[nn.Module], object]
+) -> dict[str, list[Tensor]]:
+    """Path → what the module puts out in all of its calls."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def record(path: str, *given: Any) -> None:
+        seen.setdefault(path, []).extend(tensors_of(given[-1]))
+
+    handles = [m.register_forward_hook(partial(record, path)) for path, m in model.named_modules()]
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def choices(units: int, least: int, parts: int = 1, step: int = 1) -> Iterator[Tensor]:

@@ -14,7 +14,15 @@ from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.channels.layers import Candidates
 from torch_rsst.discovery.channels.tracer import running_modules
 from torch_rsst.discovery.probe import too_few
-from torch_rsst.discovery.trial import agree, choices, one_line, silence, tensors_of
+from torch_rsst.discovery.trial import (
+    agree,
+    choices,
+    one_line,
+    outputs_of_modules,
+    shake,
+    silence,
+    tensors_of,
+)
 from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, cut
 from torch_rsst.masking.names import named_weights
@@ -27,12 +35,25 @@ MOST_WAYS = 3
 """How many of the things that a number may count are tried."""
 
 
+UNSTEADY = (
+    "what follows depends on choices that rounding decides, such as boxes of equal scores, so that it "
+    "cannot be compared"
+)
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Why a trial failed, and the path of the module that raised, None where the outputs differ."""
+    """Why a trial failed.
+
+    Attributes:
+        reason: for users.
+        place: the path of the module that raised, None where the outputs differ.
+        unseen: names of the layers that it says nothing about; the others agree.
+    """
 
     reason: str
     place: str | None = None
+    unseen: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -69,6 +90,9 @@ class Trials:
             return self._refuse(layers, Failure(_why_not_finite(self.model)))
         if not layers or (failure := self._failure(layers)) is None:
             return list(layers)
+        if failure.unseen:
+            self._refuse([layer for layer in layers if layer.name in failure.unseen], failure)
+            return self.exact([layer for layer in layers if layer.name not in failure.unseen])
         noted = self._with_numbers(layers, failure)
         if noted is not None:
             return self.exact(noted)
@@ -135,9 +159,38 @@ class Trials:
             del small
             masked = deep_copy(self.whole)
             silence(masked, removals)
-            if not agree(self._outputs(masked), got, self._tolerance()):
-                return Failure(DIFFERS)
+            expected = self._outputs(masked)
+            if not agree(expected, got, self._tolerance()):
+                return self._why_different(layers, removals, masked, expected)
         return None
+
+    def _why_different(
+        self,
+        layers: Sequence[GroupLayer],
+        removals: Sequence[Removal],
+        masked: nn.Module,
+        expected: list[Tensor],
+    ) -> Failure | None:
+        """Why the outputs of a masked and a cut model differ; None where nothing but rounding decides them.
+
+        What a detector chooses among boxes of equal scores changes with any rounding. Then what modules
+        put out before is compared: all that takes in the channels of a layer must be steady.
+        """
+        shaken = deep_copy(masked)
+        shake(shaken)
+        if agree(expected, self._outputs(shaken), self._tolerance()):
+            return Failure(DIFFERS)
+        small = deep_copy(self.whole)
+        cut(small, removals)
+        seen = [outputs_of_modules(model, self.run) for model in (masked, shaken, small)]
+        alike = partial(agree, tolerance=self._tolerance())
+        steady = {name for name, own in seen[0].items() if alike(own, seen[1].get(name, []))}
+        for name in steady:
+            own, other = seen[0][name], seen[2].get(name, [])
+            if [t.shape for t in own] == [t.shape for t in other] and not alike(own, other):
+                return Failure(DIFFERS)
+        unseen = frozenset(layer.name for layer in layers if not _consumers(layer) <= steady)
+        return Failure(UNSTEADY, unseen=unseen) if unseen else None
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         with torch.no_grad():
@@ -161,6 +214,11 @@ class Trials:
     def _tolerance(self) -> float:
         double = all(p.dtype != torch.float32 for p in self.whole.parameters())
         return 1e-8 if double else 1e-4
+
+
+def _consumers(layer: GroupLayer) -> set[str]:
+    """Paths of the modules that take in what the units of a layer put out."""
+    return {m.parameter.rpartition(".")[0] for m in layer.members if m.consumes}
 
 
 def _why_not_finite(model: nn.Module) -> str:
@@ -203,7 +261,7 @@ def _divided(
 
 
 def _removals(layers: Sequence[GroupLayer]) -> Iterator[list[Removal]]:
-    """Half of the units of every layer, then as many of each as may go."""
+    """Some of the units of every layer, then as many of each as may go."""
     for which in (0, -1):
         yield [
             Removal(layer, list(choices(layer.units, max(1, layer.least)))[which])
