@@ -406,11 +406,11 @@ def test_what_is_not_finite_is_named() -> None:
     model = Rooted()
     model.offset = nn.Parameter(torch.zeros(()))
     model.register_forward_hook(lambda model, _, out: out + 1 / model.offset.mul(0))
-    expected = "outputs are not finite with the random weights on which it is tried"
+    expected = "its outputs are not finite with the random weights on which it is tried"
     assert reasons(model) == {"first": expected}
     with torch.no_grad():
         model.scale[0] = float("nan")
-    expected = "scale holds NaN or infinity: look for the step at which training diverged"
+    expected = "its scale holds NaN or infinity: look for the step at which training diverged"
     assert reasons(model) == {"first": expected}
 
 

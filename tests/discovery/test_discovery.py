@@ -568,7 +568,7 @@ class _Overflow(nn.Module):
 
 def test_activations_that_are_not_finite_are_the_reason_given() -> None:
     mlp = nn.Sequential(nn.Linear(4, 8), _Overflow(), nn.Linear(8, 4))
-    with pytest.raises(ValueError, match="its activations are not finite"):
+    with pytest.raises(ValueError, match="its outputs are not finite with the random weights"):
         torch_rsst.find_groups(mlp, on_unsupported="ignore")
 
 

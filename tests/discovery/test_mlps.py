@@ -413,3 +413,22 @@ def test_outputs_of_trials_that_are_nan_are_compared() -> None:
     model = _Between(lambda y: y / y.amax(1, keepdim=True))
     with pytest.raises(ValueError, match=r"units mix|differs"):
         torch_rsst.find_groups(model, example_inputs=torch.randn(6, 10))
+
+
+class _Rooted(_Between):
+    """Scaled by the root of a parameter, which must not be below 0."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.functional.gelu)
+        self.warmth = nn.Parameter(torch.full((24,), 1e-3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.between(self.up(x)) * self.scale().sum().sqrt())
+
+    def scale(self) -> Tensor:
+        return self.warmth.sqrt()
+
+
+def test_weights_of_a_trial_keep_their_signs_where_others_make_nan() -> None:
+    groups = torch_rsst.find_groups(_Rooted(), example_inputs=torch.randn(6, 10))
+    assert str(groups) == "24 neurons in 1 layers"

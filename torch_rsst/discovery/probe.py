@@ -18,13 +18,16 @@ from torch_rsst.discovery.examples import guesses
 from torch_rsst.discovery.fixed_width import why_mixed
 from torch_rsst.discovery.trial import (
     agree,
+    are_finite,
     choices,
     is_half,
     negate,
     one_line,
     randomized,
     silence,
+    take_signs,
     tensors_of,
+    why_not_finite,
 )
 from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.groups.surgery import Removal, cut, module_at
@@ -298,8 +301,11 @@ def _check(
     whole, given = randomized(module, seed=draw), call
     call = tree_map(lambda v: v.float() if is_half(v) else v, call)
     before = _outputs(whole, call)
-    if not all(bool(tensor.isfinite().all()) for tensor in before):
-        return Verdict(refused=_why_not_finite(module))
+    if not are_finite(before):
+        take_signs(whole, module)
+        before = _outputs(whole, call)
+    if not are_finite(before):
+        return Verdict(refused=why_not_finite(module))
     differs, exact = False, None
     mixes = (lambda *_: None) if adapter.told_apart else _why_mixed
     least = max(adapter.least, layer.least)
@@ -357,13 +363,6 @@ def is_on_meta(module: nn.Module) -> bool:
 def too_few(kind: str, units: int) -> str:
     """Why no unit can go where all are needed."""
     return f"it has no more {kind} than it needs to run ({units})"
-
-
-def _why_not_finite(module: nn.Module) -> str:
-    for name, weight in named_weights(module).items():
-        if not bool(weight.isfinite().all()):
-            return f"its {name} holds NaN or infinity: look for the step at which training diverged"
-    return "its activations are not finite, so that its units cannot be told apart"
 
 
 def _why_mixed(module: nn.Module, layer: GroupLayer, call: Call) -> str | None:

@@ -48,6 +48,30 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+def take_signs(module: nn.Module, of: nn.Module) -> None:
+    """Give all weights the signs that they have in another module, in place: some must not be below 0."""
+    own = named_weights(of)
+    with torch.no_grad():
+        for name, weight in named_weights(module).items():
+            if weight.is_floating_point():
+                signed = weight.abs().copysign(own[name].to(weight.dtype))
+                weight.copy_(signed.where(own[name] != 0, weight))
+    drop_caches(module)
+
+
+def are_finite(outputs: Iterable[Tensor]) -> bool:
+    """Whether outputs hold neither NaN nor infinity."""
+    return all(bool(tensor.isfinite().all()) for tensor in outputs)
+
+
+def why_not_finite(module: nn.Module) -> str:
+    """Why the outputs of a copy with random weights are not finite."""
+    for name, weight in named_weights(module).items():
+        if not bool(weight.isfinite().all()):
+            return f"its {name} holds NaN or infinity: look for the step at which training diverged"
+    return "its outputs are not finite with the random weights on which it is tried"
+
+
 def is_half(value: Any) -> bool:
     """Whether a value is a tensor of 16-bit floats."""
     return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)

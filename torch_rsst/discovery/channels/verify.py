@@ -16,17 +16,19 @@ from torch_rsst.discovery.channels.tracer import running_modules
 from torch_rsst.discovery.probe import too_few
 from torch_rsst.discovery.trial import (
     agree,
+    are_finite,
     choices,
     one_line,
     outputs_of_modules,
     shake,
     silence,
+    take_signs,
     tensors_of,
+    why_not_finite,
 )
 from torch_rsst.groups.groups import GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, cut
-from torch_rsst.masking.names import named_weights
-from torch_rsst.utils.module_state import deep_copy, drop_caches
+from torch_rsst.utils.module_state import deep_copy
 
 DIFFERS = "its output without some of its channels differs"
 REMEDY = ": let sizes follow from its tensors there, x.flatten(1) instead of x.view(-1, 64)"
@@ -87,7 +89,7 @@ class Trials:
                 self._refuse([layer], Failure(too_few(layer.kind, layer.units)))
             layers = [layer for layer in layers if layer not in few]
         if layers and not self._made and not self._becomes_finite():
-            return self._refuse(layers, Failure(_why_not_finite(self.model)))
+            return self._refuse(layers, Failure(why_not_finite(self.model)))
         if not layers or (failure := self._failure(layers)) is None:
             return list(layers)
         if failure.unseen:
@@ -200,16 +202,11 @@ class Trials:
         """Whether outputs are finite, if need be with weights of the signs that they have in the model."""
         if self._is_finite():
             return True
-        own = named_weights(self.model)
-        for name, weight in named_weights(self.whole).items():
-            if weight.is_floating_point():
-                weight.copy_(weight.abs().copysign(own[name]).where(own[name] != 0, weight))
-        drop_caches(self.whole)
+        take_signs(self.whole, self.model)
         return self._is_finite()
 
     def _is_finite(self) -> bool:
-        floats = (t for t in self._outputs(deep_copy(self.whole)) if t.is_floating_point())
-        return all(bool(t.isfinite().all()) for t in floats)
+        return are_finite(self._outputs(deep_copy(self.whole)))
 
     def _tolerance(self) -> float:
         double = all(p.dtype != torch.float32 for p in self.whole.parameters())
@@ -219,13 +216,6 @@ class Trials:
 def _consumers(layer: GroupLayer) -> set[str]:
     """Paths of the modules that take in what the units of a layer put out."""
     return {m.parameter.rpartition(".")[0] for m in layer.members if m.consumes}
-
-
-def _why_not_finite(model: nn.Module) -> str:
-    for name, weight in named_weights(model).items():
-        if not bool(weight.isfinite().all()):
-            return f"{name} holds NaN or infinity: look for the step at which training diverged"
-    return "outputs are not finite with the random weights on which it is tried"
 
 
 def _kept_by(path: str, way: int, place: int, number: Member) -> bool:
