@@ -420,13 +420,10 @@ class _Rooted(_Between):
 
     def __init__(self) -> None:
         super().__init__(nn.functional.gelu)
-        self.warmth = nn.Parameter(torch.full((24,), 1e-3))
+        self.norm = nn.BatchNorm1d(24)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.between(self.up(x)) * self.scale().sum().sqrt())
-
-    def scale(self) -> Tensor:
-        return self.warmth.sqrt()
+        return self.down(self.between(self.up(x)) * self.norm.weight.sqrt())
 
 
 def test_weights_of_a_trial_keep_their_signs_where_others_make_nan() -> None:
