@@ -421,6 +421,7 @@ class _Rooted(_Between):
     def __init__(self) -> None:
         super().__init__(nn.functional.gelu)
         self.norm = nn.BatchNorm1d(24)
+        nn.init.constant_(self.norm.weight, 1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.between(self.up(x)) * self.norm.weight.sqrt())
