@@ -229,3 +229,99 @@ def test_recurrent_layers_are_no_attention(rnn: type[nn.RNNBase]) -> None:
 
     _, refused = survey(Recurrent(), example_inputs=torch.randn(2, 4, 5))
     assert not [item for item in refused if item.kind == "heads"]
+
+
+class Latent(nn.Module):
+    """DeepSeek's, by hand: a latent that all heads share, and one rotated key for all of them."""
+
+    def __init__(self, heads: int, rope: int = 4) -> None:
+        super().__init__()
+        self.h, self.latent, self.rope = heads, 6, rope
+        self.q_a, self.q_b = nn.Linear(8, 6), nn.Linear(6, heads * (3 + rope))
+        self.kv_a, self.kv_b = nn.Linear(8, 6 + rope), nn.Linear(6, heads * 5)
+        self.norm, self.o = nn.RMSNorm(6), nn.Linear(heads * 2, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q_b(self.q_a(x)).unflatten(-1, (self.h, -1)).transpose(1, 2)
+        latent, key = self.kv_a(x).split([self.latent, self.rope], -1)
+        kv = self.kv_b(self.norm(latent)).unflatten(-1, (self.h, -1)).transpose(1, 2)
+        (q, q_rope), (k, v) = q.split([3, self.rope], -1), kv.split([3, 2], -1)
+        weights = (q @ k.mT + q_rope @ key[:, None].mT).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("heads", [2, 3, 5])
+def test_heads_are_cut_however_large_what_they_share_is(heads: int) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Latent(heads))
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[1]).layers
+    assert (layer.units, layer.fixed) == (heads, "")
+
+
+def test_a_query_norm_over_all_heads_is_refused_by_the_name_of_what_they_share() -> None:
+    attention = Separate()
+    attention.to_q = nn.Sequential(attention.to_q, nn.LayerNorm(12))
+    with pytest.raises(
+        ValueError, match=r"its to_q\.0\.weight serves all of its heads: it does not"
+    ):
+        torch_rsst.find_groups(attention, "heads", on_unsupported="ignore")
+
+
+class Talking(nn.Module):
+    """Its scores are mixed across heads before the softmax, its weights after it."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.h = heads
+        self.q, self.k, self.v = (nn.Linear(8, 4 * heads) for _ in range(3))
+        self.pre, self.post = (nn.Linear(heads, heads, bias=False) for _ in range(2))
+        self.o = nn.Linear(4 * heads, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            z(x).view(*x.shape[:2], self.h, -1).transpose(1, 2) for z in (self.q, self.k, self.v)
+        )
+        weights = self.pre((q @ k.mT).movedim(1, -1)).softmax(-2)
+        return self.o((self.post(weights).movedim(-1, 1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_heads_that_talk_are_cut_together_with_the_number_that_counts_them(heads: int) -> None:
+    """Scores' heads and values' heads are different ones, but one number counts both."""
+    model = nn.Sequential(nn.Linear(5, 8), Talking(heads))
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[1]).layers
+    assert (layer.name, layer.units) == ("1", heads)
+    assert {m.parameter for m in layer.members if m.consumes} == {"1.pre.weight", "1.o.weight"}
+
+
+class TwoAttentions(nn.Module):
+    """The second of two attentions has a norm over all of its heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Separate(), Separate(norm=True)
+        for name, part in [*self.first._modules.items()]:
+            self.add_module(f"first_{name}", part)
+        for name, part in [*self.second._modules.items()]:
+            self.add_module(f"second_{name}", part)
+        del self._modules["first"], self._modules["second"]
+
+    def _attended(self, x: torch.Tensor, which: str) -> torch.Tensor:
+        part = {n.removeprefix(which): m for n, m in self._modules.items() if n.startswith(which)}
+        q, k, v = (part[f"to_{n}"](x).unflatten(-1, (-1, 4)).transpose(1, 2) for n in "qkv")
+        mixed = ((q @ part["k_norm"](k).mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return part["to_out"](part["norm"](mixed))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._attended(x, "first_") + self._attended(x, "second_")
+
+
+def test_of_several_attentions_the_refused_one_is_named_by_its_output_layer() -> None:
+    groups, refused = survey(TwoAttentions(), ("heads",), example_inputs=torch.randn(2, 4, 8))
+    assert [(layer.name, layer.units, layer.fixed) for layer in groups.layers] == [
+        ("first_to_out.0", 3, "")
+    ]
+    assert [(item.layer, item.reason[:13]) for item in refused] == [
+        ("second_to_out.0", "its units mix")
+    ]

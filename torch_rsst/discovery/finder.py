@@ -172,7 +172,8 @@ def _ask_adapters(
                 layers.append(answer)
                 refused = [item for item in refused if item.layer != name or item.kind == "heads"]
             else:
-                refused.append(replace(answer, layer=name, kind="heads"))
+                inside = ".".join(filter(None, (name, answer.layer)))
+                refused.append(replace(answer, layer=inside, kind="heads"))
         order = {
             path: i for i, path in enumerate(without_wrappers(n) for n, _ in model.named_modules())
         }

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -162,22 +161,42 @@ class _Look:
             return [Unsupported(ON_META)]
         least = 0 if len(ends) == 1 and isinstance(flow.out, Tensor) else 1
         answers = [self._best(module, flow, place, least, call) for place in ends]
-        return answers if len(ends) == 1 else [_named(answer) for answer in answers]
+        if len(ends) == 1:
+            return answers
+        if together := self._together(module, answers, [call, other_call(module, call)]):
+            return [together]
+        named = (_named(a, flow, place) for a, place in zip(answers, ends, strict=True))
+        return list(dict.fromkeys(named))
+
+    def _together(
+        self, module: nn.Module, answers: Sequence[Answer], calls: Sequence[Call]
+    ) -> GroupLayer | None:
+        """Heads of several attentions that one number counts, and that can be cut with each other only."""
+        layers = [answer for answer in answers if isinstance(answer, GroupLayer)]
+        alike = len(layers) == len(answers) and len({layer.units for layer in layers}) == 1
+        if not (alike and any(layer.fixed for layer in layers)):
+            return None
+        members = tuple(m for layer in layers for m in layer.members)
+        buffers = tuple(m for layer in layers for m in layer.buffers)
+        whole = replace(layers[0], members=members, buffers=buffers, fixed="")
+        answer = self._tried(module, whole, calls)
+        return answer if isinstance(answer, GroupLayer) and not answer.fixed else None
 
     def _best(self, module: nn.Module, flow: Flow, place: int, least: int, call: Call) -> Answer:
         """Of all ways to divide what a product takes in: one that can be cut, which owns the most."""
-        ways = [way.layer() for way in divisions(flow, place)]
-        layers = sorted(filter(None, ways), key=partial(_size, flow), reverse=True)
+        ways = list(filter(None, (way.layer() for way in divisions(flow, place))))
+        ways.sort(key=lambda way: _size(flow, way[0]), reverse=True)
         calls = [call, other_call(module, call)]
         single = head_count(module) == 1
         best: Answer = Unsupported(too_few("heads", 1) if single else MIXED)
-        for layer in layers:
+        for layer, shared in ways:
             answer = self._tried(module, replace(layer, least=least), calls)
-            if isinstance(answer, GroupLayer):
-                if not answer.fixed:
-                    return answer
-                best = best if isinstance(best, GroupLayer) else answer
-            elif isinstance(best, Unsupported):
+            if isinstance(answer, GroupLayer) and not answer.fixed:
+                return answer
+            if isinstance(answer, GroupLayer) and shared:
+                # As where queries of all heads are normalized together.
+                answer = Unsupported(f"its {shared} serves all of its heads: {answer.fixed}")
+            if isinstance(best, Unsupported):
                 best = answer
         return best
 
@@ -205,17 +224,15 @@ class _Look:
         return Verdict(least=least)
 
 
-def _named(answer: Answer) -> Answer:
+def _named(answer: Answer, flow: Flow, place: int) -> Answer:
     """Of one of several attentions in a module: named after the layer that takes its heads in."""
-    if isinstance(answer, Unsupported):
-        return answer
-    output = next(member.parameter for member in answer.members if member.consumes)
+    output = next(iter(flow.takes(place, torch.tensor(True))))
     path = output.rpartition(".")[0]
-    return (
-        replace(answer, name=path)
-        if path
-        else Unsupported(f"{output} belongs to one of several attentions of one module")
-    )
+    if isinstance(answer, Unsupported):
+        return replace(answer, layer=path)
+    if path:
+        return replace(answer, name=path)
+    return Unsupported(f"{output} belongs to one of several attentions of one module")
 
 
 def _flow(module: nn.Module, call: Call) -> Flow | None:

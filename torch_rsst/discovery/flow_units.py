@@ -38,8 +38,11 @@ class Division:
         """Of the activations, broadcastable to them."""
         return _along(self.flow.products[self.place].given, self.dim, self.part_of == part)
 
-    def layer(self) -> GroupLayer | None:
-        """The parts as units, with the entries of parameters and buffers that are of one part alone."""
+    def layer(self) -> tuple[GroupLayer, str] | None:
+        """The parts as units, with the entries of parameters and buffers that are of one part alone.
+
+        With them the name of what all of them share, if that is as large as what they own: ``""`` otherwise.
+        """
         makes, between, takes = [], [], []
         features: dict[str, set[int]] = {}
         parts = range(int(self.part_of.max()) + 1)
@@ -69,19 +72,15 @@ class Division:
             for name, dim, unit_of in _owned(takes, {})
         ]
         sizes = {name: self.flow.tensors[name].numel() for made in makes for name in made}
-        owned = [sizes.pop(member.parameter) for member in giving if member.ranked]
-        if owned and any(size >= min(owned) for size in sizes.values()):
-            return None  # as where queries of all heads are normalized together
+        owned = {member.parameter: sizes.pop(member.parameter) for member in giving}
+        least = min((owned[member.parameter] for member in giving if member.ranked), default=0)
+        shared = next((name for name, size in sizes.items() if least and size >= least), "")
         if not (giving and taking and all(map(_is_shared_evenly, (*giving, *held, *taking)))):
             return None
         followers = (m for m in held if m.parameter not in buffers)
-        return GroupLayer(
-            "",
-            "heads",
-            len(parts),
-            (*giving, *followers, *taking),
-            tuple(m for m in held if m.parameter in buffers),
-        )
+        members = (*giving, *followers, *taking)
+        along = tuple(m for m in held if m.parameter in buffers)
+        return GroupLayer("", "heads", len(parts), members, along), shared
 
     def attends(self) -> bool:
         """Whether the features of a part make the scores by which it is attended.
