@@ -325,3 +325,90 @@ def test_of_several_attentions_the_refused_one_is_named_by_its_output_layer() ->
     assert [(item.layer, item.reason[:13]) for item in refused] == [
         ("second_to_out.0", "its units mix")
     ]
+
+
+class OneHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.q(x) @ self.k(x).mT / 4**0.5).softmax(-1) @ self.v(x)
+
+
+class ListOfHeads(nn.Module):
+    """Every head is a module of its own, as tutorials write it."""
+
+    def __init__(self, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.proj = (
+            nn.ModuleList(OneHead() for _ in range(heads)),
+            nn.Linear(4 * heads, 8),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(torch.cat([head(x) for head in self.heads], -1))
+
+
+@pytest.mark.parametrize("amount", [1, 1.0])
+def test_heads_that_are_modules_of_their_own_are_cut(amount: float) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), ListOfHeads())
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[amount]).layers
+    assert (layer.name, layer.units) == ("1", 3)
+
+
+class Parallel(nn.Module):
+    """One matrix makes queries, keys, values and hidden neurons; one takes heads and neurons in."""
+
+    def __init__(self, heads: int = 3, neurons: int = 10, neurons_first: bool = False) -> None:
+        super().__init__()
+        self.h, self.wide, self.neurons, self.first = heads, 12 * heads, neurons, neurons_first
+        self.inner, self.outer = (
+            nn.Linear(8, 12 * heads + neurons),
+            nn.Linear(4 * heads + neurons, 8),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv, hidden = self.inner(x).split([self.wide, self.neurons], -1)
+        q, k, v = qkv.unflatten(-1, (3, self.h, -1)).permute(2, 0, 3, 1, 4)
+        parts = [((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2), hidden.tanh()]
+        return self.outer(torch.cat(parts[::-1] if self.first else parts, -1))
+
+
+@pytest.mark.parametrize("neurons_first", [False, True])
+def test_heads_beside_neurons_of_the_same_layers_are_cut(neurons_first: bool) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Parallel(neurons_first=neurons_first))
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[1]).layers
+    owned = {m.parameter: int((m.unit_of >= 0).sum()) for m in layer.members}
+    assert owned == {"1.inner.weight": 36, "1.inner.bias": 36, "1.outer.weight": 12}
+
+
+class ListOfParameters(nn.Module):
+    """Every head has an output matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (
+            nn.ParameterList(torch.randn(8, 4) for _ in range(3)) for _ in range(3)
+        )
+        self.o = nn.Parameter(torch.randn(3, 4, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(
+            ((x @ q) @ (x @ k).mT).softmax(-1) @ (x @ v) @ o
+            for q, k, v, o in zip(self.q, self.k, self.v, self.o, strict=True)
+        )
+
+
+def test_one_head_is_said_to_be_needed_whatever_its_number_is_called() -> None:
+    _, refused = survey(ListOfHeads(1), ("heads",), example_inputs=torch.randn(2, 4, 8))
+    assert [item.reason for item in refused] == ["it has no more heads than it needs to run (1)"]
+
+
+def test_attentions_of_one_module_that_are_refused_alike_are_named_once() -> None:
+    _, refused = survey(ListOfParameters(), ("heads",), example_inputs=torch.randn(2, 4, 8))
+    assert [item.reason for item in refused] == [
+        "of each of its 3 attentions: it has no more heads than it needs to run (1)"
+    ]

@@ -115,8 +115,8 @@ class Flow:
         noisy, self.out = self._run()
         self.products, self.scores = noisy.products, noisy.scores
 
-    def _run(self, known: Sequence[Tensor] = ()) -> tuple[_Noisy, Any]:
-        noisy = _Noisy([*self.module.parameters()], known)
+    def _run(self, known: Sequence[Tensor] = (), seed: int = -3) -> tuple[_Noisy, Any]:
+        noisy = _Noisy([*self.module.parameters()], known, seed)
         with torch.enable_grad(), torch.random.fork_rng(devices=_devices(self.module)), noisy:
             torch.manual_seed(0)
             out = run_call(self.module, self.call)
@@ -155,10 +155,13 @@ class Flow:
             out = product.again(product.given.detach() * mask)
         return _reached(self.tensors, _gradients(out, None, [*self.tensors.values()]))
 
-    def moved(self, place: int, added: Masks) -> Tensor:
-        """The activations of a product where something is added to what products before it put out."""
+    def moved(self, place: int, added: Masks, seed: int = -3) -> Tensor:
+        """The activations of a product where something is added to what products before it put out.
+
+        Or where all scores are others, by another seed.
+        """
         made = [p.noise.detach() + added.get(i, 0.0) for i, p in enumerate(self.products)]
-        return self._run(made)[0].products[place].given.detach()
+        return self._run(made, seed)[0].products[place].given.detach()
 
     def scored(self, place: int, mask: Tensor, own: Masks) -> bool | None:
         """Whether some features make the scores by which a part of a product's activations is attended.
@@ -172,13 +175,13 @@ class Flow:
             None where no scores make a difference to this part.
         """
         found: bool | None = None
-        for scores, used in self._used(place, mask):
+        for scores, used in self.used(place, mask):
             reached = _gradients(scores, used, [self.products[i].noise for i in own])
             pairs = zip(reached, own.values(), strict=True)
             found = found or any(g is not None and bool((g * o).any()) for g, o in pairs)
         return found
 
-    def _used(self, place: int, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def used(self, place: int, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Scores that make a difference to a part, and which of their entries do."""
         gradients = _gradients(self.products[place].given, mask, self.scores)
         for scores, gradient in zip(self.scores, gradients, strict=True):
@@ -189,12 +192,12 @@ class Flow:
 class _Noisy(TorchFunctionMode):
     """Puts noise in the place of every product with parameters."""
 
-    def __init__(self, parameters: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], known: Sequence[Tensor], seed: int) -> None:
         super().__init__()
         self.products: list[Product] = []
         self.scores: list[Tensor] = []
         self._weights = {id(p): p for p in parameters}  # held, so that ids stay unique
-        self._known = known
+        self._known, self._seed = known, seed
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -211,7 +214,7 @@ class _Noisy(TorchFunctionMode):
             return self._noise(func, args, kwargs, given[0])
         if func in _SCORES:  # otherwise a bias of all keys had no gradient
             *queries, scores = tensors[: _SCORES[func]]
-            uneven = scores * noise(scores.shape, seed=-3).exp().to(scores)
+            uneven = scores * noise(scores.shape, seed=self._seed).exp().to(scores)
             args, kwargs = tree_map(lambda v: uneven if v is scores else v, (args, kwargs))
             self.scores += [t for t in (*queries, uneven) if t.requires_grad]
         is_flat = func in _FLAT and bool(args) and args[0].is_floating_point()

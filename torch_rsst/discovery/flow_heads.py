@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
 from torch_rsst.discovery.data_flow import Flow, contracts, tensors_in
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
-from torch_rsst.discovery.flow_units import divisions
+from torch_rsst.discovery.flow_units import divisions, has_one_head
 from torch_rsst.discovery.head_attributes import CUT, HEAD_WIDTHS, head_count
 from torch_rsst.discovery.probe import (
     ON_META,
@@ -165,8 +165,9 @@ class _Look:
             return answers
         if together := self._together(module, answers, [call, other_call(module, call)]):
             return [together]
-        named = (_named(a, flow, place) for a, place in zip(answers, ends, strict=True))
-        return list(dict.fromkeys(named))
+        if answers[0] == answers[-1] and isinstance(answers[0], Unsupported):
+            return [Unsupported(f"of each of its {len(ends)} attentions: {answers[0].reason}")]
+        return [_named(a, flow, place) for a, place in zip(answers, ends, strict=True)]
 
     def _together(
         self, module: nn.Module, answers: Sequence[Answer], calls: Sequence[Call]
@@ -187,7 +188,7 @@ class _Look:
         ways = list(filter(None, (way.layer() for way in divisions(flow, place))))
         ways.sort(key=lambda way: _size(flow, way[0]), reverse=True)
         calls = [call, other_call(module, call)]
-        single = head_count(module) == 1
+        single = head_count(module) == 1 or has_one_head(flow, place)
         best: Answer = Unsupported(too_few("heads", 1) if single else MIXED)
         for layer, shared in ways:
             answer = self._tried(module, replace(layer, least=least), calls)
