@@ -412,3 +412,30 @@ def test_attentions_of_one_module_that_are_refused_alike_are_named_once() -> Non
     assert [item.reason for item in refused] == [
         "of each of its 3 attentions: it has no more heads than it needs to run (1)"
     ]
+
+
+class Cached(nn.Module):
+    """It keeps keys and values in buffers, and attends to these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.qkv, self.o = 3, nn.Linear(8, 36), nn.Linear(12, 8)
+        self.register_buffer("keys", torch.zeros(2, 16, 3, 4))
+        self.register_buffer("values", torch.zeros(2, 16, 3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.h, -1)).unbind(2)
+        self.keys[:batch, :tokens], self.values[:batch, :tokens] = k.detach(), v.detach()
+        k, v = (kept[:batch, :tokens].transpose(1, 2) for kept in (self.keys, self.values))
+        out = nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+def test_keys_and_values_that_are_kept_in_buffers_are_followed_and_cut() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Cached())
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    # Without gradients of keys and values: they are detached.
+    found = assert_contract(model, inputs, kinds=["heads"], amounts=[1], train=False)
+    assert [m.parameter for m in found.layers[0].buffers] == ["1.h", "1.keys", "1.values"]
+    assert not bool(model[1].keys.any())

@@ -9,6 +9,7 @@ product is followed by itself, whatever its inputs are, and whatever the module 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,6 @@ class Flow:
     Args:
         module: in eval mode; its parameters, and buffers, are made to require gradients.
         call: its arguments.
-        buffers: whether to look at those, too.
 
     Attributes:
         tensors: its parameters and buffers of floats, by name.
@@ -102,14 +102,11 @@ class Flow:
         out: what it puts out.
     """
 
-    def __init__(self, module: nn.Module, call: Call, *, buffers: bool = True) -> None:
+    def __init__(self, module: nn.Module, call: Call) -> None:
         self.module, self.call = module, call
         self.tensors: dict[str, Tensor] = {
             name: tensor.requires_grad_()
-            for name, tensor in (
-                *module.named_parameters(),
-                *(module.named_buffers() if buffers else ()),
-            )
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
             if tensor.is_floating_point()
         }
         noisy, self.out = self._run()
@@ -117,7 +114,13 @@ class Flow:
 
     def _run(self, known: Sequence[Tensor] = (), seed: int = -3) -> tuple[_Noisy, Any]:
         noisy = _Noisy([*self.module.parameters()], known, seed)
-        with torch.enable_grad(), torch.random.fork_rng(devices=_devices(self.module)), noisy:
+        devices = _devices(self.module)
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=devices),
+            _copies(self.module),
+            noisy,
+        ):
             torch.manual_seed(0)
             out = run_call(self.module, self.call)
         return noisy, out
@@ -204,6 +207,9 @@ class _Noisy(TorchFunctionMode):
     ) -> Any:
         """See :class:`torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
+        if func is Tensor.detach:  # as before it is kept for the next run
+            out: Tensor = args[0]
+            return out
         # Not the number of an expert, say, by which one matrix of a stack is picked.
         tensors = [t for t in tensors_in((args, kwargs)) if t.ndim or t.is_floating_point()]
         weights = [tensor for tensor in tensors if id(tensor) in self._weights]
@@ -239,6 +245,22 @@ class _Noisy(TorchFunctionMode):
             made = noise(out.shape, seed=place).to(out.detach()).requires_grad_()
         self.products.append(Product(again, given, out, made))
         return made.clone()  # which may be written to
+
+
+@contextmanager
+def _copies(module: nn.Module) -> Iterator[None]:
+    """Copies in the place of buffers, which a forward may write to."""
+    held = [(part, dict(part._buffers)) for part in module.modules()]
+    copies = {
+        buffer: buffer.clone() for _, own in held for buffer in own.values() if buffer is not None
+    }
+    try:
+        for part, own in held:
+            part._buffers.update({k: copies[b] for k, b in own.items() if b is not None})
+        yield
+    finally:
+        for part, own in held:
+            part._buffers.update(own)
 
 
 def noise(shape: Sequence[int], *, seed: int) -> Tensor:

@@ -239,9 +239,8 @@ def _named(answer: Answer, flow: Flow, place: int) -> Answer:
 def _flow(module: nn.Module, call: Call) -> Flow | None:
     """What flows in a copy of a module; None where it does not run so."""
     call = tree_map(lambda value: value.float() if is_half(value) else value, call)
-    for buffers in (True, False):  # some are written to
-        with suppress(Exception):
-            return Flow(randomized(module), call, buffers=buffers)
+    with suppress(Exception):
+        return Flow(randomized(module), call)
     return None
 
 
@@ -256,6 +255,7 @@ def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
     owned = [(m, m.unit_of != NO_UNIT) for m in layer.members]
     counts = {int(own.sum()) for _, own in owned}
     known = {(m.parameter, m.dim) for m in layer.members}
+    noted = {(m.parameter, m.dim) for m in layer.buffers}
     shapes = ((name, w.shape) for name, w in named_weights(module).items())
     others = {size for name, s in shapes for d, size in enumerate(s) if (name, d) not in known}
     numbers: list[Member] = []
@@ -273,6 +273,11 @@ def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
                 maybe.add(len(numbers))
             each = torch.arange(layer.units).repeat_interleave(value // layer.units)
             numbers.append(Member(name, 0, each, ranked=False))
+    for name, buffer in module.named_buffers():  # such as keys and values that are kept
+        for dim, size in enumerate(buffer.shape):
+            if size == layer.units and (name, dim) not in noted:
+                maybe.add(len(numbers))
+                numbers.append(Member(name, dim, torch.arange(size), ranked=False))
     tried: set[frozenset[int]] = set()
     for count in range(len(numbers) + 1):
         for other in itertools.combinations(range(len(numbers)), count):
