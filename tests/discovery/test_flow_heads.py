@@ -439,3 +439,63 @@ def test_keys_and_values_that_are_kept_in_buffers_are_followed_and_cut() -> None
     found = assert_contract(model, inputs, kinds=["heads"], amounts=[1], train=False)
     assert [m.parameter for m in found.layers[0].buffers] == ["1.h", "1.keys", "1.values"]
     assert not bool(model[1].keys.any())
+
+
+class Functional(nn.Module):
+    """It calls the function that nn.MultiheadAttention is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given, self.out = nn.Parameter(torch.randn(24, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own, out = (8, 2, self.given, None, None, None, False, 0.0), self.out
+        return nn.functional.multi_head_attention_forward(x, x, x, *own, out.weight, out.bias)[0]
+
+
+class Rooted(ByHand):
+    """Whether the square root of its temperature is finite, the sign of a small number decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.full((3, 1, 1), 1e-4))
+
+    def positive(self, scores: torch.Tensor) -> torch.Tensor:
+        return (scores * self.temperature.log()).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [
+        (Functional, "it calls multi_head_attention_forward, which fixes how wide all heads are"),
+        (Rooted, "its activations are not finite, so that its units cannot be told apart"),
+    ],
+)
+def test_attention_is_refused_for_its_own_reason(attention: type[nn.Module], reason: str) -> None:
+    model = nn.Sequential(attention(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=reason):
+        torch_rsst.find_groups(
+            model, "heads", example_inputs=torch.randn(4, 2, 8), on_unsupported="ignore"
+        )
+
+
+class Routed(nn.Module):
+    """All experts see all tokens; a softmax weighs what they put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 3), nn.Parameter(torch.randn(3, 8, 6))
+        self.down = nn.Parameter(torch.randn(3, 6, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        each = torch.bmm(torch.einsum("tc,ech->eth", x.flatten(0, 1), self.up).tanh(), self.down)
+        weights = self.gate(x.flatten(0, 1)).softmax(-1)
+        return torch.einsum("etc,te->tc", each, weights).view_as(x)
+
+
+def test_a_mixture_that_looks_like_an_attention_is_not_called_one() -> None:
+    _, refused = survey(Routed(), ("heads",), example_inputs=torch.randn(2, 4, 8))
+    assert [item.reason for item in refused] == [
+        "activations are multiplied with each other in it, as in an attention, but what comes of it "
+        "reaches no layer of its own that could take heads in"
+    ]

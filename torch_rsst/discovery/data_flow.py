@@ -99,6 +99,7 @@ class Flow:
         tensors: its parameters and buffers of floats, by name.
         products: in the order in which they ran.
         scores: what attention weights were made of: scores, or queries and keys.
+        whole: the name of a function that computes a whole attention from its parameters, if one ran.
         out: what it puts out.
     """
 
@@ -110,7 +111,7 @@ class Flow:
             if tensor.is_floating_point()
         }
         noisy, self.out = self._run()
-        self.products, self.scores = noisy.products, noisy.scores
+        self.products, self.scores, self.whole = noisy.products, noisy.scores, noisy.whole
 
     def _run(self, known: Sequence[Tensor] = (), seed: int = -3) -> tuple[_Noisy, Any]:
         noisy = _Noisy([*self.module.parameters()], known, seed)
@@ -199,6 +200,7 @@ class _Noisy(TorchFunctionMode):
         super().__init__()
         self.products: list[Product] = []
         self.scores: list[Tensor] = []
+        self.whole = ""
         self._weights = {id(p): p for p in parameters}  # held, so that ids stay unique
         self._known, self._seed = known, seed
 
@@ -223,6 +225,8 @@ class _Noisy(TorchFunctionMode):
             uneven = scores * noise(scores.shape, seed=self._seed).exp().to(scores)
             args, kwargs = tree_map(lambda v: uneven if v is scores else v, (args, kwargs))
             self.scores += [t for t in (*queries, uneven) if t.requires_grad]
+        if func is F.multi_head_attention_forward:
+            self.whole = func.__name__
         is_flat = func in _FLAT and bool(args) and args[0].is_floating_point()
         slope = 0.1 * args[0] if is_flat else None  # before it is changed in place
         out = _normalized(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)

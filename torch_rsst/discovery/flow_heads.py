@@ -22,6 +22,7 @@ from torch_rsst.discovery.probe import (
     Fact,
     Probe,
     Verdict,
+    _why_not_finite,
     check_on,
     is_on_meta,
     other_call,
@@ -36,7 +37,11 @@ from torch_rsst.utils.module_state import undisturbed
 
 Answer = GroupLayer | Unsupported
 MIXED = "its units mix before the output layer, so that none can be removed exactly"
-NO_OUTPUT = "its attention leads to no layer that takes its heads in"
+NO_OUTPUT = (
+    "activations are multiplied with each other in it, as in an attention, but what comes of it reaches "
+    "no layer of its own that could take heads in"
+)
+WHOLE = "which fixes how wide all heads are together; heads of nn.MultiheadAttention can be cut"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _MOST_TRIALS = 64
 
@@ -152,6 +157,8 @@ class _Look:
         flow = _flow(module, call)
         if flow is None:
             return []
+        if flow.whole:
+            return [Unsupported(f"it calls {flow.whole}, {WHOLE}")]
         noises = [product.noise for product in flow.products]
         ends = [i for i, product in enumerate(flow.products) if contracts(product.given, noises)]
         if not ends:
@@ -159,6 +166,8 @@ class _Look:
             return [_Open(NO_OUTPUT)] if attends else []
         if is_on_meta(module):
             return [Unsupported(ON_META)]
+        if not all(bool(flow.products[place].given.isfinite().all()) for place in ends):
+            return [Unsupported(_why_not_finite(module))]
         least = 0 if len(ends) == 1 and isinstance(flow.out, Tensor) else 1
         answers = [self._best(module, flow, place, least, call) for place in ends]
         if len(ends) == 1:
