@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -16,14 +15,13 @@ from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
 from torch_rsst.discovery.data_flow import Flow, contracts, tensors_in
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
 from torch_rsst.discovery.flow_units import divisions, has_one_head
-from torch_rsst.discovery.head_attributes import CUT, HEAD_WIDTHS, head_count
+from torch_rsst.discovery.head_attributes import head_count
+from torch_rsst.discovery.noted import with_numbers
 from torch_rsst.discovery.probe import (
     ON_META,
     Fact,
     Probe,
-    Verdict,
     _why_not_finite,
-    check_on,
     is_on_meta,
     other_call,
     signature_of_call,
@@ -31,7 +29,7 @@ from torch_rsst.discovery.probe import (
 )
 from torch_rsst.discovery.trial import is_half, randomized
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
-from torch_rsst.groups.surgery import Removal, module_at, noted_numbers, replace_module
+from torch_rsst.groups.surgery import Removal, module_at, replace_module
 from torch_rsst.masking.names import named_weights, without_wrappers
 from torch_rsst.utils.module_state import undisturbed
 
@@ -43,7 +41,6 @@ NO_OUTPUT = (
 )
 WHOLE = "which fixes how wide all heads are together; heads of nn.MultiheadAttention can be cut"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_MOST_TRIALS = 64
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,7 @@ class _Look:
         members = tuple(m for layer in layers for m in layer.members)
         buffers = tuple(m for layer in layers for m in layer.buffers)
         whole = replace(layers[0], members=members, buffers=buffers, fixed="")
-        answer = self._tried(module, whole, calls)
+        answer = with_numbers(module, self.adapter, whole, calls)
         return answer if isinstance(answer, GroupLayer) and not answer.fixed else None
 
     def _best(self, module: nn.Module, flow: Flow, place: int, least: int, call: Call) -> Answer:
@@ -200,7 +197,7 @@ class _Look:
         single = head_count(module) == 1 or has_one_head(flow, place)
         best: Answer = Unsupported(too_few("heads", 1) if single else MIXED)
         for layer, shared in ways:
-            answer = self._tried(module, replace(layer, least=least), calls)
+            answer = with_numbers(module, self.adapter, replace(layer, least=least), calls)
             if isinstance(answer, GroupLayer) and not answer.fixed:
                 return answer
             if isinstance(answer, GroupLayer) and shared:
@@ -209,29 +206,6 @@ class _Look:
             if isinstance(best, Unsupported):
                 best = answer
         return best
-
-    def _tried(self, module: nn.Module, found: GroupLayer, calls: Sequence[Call]) -> Answer:
-        """Units with the numbers that have to be changed with them; as these cannot be told, they are tried."""
-        verdicts = []
-        for numbers in _choices(module, found):
-            layer = replace(found, buffers=(*found.buffers, *numbers), family="FlowHeads")
-            verdict = self._verdict(module, layer, calls)
-            if not verdict.refused and not verdict.fixed:
-                return replace(layer, least=verdict.least)
-            verdicts.append(verdict)
-        fixed = next((verdict.fixed for verdict in verdicts if verdict.fixed), "")
-        if fixed:
-            return replace(found, family="FlowHeads", fixed=fixed, least=found.least)
-        return Unsupported(verdicts[0].refused)
-
-    def _verdict(self, module: nn.Module, layer: GroupLayer, calls: Sequence[Call]) -> Verdict:
-        least = layer.least
-        for call in calls:
-            verdict = check_on(module, self.adapter, layer, call)
-            if verdict.refused or verdict.fixed:
-                return verdict
-            least = max(least, verdict.least)
-        return Verdict(least=least)
 
 
 def _named(answer: Answer, flow: Flow, place: int) -> Answer:
@@ -257,46 +231,6 @@ def _size(flow: Flow, layer: GroupLayer) -> float:
     """How many entries of parameters units own."""
     owned = ((m, float((m.unit_of != NO_UNIT).float().mean())) for m in layer.ranked)
     return sum(flow.tensors[member.parameter].numel() * share for member, share in owned)
-
-
-def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
-    """Numbers that may count units, or features of theirs: the likeliest choice, then what differs least from it."""
-    owned = [(m, m.unit_of != NO_UNIT) for m in layer.members]
-    counts = {int(own.sum()) for _, own in owned}
-    known = {(m.parameter, m.dim) for m in layer.members}
-    noted = {(m.parameter, m.dim) for m in layer.buffers}
-    shapes = ((name, w.shape) for name, w in named_weights(module).items())
-    others = {size for name, s in shapes for d, size in enumerate(s) if (name, d) not in known}
-    numbers: list[Member] = []
-    surely, maybe = set(), set()
-    for path, part in module.named_modules():
-        if type(part).__module__.startswith("torch.nn."):
-            continue  # knows of no units
-        for name, value in noted_numbers(part, path, objects=True).items():
-            if value <= 0 or value % layer.units or all(count % value for count in counts):
-                continue
-            last = name.rpartition(".")[2]
-            if last in CUT:
-                surely.add(len(numbers))
-            elif last not in HEAD_WIDTHS and value not in others:
-                maybe.add(len(numbers))
-            each = torch.arange(layer.units).repeat_interleave(value // layer.units)
-            numbers.append(Member(name, 0, each, ranked=False))
-    for name, buffer in module.named_buffers():  # such as keys and values that are kept
-        for dim, size in enumerate(buffer.shape):
-            if size == layer.units and (name, dim) not in noted:
-                maybe.add(len(numbers))
-                numbers.append(Member(name, dim, torch.arange(size), ranked=False))
-    tried: set[frozenset[int]] = set()
-    for count in range(len(numbers) + 1):
-        for other in itertools.combinations(range(len(numbers)), count):
-            for base in (surely, surely | maybe):
-                chosen = frozenset(base ^ set(other))
-                if len(tried) == _MOST_TRIALS:
-                    return  # of all ways, whose number doubles with each number
-                if chosen not in tried:
-                    tried.add(chosen)
-                    yield [numbers[i] for i in sorted(chosen)]
 
 
 def _own_matrices(model: nn.Module, taken: Collection[str]) -> Counter[nn.Module]:
