@@ -149,7 +149,7 @@ def _ask_adapters(
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
-    known: dict[Fact, GroupLayer | Unsupported] = {}
+    alike: dict[Fact, GroupLayer | Unsupported] = {}
     for path, module in model.named_modules():
         if unwrap(module) is not module:
             continue  # what is inside follows
@@ -157,7 +157,7 @@ def _ask_adapters(
         for kind in kinds:
             if _stands_inside(name, kind, layers):
                 continue
-            answer = _answer(kind, module, probe, known)
+            answer = _answer(kind, module, probe, alike)
             if isinstance(answer, GroupLayer):
                 found = _relocated(answer, name)
                 reason = _tied(found, refs) or _shared(found, module, refs, paths)
@@ -217,7 +217,7 @@ def _is_about(item: GroupLayer | Unsupported, known: Unsupported) -> bool:
 
 
 def _answer(
-    kind: str, module: nn.Module, probe: Probe, known: dict[Fact, GroupLayer | Unsupported]
+    kind: str, module: nn.Module, probe: Probe, alike: dict[Fact, GroupLayer | Unsupported]
 ) -> GroupLayer | Unsupported | None:
     """What the first adapter that knows the module says of it, checked, or one whose units can be cut.
 
@@ -238,9 +238,9 @@ def _answer(
         if not verdict.fixed:
             return answer
         key = (type(adapter), probe.signature(module))
-        if refused is None and key not in known:
-            known[key] = with_numbers(module, adapter, answer, probe.two_calls(module, answer))
-        return refused or known[key]
+        if refused is None and key not in alike:
+            alike[key] = with_numbers(module, adapter, answer, probe.two_calls(module, answer))
+        return refused or alike[key]
     return refused
 
 

@@ -209,7 +209,8 @@ def _first_of(mask: Tensor) -> Tensor:
 
 
 def _differ(one: Tensor, other: Tensor) -> Tensor:
-    return (one - other).abs() > _SAME * one.abs().max()
+    largest = one.abs().amax() if one.numel() else 0.0
+    return (one - other).abs() > _SAME * largest
 
 
 def _joined(parts: Sequence[Reached]) -> Reached:
