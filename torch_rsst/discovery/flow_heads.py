@@ -40,6 +40,7 @@ NO_OUTPUT = (
     "no layer of its own that could take heads in"
 )
 WHOLE = "which fixes how wide all heads are together; heads of nn.MultiheadAttention can be cut"
+_MOST_TRIALS, _FEW_TRIALS = 64, 16
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -171,8 +172,9 @@ class _Look:
             return answers
         if together := self._together(module, answers, [call, other_call(module, call)]):
             return [together]
-        if answers[0] == answers[-1] and isinstance(answers[0], Unsupported):
-            return [Unsupported(f"of each of its {len(ends)} attentions: {answers[0].reason}")]
+        first = answers[0]
+        if isinstance(first, Unsupported) and all(answer == first for answer in answers):
+            return [Unsupported(f"of each of its {len(ends)} attentions: {first.reason}")]
         return [_named(a, flow, place) for a, place in zip(answers, ends, strict=True)]
 
     def _together(
@@ -197,7 +199,9 @@ class _Look:
         single = head_count(module) == 1 or has_one_head(flow, place)
         best: Answer = Unsupported(too_few("heads", 1) if single else MIXED)
         for layer, shared in ways:
-            answer = with_numbers(module, self.adapter, replace(layer, least=least), calls)
+            layer = replace(layer, least=least)
+            most = _FEW_TRIALS if shared else _MOST_TRIALS
+            answer = with_numbers(module, self.adapter, layer, calls, most)
             if isinstance(answer, GroupLayer) and not answer.fixed:
                 return answer
             if isinstance(answer, GroupLayer) and shared:

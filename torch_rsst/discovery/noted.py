@@ -16,11 +16,13 @@ from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.groups.surgery import noted_numbers
 from torch_rsst.masking.names import named_weights
 
-_MOST_TRIALS = 64
-
 
 def with_numbers(
-    module: nn.Module, adapter: Adapter, found: GroupLayer, calls: Sequence[Call]
+    module: nn.Module,
+    adapter: Adapter,
+    found: GroupLayer,
+    calls: Sequence[Call],
+    most: int = 64,
 ) -> GroupLayer | Unsupported:
     """Units with the numbers that have to be changed with them; as these cannot be told, they are tried.
 
@@ -29,13 +31,14 @@ def with_numbers(
         adapter: that found them.
         found: the units, by names within the module.
         calls: arguments of the module, all of which it has to run on.
+        most: how many choices of numbers are tried: of all ways, whose number doubles with each number.
 
     Returns:
         the units; to mask only, where no choice of numbers lets them be cut; or why these are no units.
     """
     found = replace(found, family=type(adapter).__name__)
     verdicts = []
-    for numbers in _choices(module, found):
+    for numbers in itertools.islice(_choices(module, found), most):
         layer = replace(found, buffers=(*found.buffers, *numbers))
         verdict = _verdict(module, adapter, layer, calls)
         if not verdict.refused and not verdict.fixed:
@@ -90,8 +93,6 @@ def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
         for other in itertools.combinations(range(len(numbers)), count):
             for base in (surely, surely | maybe):
                 chosen = frozenset(base ^ set(other))
-                if len(tried) == _MOST_TRIALS:
-                    return  # of all ways, whose number doubles with each number
                 if chosen not in tried:
                     tried.add(chosen)
                     yield [numbers[i] for i in sorted(chosen)]
