@@ -138,6 +138,36 @@ def test_inputs_that_were_given_are_not_asked_for() -> None:
     assert "pass example_inputs" not in str(caught.value)
 
 
+class StateSpace(nn.Module):
+    """A state space by hand, whose recurrence is written with einsum: it looks like an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 12
+        self.in_proj, self.out_proj = nn.Linear(8, 24), nn.Linear(12, 8)
+        self.conv1d = nn.Conv1d(12, 12, 4, groups=12, padding=3)
+        self.x_proj, self.rate = nn.Linear(12, 24, bias=False), nn.Parameter(torch.rand(12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, gate = self.in_proj(x).split([self.width, self.width], -1)
+        u = self.conv1d(u.mT)[..., : x.shape[1]].mT.sigmoid()
+        given, taken = self.x_proj(u).chunk(2, -1)
+        state, out = x.new_zeros(x.shape[0], self.width, 12), []
+        for t in range(x.shape[1]):
+            new = torch.einsum("bd,bn->bdn", u[:, t], given[:, t])
+            state = state * torch.exp(-self.rate.abs()) + new
+            out.append(torch.einsum("bdn,bn->bd", state, taken[:, t]))
+        return self.out_proj(torch.stack(out, 1) * gate.sigmoid())
+
+
+def test_a_mixer_all_of_whose_layers_have_channels_is_no_attention_that_stays_whole() -> None:
+    model, inputs = nn.Sequential(StateSpace(), nn.Tanh()), torch.randn(2, 5, 8)
+    groups = find_groups(model, example_inputs=inputs, on_unsupported="raise")
+    assert [(layer.kind, layer.units, layer.fixed) for layer in groups.layers] == [
+        ("channels", 12, "")
+    ]
+
+
 MODELS = [
     "test_vit",
     "test_resnet",

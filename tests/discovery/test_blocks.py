@@ -104,6 +104,36 @@ def test_blocks_of_a_model_written_by_hand() -> None:
         torch_rsst.reconstruct(model, groups, refill, batches=[X])
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_attentions_of_an_encoder_of_pytorch_are_blocks(norm_first: bool) -> None:
+    """The encoder asks them whether batches come first, and for their biases."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = randomize(nn.Sequential(encoder, nn.Linear(8, 3)).double().eval())
+    groups = torch_rsst.find_groups(model, kinds="blocks", example_inputs=X)
+    assert paths(model, groups) == ["0.layers.0.self_attn", "0.layers.1.self_attn"]
+    masked, small = halved(model, groups)
+    assert difference(masked, small, X) <= 1e-12
+    assert difference(masked.train(), small.train(), X) <= 1e-12
+
+
+class Asked(Block):
+    """It asks its attention for what a module of zeros has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.attn.in_proj_weight.sum()
+        return super().forward(x)
+
+
+def test_blocks_that_are_asked_for_more_are_refused_with_the_cause() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Asked(8), nn.Linear(8, 3)).double()
+    with pytest.warns(
+        torch_rsst.UnsupportedModuleWarning, match=r"attn .blocks.: .*AttributeError"
+    ):
+        groups = torch_rsst.find_groups(model, kinds="blocks", example_inputs=X)
+    assert paths(model, groups) == ["1.mlp"]
+
+
 def test_a_bias_alone_keeps_its_block() -> None:
     model = randomize(nn.Sequential(nn.Linear(8, 8), Block(8), nn.Linear(8, 3)).double().eval())
     groups = torch_rsst.find_groups(model, kinds="blocks")

@@ -229,3 +229,273 @@ def test_recurrent_layers_are_no_attention(rnn: type[nn.RNNBase]) -> None:
 
     _, refused = survey(Recurrent(), example_inputs=torch.randn(2, 4, 5))
     assert not [item for item in refused if item.kind == "heads"]
+
+
+class Latent(nn.Module):
+    """DeepSeek's, by hand: a latent that all heads share, and one rotated key for all of them."""
+
+    def __init__(self, heads: int, rope: int = 4) -> None:
+        super().__init__()
+        self.h, self.latent, self.rope = heads, 6, rope
+        self.q_a, self.q_b = nn.Linear(8, 6), nn.Linear(6, heads * (3 + rope))
+        self.kv_a, self.kv_b = nn.Linear(8, 6 + rope), nn.Linear(6, heads * 5)
+        self.norm, self.o = nn.RMSNorm(6), nn.Linear(heads * 2, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q_b(self.q_a(x)).unflatten(-1, (self.h, -1)).transpose(1, 2)
+        latent, key = self.kv_a(x).split([self.latent, self.rope], -1)
+        kv = self.kv_b(self.norm(latent)).unflatten(-1, (self.h, -1)).transpose(1, 2)
+        (q, q_rope), (k, v) = q.split([3, self.rope], -1), kv.split([3, 2], -1)
+        weights = (q @ k.mT + q_rope @ key[:, None].mT).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("heads", [2, 3, 5])
+def test_heads_are_cut_however_large_what_they_share_is(heads: int) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Latent(heads))
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[1]).layers
+    assert (layer.units, layer.fixed) == (heads, "")
+
+
+def test_a_query_norm_over_all_heads_is_refused_by_the_name_of_what_they_share() -> None:
+    attention = Separate()
+    attention.to_q = nn.Sequential(attention.to_q, nn.LayerNorm(12))
+    with pytest.raises(
+        ValueError, match=r"its to_q\.0\.weight serves all of its heads: it does not"
+    ):
+        torch_rsst.find_groups(attention, "heads", on_unsupported="ignore")
+
+
+class Talking(nn.Module):
+    """Its scores are mixed across heads before the softmax, its weights after it."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.h = heads
+        self.q, self.k, self.v = (nn.Linear(8, 4 * heads) for _ in range(3))
+        self.pre, self.post = (nn.Linear(heads, heads, bias=False) for _ in range(2))
+        self.o = nn.Linear(4 * heads, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            z(x).view(*x.shape[:2], self.h, -1).transpose(1, 2) for z in (self.q, self.k, self.v)
+        )
+        weights = self.pre((q @ k.mT).movedim(1, -1)).softmax(-2)
+        return self.o((self.post(weights).movedim(-1, 1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_heads_that_talk_are_cut_together_with_the_number_that_counts_them(heads: int) -> None:
+    """Scores' heads and values' heads are different ones, but one number counts both."""
+    model = nn.Sequential(nn.Linear(5, 8), Talking(heads))
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[1]).layers
+    assert (layer.name, layer.units) == ("1", heads)
+    assert {m.parameter for m in layer.members if m.consumes} == {"1.pre.weight", "1.o.weight"}
+
+
+class TwoAttentions(nn.Module):
+    """The second of two attentions has a norm over all of its heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Separate(), Separate(norm=True)
+        for name, part in [*self.first._modules.items()]:
+            self.add_module(f"first_{name}", part)
+        for name, part in [*self.second._modules.items()]:
+            self.add_module(f"second_{name}", part)
+        del self._modules["first"], self._modules["second"]
+
+    def _attended(self, x: torch.Tensor, which: str) -> torch.Tensor:
+        part = {n.removeprefix(which): m for n, m in self._modules.items() if n.startswith(which)}
+        q, k, v = (part[f"to_{n}"](x).unflatten(-1, (-1, 4)).transpose(1, 2) for n in "qkv")
+        mixed = ((q @ part["k_norm"](k).mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return part["to_out"](part["norm"](mixed))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._attended(x, "first_") + self._attended(x, "second_")
+
+
+def test_of_several_attentions_the_refused_one_is_named_by_its_output_layer() -> None:
+    groups, refused = survey(TwoAttentions(), ("heads",), example_inputs=torch.randn(2, 4, 8))
+    assert [(layer.name, layer.units, layer.fixed) for layer in groups.layers] == [
+        ("first_to_out.0", 3, "")
+    ]
+    assert [(item.layer, item.reason[:13]) for item in refused] == [
+        ("second_to_out.0", "its units mix")
+    ]
+
+
+class OneHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.q(x) @ self.k(x).mT / 4**0.5).softmax(-1) @ self.v(x)
+
+
+class ListOfHeads(nn.Module):
+    """Every head is a module of its own, as tutorials write it."""
+
+    def __init__(self, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.proj = (
+            nn.ModuleList(OneHead() for _ in range(heads)),
+            nn.Linear(4 * heads, 8),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(torch.cat([head(x) for head in self.heads], -1))
+
+
+@pytest.mark.parametrize("amount", [1, 1.0])
+def test_heads_that_are_modules_of_their_own_are_cut(amount: float) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), ListOfHeads())
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[amount]).layers
+    assert (layer.name, layer.units) == ("1", 3)
+
+
+class Parallel(nn.Module):
+    """One matrix makes queries, keys, values and hidden neurons; one takes heads and neurons in."""
+
+    def __init__(self, heads: int = 3, neurons: int = 10, neurons_first: bool = False) -> None:
+        super().__init__()
+        self.h, self.wide, self.neurons, self.first = heads, 12 * heads, neurons, neurons_first
+        self.inner, self.outer = (
+            nn.Linear(8, 12 * heads + neurons),
+            nn.Linear(4 * heads + neurons, 8),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv, hidden = self.inner(x).split([self.wide, self.neurons], -1)
+        q, k, v = qkv.unflatten(-1, (3, self.h, -1)).permute(2, 0, 3, 1, 4)
+        parts = [((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2), hidden.tanh()]
+        return self.outer(torch.cat(parts[::-1] if self.first else parts, -1))
+
+
+@pytest.mark.parametrize("neurons_first", [False, True])
+def test_heads_beside_neurons_of_the_same_layers_are_cut(neurons_first: bool) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Parallel(neurons_first=neurons_first))
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    (layer,) = assert_contract(model, inputs, kinds=["heads"], amounts=[1]).layers
+    owned = {m.parameter: int((m.unit_of >= 0).sum()) for m in layer.members}
+    assert owned == {"1.inner.weight": 36, "1.inner.bias": 36, "1.outer.weight": 12}
+
+
+class ListOfParameters(nn.Module):
+    """Every head has an output matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (
+            nn.ParameterList(torch.randn(8, 4) for _ in range(3)) for _ in range(3)
+        )
+        self.o = nn.Parameter(torch.randn(3, 4, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(
+            ((x @ q) @ (x @ k).mT).softmax(-1) @ (x @ v) @ o
+            for q, k, v, o in zip(self.q, self.k, self.v, self.o, strict=True)
+        )
+
+
+def test_one_head_is_said_to_be_needed_whatever_its_number_is_called() -> None:
+    _, refused = survey(ListOfHeads(1), ("heads",), example_inputs=torch.randn(2, 4, 8))
+    assert [item.reason for item in refused] == ["it has no more heads than it needs to run (1)"]
+
+
+def test_attentions_of_one_module_that_are_refused_alike_are_named_once() -> None:
+    _, refused = survey(ListOfParameters(), ("heads",), example_inputs=torch.randn(2, 4, 8))
+    assert [item.reason for item in refused] == [
+        "of each of its 3 attentions: it has no more heads than it needs to run (1)"
+    ]
+
+
+class Cached(nn.Module):
+    """It keeps keys and values in buffers, and attends to these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.qkv, self.o = 3, nn.Linear(8, 36), nn.Linear(12, 8)
+        self.register_buffer("keys", torch.zeros(2, 16, 3, 4))
+        self.register_buffer("values", torch.zeros(2, 16, 3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.h, -1)).unbind(2)
+        self.keys[:batch, :tokens], self.values[:batch, :tokens] = k.detach(), v.detach()
+        k, v = (kept[:batch, :tokens].transpose(1, 2) for kept in (self.keys, self.values))
+        out = nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+def test_keys_and_values_that_are_kept_in_buffers_are_followed_and_cut() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), Cached())
+    inputs = torch.randn(2, 6, 5, dtype=torch.float64)
+    # Without gradients of keys and values: they are detached.
+    found = assert_contract(model, inputs, kinds=["heads"], amounts=[1], train=False)
+    assert [m.parameter for m in found.layers[0].buffers] == ["1.h", "1.keys", "1.values"]
+    assert not bool(model[1].keys.any())
+
+
+class Functional(nn.Module):
+    """It calls the function that nn.MultiheadAttention is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given, self.out = nn.Parameter(torch.randn(24, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own, out = (8, 2, self.given, None, None, None, False, 0.0), self.out
+        return nn.functional.multi_head_attention_forward(x, x, x, *own, out.weight, out.bias)[0]
+
+
+class Rooted(ByHand):
+    """Whether the square root of its temperature is finite, the sign of a small number decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.full((3, 1, 1), 1e-4))
+
+    def positive(self, scores: torch.Tensor) -> torch.Tensor:
+        return (scores * self.temperature.log()).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [
+        (Functional, "it calls multi_head_attention_forward, which fixes how wide all heads are"),
+        (Rooted, "its activations are not finite, so that its units cannot be told apart"),
+    ],
+)
+def test_attention_is_refused_for_its_own_reason(attention: type[nn.Module], reason: str) -> None:
+    model = nn.Sequential(attention(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=reason):
+        torch_rsst.find_groups(
+            model, "heads", example_inputs=torch.randn(4, 2, 8), on_unsupported="ignore"
+        )
+
+
+class Routed(nn.Module):
+    """All experts see all tokens; a softmax weighs what they put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 3), nn.Parameter(torch.randn(3, 8, 6))
+        self.down = nn.Parameter(torch.randn(3, 6, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        each = torch.bmm(torch.einsum("tc,ech->eth", x.flatten(0, 1), self.up).tanh(), self.down)
+        weights = self.gate(x.flatten(0, 1)).softmax(-1)
+        return torch.einsum("etc,te->tc", each, weights).view_as(x)
+
+
+def test_a_mixture_that_looks_like_an_attention_is_not_called_one() -> None:
+    _, refused = survey(Routed(), ("heads",), example_inputs=torch.randn(2, 4, 8))
+    assert [item.reason for item in refused] == [
+        "activations are multiplied with each other in it, as in an attention, but what comes of it "
+        "reaches no layer of its own that could take heads in"
+    ]

@@ -46,6 +46,32 @@ class Alternating(Halves):
         return self.second(value * gate.sigmoid())
 
 
+class Joined(Halves):
+    """Neurons that a softmax joins."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.first(x).chunk(2, -1)
+        return self.second((value * gate.sigmoid()).softmax(-1))
+
+
+class Split(Halves):
+    """It keeps the number of its neurons, under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.first(x).split(self.wide, -1)
+        return self.second(value * gate.sigmoid())
+
+
+class SplitBySix(Halves):
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.first(x).split(6, -1)
+        return self.second(value * gate.sigmoid())
+
+
 class Gated(nn.Module):
     """A gate and a value of their own."""
 
@@ -117,6 +143,8 @@ def pointwise(*between: nn.Module) -> nn.Sequential:
 
 STRUCTURES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "halves": (Halves, TOKENS),
+    "in turns": (Alternating, TOKENS),
+    "split by a number": (Split, TOKENS),
     "gated": (Gated, TOKENS),
     "gated without bias": (lambda: Gated(bias=False), TOKENS),
     "nested": (Nested, TOKENS),
@@ -187,13 +215,23 @@ def test_the_members_of_a_neuron() -> None:
     ("make", "reason"),
     [
         (lambda: pointwise(nn.GroupNorm(1, 6)), "its 1 (GroupNorm) may join its hidden neurons"),
-        (Alternating, "its units mix before the output layer"),
+        (Joined, "its units mix before the output layer"),
     ],
 )
 def test_what_cannot_be_cut_exactly(make: Callable[[], nn.Module], reason: str) -> None:
     with pytest.raises(ValueError, match=r"No groups for 1 module\(s\): the model") as raised:
         torch_rsst.find_groups(make(), "neurons", on_unsupported="raise")
     assert reason in str(raised.value)
+
+
+def test_neurons_to_mask_only_are_announced_with_their_own_remedy() -> None:
+    with pytest.warns(torch_rsst.UnsupportedModuleWarning) as caught:
+        torch_rsst.find_groups(nn.Sequential(SplitBySix(), SplitBySix()))
+    text = str(caught[0].message)
+    assert text.startswith(
+        "Can be masked but not cut: 0 (6 neurons), 1 (6 neurons): it does not run"
+    )
+    assert text.endswith("In its forward, let a size follow from the tensor: chunk(2, -1).")
 
 
 class Attention(nn.Module):

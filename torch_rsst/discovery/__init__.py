@@ -10,6 +10,7 @@ from torch_rsst.discovery.adapter import (
     register,
     rows,
 )
+from torch_rsst.discovery.alternating_gates import AlternatingGates
 from torch_rsst.discovery.blocks import ResidualBlocks
 from torch_rsst.discovery.channels.convolutions import ConvolutionChannels
 from torch_rsst.discovery.emptied import BiasOnly
@@ -26,6 +27,7 @@ from torch_rsst.discovery.two_layer_mlp import TwoLayerMLP
 register(FlowHeads())
 register(FusedAttention())
 register(TorchAttention())
+register(AlternatingGates())
 register(GatedMLP())
 register(GatedConvolution())
 register(TwoLayerMLP())
@@ -36,6 +38,7 @@ __all__ = [
     "ADAPTERS",
     "KINDS",
     "Adapter",
+    "AlternatingGates",
     "BiasOnly",
     "ConvolutionChannels",
     "FlowHeads",

@@ -85,18 +85,22 @@ def uncovered(
     refused: Sequence[Unsupported], groups: Groups, model: nn.Module
 ) -> list[Unsupported]:
     """The refusals, but for those of modules all of whose layers have units of another kind."""
-    mixers = {layer.name for layer in groups.layers if layer.kind == "channels"}
     # What is no attention is refused as such, too, for a reason that says less.
     refused_mixers = {item.layer for item in refused if item.kind == "channels"}
     stays = {item.name for item in groups.whole}
-    held = {name.rpartition(".")[0] for name, w in named_weights(model).items() if w.ndim > 1}
+    matrices = {name for name, w in named_weights(model).items() if w.ndim > 1}
 
     def is_left(item: Unsupported) -> bool:
-        if item.kind == "heads" and item.layer in refused_mixers:
-            return False
-        inside = [p for p in held if p == item.layer or p.startswith(f"{item.layer}.")]
-        is_head = item.kind == "heads" and item.layer not in mixers
-        return is_head or not inside or any(path in stays for path in inside)
+        around = f"{item.layer}." if item.layer else ""
+        inside = {name for name in matrices if name.startswith(around)}
+        if item.kind != "heads":
+            return not inside or any(name.rpartition(".")[0] in stays for name in inside)
+        within = (
+            la for la in groups.layers if la.kind != "heads" and f"{la.name}.".startswith(around)
+        )
+        has_units = {member.parameter for layer in within for member in layer.members}
+        some = not inside or not inside <= has_units
+        return some and item.layer not in refused_mixers
 
     return [item for item in refused if is_left(item)]
 

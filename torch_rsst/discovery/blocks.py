@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torch_rsst.discovery.adapter import Call, Unsupported
+from torch_rsst.discovery.adapter import Call, Unsupported, own_parameters
 from torch_rsst.discovery.channels.base import Place, Survey, WholeModelAdapter
 from torch_rsst.discovery.examples import small_guesses
-from torch_rsst.discovery.probe import Probe, Verdict
+from torch_rsst.discovery.probe import Probe, Verdict, check_on
 from torch_rsst.discovery.trial import is_half, one_line, randomized
 from torch_rsst.groups.groups import BLOCKS, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, replace_module
@@ -35,6 +35,7 @@ class ResidualBlocks(WholeModelAdapter):
 
     kind = BLOCKS
     kinds = (BLOCKS,)
+    told_apart = True  # each is a module of its own
 
     def survey(self, probe: Probe, taken: Collection[Place], kinds: Collection[str]) -> Survey:
         """See :class:`torch_rsst.discovery.channels.base.WholeModelAdapter`."""
@@ -56,13 +57,15 @@ class ResidualBlocks(WholeModelAdapter):
         refused: list[Unsupported] = []
         layer, verdict = self._checked(model, paths, probe)
         if verdict.refused or verdict.fixed:
-            alone = {path: self._checked(model, [path], probe)[1] for path in paths}
-            for path, each in alone.items():
-                if reason := each.refused or each.fixed:
+            cause, left = verdict.refused or verdict.fixed, []
+            for path in paths:
+                each = self._checked(model, [path], probe)[1]
+                # Where the only unit has to stay, it is as in the check of all.
+                if reason := each.refused or each.fixed or cause * (each.least > 0):
                     refused.append(Unsupported(reason, path, BLOCKS))
-            layer, verdict = self._checked(
-                model, [p for p in paths if not (alone[p].refused or alone[p].fixed)], probe
-            )
+                else:
+                    left.append(path)
+            layer, verdict = self._checked(model, left, probe)
         if verdict.refused:
             refused.append(Unsupported(verdict.refused, "", BLOCKS))
         if verdict.refused or not layer.units:
@@ -76,7 +79,10 @@ class ResidualBlocks(WholeModelAdapter):
         self, model: nn.Module, paths: list[str], probe: Probe
     ) -> tuple[GroupLayer, Verdict]:
         layer = GroupLayer("", BLOCKS, len(paths), tuple(_members(model, paths)))
-        return layer, probe.check(model, self, layer) if paths else Verdict()
+        if not paths:
+            return layer, Verdict()
+        call, error = probe.call_of(model, layer, self)
+        return layer, Verdict(refused=error) if call is None else check_on(model, self, layer, call)
 
     def examples(self, module: nn.Module) -> Iterator[Call]:
         """See :class:`torch_rsst.discovery.Adapter`."""
@@ -105,6 +111,11 @@ class Nothing(nn.Module):
         super().__init__()
         returned = inspect.signature(type(block).forward).return_annotation
         named = returned if isinstance(returned, str) else getattr(returned, "__name__", "")
+        # Modules around ask the block for these, as an encoder of PyTorch does its attentions.
+        own = {k: v for k, v in vars(block).items() if isinstance(v, (bool, int, str))}
+        self.__dict__.update({k: v for k, v in own.items() if k not in self.__dict__})
+        for name in own_parameters(block):
+            self.register_parameter(name, None)
         self.returns_pair = named.lower().startswith("tuple")
         # Other layers ask the cache of keys how many tokens it has seen.
         self.layer_idx = getattr(block, "layer_idx", None) if hasattr(block, "is_causal") else None

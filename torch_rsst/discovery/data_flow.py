@@ -9,6 +9,7 @@ product is followed by itself, whatever its inputs are, and whatever the module 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,31 +94,34 @@ class Flow:
     Args:
         module: in eval mode; its parameters, and buffers, are made to require gradients.
         call: its arguments.
-        buffers: whether to look at those, too.
 
     Attributes:
         tensors: its parameters and buffers of floats, by name.
         products: in the order in which they ran.
         scores: what attention weights were made of: scores, or queries and keys.
+        whole: the name of a function that computes a whole attention from its parameters, if one ran.
         out: what it puts out.
     """
 
-    def __init__(self, module: nn.Module, call: Call, *, buffers: bool = True) -> None:
+    def __init__(self, module: nn.Module, call: Call) -> None:
         self.module, self.call = module, call
         self.tensors: dict[str, Tensor] = {
             name: tensor.requires_grad_()
-            for name, tensor in (
-                *module.named_parameters(),
-                *(module.named_buffers() if buffers else ()),
-            )
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
             if tensor.is_floating_point()
         }
         noisy, self.out = self._run()
-        self.products, self.scores = noisy.products, noisy.scores
+        self.products, self.scores, self.whole = noisy.products, noisy.scores, noisy.whole
 
-    def _run(self, known: Sequence[Tensor] = ()) -> tuple[_Noisy, Any]:
-        noisy = _Noisy([*self.module.parameters()], known)
-        with torch.enable_grad(), torch.random.fork_rng(devices=_devices(self.module)), noisy:
+    def _run(self, known: Sequence[Tensor] = (), seed: int = -3) -> tuple[_Noisy, Any]:
+        noisy = _Noisy([*self.module.parameters()], known, seed)
+        devices = _devices(self.module)
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=devices),
+            _copies(self.module),
+            noisy,
+        ):
             torch.manual_seed(0)
             out = run_call(self.module, self.call)
         return noisy, out
@@ -155,10 +159,13 @@ class Flow:
             out = product.again(product.given.detach() * mask)
         return _reached(self.tensors, _gradients(out, None, [*self.tensors.values()]))
 
-    def moved(self, place: int, added: Masks) -> Tensor:
-        """The activations of a product where something is added to what products before it put out."""
+    def moved(self, place: int, added: Masks, seed: int = -3) -> Tensor:
+        """The activations of a product where something is added to what products before it put out.
+
+        Or where all scores are others, by another seed.
+        """
         made = [p.noise.detach() + added.get(i, 0.0) for i, p in enumerate(self.products)]
-        return self._run(made)[0].products[place].given.detach()
+        return self._run(made, seed)[0].products[place].given.detach()
 
     def scored(self, place: int, mask: Tensor, own: Masks) -> bool | None:
         """Whether some features make the scores by which a part of a product's activations is attended.
@@ -172,13 +179,13 @@ class Flow:
             None where no scores make a difference to this part.
         """
         found: bool | None = None
-        for scores, used in self._used(place, mask):
+        for scores, used in self.used(place, mask):
             reached = _gradients(scores, used, [self.products[i].noise for i in own])
             pairs = zip(reached, own.values(), strict=True)
             found = found or any(g is not None and bool((g * o).any()) for g, o in pairs)
         return found
 
-    def _used(self, place: int, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def used(self, place: int, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Scores that make a difference to a part, and which of their entries do."""
         gradients = _gradients(self.products[place].given, mask, self.scores)
         for scores, gradient in zip(self.scores, gradients, strict=True):
@@ -189,18 +196,22 @@ class Flow:
 class _Noisy(TorchFunctionMode):
     """Puts noise in the place of every product with parameters."""
 
-    def __init__(self, parameters: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], known: Sequence[Tensor], seed: int) -> None:
         super().__init__()
         self.products: list[Product] = []
         self.scores: list[Tensor] = []
+        self.whole = ""
         self._weights = {id(p): p for p in parameters}  # held, so that ids stay unique
-        self._known = known
+        self._known, self._seed = known, seed
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """See :class:`torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
+        if func is Tensor.detach:  # as before it is kept for the next run
+            out: Tensor = args[0]
+            return out
         # Not the number of an expert, say, by which one matrix of a stack is picked.
         tensors = [t for t in tensors_in((args, kwargs)) if t.ndim or t.is_floating_point()]
         weights = [tensor for tensor in tensors if id(tensor) in self._weights]
@@ -211,9 +222,11 @@ class _Noisy(TorchFunctionMode):
             return self._noise(func, args, kwargs, given[0])
         if func in _SCORES:  # otherwise a bias of all keys had no gradient
             *queries, scores = tensors[: _SCORES[func]]
-            uneven = scores * noise(scores.shape, seed=-3).exp().to(scores)
+            uneven = scores * noise(scores.shape, seed=self._seed).exp().to(scores)
             args, kwargs = tree_map(lambda v: uneven if v is scores else v, (args, kwargs))
             self.scores += [t for t in (*queries, uneven) if t.requires_grad]
+        if func is F.multi_head_attention_forward:
+            self.whole = func.__name__
         is_flat = func in _FLAT and bool(args) and args[0].is_floating_point()
         slope = 0.1 * args[0] if is_flat else None  # before it is changed in place
         out = _normalized(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
@@ -236,6 +249,22 @@ class _Noisy(TorchFunctionMode):
             made = noise(out.shape, seed=place).to(out.detach()).requires_grad_()
         self.products.append(Product(again, given, out, made))
         return made.clone()  # which may be written to
+
+
+@contextmanager
+def _copies(module: nn.Module) -> Iterator[None]:
+    """Copies in the place of buffers, which a forward may write to."""
+    held = [(part, dict(part._buffers)) for part in module.modules()]
+    copies = {
+        buffer: buffer.clone() for _, own in held for buffer in own.values() if buffer is not None
+    }
+    try:
+        for part, own in held:
+            part._buffers.update({k: copies[b] for k, b in own.items() if b is not None})
+        yield
+    finally:
+        for part, own in held:
+            part._buffers.update(own)
 
 
 def noise(shape: Sequence[int], *, seed: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported
 from torch_rsst.discovery.channels.base import WholeModelAdapter
 from torch_rsst.discovery.families import load_families
 from torch_rsst.discovery.flow_heads import search
-from torch_rsst.discovery.probe import Probe
+from torch_rsst.discovery.noted import with_numbers
+from torch_rsst.discovery.probe import Fact, Probe
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.groups import BLOCKS, GroupLayer, Groups
 from torch_rsst.masking.names import named_refs, unwrap, without_wrappers
@@ -131,9 +132,10 @@ def _to_be_told(groups: Groups, refused: Sequence[Unsupported], kinds: Sequence[
         listed = ", ".join(map(str, fixed[:3])) + (
             f" and {len(fixed) - 3} more" if fixed[3:] else ""
         )
+        remedy = "reshape(B, T, -1)" if fixed[0].kind == "heads" else "chunk(2, -1)"
         sentences.append(
             f"Can be masked but not cut: {listed}: {fixed[0].fixed}. In its forward, let a size follow "
-            "from the tensor: reshape(B, T, -1)."
+            f"from the tensor: {remedy}."
         )
     return sentences
 
@@ -165,6 +167,7 @@ def _ask_adapters(
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
+    alike: dict[Fact, GroupLayer | Unsupported] = {}
     for path, module in model.named_modules():
         if unwrap(module) is not module:
             continue  # what is inside follows
@@ -172,7 +175,7 @@ def _ask_adapters(
         for kind in kinds:
             if _stands_inside(name, kind, layers):
                 continue
-            answer = _answer(kind, module, probe)
+            answer = _answer(kind, module, probe, alike)
             if isinstance(answer, GroupLayer):
                 found = _relocated(answer, name)
                 reason = _tied(found, refs) or _shared(found, module, refs, paths)
@@ -190,7 +193,8 @@ def _ask_adapters(
                 layers.append(answer)
                 refused = [item for item in refused if item.layer != name or item.kind == "heads"]
             else:
-                refused.append(replace(answer, layer=name, kind="heads"))
+                inside = ".".join(filter(None, (name, answer.layer)))
+                refused.append(replace(answer, layer=inside, kind="heads"))
         order = {
             path: i for i, path in enumerate(without_wrappers(n) for n, _ in model.named_modules())
         }
@@ -230,22 +234,32 @@ def _is_about(item: GroupLayer | Unsupported, known: Unsupported) -> bool:
     return any(member.parameter.startswith(inside) for member in item.ranked)
 
 
-def _answer(kind: str, module: nn.Module, probe: Probe) -> GroupLayer | Unsupported | None:
-    """What the first adapter that knows the module says of it, checked."""
+def _answer(
+    kind: str, module: nn.Module, probe: Probe, alike: dict[Fact, GroupLayer | Unsupported]
+) -> GroupLayer | Unsupported | None:
+    """What the first adapter that knows the module says of it, checked, or one whose units can be cut.
+
+    What is known of modules alike stands.
+    """
+    refused: Unsupported | None = None
     for adapter in ADAPTERS:
-        if adapter.kind == kind and (answer := adapter.find(module)) is not None:
-            if isinstance(answer, Unsupported):
-                return answer
-            verdict = probe.check(module, adapter, answer)
-            if verdict.refused:
-                return Unsupported(verdict.refused)
-            return replace(
-                answer,
-                family=type(adapter).__name__,
-                fixed=verdict.fixed,
-                least=max(adapter.least, answer.least, verdict.least),
-            )
-    return None
+        if adapter.kind != kind or (answer := adapter.find(module)) is None:
+            continue
+        if isinstance(answer, Unsupported):
+            return refused or answer
+        verdict = probe.check(module, adapter, answer)
+        if verdict.refused:
+            refused = refused or Unsupported(verdict.refused)
+            continue
+        least = max(adapter.least, answer.least, verdict.least)
+        answer = replace(answer, family=type(adapter).__name__, least=least)
+        if not verdict.fixed:
+            return answer
+        key = (type(adapter), probe.signature(module))
+        if refused is None and key not in alike:
+            alike[key] = with_numbers(module, adapter, answer, probe.two_calls(module, answer))
+        return refused or alike[key]
+    return refused
 
 
 def _stands_inside(name: str, kind: str, layers: Sequence[GroupLayer]) -> bool:

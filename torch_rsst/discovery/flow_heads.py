@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +14,14 @@ from torch.utils._pytree import tree_map
 from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
 from torch_rsst.discovery.data_flow import Flow, contracts, tensors_in
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
-from torch_rsst.discovery.flow_units import divisions
-from torch_rsst.discovery.head_attributes import CUT, HEAD_WIDTHS, head_count
+from torch_rsst.discovery.flow_units import divisions, has_one_head
+from torch_rsst.discovery.head_attributes import head_count
+from torch_rsst.discovery.noted import with_numbers
 from torch_rsst.discovery.probe import (
     ON_META,
     Fact,
     Probe,
-    Verdict,
-    check_on,
+    _why_not_finite,
     is_on_meta,
     other_call,
     signature_of_call,
@@ -31,15 +29,19 @@ from torch_rsst.discovery.probe import (
 )
 from torch_rsst.discovery.trial import is_half, randomized
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
-from torch_rsst.groups.surgery import Removal, module_at, noted_numbers, replace_module
+from torch_rsst.groups.surgery import Removal, module_at, replace_module
 from torch_rsst.masking.names import named_weights, without_wrappers
 from torch_rsst.utils.module_state import undisturbed
 
 Answer = GroupLayer | Unsupported
 MIXED = "its units mix before the output layer, so that none can be removed exactly"
-NO_OUTPUT = "its attention leads to no layer that takes its heads in"
+NO_OUTPUT = (
+    "activations are multiplied with each other in it, as in an attention, but what comes of it reaches "
+    "no layer of its own that could take heads in"
+)
+WHOLE = "which fixes how wide all heads are together; heads of nn.MultiheadAttention can be cut"
+_MOST_TRIALS, _FEW_TRIALS = 64, 16
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_MOST_TRIALS = 64
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ class _Look:
         flow = _flow(module, call)
         if flow is None:
             return []
+        if flow.whole:
+            return [Unsupported(f"it calls {flow.whole}, {WHOLE}")]
         noises = [product.noise for product in flow.products]
         ends = [i for i, product in enumerate(flow.products) if contracts(product.given, noises)]
         if not ends:
@@ -160,70 +164,70 @@ class _Look:
             return [_Open(NO_OUTPUT)] if attends else []
         if is_on_meta(module):
             return [Unsupported(ON_META)]
+        if not all(bool(flow.products[place].given.isfinite().all()) for place in ends):
+            return [Unsupported(_why_not_finite(module))]
         least = 0 if len(ends) == 1 and isinstance(flow.out, Tensor) else 1
         answers = [self._best(module, flow, place, least, call) for place in ends]
-        return answers if len(ends) == 1 else [_named(answer) for answer in answers]
+        if len(ends) == 1:
+            return answers
+        if together := self._together(module, answers, [call, other_call(module, call)]):
+            return [together]
+        first = answers[0]
+        if isinstance(first, Unsupported) and all(answer == first for answer in answers):
+            return [Unsupported(f"of each of its {len(ends)} attentions: {first.reason}")]
+        return [_named(a, flow, place) for a, place in zip(answers, ends, strict=True)]
+
+    def _together(
+        self, module: nn.Module, answers: Sequence[Answer], calls: Sequence[Call]
+    ) -> GroupLayer | None:
+        """Heads of several attentions that one number counts, and that can be cut with each other only."""
+        layers = [answer for answer in answers if isinstance(answer, GroupLayer)]
+        alike = len(layers) == len(answers) and len({layer.units for layer in layers}) == 1
+        if not (alike and any(layer.fixed for layer in layers)):
+            return None
+        members = tuple(m for layer in layers for m in layer.members)
+        buffers = tuple(m for layer in layers for m in layer.buffers)
+        whole = replace(layers[0], members=members, buffers=buffers, fixed="")
+        answer = with_numbers(module, self.adapter, whole, calls)
+        return answer if isinstance(answer, GroupLayer) and not answer.fixed else None
 
     def _best(self, module: nn.Module, flow: Flow, place: int, least: int, call: Call) -> Answer:
         """Of all ways to divide what a product takes in: one that can be cut, which owns the most."""
-        ways = [way.layer() for way in divisions(flow, place)]
-        layers = sorted(filter(None, ways), key=partial(_size, flow), reverse=True)
+        ways = list(filter(None, (way.layer() for way in divisions(flow, place))))
+        ways.sort(key=lambda way: _size(flow, way[0]), reverse=True)
         calls = [call, other_call(module, call)]
-        single = head_count(module) == 1
+        single = head_count(module) == 1 or has_one_head(flow, place)
         best: Answer = Unsupported(too_few("heads", 1) if single else MIXED)
-        for layer in layers:
-            answer = self._tried(module, replace(layer, least=least), calls)
-            if isinstance(answer, GroupLayer):
-                if not answer.fixed:
-                    return answer
-                best = best if isinstance(best, GroupLayer) else answer
-            elif isinstance(best, Unsupported):
+        for layer, shared in ways:
+            layer = replace(layer, least=least)
+            most = _FEW_TRIALS if shared else _MOST_TRIALS
+            answer = with_numbers(module, self.adapter, layer, calls, most)
+            if isinstance(answer, GroupLayer) and not answer.fixed:
+                return answer
+            if isinstance(answer, GroupLayer) and shared:
+                # As where queries of all heads are normalized together.
+                answer = Unsupported(f"its {shared} serves all of its heads: {answer.fixed}")
+            if isinstance(best, Unsupported):
                 best = answer
         return best
 
-    def _tried(self, module: nn.Module, found: GroupLayer, calls: Sequence[Call]) -> Answer:
-        """Units with the numbers that have to be changed with them; as these cannot be told, they are tried."""
-        verdicts = []
-        for numbers in _choices(module, found):
-            layer = replace(found, buffers=(*found.buffers, *numbers), family="FlowHeads")
-            verdict = self._verdict(module, layer, calls)
-            if not verdict.refused and not verdict.fixed:
-                return replace(layer, least=verdict.least)
-            verdicts.append(verdict)
-        fixed = next((verdict.fixed for verdict in verdicts if verdict.fixed), "")
-        if fixed:
-            return replace(found, family="FlowHeads", fixed=fixed, least=found.least)
-        return Unsupported(verdicts[0].refused)
 
-    def _verdict(self, module: nn.Module, layer: GroupLayer, calls: Sequence[Call]) -> Verdict:
-        least = layer.least
-        for call in calls:
-            verdict = check_on(module, self.adapter, layer, call)
-            if verdict.refused or verdict.fixed:
-                return verdict
-            least = max(least, verdict.least)
-        return Verdict(least=least)
-
-
-def _named(answer: Answer) -> Answer:
+def _named(answer: Answer, flow: Flow, place: int) -> Answer:
     """Of one of several attentions in a module: named after the layer that takes its heads in."""
-    if isinstance(answer, Unsupported):
-        return answer
-    output = next(member.parameter for member in answer.members if member.consumes)
+    output = next(iter(flow.takes(place, torch.tensor(True))))
     path = output.rpartition(".")[0]
-    return (
-        replace(answer, name=path)
-        if path
-        else Unsupported(f"{output} belongs to one of several attentions of one module")
-    )
+    if isinstance(answer, Unsupported):
+        return replace(answer, layer=path)
+    if path:
+        return replace(answer, name=path)
+    return Unsupported(f"{output} belongs to one of several attentions of one module")
 
 
 def _flow(module: nn.Module, call: Call) -> Flow | None:
     """What flows in a copy of a module; None where it does not run so."""
     call = tree_map(lambda value: value.float() if is_half(value) else value, call)
-    for buffers in (True, False):  # some are written to
-        with suppress(Exception):
-            return Flow(randomized(module), call, buffers=buffers)
+    with suppress(Exception):
+        return Flow(randomized(module), call)
     return None
 
 
@@ -231,40 +235,6 @@ def _size(flow: Flow, layer: GroupLayer) -> float:
     """How many entries of parameters units own."""
     owned = ((m, float((m.unit_of != NO_UNIT).float().mean())) for m in layer.ranked)
     return sum(flow.tensors[member.parameter].numel() * share for member, share in owned)
-
-
-def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
-    """Numbers that may count units, or features of theirs: the likeliest choice, then what differs least from it."""
-    owned = [(m, m.unit_of != NO_UNIT) for m in layer.members]
-    counts = {int(own.sum()) for _, own in owned}
-    known = {(m.parameter, m.dim) for m in layer.members}
-    shapes = ((name, w.shape) for name, w in named_weights(module).items())
-    others = {size for name, s in shapes for d, size in enumerate(s) if (name, d) not in known}
-    numbers: list[Member] = []
-    surely, maybe = set(), set()
-    for path, part in module.named_modules():
-        if type(part).__module__.startswith("torch.nn."):
-            continue  # knows of no units
-        for name, value in noted_numbers(part, path, objects=True).items():
-            if value <= 0 or value % layer.units or all(count % value for count in counts):
-                continue
-            last = name.rpartition(".")[2]
-            if last in CUT:
-                surely.add(len(numbers))
-            elif last not in HEAD_WIDTHS and value not in others:
-                maybe.add(len(numbers))
-            each = torch.arange(layer.units).repeat_interleave(value // layer.units)
-            numbers.append(Member(name, 0, each, ranked=False))
-    tried: set[frozenset[int]] = set()
-    for count in range(len(numbers) + 1):
-        for other in itertools.combinations(range(len(numbers)), count):
-            for base in (surely, surely | maybe):
-                chosen = frozenset(base ^ set(other))
-                if len(tried) == _MOST_TRIALS:
-                    return  # of all ways, whose number doubles with each number
-                if chosen not in tried:
-                    tried.add(chosen)
-                    yield [numbers[i] for i in sorted(chosen)]
 
 
 def _own_matrices(model: nn.Module, taken: Collection[str]) -> Counter[nn.Module]:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,8 +39,11 @@ class Division:
         """Of the activations, broadcastable to them."""
         return _along(self.flow.products[self.place].given, self.dim, self.part_of == part)
 
-    def layer(self) -> GroupLayer | None:
-        """The parts as units, with the entries of parameters and buffers that are of one part alone."""
+    def layer(self) -> tuple[GroupLayer, str] | None:
+        """The parts as units, with the entries of parameters and buffers that are of one part alone.
+
+        With them the name of what all of them share, if that is as large as what they own: ``""`` otherwise.
+        """
         makes, between, takes = [], [], []
         features: dict[str, set[int]] = {}
         parts = range(int(self.part_of.max()) + 1)
@@ -48,8 +52,8 @@ class Division:
             made: list[Reached] = []
             for place, mask in outs.items():
                 made.append(self.flow.gives(place, mask))
-                if part:
-                    continue  # features lie along the same dimension
+                if made[-1].keys() <= features.keys():
+                    continue  # of all parts, they lie along the same dimension
                 for name, dims in self.flow.gives(place, _first_of(mask)).items():
                     some = {d for d, hit in enumerate(dims) if not bool(hit.all())}
                     features.setdefault(name, set()).update(some)
@@ -69,19 +73,24 @@ class Division:
             for name, dim, unit_of in _owned(takes, {})
         ]
         sizes = {name: self.flow.tensors[name].numel() for made in makes for name in made}
-        owned = [sizes.pop(member.parameter) for member in giving if member.ranked]
-        if owned and any(size >= min(owned) for size in sizes.values()):
-            return None  # as where queries of all heads are normalized together
-        if not (giving and taking and all(map(_is_shared_evenly, (*giving, *held, *taking)))):
+        owned = {member.parameter: sizes.pop(member.parameter) for member in giving}
+        least = min((owned[member.parameter] for member in giving if member.ranked), default=0)
+        shared = next((name for name, size in sizes.items() if least and size >= least), "")
+        if not all(map(self._is_shared_evenly, (giving, (*giving, *held), taking))):
             return None
         followers = (m for m in held if m.parameter not in buffers)
-        return GroupLayer(
-            "",
-            "heads",
-            len(parts),
-            (*giving, *followers, *taking),
-            tuple(m for m in held if m.parameter in buffers),
-        )
+        members = (*giving, *followers, *taking)
+        along = tuple(m for m in held if m.parameter in buffers)
+        return GroupLayer("", "heads", len(parts), members, along), shared
+
+    def _is_shared_evenly(self, members: Sequence[Member]) -> bool:
+        """Whether all parts have as many entries of some tensors, as heads do, and any."""
+        total = torch.zeros(int(self.part_of.max()) + 1)
+        for member in members:
+            own = member.unit_of[member.unit_of != NO_UNIT]
+            each = self.flow.tensors[member.parameter].numel() // member.unit_of.numel()
+            total += each * torch.bincount(own, minlength=total.numel())
+        return bool((total == total[0]).all()) and bool(members)
 
     def attends(self) -> bool:
         """Whether the features of a part make the scores by which it is attended.
@@ -105,23 +114,43 @@ class Division:
 def divisions(flow: Flow, place: int) -> Iterator[Division]:
     """All ways in which the features of products that are attended divide what another product takes in."""
     given = flow.products[place].given
-    for dim, size in enumerate(given.shape):
-        if size < 2:
-            continue
-        first, last = (_along(given, dim, torch.arange(size) == i) for i in (0, size - 1))
-        # Otherwise positions, all of which meet the same entries.
-        if not _owned([flow.takes(place, first), flow.takes(place, last)], {}):
-            continue
+    others = _differ(given.detach(), flow.moved(place, {}, seed=-4))
+    for dim in _of_features(flow, place):
+        # Hidden neurons beside an attention, say, meet no scores.
+        attended = others.movedim(dim, 0).flatten(1).any(1).nonzero().flatten().cpu()
+        where = attended if len(attended) else torch.arange(given.shape[dim])
+        first = _along(given, dim, torch.arange(given.shape[dim]) == where[0])
         seen: set[tuple[int, ...]] = set()
         for nth in range(len(flow.reach(place, first)[0])):
             for whole in (True, False):
-                part_of = _divided(flow, place, dim, nth, whole)
+                part_of = _divided(flow, place, dim, where, nth, whole)
                 if part_of is not None and (key := tuple(part_of.tolist())) not in seen:
                     seen.add(key)
                     yield Division(flow, place, dim, part_of)
 
 
-def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor | None:
+def has_one_head(flow: Flow, place: int) -> bool:
+    """Whether what a product takes in is attended by one row of scores for each position."""
+    given = flow.products[place].given
+    features = math.prod(given.shape[dim] for dim in _of_features(flow, place))
+    scores = next((scores for scores, _ in flow.used(place, torch.tensor(True))), None)
+    rows = 0 if scores is None else scores.numel() // scores.shape[-1]
+    return 0 < rows <= given.numel() // features
+
+
+def _of_features(flow: Flow, place: int) -> Iterator[int]:
+    """The dimensions of what a product takes in that are no positions, all of which meet the same entries."""
+    given = flow.products[place].given
+    for dim, size in enumerate(given.shape):
+        if size > 1:
+            first, last = (_along(given, dim, torch.arange(size) == i) for i in (0, size - 1))
+            if _owned([flow.takes(place, first), flow.takes(place, last)], {}):
+                yield dim
+
+
+def _divided(
+    flow: Flow, place: int, dim: int, where: Tensor, nth: int, whole: bool
+) -> Tensor | None:
     """What depends on the same features goes into one part; None where such parts overlap.
 
     Parts are laid out alike, so that a few tell of all.
@@ -130,13 +159,14 @@ def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor 
         flow: of a module.
         place: of a product.
         dim: of its activations.
+        where: indices along it that are dealt out; others are of no part.
         nth: which of the products that reach an index is asked for its features.
         whole: all its features that reach the index, or the first alone.
     """
     before = flow.products[place].given.detach()
     size = before.shape[dim]
     part_of: Tensor | None = None
-    for index in (0, size - 1, size // 2):
+    for index in (int(where[i]) for i in (0, -1, len(where) // 2)):
         here = _along(before, dim, torch.arange(size) == index)
         outs, _ = flow.reach(place, here)
         if nth >= len(outs):
@@ -146,10 +176,10 @@ def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor 
         added = noise(mask.shape, seed=-1).to(before) * (mask if whole else _first_of(mask))
         moved = _differ(before, flow.moved(place, {source: added}))
         found = moved.movedim(dim, 0).flatten(1).any(1).cpu()
-        if bool(found.all()) or not bool(found[index]):
+        if bool(found[where].all()) or not bool(found[index]):
             return None
         if part_of is None:
-            part_of = _laid_out_like(found)
+            part_of = _laid_out_like(found, where)
             if part_of is None or not Division(flow, place, dim, part_of).attends():
                 return None
         elif not torch.equal(part_of == part_of[index], found):
@@ -157,13 +187,15 @@ def _divided(flow: Flow, place: int, dim: int, nth: int, whole: bool) -> Tensor 
     return part_of
 
 
-def _laid_out_like(first: Tensor) -> Tensor | None:
-    """The part of each index, by the indices of the first part, 0 among them: as long runs of each in turn."""
+def _laid_out_like(part: Tensor, where: Tensor) -> Tensor | None:
+    """The part of each index, by the indices of the first part, the first among them: as long runs of each in turn."""
+    first = part[where]
     size, each = first.numel(), int(first.sum())
     run = int((~first).nonzero()[0])
-    part_of = torch.arange(size) // run % (size // each)
+    part_of = torch.full(part.shape, NO_UNIT)
+    part_of[where] = torch.arange(size) // run % (size // each)
     regular = size % each == 0 and size // each <= _MOST_HEADS
-    return part_of if regular and torch.equal(part_of == 0, first) else None
+    return part_of if regular and torch.equal(part_of == 0, part) else None
 
 
 def _along(given: Tensor, dim: int, which: Tensor) -> Tensor:
@@ -177,13 +209,8 @@ def _first_of(mask: Tensor) -> Tensor:
 
 
 def _differ(one: Tensor, other: Tensor) -> Tensor:
-    return (one - other).abs() > _SAME * one.abs().max()
-
-
-def _is_shared_evenly(member: Member) -> bool:
-    """Whether all units have as many entries, as heads do."""
-    counts = torch.bincount(member.unit_of[member.unit_of != NO_UNIT])
-    return bool((counts == counts[0]).all())
+    largest = one.abs().amax() if one.numel() else 0.0
+    return (one - other).abs() > _SAME * largest
 
 
 def _joined(parts: Sequence[Reached]) -> Reached:

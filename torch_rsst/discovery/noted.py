@@ -1,0 +1,98 @@
+"""Numbers that modules keep of their units: which of them follow when units are cut, told by trying."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
+from torch_rsst.discovery.head_attributes import CUT, HEAD_WIDTHS
+from torch_rsst.discovery.probe import Verdict, check_on
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
+from torch_rsst.groups.surgery import noted_numbers
+from torch_rsst.masking.names import named_weights
+
+
+def with_numbers(
+    module: nn.Module,
+    adapter: Adapter,
+    found: GroupLayer,
+    calls: Sequence[Call],
+    most: int = 64,
+) -> GroupLayer | Unsupported:
+    """Units with the numbers that have to be changed with them; as these cannot be told, they are tried.
+
+    Args:
+        module: that holds the units.
+        adapter: that found them.
+        found: the units, by names within the module.
+        calls: arguments of the module, all of which it has to run on.
+        most: how many choices of numbers are tried: of all ways, whose number doubles with each number.
+
+    Returns:
+        the units; to mask only, where no choice of numbers lets them be cut; or why these are no units.
+    """
+    found = replace(found, family=type(adapter).__name__)
+    verdicts = []
+    for numbers in itertools.islice(_choices(module, found), most):
+        layer = replace(found, buffers=(*found.buffers, *numbers))
+        verdict = _verdict(module, adapter, layer, calls)
+        if not verdict.refused and not verdict.fixed:
+            return replace(layer, fixed="", least=verdict.least)
+        verdicts.append(verdict)
+    fixed = next((verdict.fixed for verdict in verdicts if verdict.fixed), "")
+    return replace(found, fixed=fixed) if fixed else Unsupported(verdicts[0].refused)
+
+
+def _verdict(
+    module: nn.Module, adapter: Adapter, layer: GroupLayer, calls: Sequence[Call]
+) -> Verdict:
+    least = layer.least
+    for call in calls:
+        verdict = check_on(module, adapter, layer, call)
+        if verdict.refused or verdict.fixed:
+            return verdict
+        least = max(least, verdict.least)
+    return Verdict(least=least)
+
+
+def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
+    """Numbers that may count units, or features of theirs: the likeliest choice, then what differs least from it."""
+    owned = [(m, m.unit_of != NO_UNIT) for m in layer.members]
+    counts = {int(own.sum()) for _, own in owned}
+    known = {(m.parameter, m.dim) for m in layer.members}
+    noted = {(m.parameter, m.dim) for m in layer.buffers}
+    shapes = ((name, w.shape) for name, w in named_weights(module).items())
+    others = {size for name, s in shapes for d, size in enumerate(s) if (name, d) not in known}
+    numbers: list[Member] = []
+    surely, maybe = set(), set()
+    for path, part in module.named_modules():
+        if type(part).__module__.startswith("torch.nn."):
+            continue  # knows of no units
+        for name, value in noted_numbers(part, path, objects=True).items():
+            if value <= 0 or value % layer.units or all(count % value for count in counts):
+                continue
+            last = name.rpartition(".")[2]
+            if last in CUT:
+                surely.add(len(numbers))
+            elif last not in HEAD_WIDTHS and value not in others:
+                maybe.add(len(numbers))
+            each = torch.arange(layer.units).repeat_interleave(value // layer.units)
+            numbers.append(Member(name, 0, each, ranked=False))
+    for name, buffer in module.named_buffers():  # such as keys and values that are kept
+        for dim, size in enumerate(buffer.shape):
+            if size == layer.units and (name, dim) not in noted:
+                maybe.add(len(numbers))
+                numbers.append(Member(name, dim, torch.arange(size), ranked=False))
+    tried: set[frozenset[int]] = set()
+    for count in range(len(numbers) + 1):
+        for other in itertools.combinations(range(len(numbers)), count):
+            for base in (surely, surely | maybe):
+                chosen = frozenset(base ^ set(other))
+                if chosen not in tried:
+                    tried.add(chosen)
+                    yield [numbers[i] for i in sorted(chosen)]
