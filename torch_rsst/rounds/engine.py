@@ -114,9 +114,8 @@ class Rounds(ABC):
         self._snapshot = Snapshot.of(model, course.rewind)
         self._optimizer = optimizer
         self._optimizers = [] if optimizer is None else as_optimizers(optimizer)
-        self._optimizer_rewind = OptimizerRewind.of(
-            course.rewind_optimizer if course.rewind is not None else "keep", self._optimizers
-        )
+        asked = "keep" if course.rewind is None else course.rewind_optimizer
+        self._optimizer_rewind = OptimizerRewind.of(asked, self._model, self._optimizers)
         self._replicas = replica_group(model) if process_group is None else process_group
         self.course, self.ranking, self.regrouping = course, ranking, regrouping
         self.penalty, self.data = penalty, data
@@ -300,6 +299,9 @@ class Rounds(ABC):
     def _open(self, index: int, chosen: Chosen, *, new: bool) -> Round:
         """Open a round, a new one or one that is resumed: all of it, or nothing is changed."""
         trained = self._trained_with(chosen)
+        memory = self._optimizer_rewind if index >= 0 else OptimizerRewind("keep")
+        if new and self._snapshot.weights:
+            memory.check(self._model, self._optimizers)
         with AllOrNothing(self._refs()) as undo:
             undo += self._weights_back() if new else ()
             # The regularizer comes first: whatever can fail does so before the model is touched.
@@ -312,7 +314,6 @@ class Rounds(ABC):
                 **vars(self.penalty),
             )
             try:
-                memory = self._optimizer_rewind if index >= 0 else OptimizerRewind("keep")
                 parts = (self._model, self._groups, trained, self._history, memory)
                 opened = Round(index, 0, chosen, pruner, *parts)
                 self._begin(opened, new=new)
@@ -376,6 +377,7 @@ class Rounds(ABC):
             finalized=self._finalized,
             snapshot=self._snapshot,
             optimizer_states=self._optimizer_rewind.states,
+            optimizer_names=self._optimizer_rewind.names,
             masks=extract_mask(self._model) if last is None else {},
             round=None
             if last is None
@@ -428,7 +430,11 @@ class Rounds(ABC):
             self._round.pruner.detach()
         self._round, self._last, self._resumed = None, None, False
         self._snapshot, self._reference = saved.snapshot, saved.reference
-        self._optimizer_rewind = replace(self._optimizer_rewind, states=saved.optimizer_states)
+        memory = replace(
+            self._optimizer_rewind, states=saved.optimizer_states, names=saved.optimizer_names
+        )
+        # States that were written before these names were kept are of the optimizers as they are.
+        self._optimizer_rewind = memory.named(self._model, self._optimizers)
         if saved.round is None:
             self._mask_all(saved.masks)
         else:
