@@ -301,6 +301,8 @@ class Rounds(ABC):
         trained = self._trained_with(chosen)
         memory = self._optimizer_rewind if index >= 0 else OptimizerRewind("keep")
         if new and self._snapshot.weights:
+            for module in (self._model, *self._followers.modules):
+                self._snapshot.check(module)
             memory.check(self._model, self._optimizers)
         with AllOrNothing(self._refs()) as undo:
             undo += self._weights_back() if new else ()
@@ -411,6 +413,7 @@ class Rounds(ABC):
                 groups=self._groups,
                 check_pruner=self._check_pruner,
             )
+            saved.snapshot.check(self._model)
         with damage_reported(), AllOrNothing(self._refs()) as undo:
             undo.append(partial(self._take_back, dict(vars(self))))
             self._continue(saved)
