@@ -209,7 +209,8 @@ class Rounds(ABC):
             force: cut even where the penalty has left much of the weights that go.
 
         Raises:
-            ValueError, TypeError: for batches that are missing or do not fit; nothing is masked then.
+            ValueError, TypeError: for batches that are missing or do not fit; nothing is masked then, and the round is
+                still open, as after whatever else is raised, warnings that are errors included.
             RuntimeError: before the first round; without ``force`` or ``reconstruct``, where the L2 norm of the weights in P is
                 above 5 % of what it was when the round opened, or above 2 · ``shrink_to`` if that is more.
                 Nothing has been changed then, and the round is still open.
@@ -227,12 +228,12 @@ class Rounds(ABC):
             refuse(ValueError, "batches", "none where nothing is reconstructed", "some", remedy)
         if not (force or refit or self._finalized):
             check_cut_is_free(self._last, self.free_share)
-        before = dict(vars(self))
-        self._close()
+        take_back = self._as_now()
         try:
+            self._close()
             self._apply(self._final_mask(self._last.chosen), refit)
         except BaseException:
-            self._take_back(before)
+            take_back()
             raise
         self._finalized, self._reference = True, None
 
@@ -278,7 +279,9 @@ class Rounds(ABC):
         )
 
     def _rank(self) -> Masks:
-        weights, alive = named_weights(self._model), self._mask_to_rank()
+        weights = named_weights(self._model)
+        check_groups(weights, self._groups)  # layers may have been replaced since the last round
+        alive = self._mask_to_rank()
         return rank(weights, alive, self._groups, self._ranked, self.ranking.amount)
 
     def _measured(self, alive: Masks) -> RegroupPlan:
@@ -354,10 +357,11 @@ class Rounds(ABC):
         return [*own, *self._followers.refs()]
 
     def _close(self) -> None:
-        if self._round is None:
+        closing = self._round
+        if closing is None:
             return
-        closing, self._round = self._round, None
-        record_end(closing)
+        record_end(closing)  # where it cannot, the round stays open with its penalty
+        self._round = None
         try:
             warn_of_end(closing)
         finally:  # also where warnings are errors
@@ -415,14 +419,23 @@ class Rounds(ABC):
             )
             saved.snapshot.check(self._model)
         with damage_reported(), AllOrNothing(self._refs()) as undo:
-            undo.append(partial(self._take_back, dict(vars(self))))
+            undo.append(self._as_now())
             self._continue(saved)
 
-    def _take_back(self, before: Mapping[str, Any]) -> None:
-        """Be as before, the open round with its penalty."""
-        vars(self).update(before)
-        if self._round is not None and not self._round.pruner.attached:
-            self._round.pruner.reattach()
+    def _as_now(self) -> Callable[[], None]:
+        """What makes the rounds be as they are now, an open one with its penalty."""
+        before, decided = dict(vars(self)), self._history.rounds
+
+        def take_back() -> None:
+            vars(self).update(before)
+            self._history.rounds = decided
+            if self._round is None:
+                return
+            pruner = self._round.pruner
+            if RegularizedPruner.attached_to(self._model) is not pruner:
+                pruner.reattach()
+
+        return take_back
 
     def _check_pruner(self, state: Mapping[str, Any]) -> None:
         optimizers = len(self._optimizers) or None
