@@ -48,13 +48,15 @@ class Penalty:
     grad_scale: GradScale | None = None
 
     def __post_init__(self) -> None:
-        check_count(self.accumulation_steps, "accumulation_steps", at_least=1)
+        passes = check_count(self.accumulation_steps, "accumulation_steps", at_least=1)
+        object.__setattr__(self, "accumulation_steps", passes)
         if self.grad_scale is not None and not callable(self.grad_scale):
-            check_number(self.grad_scale, "grad_scale", above=0)
+            scale = check_number(self.grad_scale, "grad_scale", above=0)
+            object.__setattr__(self, "grad_scale", scale)
         if self.mode not in MODES:
             raise ValueError(unknown_choice("mode", self.mode, MODES))
         resolve_schedule(self.schedule, STRENGTH if self.strength is None else self.strength)
-        check_fraction(self.shrink_by, "shrink_by")
+        object.__setattr__(self, "shrink_by", check_fraction(self.shrink_by, "shrink_by"))
         if self.shrink_to is not None:
             check_fraction(self.shrink_to, "shrink_to")
         shrink_to = self._chosen_shrink_to()

@@ -52,8 +52,8 @@ class Course:
     reconstruct: Method | None = None
 
     def __post_init__(self) -> None:
-        check_count(self.steps_per_round, "steps_per_round", at_least=1)
-        check_count(self.rounds, "rounds", at_least=1)
+        for name in ("steps_per_round", "rounds"):
+            object.__setattr__(self, name, check_count(getattr(self, name), name, at_least=1))
         if self.reconstruct is not None:
             Reconstruction(self.reconstruct)  # for what it refuses
             if self.rewind is not None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -239,8 +240,17 @@ def plain_settings(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    if value is None or isinstance(value, (bool, int, float, str, list)):
+    """Python's own kinds, no subclasses such as NumPy's numbers: these say nothing to ``weights_only``."""
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
     if is_dataclass(value):
         return repr(value)
     return getattr(value, "__qualname__", type(value).__qualname__)  # repr may hold an address
