@@ -69,7 +69,10 @@ class Penalty:
         """``shrink_to``, None where another argument says how strong the penalty is."""
         expected, got, remedy = "", "", ""
         if not isinstance(self.strength, Default | None):
-            expected, got = "one argument for the strength", f"strength={self.strength:g} as well"
+            expected, got = (
+                "one argument for the strength",
+                f"strength={float(self.strength):g} as well",
+            )
             remedy = "Pass strength or shrink_to, not both."
         elif not isinstance(self.schedule, str):
             expected, got = (
