@@ -12,7 +12,7 @@ import torch
 
 from torch_rsst.penalty.hooks import Mode
 from torch_rsst.schedules import Schedule, resolve_schedule
-from torch_rsst.utils.amounts import check_count, check_fraction, check_number
+from torch_rsst.utils.amounts import check_count, check_flag, check_fraction, check_number
 from torch_rsst.utils.errors import refuse, unknown_choice
 
 GradScale: TypeAlias = float | Callable[[], float]
@@ -50,6 +50,9 @@ class Penalty:
     def __post_init__(self) -> None:
         passes = check_count(self.accumulation_steps, "accumulation_steps", at_least=1)
         object.__setattr__(self, "accumulation_steps", passes)
+        object.__setattr__(
+            self, "block_loss_grad", check_flag(self.block_loss_grad, "block_loss_grad")
+        )
         if self.grad_scale is not None and not callable(self.grad_scale):
             scale = check_number(self.grad_scale, "grad_scale", above=0)
             object.__setattr__(self, "grad_scale", scale)

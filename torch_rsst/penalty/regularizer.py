@@ -136,7 +136,7 @@ class RegularizedPruner:
         self.steps_to_shrink = penalty.steps_to_shrink(self.total_steps)
         self.schedule: Schedule = penalty.schedule_of(self.total_steps)
         strength_at(self.schedule, 1.0)
-        self.block_loss_grad = block_loss_grad
+        self.block_loss_grad = penalty.block_loss_grad
         self.accumulation_steps, self.grad_scale = penalty.accumulation_steps, penalty.grad_scale
         self._requested_mode = penalty.effective_mode
         self._model = unwrap(model)

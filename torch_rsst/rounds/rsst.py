@@ -32,7 +32,7 @@ from torch_rsst.rounds.round_arguments import (
 )
 from torch_rsst.rounds.state import plain_settings
 from torch_rsst.schedules import Schedule
-from torch_rsst.utils.amounts import Amount
+from torch_rsst.utils.amounts import Amount, check_flag
 from torch_rsst.utils.errors import RoundWarning, refuse, unknown_choice
 
 
@@ -267,7 +267,7 @@ def _kept_units(kept_units: KeptUnits | None, dense_training: bool | None) -> Ke
         if kept_units is not None:
             expected, got = "kept_units alone", f"dense_training={dense_training} as well"
             refuse(ValueError, "kept_units", expected, got, "Leave dense_training out.")
-        return "dense" if dense_training else "sparse"
+        return "dense" if check_flag(dense_training, "dense_training") else "sparse"
     if kept_units is None:
         return "dense"
     if kept_units not in get_args(KeptUnits):

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from fractions import Fraction
 from numbers import Integral, Real
 
-from torch_rsst.utils.errors import refuse
+import numpy as np
+
+from torch_rsst.utils.errors import refuse, shown
 
 Amount = int | float
 
@@ -59,6 +61,13 @@ def check_count(value: object, subject: str, *, at_least: int) -> int:
     if value < at_least:
         refuse(ValueError, subject, expected, repr(value), remedy)
     return int(value)
+
+
+def check_flag(value: object, subject: str) -> bool:
+    """The bool as Python's own; raise a TypeError for anything else: most of it would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        refuse(TypeError, subject, "True or False", shown(value), "Pass one of the two.")
+    return bool(value)
 
 
 def check_number(
