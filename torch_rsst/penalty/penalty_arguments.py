@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
-import torch
-
 from torch_rsst.penalty.hooks import Mode
+from torch_rsst.penalty.step_sums import StepSums
 from torch_rsst.schedules import Schedule, resolve_schedule
 from torch_rsst.utils.amounts import check_count, check_flag, check_fraction, check_number
 from torch_rsst.utils.errors import refuse, unknown_choice
@@ -142,16 +141,14 @@ def scaled(
     >>> math.prod(1 - scaled(Polynomial(1, 1.0), 0.01, 1.0, 30)(k / 30) for k in range(1, 31))
     0.01...
     """
-    times = (step / total_steps for step in range(1, total_steps + 1))
-    shape = torch.tensor([schedule(t) for t in times if t <= shrink_by], dtype=torch.float64)
-    if not bool((shape > 0).any()):
+    sums = StepSums.of(schedule, total_steps, shrink_by)
+    if not sums.peak > 0:
         expected = f"at least 1, as none of {total_steps} steps ends before shrink_by={shrink_by:g}"
         remedy = f"Raise shrink_by to {1 / total_steps:.3g} or more, or train more steps."
         refuse(ValueError, "shrink_to", expected, f"{shrink_to:g}", remedy)
-    low, high = 0.0, 1.0 / float(shape.max())  # λ is 1 at most
+    low, high = 0.0, 1.0 / sums.peak  # λ is 1 at most
     while low < (middle := (low + high) / 2) < high:
-        left = math.fsum(torch.log1p(-middle * shape).tolist())
-        if shrink_to and left <= math.log(shrink_to):
+        if shrink_to and sums.log_product(middle) <= math.log(shrink_to):
             high = middle
         else:
             low = middle
