@@ -83,7 +83,8 @@ class RSST(Rounds):
             (``"init"``) or to a state dict; None keeps them.
         rewind_optimizer: what becomes of the optimizers' moments then: ``"reset"`` starts them anew,
             ``"init"`` puts them back to those at construction, a state dict (a list of them for several
-            optimizers) to those; ``"keep"`` leaves them. Learning rates stay as they are.
+            optimizers) to those; ``"keep"`` leaves them. Learning rates stay as they are, and what an optimizer
+            remembers of parameters that the model does not have. A parameter may change its group.
         kept_units: ``"dense"`` or ``"sparse"``, see above.
         dense_training: the older name: True for ``kept_units="dense"``, False for ``"sparse"``.
         train_first: yield one unpenalized round, of index −1, before the first.
@@ -105,7 +106,8 @@ class RSST(Rounds):
         grad_scale: loss scale; used without an optimizer only.
         reconstruct: ``"least_squares"`` or ``"mean"``: ``finalize()`` also refits the layers that consume
             what it masks, towards the model as it was when the last round opened, of which a copy is
-            kept. See :func:`torch_rsst.reconstruct`. Not with ``rewind``.
+            kept. What an earlier round chose and a later one masks when it opens is not refitted for: it has
+            shrunk under the penalty by then. See :func:`torch_rsst.reconstruct`. Not with ``rewind``.
         batches: for an importance that needs data, which is measured anew in each round: an iterable,
             drawn once per round, or a function that returns one; what ``model(batch)`` takes. No part
             of the state, as are the arguments that follow: pass them again when you resume.

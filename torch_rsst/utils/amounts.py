@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 from numbers import Integral, Real
 
-import numpy as np
-
 from torch_rsst.utils.errors import refuse, shown
 
 Amount = int | float
@@ -65,7 +63,8 @@ def check_count(value: object, subject: str, *, at_least: int) -> int:
 
 def check_flag(value: object, subject: str) -> bool:
     """The bool as Python's own; raise a TypeError for anything else: most of it would count as True."""
-    if not isinstance(value, (bool, np.bool_)):
+    kind = type(value)
+    if kind is not bool and (kind.__module__, kind.__name__.rstrip("_")) != ("numpy", "bool"):
         refuse(TypeError, subject, "True or False", shown(value), "Pass one of the two.")
     return bool(value)
 
