@@ -66,6 +66,50 @@ def test_the_same_setting_means_the_same_for_few_and_for_many_steps(steps):
     pruner.remove()
 
 
+@pytest.mark.parametrize("name", [*sorted(SCHEDULES), "root", "jump", "peak"])
+@pytest.mark.parametrize(("shrink_to", "shrink_by"), [(0.01, 1.0), (1e-300, 0.7), (0.9, 0.4)])
+def test_many_steps_are_summed_up_without_looking_at_each(name, shrink_to, shrink_by):
+    """Also where a schedule is not smooth."""
+    others = {"root": math.sqrt, "jump": lambda t: float(t > 0.1), "peak": lambda t: math.exp(-((20 * t - 2) ** 2))}  # fmt: skip
+    shape, seen, steps = others[name] if name in others else SCHEDULES[name](1.0), [], 200_000
+
+    def schedule(t: float) -> float:
+        seen.append(t)
+        return shape(t)
+
+    scale = scaled(schedule, shrink_to, shrink_by, steps).scale
+    assert len(seen) < 20_000
+    assert all(0.0 < t <= shrink_by for t in seen)
+    last = max(k for k in range(1, steps + 1) if k / steps <= shrink_by)
+    every = (math.log1p(-scale * shape(k / steps)) for k in range(1, last + 1))
+    assert math.fsum(every) == pytest.approx(math.log(shrink_to), rel=1e-9)
+
+
+def test_nothing_is_left_of_many_steps_where_nothing_is_asked_to_be():
+    schedule = Penalty("linear", shrink_to=0.0, shrink_by=0.5).schedule_of(10**6)
+    assert schedule(0.5) == 1.0
+    assert schedule(0.499999) < 1.0
+
+
+def test_the_scale_of_few_steps_is_the_one_that_looks_at_each():
+    times = [k / 30_000 for k in range(1, 30_001)]
+    for name in SCHEDULES:
+        schedule = SCHEDULES[name](1.0)
+        shape = torch.tensor([schedule(t) for t in times], dtype=torch.float64)
+        scale = scaled(schedule, 0.01, 1.0, 30_000).scale
+        above, below = (
+            math.fsum(torch.log1p(-each * shape).tolist())
+            for each in (scale, math.nextafter(scale, 0.0))
+        )
+        assert above <= math.log(0.01) < below
+
+
+@pytest.mark.parametrize("steps", [10**7, 10**19])
+def test_a_round_of_any_number_of_steps_can_be_made(steps):
+    schedule = Penalty("linear", shrink_to=0.01).schedule_of(steps)
+    assert schedule(1.0) == pytest.approx(2 * math.log(100) / steps, rel=1e-5)
+
+
 def test_nothing_is_left_where_nothing_is_asked_to_be():
     model = linear()
     pruner = pruner_of(model, shrink_to=0.0)

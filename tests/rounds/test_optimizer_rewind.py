@@ -80,15 +80,19 @@ def test_without_rewinding_moments_stay():
     rnd.pruner.detach()
 
 
-def test_what_another_model_s_parameters_have_in_the_same_optimizer_stays():
+@pytest.mark.parametrize("choice", ["reset", "init"])
+def test_what_another_model_s_parameters_have_in_the_same_optimizer_stays(choice):
     model, other = mlp(), mlp(seed=3)
     both = nn.ModuleList([model, other])
     optimizer = torch.optim.AdamW(both.parameters(), lr=0.01)
+    rounds = rounds_of(model, optimizer, rewind_optimizer=choice)
     for part in both:
         gradient_step(part, optimizer, 0)
-    rnd = next(rounds_of(model, optimizer))
+    expected = [optimizer.state[parameter]["exp_avg"].clone() for parameter in other.parameters()]
+    rnd = next(rounds)
     assert not any(parameter in optimizer.state for parameter in model.parameters())
-    assert all(parameter in optimizer.state for parameter in other.parameters())
+    for parameter, moment in zip(other.parameters(), expected, strict=True):
+        assert same(optimizer.state[parameter]["exp_avg"], moment)
     rnd.pruner.detach()
 
 
@@ -119,6 +123,7 @@ def test_the_saved_moments_travel_with_the_state():
             "rewind_optimizer: expected a choice or a state dict of the optimizer, got int",
         ),
         ({"state": {}}, ValueError, "rewind_optimizer: expected a complete state"),
+        ([], ValueError, "rewind_optimizer: expected at least one state dict, got an empty list"),
         (
             torch.optim.SGD([torch.ones(1)], lr=1.0).state_dict(),
             ValueError,
@@ -150,5 +155,109 @@ def test_an_optimizer_that_does_not_fit_is_refused_before_it_is_attached():
     rnd.pruner.detach()
 
 
+# Parameters that change their place in the optimizer
+
+
+def alike(**kwargs: Any) -> tuple[Any, nn.Module, Any, dict[str, Any]]:
+    """Rounds after the first, for two layers of one shape: their moments could be taken for one another."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.GELU(), nn.Linear(4, 4, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for number in range(2):
+        gradient_step(model, optimizer, number)
+    names = ("0.weight", "2.weight")
+    pairs = zip(names, model.parameters(), strict=True)
+    first = {name: optimizer.state[p]["momentum_buffer"].clone() for name, p in pairs}
+    rounds = rounds_of(model, optimizer, Refill, **{"rewind_optimizer": "init", **kwargs})
+    next(rounds)
+    gradient_step(model, optimizer, 5)
+    gradient_step(model, optimizer, 6)
+    return rounds, model, optimizer, first
+
+
+def check_momentum(model: nn.Module, optimizer: Any, first: dict[str, Any]) -> None:
+    found = dict(zip(("0.weight", "2.weight"), model.parameters(), strict=True))
+    assert {n: same(first[n], optimizer.state[p]["momentum_buffer"]) for n, p in found.items()} == {
+        "0.weight": True,
+        "2.weight": True,
+    }
+
+
+@pytest.mark.parametrize("back", [True, False], ids=["a group of its own", "no group"])
+def test_moments_are_put_back_by_parameter_wherever_it_is_in_the_optimizer(back):
+    rounds, model, optimizer, first = alike()
+    moved = optimizer.param_groups[0]["params"].pop(0)
+    if back:
+        optimizer.add_param_group({"params": [moved], "lr": 0.01})
+    next(rounds).pruner.detach()
+    check_momentum(model, optimizer, first)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.01][: 1 + back]
+
+
+def test_the_parameters_of_saved_moments_are_known_after_a_resume():
+    rounds, model, _, first = alike()
+    state = copy.deepcopy(rounds.state_dict())
+    rounds.round.pruner.detach()
+    groups = [{"params": [parameter]} for parameter in reversed(list(model.parameters()))]
+    again_optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    again = rounds_of(model, again_optimizer, Refill, rewind_optimizer="init")
+    again.load_state_dict(state)
+    next(again)
+    next(again).pruner.detach()
+    check_momentum(model, again_optimizer, first)
+
+
+def test_a_parameter_that_another_optimizer_has_now_is_named_and_nothing_is_changed(fingerprint):
+    model = mlp()
+    weights = list(model.parameters())
+    optimizers = [torch.optim.SGD(weights[:2], lr=0.1), torch.optim.SGD(weights[2:], lr=0.1)]
+    rounds = rounds_of(model, optimizers, Refill, rewind_optimizer="init", steps_per_round=1)
+    next(rounds)
+    for each in optimizers:
+        gradient_step(model, each, 0)
+    optimizers[0].add_param_group({"params": [optimizers[1].param_groups[0]["params"].pop(0)]})
+    before = fingerprint(model)
+    text = (
+        r"rewind_optimizer: expected every parameter in the optimizer whose moments of it are put back, got "
+        r"another with '2\.weight'\. Put it back there"
+    )
+    with pytest.raises(ValueError, match=text):
+        next(rounds)
+    assert fingerprint(model) == before
+    optimizers[1].param_groups[0]["params"].insert(0, optimizers[0].param_groups.pop()["params"][0])
+    assert next(rounds).index == 1
+    rounds.round.pruner.detach()
+
+
+def test_moments_of_a_parameter_in_no_group_are_named_at_once():
+    model, optimizer = trained()
+    optimizer.param_groups[0]["params"].pop(0)
+    text = r"rewind_optimizer='init': expected moments of .* got those of '0\.weight' in none\. Add it to a group"
+    with pytest.raises(ValueError, match=text):
+        rounds_of(model, optimizer, rewind_optimizer="init")
+
+
+def test_a_parameter_that_joins_later_starts_without_moments():
+    model, optimizer = trained()
+    rounds = rounds_of(model, optimizer, Refill, rewind_optimizer="init", steps_per_round=1)
+    next(rounds)
+    model.append(nn.Linear(2, 2))
+    optimizer.add_param_group({"params": model[3].parameters()})
+    gradient_step(model, optimizer, 0)
+    expected = [optimizer.state[p] for p in model[3].parameters()]
+    assert all(expected)
+    next(rounds).pruner.detach()
+    assert not any(p in optimizer.state for p in model[3].parameters())
+
+
+def test_damaged_names_of_saved_moments_are_refused():
+    rounds, _, _, _ = alike()
+    state = rounds.state_dict()
+    rounds.round.pruner.detach()
+    state["optimizer_names"][0].pop()
+    text = r"state of rounds: optimizer_names: expected names of \[2\] parameters, got \[1\]"
+    with pytest.raises(ValueError, match=text):
+        rounds.load_state_dict(state)
+
+
 def test_the_choices_are_plain_data():
-    assert OptimizerRewind.of("reset", []).states == ()
+    assert OptimizerRewind.of("reset", mlp(), []).states == ()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -359,6 +360,35 @@ def test_callables_made_anew_are_the_same_setting(make):
     again, _, _ = rounds_of(**make())
     again.load_state_dict(torch.load(file, weights_only=True))
     assert again.round is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("steps_per_round", np.int64(2), np.int64(3)),
+        ("rounds", np.int64(2), np.int64(3)),
+        ("min_keep", np.int64(3), np.int64(5)),
+        ("round_to", np.int64(2), np.int64(4)),
+        ("accumulation_steps", np.int64(2), np.int64(3)),
+        ("amount", np.float32(0.3), np.float32(0.4)),
+        ("regroup_amount", np.float32(0.3), np.float64(0.4)),
+        ("strength", np.float32(0.3), np.float64(0.7)),
+        ("shrink_to", np.float32(0.3), np.float64(0.7)),
+        ("shrink_by", np.float32(0.5), np.float32(0.75)),
+        ("shrink_by", np.float64(0.5), np.float64(0.75)),
+        ("grad_scale", np.float64(2.0), np.float64(4.0)),
+        ("fillback_rate", np.float32(0.1), np.float32(0.2)),
+    ],
+)
+def test_numbers_of_numpy_are_settings_by_their_values(name, value, other):
+    method = Refill if name == "fillback_rate" else RSST
+    file = io.BytesIO()
+    torch.save(rounds_of(method, **{name: value})[0].state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    rounds_of(method, **{name: value.item()})[0].load_state_dict(state)
+    with pytest.raises(ValueError, match=f"state of rounds: expected .*{name}|schedule"):
+        rounds_of(method, **{name: other})[0].load_state_dict(state)
 
 
 @pytest.mark.parametrize(

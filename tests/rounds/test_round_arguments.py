@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from dataclasses import MISSING, fields, replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import mlp
@@ -71,6 +74,90 @@ def test_each_keyword_reaches_its_setting():
         found = {name: value for each in settings for name, value in vars(each).items()}
         assert {name: found[name] for name in chosen} == chosen
         assert (rounds.rounds, rounds.steps_per_round) == (5, 7)
+
+
+# What is no list, no flag, or a number of another kind
+
+
+NO_LISTS = {
+    "follow": "follow: expected a list of modules, got",
+    "groups": "groups: expected groups, got",
+    "parameters": r"parameters: expected \(module, name\) pairs, got",
+    "batches": "batches: expected an iterable of batches, got",
+}
+SCALARS = [5, np.array(0.5), torch.tensor(2), np.float32(0.5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("follow", None), ("groups", None), *itertools.product(NO_LISTS, SCALARS)],
+    ids=str,
+)
+def test_what_cannot_be_iterated_over_is_named_at_once(name, value, fingerprint):
+    model = mlp()
+    before = fingerprint(model)
+    given = {"groups": find_groups(model), "importance": "obs", "batches": [torch.ones(2, 4)]}
+    with pytest.raises(TypeError, match=NO_LISTS[name]):
+        RSST(model, steps_per_round=1, **{**given, name: value})
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("value", [1, "no", [], torch.tensor(True)], ids=str)
+@pytest.mark.parametrize(
+    "name", ["train_first", "freeze_masked", "reset_moments", "block_loss_grad", "dense_training"]
+)
+def test_what_is_no_flag_is_refused_at_construction(name, value):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = Refill if name == "reset_moments" else RSST
+    with pytest.raises(
+        TypeError, match=f"{name}: expected True or False, got .* Pass one of the two"
+    ):
+        method(model, find_groups(model), optimizer=optimizer, steps_per_round=1, **{name: value})
+
+
+def test_flags_of_numpy_are_flags():
+    model = mlp()
+    rounds = RSST(
+        model,
+        find_groups(model),
+        steps_per_round=1,
+        train_first=np.True_,
+        block_loss_grad=np.False_,
+    )
+    assert next(rounds).index == -1
+    assert rounds.state_dict()["settings"]["block_loss_grad"] is False
+    rounds.round.pruner.detach()
+
+
+def test_a_regularizer_refuses_what_is_no_flag():
+    with pytest.raises(TypeError, match="block_loss_grad: expected True or False, got 'yes'"):
+        RegularizedPruner(mlp(), {}, total_steps=1, block_loss_grad="yes")
+
+
+@pytest.mark.parametrize("value", [True, 3.0, "rest", b"1", [0.5], {}, None], ids=str)
+def test_no_choice_of_what_optimizers_are_rewound_to_is_refused_though_nothing_is_rewound(value):
+    model = mlp()
+    with pytest.raises((TypeError, ValueError), match="rewind_optimizer: expected"):
+        RSST(model, find_groups(model), steps_per_round=1, rewind_optimizer=value)
+
+
+def test_a_function_that_returns_no_batches_is_named():
+    model = mlp()
+    rounds = RSST(model, find_groups(model), steps_per_round=1, batches=lambda: np.array(0.5))
+    with pytest.raises(
+        TypeError, match="batches: expected a function that returns batches, got one nd"
+    ):
+        next(rounds)
+
+
+def test_a_strength_may_be_any_number():
+    model = mlp()
+    half = Fraction(1, 2)
+    rounds = RSST(model, find_groups(model), steps_per_round=1, strength=half)
+    assert rounds.penalty.strength == 0.5
+    with pytest.raises(ValueError, match=r"shrink_to: expected one argument .* got strength=0\.5"):
+        RSST(model, find_groups(model), steps_per_round=1, strength=half, shrink_to=0.1)
 
 
 # What a whole number means

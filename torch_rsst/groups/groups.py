@@ -18,6 +18,7 @@ from torch_rsst.distributed.dtensor import Layout, Ranks, local, sharded_like
 from torch_rsst.masking.entry_blocks import acting, add_along, block_indices
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import MissingNameError, refuse, shown
+from torch_rsst.utils.iterables import iterates
 
 NO_UNIT = -1
 KINDS = ("heads", "neurons", "channels")
@@ -379,7 +380,7 @@ def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLaye
     remedy = "Pass what find_groups(model) returns, or a selection of its items."
     if isinstance(groups, (Group, GroupLayer)):
         groups = [groups]
-    if not isinstance(groups, Iterable):
+    if not iterates(groups):
         refuse(TypeError, "groups", "groups", type(groups).__name__, remedy)
     items = list(groups)
     layers = [item for item in items if isinstance(item, GroupLayer)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_rsst.importance.data_importance import DataImportance
 from torch_rsst.utils.errors import message, refuse
+from torch_rsst.utils.iterables import iterates
 
 Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 """Batches, or a callable without arguments that returns them."""
@@ -69,7 +70,7 @@ class DataSource:
         if isinstance(self.batches, Iterator) and again:
             expected = f"batches that can be drawn {again}"
             refuse(TypeError, "batches", expected, f"a {got}", remedy)
-        if not _iterable(self.batches) and not callable(self.batches):
+        if not iterates(self.batches) and not callable(self.batches):
             refuse(TypeError, "batches", expected, f"a {got}", remedy)
         for argument, call in (("forward", self.forward), ("loss_fn", self.loss_fn)):
             if call is not None and not callable(call):
@@ -82,8 +83,8 @@ class DataSource:
     def draw(self) -> Iterator[Any]:
         """The batches, once through."""
         source: Any = self.batches
-        drawn = source if _iterable(source) else source()
-        if not _iterable(drawn) or isinstance(drawn, (Tensor, Mapping, str)):
+        drawn = source if iterates(source) else source()
+        if not iterates(drawn) or isinstance(drawn, (Tensor, Mapping, str)):
             remedy = "For a single batch, return [batch]."
             expected, got = "a function that returns batches", f"one {type(drawn).__name__}"
             refuse(TypeError, "batches", expected, got, remedy)
@@ -122,7 +123,3 @@ class DataSource:
             remedy = "Do not detach the output, nor run the model under torch.no_grad()."
             refuse(ValueError, subject, expected, got, remedy)
         return loss
-
-
-def _iterable(value: Any) -> bool:
-    return hasattr(value, "__iter__") or hasattr(value, "__getitem__")

@@ -77,12 +77,30 @@ class Snapshot:
             _copied(kept),
         )
 
+    def check(self, model: nn.Module) -> None:
+        """Raise a ValueError where a parameter has another shape by now: copied, one value would fill all of it."""
+        present = named_weights(model)
+        unfit = {
+            name: (tuple(value.shape), tuple(present[name].shape))
+            for name, value in self.weights.items()
+            if name in present and value.shape != present[name].shape
+        }
+        if unfit:
+            name, (then, now) = next(iter(unfit.items()))
+            more = f" (and others for {listing(list(unfit)[1:])})" if len(unfit) > 1 else ""
+            remedy = "A layer was replaced: put the former one back, or build anew what holds its earlier weights."
+            refuse(ValueError, f"rewinding {name!r}", f"shape {then}", f"shape {now}{more}", remedy)
+
     def restore(self, model: nn.Module) -> None:
         """Put alive entries of every parameter and all buffers back, in place; masked latents stay.
 
         Buffers that a forward pass has given another shape, as caches, get their former one; those that the
         module does not have are left out.
+
+        Raises:
+            ValueError: see :meth:`check`; nothing is changed then.
         """
+        self.check(model)
         present = _buffers(model)
         with torch.no_grad():
             for name, places in named_refs(model).items():

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
-import torch
-
 from torch_rsst.penalty.hooks import Mode
+from torch_rsst.penalty.step_sums import StepSums
 from torch_rsst.schedules import Schedule, resolve_schedule
-from torch_rsst.utils.amounts import check_count, check_fraction, check_number
+from torch_rsst.utils.amounts import check_count, check_flag, check_fraction, check_number
 from torch_rsst.utils.errors import refuse, unknown_choice
 
 GradScale: TypeAlias = float | Callable[[], float]
@@ -48,13 +47,18 @@ class Penalty:
     grad_scale: GradScale | None = None
 
     def __post_init__(self) -> None:
-        check_count(self.accumulation_steps, "accumulation_steps", at_least=1)
+        passes = check_count(self.accumulation_steps, "accumulation_steps", at_least=1)
+        object.__setattr__(self, "accumulation_steps", passes)
+        object.__setattr__(
+            self, "block_loss_grad", check_flag(self.block_loss_grad, "block_loss_grad")
+        )
         if self.grad_scale is not None and not callable(self.grad_scale):
-            check_number(self.grad_scale, "grad_scale", above=0)
+            scale = check_number(self.grad_scale, "grad_scale", above=0)
+            object.__setattr__(self, "grad_scale", scale)
         if self.mode not in MODES:
             raise ValueError(unknown_choice("mode", self.mode, MODES))
         resolve_schedule(self.schedule, STRENGTH if self.strength is None else self.strength)
-        check_fraction(self.shrink_by, "shrink_by")
+        object.__setattr__(self, "shrink_by", check_fraction(self.shrink_by, "shrink_by"))
         if self.shrink_to is not None:
             check_fraction(self.shrink_to, "shrink_to")
         shrink_to = self._chosen_shrink_to()
@@ -67,7 +71,10 @@ class Penalty:
         """``shrink_to``, None where another argument says how strong the penalty is."""
         expected, got, remedy = "", "", ""
         if not isinstance(self.strength, Default | None):
-            expected, got = "one argument for the strength", f"strength={self.strength:g} as well"
+            expected, got = (
+                "one argument for the strength",
+                f"strength={float(self.strength):g} as well",
+            )
             remedy = "Pass strength or shrink_to, not both."
         elif not isinstance(self.schedule, str):
             expected, got = (
@@ -134,16 +141,14 @@ def scaled(
     >>> math.prod(1 - scaled(Polynomial(1, 1.0), 0.01, 1.0, 30)(k / 30) for k in range(1, 31))
     0.01...
     """
-    times = (step / total_steps for step in range(1, total_steps + 1))
-    shape = torch.tensor([schedule(t) for t in times if t <= shrink_by], dtype=torch.float64)
-    if not bool((shape > 0).any()):
+    sums = StepSums.of(schedule, total_steps, shrink_by)
+    if not sums.peak > 0:
         expected = f"at least 1, as none of {total_steps} steps ends before shrink_by={shrink_by:g}"
         remedy = f"Raise shrink_by to {1 / total_steps:.3g} or more, or train more steps."
         refuse(ValueError, "shrink_to", expected, f"{shrink_to:g}", remedy)
-    low, high = 0.0, 1.0 / float(shape.max())  # λ is 1 at most
+    low, high = 0.0, 1.0 / sums.peak  # λ is 1 at most
     while low < (middle := (low + high) / 2) < high:
-        left = math.fsum(torch.log1p(-middle * shape).tolist())
-        if shrink_to and left <= math.log(shrink_to):
+        if shrink_to and sums.log_product(middle) <= math.log(shrink_to):
             high = middle
         else:
             low = middle

@@ -132,13 +132,12 @@ class RegularizedPruner:
             accumulation_steps,
             grad_scale,
         )
-        check_count(total_steps, "total_steps", at_least=1)
-        self.total_steps = int(total_steps)
+        self.total_steps = check_count(total_steps, "total_steps", at_least=1)
         self.steps_to_shrink = penalty.steps_to_shrink(self.total_steps)
         self.schedule: Schedule = penalty.schedule_of(self.total_steps)
         strength_at(self.schedule, 1.0)
-        self.block_loss_grad = block_loss_grad
-        self.accumulation_steps, self.grad_scale = accumulation_steps, grad_scale
+        self.block_loss_grad = penalty.block_loss_grad
+        self.accumulation_steps, self.grad_scale = penalty.accumulation_steps, penalty.grad_scale
         self._requested_mode = penalty.effective_mode
         self._model = unwrap(model)
         check_masks_in_place("RegularizedPruner", self._model.modules())

@@ -78,10 +78,13 @@ class RegroupPlan:
             raise ValueError(unknown_choice("scope", self.scope, SCOPES))
         if self.ungrouped not in UNGROUPED:
             raise ValueError(unknown_choice("ungrouped", self.ungrouped, UNGROUPED))
-        check_fraction(self.fillback_rate, "fillback_rate")
-        check_count(self.min_keep, "min_keep", at_least=0)
+        rate = check_fraction(self.fillback_rate, "fillback_rate")
+        object.__setattr__(self, "fillback_rate", rate)
+        min_keep = check_count(self.min_keep, "min_keep", at_least=0)
+        object.__setattr__(self, "min_keep", min_keep)
         if self.round_to is not None:
-            check_count(self.round_to, "round_to", at_least=1)
+            round_to = check_count(self.round_to, "round_to", at_least=1)
+            object.__setattr__(self, "round_to", round_to)
 
     def choose_scope(self: _Plan, groups: Groups) -> _Plan:
         """The plan with the scope that ``"auto"`` stands for."""

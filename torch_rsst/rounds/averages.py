@@ -14,6 +14,7 @@ from torch_rsst.masking.names import named_refs, named_weights, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.utils.errors import listing, refuse
+from torch_rsst.utils.iterables import iterates
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Followers:
         """Look inside the wrappers of averages.
 
         Raises:
-            TypeError: for one that is no module.
+            TypeError: for what is no list, or one that is no module.
             ValueError: for one that has other parameters than the model, is the model, or shares parameters with it.
         """
         weights = named_weights(model)
-        if isinstance(followers, nn.Module):
+        if isinstance(followers, nn.Module) or not iterates(followers):
             remedy = "Pass a list: follow=[average]."
             refuse(TypeError, "follow", "a list of modules", type(followers).__name__, remedy)
         found = [_inside(follower, unwrap(model), weights) for follower in followers]

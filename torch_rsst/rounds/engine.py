@@ -114,9 +114,8 @@ class Rounds(ABC):
         self._snapshot = Snapshot.of(model, course.rewind)
         self._optimizer = optimizer
         self._optimizers = [] if optimizer is None else as_optimizers(optimizer)
-        self._optimizer_rewind = OptimizerRewind.of(
-            course.rewind_optimizer if course.rewind is not None else "keep", self._optimizers
-        )
+        asked = "keep" if course.rewind is None else course.rewind_optimizer
+        self._optimizer_rewind = OptimizerRewind.of(asked, self._model, self._optimizers)
         self._replicas = replica_group(model) if process_group is None else process_group
         self.course, self.ranking, self.regrouping = course, ranking, regrouping
         self.penalty, self.data = penalty, data
@@ -210,7 +209,8 @@ class Rounds(ABC):
             force: cut even where the penalty has left much of the weights that go.
 
         Raises:
-            ValueError, TypeError: for batches that are missing or do not fit; nothing is masked then.
+            ValueError, TypeError: for batches that are missing or do not fit; nothing is masked then, and the round is
+                still open, as after whatever else is raised, warnings that are errors included.
             RuntimeError: before the first round; without ``force`` or ``reconstruct``, where the L2 norm of the weights in P is
                 above 5 % of what it was when the round opened, or above 2 · ``shrink_to`` if that is more.
                 Nothing has been changed then, and the round is still open.
@@ -228,12 +228,12 @@ class Rounds(ABC):
             refuse(ValueError, "batches", "none where nothing is reconstructed", "some", remedy)
         if not (force or refit or self._finalized):
             check_cut_is_free(self._last, self.free_share)
-        before = dict(vars(self))
-        self._close()
+        take_back = self._as_now()
         try:
+            self._close()
             self._apply(self._final_mask(self._last.chosen), refit)
         except BaseException:
-            self._take_back(before)
+            take_back()
             raise
         self._finalized, self._reference = True, None
 
@@ -279,7 +279,9 @@ class Rounds(ABC):
         )
 
     def _rank(self) -> Masks:
-        weights, alive = named_weights(self._model), self._mask_to_rank()
+        weights = named_weights(self._model)
+        check_groups(weights, self._groups)  # layers may have been replaced since the last round
+        alive = self._mask_to_rank()
         return rank(weights, alive, self._groups, self._ranked, self.ranking.amount)
 
     def _measured(self, alive: Masks) -> RegroupPlan:
@@ -300,6 +302,11 @@ class Rounds(ABC):
     def _open(self, index: int, chosen: Chosen, *, new: bool) -> Round:
         """Open a round, a new one or one that is resumed: all of it, or nothing is changed."""
         trained = self._trained_with(chosen)
+        memory = self._optimizer_rewind if index >= 0 else OptimizerRewind("keep")
+        if new and self._snapshot.weights:
+            for module in (self._model, *self._followers.modules):
+                self._snapshot.check(module)
+            memory.check(self._model, self._optimizers)
         with AllOrNothing(self._refs()) as undo:
             undo += self._weights_back() if new else ()
             # The regularizer comes first: whatever can fail does so before the model is touched.
@@ -312,7 +319,6 @@ class Rounds(ABC):
                 **vars(self.penalty),
             )
             try:
-                memory = self._optimizer_rewind if index >= 0 else OptimizerRewind("keep")
                 parts = (self._model, self._groups, trained, self._history, memory)
                 opened = Round(index, 0, chosen, pruner, *parts)
                 self._begin(opened, new=new)
@@ -351,10 +357,11 @@ class Rounds(ABC):
         return [*own, *self._followers.refs()]
 
     def _close(self) -> None:
-        if self._round is None:
+        closing = self._round
+        if closing is None:
             return
-        closing, self._round = self._round, None
-        record_end(closing)
+        record_end(closing)  # where it cannot, the round stays open with its penalty
+        self._round = None
         try:
             warn_of_end(closing)
         finally:  # also where warnings are errors
@@ -376,6 +383,7 @@ class Rounds(ABC):
             finalized=self._finalized,
             snapshot=self._snapshot,
             optimizer_states=self._optimizer_rewind.states,
+            optimizer_names=self._optimizer_rewind.names,
             masks=extract_mask(self._model) if last is None else {},
             round=None
             if last is None
@@ -409,15 +417,25 @@ class Rounds(ABC):
                 groups=self._groups,
                 check_pruner=self._check_pruner,
             )
+            saved.snapshot.check(self._model)
         with damage_reported(), AllOrNothing(self._refs()) as undo:
-            undo.append(partial(self._take_back, dict(vars(self))))
+            undo.append(self._as_now())
             self._continue(saved)
 
-    def _take_back(self, before: Mapping[str, Any]) -> None:
-        """Be as before, the open round with its penalty."""
-        vars(self).update(before)
-        if self._round is not None and not self._round.pruner.attached:
-            self._round.pruner.reattach()
+    def _as_now(self) -> Callable[[], None]:
+        """What makes the rounds be as they are now, an open one with its penalty."""
+        before, decided = dict(vars(self)), self._history.rounds
+
+        def take_back() -> None:
+            vars(self).update(before)
+            self._history.rounds = decided
+            if self._round is None:
+                return
+            pruner = self._round.pruner
+            if RegularizedPruner.attached_to(self._model) is not pruner:
+                pruner.reattach()
+
+        return take_back
 
     def _check_pruner(self, state: Mapping[str, Any]) -> None:
         optimizers = len(self._optimizers) or None
@@ -428,7 +446,11 @@ class Rounds(ABC):
             self._round.pruner.detach()
         self._round, self._last, self._resumed = None, None, False
         self._snapshot, self._reference = saved.snapshot, saved.reference
-        self._optimizer_rewind = replace(self._optimizer_rewind, states=saved.optimizer_states)
+        memory = replace(
+            self._optimizer_rewind, states=saved.optimizer_states, names=saved.optimizer_names
+        )
+        # States that were written before these names were kept are of the optimizers as they are.
+        self._optimizer_rewind = memory.named(self._model, self._optimizers)
         if saved.round is None:
             self._mask_all(saved.masks)
         else:

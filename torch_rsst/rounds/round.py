@@ -109,10 +109,11 @@ class Round:
 
         Raises:
             RuntimeError: after a step with another one.
-            ValueError: where a penalized parameter is in no optimizer, or in two.
+            ValueError: where a penalized parameter is in no optimizer, or in two; where ``rewind_optimizer`` does not
+                fit.
         """
         optimizers = as_optimizers(optimizer)
-        self._optimizer_rewind.check(optimizers)
+        self._optimizer_rewind.check(self._model, optimizers)
         self.pruner.attach(optimizers, replace=True)
         if self.start_step == 0:
             self._optimizer_rewind.apply(self._model, optimizers)

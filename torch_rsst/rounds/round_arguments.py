@@ -21,10 +21,12 @@ from torch_rsst.masking.mask_sets import alive_in
 from torch_rsst.masking.parameter_ref import Parameter
 from torch_rsst.reconstruction.reconstruction import Method, Reconstruction
 from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, scopes_of, sizes_of
+from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
 from torch_rsst.utils.amounts import (
     Amount,
     check_amount,
     check_count,
+    check_flag,
     plain_amount,
     units_to_keep,
 )
@@ -52,8 +54,11 @@ class Course:
     reconstruct: Method | None = None
 
     def __post_init__(self) -> None:
-        check_count(self.steps_per_round, "steps_per_round", at_least=1)
-        check_count(self.rounds, "rounds", at_least=1)
+        for name in ("steps_per_round", "rounds"):
+            object.__setattr__(self, name, check_count(getattr(self, name), name, at_least=1))
+        for name in ("train_first", "freeze_masked", "reset_moments"):
+            object.__setattr__(self, name, check_flag(getattr(self, name), name))
+        OptimizerRewind.check_choice(self.rewind_optimizer)  # also where nothing is rewound
         if self.reconstruct is not None:
             Reconstruction(self.reconstruct)  # for what it refuses
             if self.rewind is not None:

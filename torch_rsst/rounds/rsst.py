@@ -32,7 +32,7 @@ from torch_rsst.rounds.round_arguments import (
 )
 from torch_rsst.rounds.state import plain_settings
 from torch_rsst.schedules import Schedule
-from torch_rsst.utils.amounts import Amount
+from torch_rsst.utils.amounts import Amount, check_flag
 from torch_rsst.utils.errors import RoundWarning, refuse, unknown_choice
 
 
@@ -83,7 +83,8 @@ class RSST(Rounds):
             (``"init"``) or to a state dict; None keeps them.
         rewind_optimizer: what becomes of the optimizers' moments then: ``"reset"`` starts them anew,
             ``"init"`` puts them back to those at construction, a state dict (a list of them for several
-            optimizers) to those; ``"keep"`` leaves them. Learning rates stay as they are.
+            optimizers) to those; ``"keep"`` leaves them. Learning rates stay as they are, and what an optimizer
+            remembers of parameters that the model does not have. A parameter may change its group.
         kept_units: ``"dense"`` or ``"sparse"``, see above.
         dense_training: the older name: True for ``kept_units="dense"``, False for ``"sparse"``.
         train_first: yield one unpenalized round, of index −1, before the first.
@@ -105,7 +106,8 @@ class RSST(Rounds):
         grad_scale: loss scale; used without an optimizer only.
         reconstruct: ``"least_squares"`` or ``"mean"``: ``finalize()`` also refits the layers that consume
             what it masks, towards the model as it was when the last round opened, of which a copy is
-            kept. See :func:`torch_rsst.reconstruct`. Not with ``rewind``.
+            kept. What an earlier round chose and a later one masks when it opens is not refitted for: it has
+            shrunk under the penalty by then. See :func:`torch_rsst.reconstruct`. Not with ``rewind``.
         batches: for an importance that needs data, which is measured anew in each round: an iterable,
             drawn once per round, or a function that returns one; what ``model(batch)`` takes. No part
             of the state, as are the arguments that follow: pass them again when you resume.
@@ -267,7 +269,7 @@ def _kept_units(kept_units: KeptUnits | None, dense_training: bool | None) -> Ke
         if kept_units is not None:
             expected, got = "kept_units alone", f"dense_training={dense_training} as well"
             refuse(ValueError, "kept_units", expected, got, "Leave dense_training out.")
-        return "dense" if dense_training else "sparse"
+        return "dense" if check_flag(dense_training, "dense_training") else "sparse"
     if kept_units is None:
         return "dense"
     if kept_units not in get_args(KeptUnits):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -82,6 +83,8 @@ class RoundsState:
         finalized: whether the last masks were applied for good.
         snapshot: what weights are rewound to.
         optimizer_states: what optimizers are rewound to.
+        optimizer_names: of the parameters of each of these, see :class:`OptimizerRewind`; none in states that were
+            written before these were kept.
         masks: the model's, before the first round.
         round: the latest, None before the first.
         decisions: of the rounds so far; none in states that were written before these were kept.
@@ -97,6 +100,7 @@ class RoundsState:
     round: RoundState | None
     decisions: Sequence[DecidedRound]
     reference: Reference | None = None
+    optimizer_names: tuple[tuple[str | None, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python and tensors (copies)."""
@@ -107,6 +111,7 @@ class RoundsState:
             "finalized": self.finalized,
             "snapshot": self.snapshot.state(),
             "optimizer_states": copy.deepcopy(list(self.optimizer_states)),
+            "optimizer_names": [list(names) for names in self.optimizer_names],
             "masks": self.masks,
             "round": None if self.round is None else self.round.to_dict(),
             "decisions": [decided.state() for decided in self.decisions],
@@ -151,11 +156,32 @@ class RoundsState:
             finalized=state["finalized"],
             snapshot=Snapshot.from_state(state["snapshot"]),
             optimizer_states=tuple(copy.deepcopy(list(state["optimizer_states"]))),
+            optimizer_names=_optimizer_names(state),
             masks=check_masks(weights, as_masks(state["masks"])),
             round=None if saved is None else round_,
             decisions=[DecidedRound.from_state(d, groups) for d in state.get("decisions", ())],
             reference=Reference.from_state(state.get("reference")),
         )
+
+
+def _optimizer_names(state: Mapping[str, Any]) -> tuple[tuple[str | None, ...], ...]:
+    """The names of the parameters of optimizers' states, one for each.
+
+    Raises:
+        ValueError: where they are not as many.
+    """
+    for own in state["optimizer_states"]:
+        check_keys(own, ("state", "param_groups"), f"{SUBJECT}: optimizer_states")
+    names = tuple(map(tuple, state.get("optimizer_names", ())))
+    sizes = [
+        sum(len(group["params"]) for group in own["param_groups"])
+        for own in state["optimizer_states"]
+    ]
+    if names and [len(own) for own in names] != sizes:
+        expected, got = f"names of {sizes} parameters", f"{[len(own) for own in names]}"
+        remedy = "The file is damaged: load another one."
+        refuse(ValueError, f"{SUBJECT}: optimizer_names", expected, got, remedy)
+    return names
 
 
 def _up_to_date(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,8 +240,17 @@ def plain_settings(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    if value is None or isinstance(value, (bool, int, float, str, list)):
+    """Python's own kinds, no subclasses such as NumPy's numbers: these say nothing to ``weights_only``."""
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
     if is_dataclass(value):
         return repr(value)
     return getattr(value, "__qualname__", type(value).__qualname__)  # repr may hold an address

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from numbers import Integral, Real
 
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.errors import refuse, shown
 
 Amount = int | float
 
@@ -37,8 +37,8 @@ def plain_amount(amount: Amount) -> Amount:
     return int(amount) if isinstance(amount, Integral) else float(amount)
 
 
-def check_fraction(value: object, subject: str) -> None:
-    """Raise unless ``value`` is a number in [0, 1]; ints 0 and 1 are taken as fractions."""
+def check_fraction(value: object, subject: str) -> float:
+    """The number as Python's own float; raise unless it is in [0, 1]. Ints 0 and 1 are taken as fractions."""
     expected = "a fraction in [0, 1]"
     if isinstance(value, bool) or not isinstance(value, Real):
         got = f"{type(value).__name__} {value!r}"
@@ -47,16 +47,26 @@ def check_fraction(value: object, subject: str) -> None:
     in_range = int(value) in (0, 1) if isinstance(value, Integral) else 0.0 <= float(value) <= 1.0
     if not in_range:
         refuse(ValueError, subject, expected, repr(value), "Pass 0.1 for a tenth.")
+    return float(value)
 
 
-def check_count(value: object, subject: str, *, at_least: int) -> None:
-    """Raise unless ``value`` is an int of at least ``at_least``."""
+def check_count(value: object, subject: str, *, at_least: int) -> int:
+    """The number as Python's own int; raise unless it is one of at least ``at_least``."""
     expected = f"an int >= {at_least}"
     remedy = f"Pass {at_least} or more."
     if isinstance(value, bool) or not isinstance(value, Integral):
         refuse(TypeError, subject, expected, f"{type(value).__name__} {value!r}", remedy)
     if value < at_least:
         refuse(ValueError, subject, expected, repr(value), remedy)
+    return int(value)
+
+
+def check_flag(value: object, subject: str) -> bool:
+    """The bool as Python's own; raise a TypeError for anything else: most of it would count as True."""
+    kind = type(value)
+    if kind is not bool and (kind.__module__, kind.__name__.rstrip("_")) != ("numpy", "bool"):
+        refuse(TypeError, subject, "True or False", shown(value), "Pass one of the two.")
+    return bool(value)
 
 
 def check_number(
