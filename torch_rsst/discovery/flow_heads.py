@@ -21,13 +21,12 @@ from torch_rsst.discovery.probe import (
     ON_META,
     Fact,
     Probe,
-    _why_not_finite,
     is_on_meta,
     other_call,
     signature_of_call,
     too_few,
 )
-from torch_rsst.discovery.trial import is_half, randomized
+from torch_rsst.discovery.trial import are_finite, is_half, randomized, why_not_finite
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, module_at, replace_module
 from torch_rsst.masking.names import named_weights, without_wrappers
@@ -164,8 +163,8 @@ class _Look:
             return [_Open(NO_OUTPUT)] if attends else []
         if is_on_meta(module):
             return [Unsupported(ON_META)]
-        if not all(bool(flow.products[place].given.isfinite().all()) for place in ends):
-            return [Unsupported(_why_not_finite(module))]
+        if not are_finite(flow.products[place].given for place in ends):
+            return [Unsupported(why_not_finite(module))]
         least = 0 if len(ends) == 1 and isinstance(flow.out, Tensor) else 1
         answers = [self._best(module, flow, place, least, call) for place in ends]
         if len(ends) == 1:
