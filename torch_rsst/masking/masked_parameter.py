@@ -254,8 +254,8 @@ def reparametrize(ref: ParameterRef, mask: Tensor) -> None:
         registry = ref.module._parameters
         with place_kept(ref):
             registry[ref.name + ORIG] = registry.pop(ref.name)
+            ref.module.register_buffer(ref.name + MASK, mask)
         rename_parameter(ref.module, ref.name, ref.name + ORIG)
-        ref.module.register_buffer(ref.name + MASK, mask)
     elif ref.mask is not mask:
         ref.module._buffers[ref.name + MASK] = mask
     make_live(ref.module, ref.name)
