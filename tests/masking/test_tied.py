@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import prune as stock
 
 import torch_rsst
@@ -442,6 +443,25 @@ def test_after_any_sequence_of_calls_all_that_tells_of_masks_agrees() -> None:
     run_state_machine_as_test(
         TiedModels, settings=settings(max_examples=60, stateful_step_count=12)
     )
+
+
+def test_weights_are_tied_after_masking_whoever_listens_to_registrations() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "mid": nn.Linear(4, 4)})
+    model["head"] = nn.Linear(4, 6, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch_rsst.l1_unstructured(model["mid"], "weight", amount=0.5)
+    heard: list[str] = []
+    handle = register_module_parameter_registration_hook(
+        lambda module, name, parameter: heard.append(name)
+    )
+    try:
+        model["head"].weight = model["embed"].weight
+    finally:
+        handle.remove()
+    assert heard == ["weight"]
+    assert optimizer.param_groups  # alive until here
+    torch_rsst.l1_unstructured(model["embed"], "weight", amount=0.5)
+    assert model["head"].weight_mask is model["embed"].weight_mask
 
 
 @every_call

@@ -85,7 +85,8 @@ class _Alone:
 
     def __init__(self) -> None:
         # By the id of a parameter. No weak references to parameters: such cannot be swapped when models are
-        # converted. One that has died and another that has its id: the latter was registered, and seen, too.
+        # converted. One that has died and another that has its id: the latter was registered, and seen, too,
+        # so that at worst all are asked once more.
         self._owner: dict[int, weakref.ref[nn.Module]] = {}
         self._hook: RemovableHandle | None = None
 
@@ -94,7 +95,7 @@ class _Alone:
         return known is not None and known() is ref.module
 
     def note(self, modules: Iterable[nn.Module]) -> None:
-        self._forget()
+        self._owner.clear()
         places: dict[int, list[nn.Module]] = {}
         for module in modules:
             for parameter in list(module._parameters.values()):
@@ -103,19 +104,15 @@ class _Alone:
         for key, holders in places.items():
             if len(holders) == 1:
                 self._owner[key] = weakref.ref(holders[0])
-        self._hook = register_module_parameter_registration_hook(self._registered)
+        if self._hook is None:
+            # It stays: what ends it would be a registration, while PyTorch goes through such hooks.
+            self._hook = register_module_parameter_registration_hook(self._registered)
 
     def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         known = self._owner.get(id(parameter))
         # Not where stock calls rename a parameter.
         if known is not None and known() is not module:
-            self._forget()
-
-    def _forget(self) -> None:
-        self._owner.clear()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+            self._owner.clear()
 
 
 _ALONE = _Alone()
