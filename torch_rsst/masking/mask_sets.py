@@ -49,7 +49,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
     Raises:
         TypeError: for anything but a module or a mapping.
         ValueError: where a mask holds values other than 0 and 1, or a tied tensor has several masks, or
-            one for some of its names only.
+            one for some of its names only; where two parameters of a model lie in one memory.
     """
     if isinstance(model_or_state_dict, nn.Module):
         found: Mapping[str, Tensor] = _mask_buffers(model_or_state_dict)
@@ -211,7 +211,7 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
     Raises:
         KeyError: for a name that the model does not have, or, if strict, lacks in ``masks``.
         ValueError: for a mask of another shape or with values other than 0 and 1; where modules that share
-            a parameter cannot all be masked.
+            a parameter cannot all be masked, or two parameters lie in one memory.
         RuntimeError: where the ranks of a ``DistributedDataParallel`` pass different masks.
     """
     work = agreed(

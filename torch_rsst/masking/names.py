@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.parameter_ref import ParameterRef, dense_name, masked_refs
-from torch_rsst.masking.tied import check_shared
+from torch_rsst.masking.tied import check_memory, check_shared
 from torch_rsst.utils.errors import refuse
 
 # What DataParallel and DistributedDataParallel, torch.compile and FSDP put around a module.
@@ -52,7 +52,8 @@ def named_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
     Tied parameters appear once, under their first name, with all their refs.
 
     Raises:
-        ValueError: where some modules that share a parameter have another mask for it, or none.
+        ValueError: where some modules that share a parameter have another mask for it, or none, or two parameters lie in
+            one memory.
     """
     refs = places_of(model)
     check_shared(refs)
@@ -67,6 +68,7 @@ def places_of(model: nn.Module) -> dict[str, list[ParameterRef]]:
     for full, ref in _every_place(model):
         name = first_names.setdefault(id(ref.original), full)
         refs.setdefault(name, []).append(ref)
+    check_memory(refs)
     return refs
 
 

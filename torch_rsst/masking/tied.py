@@ -10,6 +10,8 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +151,50 @@ def check_shared(shared: Mapping[str, Sequence[ParameterRef]]) -> None:
     """
     for name, places in shared.items():
         check_one_mask(name, [ref.mask for ref in places])
+
+
+def check_memory(shared: Mapping[str, Sequence[ParameterRef]]) -> None:
+    """Raise a ValueError where two parameters lie in one memory: they look tied, and each would have a mask of its own.
+
+    Loading with ``assign=True`` makes such of tied ones, and so does assigning ``.data``. Parts of one buffer that do not
+    overlap, as sharding and recurrent layers make them, are no such.
+
+    Args:
+        shared: by name, the places of each parameter.
+    """
+    found = sorted(
+        (*memory, name)
+        for name, places in shared.items()
+        if (memory := _memory(places[0].original))
+    )
+    for (device, start, end, one), (other_device, other_start, _, other) in pairwise(found):
+        if device == other_device and (other_start == start or other_start < end):
+            _refuse_memory((one, shared[one][0]), (other, shared[other][0]))
+
+
+def _memory(parameter: Tensor) -> tuple[str, int, int] | None:
+    """Where a parameter begins and ends; ends where it begins if there are gaps in it. None for those without an address."""
+    part = local(parameter)
+    plain = type(part) in (Tensor, nn.Parameter) and part.layout == torch.strided
+    if not plain or part.is_meta or not part.numel() or not torch._C._has_storage(part):
+        return None
+    start = part.data_ptr()
+    span = 1 + sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True))
+    end = start + (span * part.element_size() if span == part.numel() else 0)
+    return (str(part.device), start, end) if start else None
+
+
+def _refuse_memory(*pair: tuple[str, ParameterRef]) -> NoReturn:
+    (one, first), (other, second) = sorted(pair, key=lambda each: each[0])
+    key = first.key if first.is_masked == second.is_masked else first.name
+    remedy = (
+        f"Tie them: b.{key} = a.{key}. Loading with assign=True and writing to .data untie them."
+    )
+    if first.is_masked != second.is_masked:
+        masked = one if first.is_masked else other
+        remedy = f"Remove the mask of {masked!r} with torch_rsst.remove(module, name). {remedy}"
+    expected, got = "memory of their own, or one tied parameter", "two parameters in one memory"
+    refuse(ValueError, f"{one!r} and {other!r}", expected, got, remedy)
 
 
 def check_one_mask(name: str, masks: Sequence[Tensor | None]) -> None:
