@@ -35,19 +35,30 @@ def by_parameter(refs: Iterable[ParameterRef]) -> list[list[ParameterRef]]:
     return list(shared.values())
 
 
-def sharing(refs: Iterable[ParameterRef], *, references: int = 0) -> list[ParameterRef]:
+def sharing(
+    refs: Sequence[ParameterRef], *, references: int = 0, shallow: bool = True
+) -> list[ParameterRef]:
     """The other places that hold the parameters of ``refs``, in whatever modules are alive.
 
-    ``references``: how many the caller itself has to each parameter, beside those of ``refs``.
+    Args:
+        refs: the places that are known.
+        references: how many the caller itself has to each parameter, beside those of ``refs``.
+        shallow: whether to look for what :func:`copy.copy` has made of modules, which have the same dicts of
+            parameters; for callers that do not refer to these dicts.
 
     Takes time only where something else refers to a parameter: another module, or an optimizer. Then one
     pass over the heap, tens of milliseconds, tells of all parameters until one of them is registered again.
     There is none for parameters that are masked by us already.
     """
-    suspects = [places for places in by_parameter(refs) if _is_held_elsewhere(places, references)]
+    copied = {ref for ref in refs if shallow and _has_shallow_copy(ref.module)}
+    suspects = [
+        places
+        for places in by_parameter(refs)
+        if _is_held_elsewhere(places, references) or not copied.isdisjoint(places)
+    ]
     live = all(is_live(ref.module, ref.name) for places in suspects for ref in places)
     if not live:
-        suspects = [p for p in suspects if not (len(p) == 1 and _ALONE.has(p[0]))]
+        suspects = [p for p in suspects if len(p) > 1 or p[0] in copied or not _ALONE.has(p[0])]
     if not suspects:
         return []
     given = {ref for places in suspects for ref in places}
@@ -68,6 +79,11 @@ def _is_held_elsewhere(places: Sequence[ParameterRef], references: int) -> bool:
     registry, key = places[0].module._parameters, places[0].key
     own = {(id(ref.module._parameters), ref.key) for ref in places}
     return sys.getrefcount(registry[key]) > len(own) + references + _ARGUMENT
+
+
+def _has_shallow_copy(module: nn.Module) -> bool:
+    """Whether something else, such as a copy by :func:`copy.copy`, refers to a module's dict of parameters."""
+    return sys.getrefcount(module._parameters) > 1 + _ARGUMENT
 
 
 def masks_another(ref: ParameterRef) -> bool:

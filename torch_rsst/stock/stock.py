@@ -92,8 +92,9 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
                     end_freeze(ref)
                 share_mask(ref, others)
             else:
-                make_plain(module, name)
                 restore([other for other in others if other.is_masked])
+                for each in (ref, *others):
+                    make_plain(each.module, each.name)
                 if mask is not None:
                     zero(ref.original, mask)  # PyTorch multiplies, and NaN · 0 is NaN
         return result
