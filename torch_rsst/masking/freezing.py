@@ -45,7 +45,8 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
 
     Otherwise masked latents drift under momentum and weight decay, and a later fillback returns what
     they have become. Parameters that are masked now are covered, with whatever is masked in them at
-    the time of a step, also of an optimizer around another one. Costs a copy of each of these
+    the time of a step, also of an optimizer around another one. Convert the model before, where
+    ``torch.__future__.set_swap_module_params_on_conversion(True)`` is set: PyTorch refuses it for what is frozen. Costs a copy of each of these
     parameters during a step. Belongs to this model object: a copy of the model starts unfrozen. What
     :func:`torch_rsst.compact` makes of it does not, where masks are kept.
 

@@ -38,7 +38,7 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
             True holds them at 0, whatever optimizer trains their parameter, in whatever module it
             is, until it is masked again; where it is replaced by parameters of other shapes, or its module by another
             one, the next step of an optimizer warns. What writes to it otherwise than a step of an optimizer does is not
-            seen, see the limits in :doc:`trust`: keep the masks then. False lets them go; None does that too, with a warning.
+            seen, see the limits in :doc:`/trust`: keep the masks then. False lets them go; None does that too, with a warning.
 
     Returns:
         the model that was given.

@@ -48,7 +48,7 @@ def sharing(
 
     Takes time only where something else refers to a parameter: another module, or an optimizer. Then one
     pass over the heap, tens of milliseconds, tells of all parameters until one of them is registered again.
-    There is none for parameters that are masked by us already.
+    There is none for parameters that are masked by us already. Modules that ``gc.freeze()`` has hidden are not found.
     """
     copied = {ref for ref in refs if shallow and _has_shallow_copy(ref.module)}
     suspects = [

@@ -108,7 +108,7 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
 _GROUP = """
     process_group: for replicas of one model on several ranks: all ranks must choose the same entries,
         or all raise. What a random method chooses on the first rank is taken on all; without a group
-        it warns there. Other modules that share the parameter are masked, too.
+        it warns there. Other modules that share the parameter are masked, too, unless ``gc.freeze()`` hides them.
 """
 
 
