@@ -233,6 +233,19 @@ def test_an_average_that_is_given_twice_is_shrunk_once():
     rnd.pruner.detach()
 
 
+@pytest.mark.parametrize("given", [5, None, 0.5, "average", torch.tensor(2), mlp()])
+def test_what_lists_no_averages_is_refused(given, fingerprint):
+    model = mlp()
+    torch_rsst.l1_unstructured(model[0], "weight", amount=0.5)
+    before = fingerprint(model)
+    text = rf"follow: expected a list of modules, got {type(given).__name__}\. Pass a list: follow="
+    with pytest.raises(TypeError, match=text):
+        torch_rsst.follow(model, given)
+    with pytest.raises(TypeError, match=text):
+        RSST(model, find_groups(model), steps_per_round=1, follow=given)
+    assert fingerprint(model) == before
+
+
 def test_an_average_that_shares_parameters_with_the_model_is_refused():
     model = mlp()
     other = copy.deepcopy(model)

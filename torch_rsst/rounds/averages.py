@@ -13,7 +13,7 @@ from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.names import named_refs, named_weights, unwrap, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.rollback import AllOrNothing, reorder
-from torch_rsst.utils.errors import listing, refuse
+from torch_rsst.utils.errors import items, listing, refuse
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Followers:
             ValueError: for one that has other parameters than the model, is the model, or shares parameters with it.
         """
         weights = named_weights(model)
-        if isinstance(followers, nn.Module):
+        listed = None if isinstance(followers, nn.Module) else items(followers)
+        if listed is None:
             remedy = "Pass a list: follow=[average]."
             refuse(TypeError, "follow", "a list of modules", type(followers).__name__, remedy)
-        found = [_inside(follower, unwrap(model), weights) for follower in followers]
+        found = [_inside(follower, unwrap(model), weights) for follower in listed]
         held = {id(p): name for name, p in unwrap(model).named_parameters()}
         for module in found:
             if shared := [held[id(p)] for p in module.parameters() if id(p) in held]:

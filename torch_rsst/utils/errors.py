@@ -97,6 +97,21 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 and "\n" not in text else kind
 
 
+def items(values: object) -> list[Any] | None:
+    """What an iterable holds; None for text and for what holds nothing, such as numbers and tensors without dimensions.
+
+    >>> items(range(2)), items("ab"), items(torch.tensor(1.0)), items(None)
+    ([0, 1], None, None, None)
+    """
+    if isinstance(values, (str, bytes)):
+        return None
+    try:
+        iterator = iter(values)  # type: ignore[call-overload] # the question is whether it can
+    except TypeError:
+        return None
+    return list(iterator)
+
+
 def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:
     """The error text for a name that is not one of ``choices``, with the nearest one suggested.
 
