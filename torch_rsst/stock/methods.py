@@ -89,8 +89,7 @@ class HeadRegroup(MaskHook):
     ) -> None:
         if amount is not None:
             check_amount(amount)
-        if isinstance(dim, bool) or not isinstance(dim, Integral):
-            refuse(TypeError, "dim", "an int", shown(dim), _DIM)
+        _check_dim(dim)
         self.amount, self.num_heads, self.projections, self.dim = (
             amount,
             num_heads,
@@ -118,6 +117,11 @@ class HeadRegroup(MaskHook):
         scores = score_units(self.importance, layer, weights, masks, alive)
         kept = keep_units([ScoredLayer(scores, alive, sizes)], amount=self.amount).kept
         return layer.members[0].spread(kept[0], t).to(default_mask.dtype)
+
+
+def _check_dim(dim: object) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, Integral):
+        refuse(TypeError, "dim", "an int", shown(dim), _DIM)
 
 
 class Fillback(MaskHook):
