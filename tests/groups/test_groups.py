@@ -142,7 +142,7 @@ def test_what_holds_no_groups(groups: Any) -> None:
         as_groups(groups)
 
 
-@pytest.mark.parametrize("groups", [None, 3])
+@pytest.mark.parametrize("groups", [None, 3, torch.tensor(0.5), torch.tensor(2).numpy()])
 def test_what_holds_nothing(groups: Any) -> None:
     with pytest.raises(TypeError, match="expected groups, got"):
         as_groups(groups)

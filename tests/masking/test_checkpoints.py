@@ -275,3 +275,45 @@ def test_a_dense_state_dict_may_hold_one_name_of_a_tied_weight(mask, left_out) -
     assert torch.equal(model.head.weight, model.table.weight)
     if mask == "zeros":
         assert torch.equal(alive, value != 0)
+
+
+class Wrapper(nn.Module):
+    """As averages of timm are, and wrappers of one's own: the model is a child called ``module``."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.module = mlp(seed=seed)
+
+
+WRAPPED = {f"module.{name}": mask for name, mask in KEEP.items()}
+
+
+def test_a_wrapper_s_own_state_dict_fits_it_masked_and_fresh() -> None:
+    old, new = Wrapper(seed=7), Wrapper(seed=3)
+    torch_rsst.apply_mask(old, WRAPPED)
+    for model in (old, new):
+        torch_rsst.prepare_from_state_dict(model, old.state_dict()).load_state_dict(
+            old.state_dict()
+        )
+    assert torch.equal(torch_rsst.extract_mask(new)["module.2.bias"], KEEP["2.bias"])
+
+
+@pytest.mark.parametrize("given", ["of the wrapper", "of the model", "of a replicated wrapper"])
+@pytest.mark.parametrize("choice", ["keep", "zeros", "remove"])
+def test_a_wrapper_takes_dense_weights_under_names_with_and_without_its_own(
+    choice: Any, given: str
+) -> None:
+    model, dense = Wrapper(seed=7), Wrapper(seed=1)
+    torch_rsst.apply_mask(model, WRAPPED)
+    if given == "of the wrapper":
+        state = dense.state_dict()
+    elif given == "of the model":
+        state = dense.module.state_dict()
+    else:
+        state = nn.DataParallel(dense).state_dict()
+    torch_rsst.load_dense_state_dict(model, state, mask=choice)
+    assert same(model.module[0].bias, dense.module[0].bias)
+    first = model.module[0]
+    assert same(first.weight if choice == "remove" else first.weight_orig, dense.module[0].weight)
+    masks = torch_rsst.extract_mask(model)
+    assert masks.keys() == (set() if choice == "remove" else WRAPPED.keys())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune as stock
 from torch.nn.utils.prune import BasePruningMethod
 from torch.optim.swa_utils import AveragedModel
 
@@ -282,3 +283,67 @@ def test_a_replica_of_data_parallel_computes_with_its_own_weights(
         assert gradient is not None
         assert bool((gradient[mask == 0] == 0).all())
         assert bool((gradient[mask == 1] != 0).any())
+
+
+def masked_by(call: str, layer: nn.Module) -> None:
+    if call == "apply_mask":
+        torch_rsst.apply_mask(layer, {"weight": torch.eye(3)})
+    elif call == "a function of stock":
+        torch_rsst.custom_from_mask(layer, "weight", torch.eye(3))
+    else:
+        torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=6)
+
+
+def unmasked_by(call: str, layer: nn.Module) -> None:
+    if call == "remove_all":
+        torch_rsst.remove_all(layer, freeze_zeros=False)
+    elif call == "remove":
+        torch_rsst.remove(layer, "weight", freeze_zeros=False)
+    else:
+        stock.remove(layer, "weight")
+
+
+@pytest.mark.parametrize("asked", ["the original", "the copy"])
+@pytest.mark.parametrize("removed", ["remove_all", "remove", "PyTorch's remove"])
+@pytest.mark.parametrize("call", ["apply_mask", "a function of stock", "global_unstructured"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_shallow_copy_is_masked_and_plain_with_its_original(
+    moment: str, call: str, removed: str, asked: str
+) -> None:
+    layer = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(layer.parameters())
+    torch_rsst.identity(nn.Linear(3, 3), "weight")  # all modules have been asked once
+    twin = copy.copy(layer) if moment == "before" else layer
+    masked_by(call, layer)
+    twin = copy.copy(layer) if moment == "after" else twin
+    given = torch.ones(2, 3)
+    assert torch.equal(twin.weight, layer.weight)
+    assert torch.equal(twin(given), layer(given))
+    assert int(torch.count_nonzero(twin.weight)) == 3
+    with torch_rsst.dense_weights(layer):
+        assert isinstance(twin.weight, nn.Parameter)
+    assert torch.equal(twin(given), layer(given))
+    before = layer(given)
+    unmasked_by(removed, layer if asked == "the original" else twin)
+    for each in (layer, twin):
+        assert type(each) is nn.Linear or removed == "PyTorch's remove"
+        assert sorted(name for name, _ in each.named_parameters()) == ["bias", "weight"]
+        assert not each._forward_pre_hooks
+        assert not each._buffers
+        assert torch.equal(each(given), before)
+    assert optimizer.param_groups[0]["params"][0] is twin.weight
+
+
+def test_a_model_with_a_layer_and_its_shallow_copy_is_masked_in_and_outside_of_blocks() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, copy.copy(layer))
+    torch_rsst.apply_mask(model, {"0.weight": torch.eye(3)})
+    assert list(torch_rsst.extract_mask(model)) == ["0.weight"]
+    with torch_rsst.dense_weights(model):
+        assert [name for name, _ in model[1].named_parameters()] == ["weight", "bias"]
+    for each in model:
+        assert [name for name, _ in each.named_parameters()] == ["weight_orig", "bias"]
+        assert int(torch.count_nonzero(each.weight)) == 3
+    assert_mask_invariants(model)
+    torch_rsst.remove_all(model, freeze_zeros=False)
+    assert list(model[1]._parameters) == ["weight", "bias"]

@@ -394,6 +394,20 @@ def test_weights_that_are_tied_inside_share_the_mask() -> None:
     assert_mask_invariants(model)
 
 
+@pytest.mark.parametrize("masked", ["mid", "head", "embed"])
+def test_weights_are_tied_inside_while_an_optimizer_holds_them(masked: str) -> None:
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(6, 4), "mid": nn.Linear(4, 4), "head": nn.Linear(4, 6, bias=False)}
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch_rsst.l1_unstructured(model[masked], "weight", amount=0.5)
+    with torch_rsst.dense_weights(model, masked_writes="drop"):
+        model["head"].weight = model["embed"].weight
+    held = "weight" if masked == "mid" else "weight_orig"
+    assert model["head"]._parameters[held] is model["embed"]._parameters[held]
+    assert optimizer.param_groups  # alive until here
+
+
 def test_tying_two_masked_weights_takes_the_mask_of_the_parameter_that_stays() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     torch_rsst.apply_mask(model, {"0.weight": torch.eye(4), "1.weight": torch.ones(4, 4)})

@@ -328,6 +328,57 @@ def test_frozen_zeros_whose_parameter_is_gone_warn_at_the_next_step() -> None:
         optimizer.step()
 
 
+REPLACED = (
+    r"freeze of 'weight' of Linear: expected the same module, got another one in its place: nothing "
+    r"holds its entries from now on\. Freeze it after the module was changed, or mask it again\."
+)
+
+
+@pytest.mark.parametrize("frozen", ["zeros", "latents"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_freeze_that_ends_with_its_module_replaced_by_another_warns(
+    frozen: str, wrapped: bool
+) -> None:
+    model = mlp()
+    torch_rsst.l1_unstructured(model[0], "weight", amount=0.5)
+    outer = nn.DataParallel(model) if wrapped else model
+    if frozen == "zeros":
+        torch_rsst.remove_all(outer, freeze_zeros=True)
+    else:
+        torch_rsst.freeze_masked(outer)
+    new = nn.Linear(4, 8)
+    new.weight = nn.Parameter(model[0].weight.detach().clone())
+    model[0] = new
+    gc.collect()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match=REPLACED):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # once
+
+
+@pytest.mark.parametrize("after", ["frozen anew", "deleted", "the model is gone"])
+def test_a_freeze_whose_module_is_gone_is_silent_where_nothing_is_left_to_hold(after: str) -> None:
+    before = len(freezing._FROZEN)
+    model = mlp()
+    torch_rsst.l1_unstructured(model[0], "weight", amount=0.5)
+    torch_rsst.remove_all(model, freeze_zeros=True)
+    if after == "frozen anew":
+        model[0] = nn.Linear(4, 8)
+        torch_rsst.l1_unstructured(model[0], "weight", amount=0.5)
+        torch_rsst.remove_all(model, freeze_zeros=True)
+    elif after == "deleted":
+        del model[0]
+    else:
+        model = mlp()
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OPTIMIZERS["sgd"](model.parameters()).step()
+    assert len(freezing._FROZEN) == before + (after == "frozen anew")
+
+
 def test_zeros_of_models_that_are_gone_are_forgotten_without_a_word() -> None:
     gc.collect()
     before = len(freezing._FROZEN)

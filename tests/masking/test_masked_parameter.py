@@ -586,3 +586,16 @@ def test_the_last_mask_of_a_tied_parameter_is_the_one_of_all_its_places() -> Non
     mask(ParameterRef(second, "weight"), 1, 1, 0)
     torch_rsst.remove_all(nn.ModuleList([first, second]), freeze_zeros=False)
     assert first.weight.tolist() == [[3.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("masked", ["exactly", "by the functions of stock"])
+def test_masks_stand_in_the_order_of_parameters_in_whatever_order_they_are_made(
+    masked: str,
+) -> None:
+    norm = nn.BatchNorm1d(4)
+    for name in ("bias", "weight"):
+        if masked == "exactly":
+            torch_rsst.apply_mask(norm, {name: torch.tensor([1, 0, 1, 1])})
+        else:
+            torch_rsst.l1_unstructured(norm, name, amount=1)
+    assert list(norm._buffers)[3:] == ["weight_mask", "bias_mask"]

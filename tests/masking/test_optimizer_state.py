@@ -155,6 +155,23 @@ def _sgd(parameters: Any) -> dict[str, Any]:
     [
         (norms(), {}, "stock", ValueError, "optimizer state: expected a complete state"),
         (norms(), None, "stock", ValueError, "got NoneType"),
+        *(
+            (
+                norms(),
+                _sgd(norms().parameters()),
+                order,
+                TypeError,
+                f"from_order: expected 'stock' or a list of names, got {got}. Pass [name for",
+            )
+            for order, got in [
+                (5, "5"),
+                (None, "None"),
+                (b"stock", "b'stock'"),
+                ("dense", "'dense'"),
+                ([0.5, 0.5], "[0.5, 0.5]"),
+                (torch.tensor(2), "a Tensor of shape ()"),
+            ]
+        ),
         (
             _both_masked(),
             _sgd(norms().parameters()),

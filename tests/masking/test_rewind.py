@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -109,6 +111,21 @@ def test_the_state_dict_of_a_compiled_model_fits():
     wrapped = {f"_orig_mod.{name}": value for name, value in mlp().state_dict().items()}
     Snapshot.of(model, wrapped).restore(model)
     assert same(model[0].weight, mlp()[0].weight)
+
+
+@pytest.mark.parametrize("given", ["of the wrapper", "of the model", "of a replicated wrapper"])
+def test_a_model_whose_only_child_is_called_module_is_rewound(given):
+    wrapper = nn.Module()
+    wrapper.module = Normed()
+    states = {
+        "of the wrapper": wrapper.state_dict(),
+        "of the model": wrapper.module.state_dict(),
+        "of a replicated wrapper": nn.DataParallel(wrapper).state_dict(),
+    }
+    snapshot, before = Snapshot.of(wrapper, states[given]), copy.deepcopy(wrapper.state_dict())
+    disturb(wrapper.module)
+    snapshot.restore(wrapper)
+    assert all(same(value, before[name]) for name, value in wrapper.state_dict().items())
 
 
 def test_a_state_round_trips_as_copies():

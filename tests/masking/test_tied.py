@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import prune as stock
 
 import torch_rsst
@@ -444,6 +445,25 @@ def test_after_any_sequence_of_calls_all_that_tells_of_masks_agrees() -> None:
     )
 
 
+def test_weights_are_tied_after_masking_whoever_listens_to_registrations() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "mid": nn.Linear(4, 4)})
+    model["head"] = nn.Linear(4, 6, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch_rsst.l1_unstructured(model["mid"], "weight", amount=0.5)
+    heard: list[str] = []
+    handle = register_module_parameter_registration_hook(
+        lambda module, name, parameter: heard.append(name)
+    )
+    try:
+        model["head"].weight = model["embed"].weight
+    finally:
+        handle.remove()
+    assert heard == ["weight"]
+    assert optimizer.param_groups  # alive until here
+    torch_rsst.l1_unstructured(model["embed"], "weight", amount=0.5)
+    assert model["head"].weight_mask is model["embed"].weight_mask
+
+
 @every_call
 @owners
 def test_weights_that_are_tied_no_more_have_masks_of_their_own_once_one_is_set(
@@ -494,3 +514,106 @@ def test_different_masks_for_the_names_of_one_weight_are_refused(fingerprint: Fi
     assert fingerprint(model) == before
     torch_rsst.apply_mask(model, {"embed.weight": half(), "head.weight": half().int()})
     assert_shared(model)
+
+
+def loaded_by_assigning(moment: str) -> Language:
+    """As loaders from the meta device load: each name of the tied weight gets a parameter in the same memory."""
+    saved, model = made(), made()
+    if moment == "masked":
+        torch_rsst.apply_mask(saved, {"embed.weight": half()})
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file)
+    torch_rsst.prepare_from_state_dict(model, state).load_state_dict(state, assign=True)
+    if moment == "masked in one place":
+        torch_rsst.l1_unstructured(model.head, "weight", amount=0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("moment", "remedy"),
+    [
+        ("dense", r"Tie them: b\.weight = a\.weight\."),
+        ("masked", r"Tie them: b\.weight_orig = a\.weight_orig\."),
+        (
+            "masked in one place",
+            r"Remove the mask of 'head\.weight' with torch_rsst\.remove\(module, name\)\. "
+            r"Tie them: b\.weight = a\.weight\.",
+        ),
+    ],
+)
+def test_two_parameters_in_one_memory_are_refused_by_name_and_the_remedy_helps(
+    moment: str, remedy: str, fingerprint: Fingerprint
+) -> None:
+    model = loaded_by_assigning(moment)
+    before = fingerprint(model)
+    state = made().state_dict()
+    calls: list[Callable[[], object]] = [
+        lambda: torch_rsst.extract_mask(model),
+        lambda: torch_rsst.apply_mask(model, {"head.weight": half()}),
+        lambda: torch_rsst.remove_all(model),
+        lambda: torch_rsst.refresh(model),
+        lambda: torch_rsst.freeze_masked(model),
+        lambda: torch_rsst.dense_weights(model).__enter__(),
+        lambda: torch_rsst.prepare_from_state_dict(model, state),
+        lambda: torch_rsst.load_dense_state_dict(model, state, mask="keep"),
+        lambda: torch_rsst.sparsity_report(model),
+        lambda: torch_rsst.find_groups(model),
+        lambda: torch_rsst.RegularizedPruner(model, {}, total_steps=1),
+    ]
+    expected = (
+        r"'embed\.weight' and 'head\.weight': expected memory of their own, or one tied parameter, "
+        rf"got two parameters in one memory\. {remedy}"
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=expected):
+            call()
+    assert fingerprint(model) == before
+    if moment == "masked":
+        model.head.weight_orig = model.embed.weight_orig
+    else:
+        torch_rsst.remove_all(model.head, freeze_zeros=False)
+        model.head.weight = model.embed.weight
+    torch_rsst.apply_mask(model, {"head.weight": half()})
+    assert torch.equal(torch_rsst.extract_mask(model)["embed.weight"], half())
+    assert_mask_invariants(model)
+
+
+def test_listed_parameters_in_one_memory_are_refused(fingerprint: Fingerprint) -> None:
+    model = loaded_by_assigning("dense")
+    before = fingerprint(model)
+    pairs = [(model.embed, "weight"), (model.mlp, "weight"), (model.head, "weight")]
+    with pytest.raises(
+        ValueError, match=r"'parameters\[0\]' and 'parameters\[2\]': expected memory"
+    ):
+        torch_rsst.global_unstructured(pairs, torch_rsst.GlobalL1, amount=0.5)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("part", [torch.t, lambda weight: weight[1:]])
+def test_parts_and_views_of_another_weight_are_refused(part: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[1].weight.data = part(model[0].weight.data)
+    with pytest.raises(
+        ValueError, match=r"'0\.weight' and '1\.weight': expected memory of their own"
+    ):
+        torch_rsst.extract_mask(model)
+
+
+def test_parts_of_one_buffer_that_do_not_overlap_are_no_ties() -> None:
+    model, buffer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)), torch.ones(36)
+    model[0].weight.data = buffer[:9].view(3, 3)
+    wide = buffer[9:27].view(3, 6)
+    model[1].weight.data, model[2].weight.data = wide[:, :3], wide[:, 3:]
+    model[0].bias.data = buffer[27:30]
+    model[1].bias.data = model[2].bias.data = torch.empty(
+        0
+    )  # as sharding leaves parts of other ranks
+    model[0].register_parameter("meta", nn.Parameter(torch.empty(2, device="meta")))
+    model[1].register_parameter("meta", nn.Parameter(torch.empty(2, device="meta")))
+    masks = {"0.weight": torch.eye(3), "1.weight": 1 - torch.eye(3)}
+    torch_rsst.apply_mask(model, masks)
+    assert all(
+        torch.equal(mask, masks[n].bool()) for n, mask in torch_rsst.extract_mask(model).items()
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.ao.quantization as quantization
+import torch.ao.quantization.quantize_fx as quantize_fx
 from tiny_models import linear, same, tokens
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -488,8 +489,23 @@ def _masks_while_training(model: nn.Module) -> None:
     quantization.convert(model.eval())
 
 
+def _prepares_by_fx(model: nn.Module) -> None:
+    mapping = quantization.get_default_qconfig_mapping("fbgemm")
+    quantize_fx.prepare_fx(model.eval(), mapping, (tokens(0, 2, 4),))
+
+
+def _prepares_training_by_fx(model: nn.Module) -> None:
+    mapping = quantization.get_default_qat_qconfig_mapping("fbgemm")
+    quantize_fx.prepare_qat_fx(model.train(), mapping, (tokens(0, 2, 4),))
+
+
+FX = [_prepares_by_fx, _prepares_training_by_fx]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("work", [_dynamic, _prepares, _prepares_training, _masks_while_training])
+@pytest.mark.parametrize(
+    "work", [_dynamic, _prepares, _prepares_training, _masks_while_training, *FX]
+)
 def test_quantizing_masked_layers_is_an_error_where_pytorch_would_leave_them_out(
     work: Callable[[nn.Module], None],
 ) -> None:
@@ -506,3 +522,72 @@ def test_preparing_for_quantization_inside_a_block_keeps_the_masks_in_the_new_mo
     assert_mask_invariants(model, {"fc.weight": MASK})
     model(tokens(0, 2, 4)).sum().backward()
     assert bool((model.fc.weight_orig.grad[~MASK] == 0).all())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("masked", ["0.weight", "1.bias"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fusing_masked_layers_is_an_error_that_names_the_remedy_and_changes_nothing(
+    masked: str, inplace: bool
+) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU()).eval()
+    torch_rsst.apply_mask(model, {masked: torch.arange(2).view(model.get_parameter(masked).shape)})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=rf"got fuse_modules\(\), .* Do it {REMEDY}"):
+        quantization.fuse_modules(model, [["0", "1", "2"]], inplace=inplace)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(same(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_are_fused_inside_a_block_stay_masked() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
+    mask = torch.arange(2).view(2, 1, 1, 1)
+    torch_rsst.apply_mask(model, {"0.weight": mask})
+    given = torch.ones(1, 1, 2, 2)
+    expected = model(given)
+    with torch_rsst.dense_weights(model):
+        quantization.fuse_modules(model, [["0", "1"]], inplace=True)
+    assert type(model[1]) is nn.Identity
+    torch.testing.assert_close(model(given), expected)
+    assert_mask_invariants(model, {"0.weight": mask.bool()})
+
+
+class Registered(nn.Linear):
+    """As registries of classes are written."""
+
+    known: ClassVar[dict[str, type[nn.Module]]] = {}
+
+    def __init_subclass__(cls, *, kind: str) -> None:
+        super().__init_subclass__()
+        assert kind not in cls.known
+        cls.known[kind] = cls
+
+
+class Layer(Registered, kind="layer"):
+    pass
+
+
+def test_a_class_that_hears_of_its_subclasses_hears_of_no_masks() -> None:
+    layer = Layer(4, 3)
+    torch_rsst.apply_mask(layer, {"weight": MASK})
+    assert isinstance(layer, Layer)
+    assert isinstance(copy.deepcopy(layer), Layer)
+    torch_rsst.remove_all(layer, freeze_zeros=False)
+    assert Registered.known == {"layer": Layer}
+
+
+class Slotted(nn.Linear):
+    __slots__ = ("note",)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+
+
+def test_a_class_with_slots_is_masked() -> None:
+    layer = Slotted(4, 3)
+    layer.note = 1
+    torch_rsst.apply_mask(layer, {"weight": MASK})
+    assert layer.note == 1
+    assert_mask_invariants(layer, {"weight": MASK})

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import gradient_step, mlp, same, tokens
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torch_rsst
@@ -232,6 +233,19 @@ def test_an_average_that_is_given_twice_is_shrunk_once():
     rnd.pruner.detach()
 
 
+@pytest.mark.parametrize("given", [5, None, 0.5, "average", torch.tensor(2), mlp()])
+def test_what_lists_no_averages_is_refused(given, fingerprint):
+    model = mlp()
+    torch_rsst.l1_unstructured(model[0], "weight", amount=0.5)
+    before = fingerprint(model)
+    text = rf"follow: expected a list of modules, got {type(given).__name__}\. Pass a list: follow="
+    with pytest.raises(TypeError, match=text):
+        torch_rsst.follow(model, given)
+    with pytest.raises(TypeError, match=text):
+        RSST(model, find_groups(model), steps_per_round=1, follow=given)
+    assert fingerprint(model) == before
+
+
 def test_an_average_that_shares_parameters_with_the_model_is_refused():
     model = mlp()
     other = copy.deepcopy(model)
@@ -420,3 +434,45 @@ def test_masks_that_the_model_has_no_more_are_made_permanent_in_its_averages():
     assert not average.module.weight[dead].any()
     average.update_parameters(model)
     assert torch.equal(average.module.weight, model.weight)
+
+
+def normed():
+    return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def bias_before_weight(model):
+    torch_rsst.apply_mask(model, {"0.bias": torch.tensor([1, 0, 0, 0])})
+    torch_rsst.apply_mask(model, {"0.weight": torch.tensor([0, 1, 1, 1])})
+
+
+def by_stock_calls(model):
+    torch_rsst.l1_unstructured(model[0], "bias", amount=3)
+    torch_rsst.l1_unstructured(model[0], "weight", amount=1)
+
+
+def by_pytorch_itself(model):
+    prune.l1_unstructured(model[0], "bias", amount=3)
+    prune.l1_unstructured(model[0], "weight", amount=1)
+
+
+def twice(model):
+    bias_before_weight(model)
+    torch_rsst.remove(model[0], "weight", freeze_zeros=False)
+    torch_rsst.l1_unstructured(model[0], "weight", amount=1)
+
+
+@pytest.mark.parametrize("masked", [bias_before_weight, by_stock_calls, by_pytorch_itself, twice])
+@pytest.mark.parametrize("kind", ["torch", "timm"])
+def test_an_average_has_the_model_s_masks_in_whatever_order_they_were_made(masked, kind):
+    model = normed()
+    ema = pytest.importorskip("timm.utils").ModelEmaV3 if kind == "timm" else torch_average
+    average = ema(model) if kind == "timm" else ema(model, use_buffers=True)
+    masked(model)
+    torch_rsst.follow(model, [average])
+    for _ in range(2):
+        update = average.update if kind == "timm" else average.update_parameters
+        update(model)
+    assert list(model[0]._buffers) == list(average.module[0]._buffers)
+    masks, followed = extract_mask(model), extract_mask(average.module)
+    assert masks.keys() == followed.keys()
+    assert all(same(masks[name], followed[name]) for name in masks)

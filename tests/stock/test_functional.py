@@ -213,6 +213,9 @@ def test_overridden_rules_are_called(base: Any) -> None:
         ([(nn.Linear(1, 1), "weight", 1)], TypeError, "pairs"),
         ([(nn.LazyLinear(1), "weight")], ValueError, "a lazy one"),
         ("weight", TypeError, "pairs, got str"),
+        (torch.tensor(0.5), TypeError, "pairs, got Tensor"),
+        (torch.tensor(0.5).numpy(), TypeError, "pairs, got ndarray"),
+        (5, TypeError, "pairs, got int"),
     ],
 )
 def test_what_is_no_list_of_parameters(parameters: Any, error: Any, text: str) -> None:

@@ -324,6 +324,14 @@ def test_bad_settings_fail_at_once(
         ({"num_heads": 0}, ValueError, "num_heads: expected an int >= 1"),
         ({"num_heads": 2.0}, TypeError, "num_heads: expected an int >= 1"),
         ({"num_heads": 2, "projections": 0}, ValueError, "projections: expected an int >= 1"),
+        *(
+            (
+                {"num_heads": 2, "dim": dim},
+                TypeError,
+                r"dim: expected an int, got .* Heads are split",
+            )
+            for dim in (None, "0", 1.5, True, torch.tensor(0.5))
+        ),
         ({"num_heads": 2, "dim": 2}, IndexError, r"dim: expected -2 to 1 for shape \(12, 4\)"),
         ({"num_heads": 2, "dim": -3}, IndexError, "dim: expected"),
         ({"num_heads": 4, "amount": 5}, ValueError, "as many units as there are, got 5"),

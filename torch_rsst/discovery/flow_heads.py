@@ -39,7 +39,7 @@ NO_OUTPUT = (
     "no layer of its own that could take heads in"
 )
 WHOLE = "which fixes how wide all heads are together; heads of nn.MultiheadAttention can be cut"
-_MOST_TRIALS, _FEW_TRIALS = 64, 16
+_MOST_TRIALS, _FEW_TRIALS = 64, 4
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 

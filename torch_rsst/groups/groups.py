@@ -18,7 +18,7 @@ from torch_rsst.distributed.dtensor import Layout, Ranks, local, sharded_like
 from torch_rsst.masking.entry_blocks import acting, add_along, block_indices
 from torch_rsst.utils.amounts import check_count
 from torch_rsst.utils.errors import MissingNameError, refuse, shown
-from torch_rsst.utils.iterables import iterates
+from torch_rsst.utils.iterables import items
 
 NO_UNIT = -1
 KINDS = ("heads", "neurons", "channels")
@@ -380,13 +380,13 @@ def as_groups(groups: Groups | GroupLayer | Iterable[Group] | Iterable[GroupLaye
     remedy = "Pass what find_groups(model) returns, or a selection of its items."
     if isinstance(groups, (Group, GroupLayer)):
         groups = [groups]
-    if not iterates(groups):
+    found = items(groups)
+    if found is None:
         refuse(TypeError, "groups", "groups", type(groups).__name__, remedy)
-    items = list(groups)
-    layers = [item for item in items if isinstance(item, GroupLayer)]
-    units = [item for item in items if isinstance(item, Group)]
-    if len(layers) + len(units) != len(items):
-        wrong = next(i for i in items if not isinstance(i, (Group, GroupLayer)))
+    layers = [item for item in found if isinstance(item, GroupLayer)]
+    units = [item for item in found if isinstance(item, Group)]
+    if len(layers) + len(units) != len(found):
+        wrong = next(i for i in found if not isinstance(i, (Group, GroupLayer)))
         refuse(TypeError, "groups", "groups", shown(wrong), remedy)
     gathered = (*layers, *_regather(units))
     names = [(layer.name, layer.kind) for layer in gathered]

@@ -15,7 +15,15 @@ from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.mask_sets import apply_mask, extract_mask
 from torch_rsst.masking.mask_undo import is_writable
 from torch_rsst.masking.mask_values import check_binary
-from torch_rsst.masking.names import dense_keys, first_names, masked_names, masked_places, unwrap
+from torch_rsst.masking.names import (
+    dense_keys,
+    first_names,
+    found_among,
+    masked_names,
+    masked_places,
+    unwrap,
+    without_wrappers,
+)
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.utils.errors import MissingNameError, listing, refuse, unknown_choice
@@ -44,7 +52,8 @@ def prepare_from_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
             becomes of its mask is yours to say, see :func:`load_dense_state_dict`.
     """
     masks, names = extract_mask(state_dict), first_names(model)
-    if left := masked_names(model) - {names.get(name, name) for name in masks}:
+    given = {names[found] for name in masks if (found := found_among(name, names)) is not None}
+    if left := masked_names(model) - given:
         refuse(
             ValueError,
             "state_dict",
@@ -90,9 +99,10 @@ def load_dense_state_dict(
         refuse(TypeError, "state_dict", "a dict", got, remedy)
     inner = unwrap(model)
     check_masks_in_place("load_dense_state_dict", inner.modules())
-    loaded = {name: state_dict[key] for key, name in dense_keys(state_dict).items()}
+    shapes = _dense_shapes(inner)
+    loaded = {name: state_dict[key] for key, name in dense_keys(state_dict, shapes).items()}
     loaded = _under_all_names(inner, loaded)
-    _check_fits(_dense_shapes(inner), loaded)
+    _check_fits(shapes, loaded)
     for ref in masked_places(inner):
         check_binary(ref.mask, ref)
     tensors = [*inner.parameters(), *inner.buffers()]
@@ -144,8 +154,8 @@ def _load(model: nn.Module, loaded: Mapping[str, Tensor], mask: MaskChoice) -> N
 
 
 def _dense_names(state: Mapping[str, Any]) -> dict[str, str]:
-    """Each key of a state dict → the name it has in the dense model; masks are left out."""
-    names = dense_keys(state)
+    """Each key of the model's own state dict → the name it has in the dense model; masks are left out."""
+    names = {key: without_wrappers(key) for key in state}
     masked = {key.removesuffix(ORIG) for key in state if key.endswith(ORIG)}
     masked = {key for key in masked if key + MASK in state}
     return {

@@ -228,7 +228,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
             for place in dense.places:
                 set_plain(place.ref, dense.plain)
                 if place.hook is not None:
-                    del place.ref.module._forward_pre_hooks[place.hook[0]]
+                    place.ref.module._forward_pre_hooks.pop(place.hook[0], None)
         return list(found.values())
 
     def _refuse_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -267,7 +267,8 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
     def _with_others(self, each: _Return) -> _Return:
         """And the modules that share the parameter outside of the model."""
         own = each.parameter is each.dense.plain
-        others = sharing(each.refs, references=2 if own else 1)  # those of `each`
+        # The references of `each`; and what puts modules back after an error refers to their dicts.
+        others = sharing(each.refs, references=2 if own else 1, shallow=False)
         shared = [ref for ref in others if not _is_of_a_program(ref.module)]
         return replace(each, refs=[*each.refs, *shared])
 
@@ -391,8 +392,9 @@ def _mask_again(
     ref: ParameterRef, parameter: nn.Parameter, mask: Tensor, place: _Place | None
 ) -> None:
     module = ref.module
-    # Through setattr, which is seen by those who ask for other modules that share it.
-    setattr(module, ref.name, parameter)
+    if not ref.is_masked:  # else by a copy by copy.copy(), which has the same dicts
+        # Through setattr, which is seen by those who ask for other modules that share it.
+        setattr(module, ref.name, parameter)
     reparametrize(ref, mask)
     if place is None:
         set_hook(ref)

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.masking.mask_values import check_binary
-from torch_rsst.masking.names import masked_places
+from torch_rsst.masking.names import masked_places, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.tied import masked_with
 from torch_rsst.utils.errors import UnfrozenZerosWarning, message, refuse
@@ -45,7 +45,8 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
 
     Otherwise masked latents drift under momentum and weight decay, and a later fillback returns what
     they have become. Parameters that are masked now are covered, with whatever is masked in them at
-    the time of a step, also of an optimizer around another one. Costs a copy of each of these
+    the time of a step, also of an optimizer around another one. Convert the model before, where
+    ``torch.__future__.set_swap_module_params_on_conversion(True)`` is set: PyTorch refuses it for what is frozen. Costs a copy of each of these
     parameters during a step. Belongs to this model object: a copy of the model starts unfrozen. What
     :func:`torch_rsst.compact` makes of it does not, where masks are kept.
 
@@ -64,20 +65,26 @@ def freeze_masked(model: nn.Module) -> FreezeHandle:
     for ref in refs:
         check_binary(ref.mask, ref)
     masked_with(refs)  # for what it refuses
-    return freeze_latents(refs)
+    return freeze_latents(refs, within=model)
 
 
-def freeze_latents(refs: Sequence[ParameterRef]) -> FreezeHandle:
-    """Hold what is masked in these parameters."""
-    return _freeze([_Frozen(ref) for ref in refs])
+def freeze_latents(
+    refs: Sequence[ParameterRef], *, within: nn.Module | None = None
+) -> FreezeHandle:
+    """Hold what is masked in these parameters; see :func:`freeze_zeros` for ``within``."""
+    return _freeze([_Frozen(ref) for ref in refs], within)
 
 
-def freeze_zeros(zeros: Iterable[tuple[ParameterRef, Tensor]]) -> FreezeHandle:
-    """Hold entries of dense parameters at 0: pairs of a parameter and the bool tensor of its zeros.
+def freeze_zeros(
+    zeros: Iterable[tuple[ParameterRef, Tensor]], *, within: nn.Module | None = None
+) -> FreezeHandle:
+    """Hold entries of dense parameters at 0, until they are masked or :func:`end_freeze` is called.
 
-    Until the parameter is masked, or :func:`torch_rsst.masking.freezing.end_freeze` is called.
+    Args:
+        zeros: pairs of a parameter and the bool tensor of its zeros.
+        within: the model that has the parameters: where a module of it is replaced, it tells.
     """
-    return _freeze([_Frozen(ref, entries) for ref, entries in zeros])
+    return _freeze([_Frozen(ref, entries) for ref, entries in zeros], within)
 
 
 def end_freeze(ref: ParameterRef) -> None:
@@ -143,12 +150,28 @@ class _Frozen:
         self.module, self.name, self.shape = weakref.ref(ref.module), ref.name, original.shape
         self.parameter = weakref.ref(original, self._parameter_died)
         self.heirs: weakref.WeakSet[_Frozen] = weakref.WeakSet()
+        self._home: tuple[weakref.ref[nn.Module], str] | None = None
         self._zeros = zeros
         self._before: Tensor | None = None
 
     def _parameter_died(self, _: object) -> None:
-        if self.module() is None:  # the model died; else the next step tells
+        if self.module() is None and self.successor is None:  # else the next step tells
             _discard(self)
+
+    def is_at(self, model: nn.Module, path: str) -> None:
+        """Note where in a model the module is."""
+        self._home = weakref.ref(model), path
+
+    @property
+    def successor(self) -> ParameterRef | None:
+        """The parameter where this one was in its model, if both that module and this one's are there no more."""
+        if self.module() is not None or self._home is None:
+            return None
+        module, path = self._home[0](), self._home[1]
+        for name in path.split("."):
+            module = None if module is None else module._modules.get(name)
+        ref = None if module is None else ParameterRef(module, self.name)
+        return ref if ref is not None and ref.held is not None else None
 
     def is_of(self, ref: ParameterRef) -> bool:
         if self.module() is ref.module and self.name == ref.name:
@@ -192,10 +215,11 @@ class _Frozen:
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is nothing left to hold, though the module lives on."""
+        """Whether there is nothing left to hold, though the module lives on, or another in its place."""
         parameter = self.parameter()
         gone = parameter is None or parameter.shape != self.shape
-        return gone and self.ref is None and self.module() is not None
+        lives = self.module() is not None or self.successor is not None
+        return gone and self.ref is None and lives
 
     def before_step(self, parameter: nn.Parameter) -> None:
         if self._zeros is None:
@@ -239,13 +263,17 @@ def _discard(frozen: _Frozen) -> None:
         _FROZEN.remove(frozen)
 
 
-def _freeze(frozen: Sequence[_Frozen]) -> FreezeHandle:
+def _freeze(frozen: Sequence[_Frozen], within: nn.Module | None = None) -> FreezeHandle:
     if not _step_hooks:
         _step_hooks.append(register_optimizer_step_pre_hook(_before_step))
         _step_hooks.append(register_optimizer_step_post_hook(_after_step))
+    model = None if within is None else unwrap(within)
+    paths = {} if model is None else {module: path for path, module in model.named_modules()}
     for each in frozen:
         if each.ref is not None:
             end_freeze(each.ref)
+            if model is not None and each.ref.module in paths:
+                each.is_at(model, paths[each.ref.module])
         _FROZEN.append(each)
     return FreezeHandle(frozen)
 
@@ -264,10 +292,15 @@ def _frozen_in(optimizer: Optimizer) -> list[tuple[nn.Parameter, _Frozen]]:
 def _warn_of_ended() -> None:
     for frozen in [each for each in _FROZEN if each.has_ended]:
         _discard(frozen)
+        successor = frozen.successor
+        if successor is not None and any(each.is_of(successor) for each in _FROZEN):
+            continue
+        module = frozen.module() if successor is None else successor.module
         text = message(
-            f"freeze of {frozen.name!r} of {type(frozen.module()).__name__}",
-            expected="a parameter of the same shape",
-            got="none any more: nothing holds its entries from now on",
+            f"freeze of {frozen.name!r} of {type(module).__name__}",
+            expected="a parameter of the same shape" if successor is None else "the same module",
+            got=f"{'none any more' if successor is None else 'another one in its place'}: "
+            "nothing holds its entries from now on",
             remedy="Freeze it after the module was changed, or mask it again.",
         )
         warnings.warn(text, UnfrozenZerosWarning, stacklevel=4)

@@ -8,6 +8,7 @@ names are properties. :mod:`torch.nn.utils.parametrize` works in the same way.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from torch_rsst.masking.mask_values import warn_if_averaged
@@ -24,6 +26,7 @@ from torch_rsst.masking.masked_product import masked
 from torch_rsst.masking.weight_writes import (
     assigned,
     check_reader,
+    check_tracer,
     deleted,
     parametrizing,
     quantization,
@@ -50,6 +53,8 @@ def product(module: nn.Module, name: str) -> Tensor:
     original = getattr(module, name + ORIG, None)
     mask = getattr(module, name + MASK, None)
     if original is not None and mask is not None:
+        if type(original) is Proxy:
+            check_tracer(module, original)
         if type(mask) is Tensor and not torch.compiler.is_compiling():
             warn_if_averaged(mask, f"'{name}' of {type(module).__name__}")
         made = masked(original, mask, sparse=getattr(module, "sparse", False) is True)
@@ -110,7 +115,7 @@ def _set_own_class(module: nn.Module, cls: type[nn.Module]) -> None:
     # Made anew: copies of a parametrized module share their class.
     top = type(module)
     body = {k: v for k, v in vars(top).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(top.__name__, (cls,), body)
+    module.__class__ = _subclass(cls, top.__name__, body)
 
 
 def _has_parametrized_class(module: nn.Module) -> bool:
@@ -142,7 +147,20 @@ def _live_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]
     }
     if base.forward in _LOOKUPS and "weight" in names:
         body["forward"] = _renormalizing(base.forward)
-    return type(base.__name__, (base,), body)
+    return _subclass(base, base.__name__, body)
+
+
+def _subclass(base: type[nn.Module], name: str, body: dict[str, Any]) -> type[nn.Module]:
+    """A subclass that a user's ``__init_subclass__`` hears nothing of: such register classes, or ask for arguments.
+
+    Classes with a metaclass, or with slots, are subclassed as usual.
+    """
+    if type(base) is type and hasattr(base.__init_subclass__, "__func__"):
+        made = type(name, (nn.Module,), body)
+        with contextlib.suppress(TypeError):  # of another layout
+            made.__bases__ = (base,)
+            return made
+    return type(name, (base,), body)
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:

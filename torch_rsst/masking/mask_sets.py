@@ -14,13 +14,12 @@ from torch_rsst.masking.live_weight import MASK, ORIG, make_live
 from torch_rsst.masking.mask_values import AVERAGED, check_binary, check_shape, is_binary
 from torch_rsst.masking.masked_parameter import NewMasks, find_hook, install
 from torch_rsst.masking.names import (
-    OUTER_PREFIX,
     dense_keys,
     first_names,
+    found_among,
     named_refs,
     places_of,
     unwrap,
-    without_wrappers,
 )
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, masked_refs
 from torch_rsst.masking.tied import check_one_mask, check_shared
@@ -41,7 +40,8 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
         {'weight': tensor([[ True, False]])}
 
     A key ``K`` exists only where both ``K_orig`` and ``K_mask`` do. Prefixes of wrappers
-    (``module.``, ``_orig_mod.``) are stripped; a tied tensor appears once, under its first name.
+    (``module.``, ``_orig_mod.``) are stripped, of a state dict also those of a model's only child, were it called
+    ``module``: :func:`apply_mask` knows it by both names. A tied tensor appears once, under its first name.
 
     Returns:
         bool tensors, new memory, on the devices of the masks.
@@ -49,7 +49,7 @@ def extract_mask(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Masks
     Raises:
         TypeError: for anything but a module or a mapping.
         ValueError: where a mask holds values other than 0 and 1, or a tied tensor has several masks, or
-            one for some of its names only.
+            one for some of its names only; where two parameters of a model lie in one memory.
     """
     if isinstance(model_or_state_dict, nn.Module):
         found: Mapping[str, Tensor] = _mask_buffers(model_or_state_dict)
@@ -211,7 +211,7 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
     Raises:
         KeyError: for a name that the model does not have, or, if strict, lacks in ``masks``.
         ValueError: for a mask of another shape or with values other than 0 and 1; where modules that share
-            a parameter cannot all be masked.
+            a parameter cannot all be masked, or two parameters lie in one memory.
         RuntimeError: where the ranks of a ``DistributedDataParallel`` pass different masks.
     """
     work = agreed(
@@ -273,15 +273,9 @@ def _check_one_each(masks: Mapping[str, Tensor], resolved: Mapping[str, str]) ->
 
 
 def _resolve(name: str, names: Mapping[str, str]) -> str:
-    inner = without_wrappers(name)
-    for candidate in (
-        name,
-        inner,
-        inner.removeprefix(OUTER_PREFIX),
-        OUTER_PREFIX + inner,  # the model itself has one child, called "module"
-    ):
-        if candidate in names:
-            return names[candidate]
+    found = found_among(name, names)
+    if found is not None:
+        return names[found]
     plain = name.removesuffix(ORIG)
     near = plain if plain in names else closest(name, names, 0.85)
     refuse_name(f"mask {name!r}", names, f"Did you mean {near!r}? " if near else "")

@@ -89,8 +89,12 @@ class _Masked(BasePruningMethod):
         and other libraries do. Other modules that share the parameter lose mask and hook, too.
         """
         ref = ParameterRef(module, self._tensor_name)
-        restore(masked_with([ref]))
+        others = masked_with([ref])
+        own = module._parameters
+        restore([other for other in others if other.module._parameters is not own])
         make_permanent(ref)
+        for other in others:  # copies by copy.copy() have the same dicts
+            make_plain(other.module, other.name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles of masked models name public paths only; see :data:`PICKLE_FORMAT`."""
@@ -254,8 +258,8 @@ def reparametrize(ref: ParameterRef, mask: Tensor) -> None:
         registry = ref.module._parameters
         with place_kept(ref):
             registry[ref.name + ORIG] = registry.pop(ref.name)
+            ref.module.register_buffer(ref.name + MASK, mask)
         rename_parameter(ref.module, ref.name, ref.name + ORIG)
-        ref.module.register_buffer(ref.name + MASK, mask)
     elif ref.mask is not mask:
         ref.module._buffers[ref.name + MASK] = mask
     make_live(ref.module, ref.name)
@@ -335,6 +339,8 @@ def set_plain(ref: ParameterRef, parameter: nn.Parameter) -> None:
     rename_parameter(module, ref.name + ORIG, ref.name)
     make_plain(module, ref.name)
     module.__dict__.pop(ref.name, None)
+    if not ref.is_masked:  # by now, through a copy by copy.copy(), which has the same dicts
+        return
     del module._buffers[ref.name + MASK]
     with place_kept(ref):
         del module._parameters[ref.name + ORIG]

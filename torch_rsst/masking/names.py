@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from torch_rsst.distributed.fsdp import reshard
+from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.parameter_ref import ParameterRef, dense_name, masked_refs
-from torch_rsst.masking.tied import check_shared
+from torch_rsst.masking.tied import check_memory, check_shared
 from torch_rsst.utils.errors import refuse
 
 # What DataParallel and DistributedDataParallel, torch.compile and FSDP put around a module.
@@ -52,7 +53,8 @@ def named_refs(model: nn.Module) -> dict[str, list[ParameterRef]]:
     Tied parameters appear once, under their first name, with all their refs.
 
     Raises:
-        ValueError: where some modules that share a parameter have another mask for it, or none.
+        ValueError: where some modules that share a parameter have another mask for it, or none, or two parameters lie in
+            one memory.
     """
     refs = places_of(model)
     check_shared(refs)
@@ -67,6 +69,7 @@ def places_of(model: nn.Module) -> dict[str, list[ParameterRef]]:
     for full, ref in _every_place(model):
         name = first_names.setdefault(id(ref.original), full)
         refs.setdefault(name, []).append(ref)
+    check_memory(refs)
     return refs
 
 
@@ -119,13 +122,28 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: places[0].original.detach() for name, places in named_refs(model).items()}
 
 
-def dense_keys(state: Mapping[str, Any]) -> dict[str, str]:
+def found_among(name: str, names: Container[str]) -> str | None:
+    """What a model calls a parameter that may have more or fewer prefixes of wrappers; None where it has none such."""
+    inner = without_wrappers(name)
+    forms = (name, inner, inner.removeprefix(OUTER_PREFIX), OUTER_PREFIX + inner)
+    return next((form for form in forms if form in names), None)
+
+
+def dense_keys(state: Mapping[str, Any], names: Container[str] = ()) -> dict[str, str]:
     """Each key of a state dict without the prefixes of wrappers, where all keys have them.
+
+    Args:
+        state: the state dict.
+        names: of a model. With them, all keys keep their first ``module.``, lose it or get it, as most names have it:
+            a model may have a child of that name.
 
     >>> dense_keys({"module.fc.weight": 0, "module.fc.bias": 0})["module.fc.bias"]
     'fc.bias'
+    >>> dense_keys({"module.fc.weight": 0}, names=["module.fc.weight"])["module.fc.weight"]
+    'module.fc.weight'
     """
     inner = {key: without_wrappers(key) for key in state}
+    forms = [inner, {key: OUTER_PREFIX + name for key, name in inner.items()}]
     if all(name.startswith(OUTER_PREFIX) for name in inner.values()):
-        return {key: name.removeprefix(OUTER_PREFIX) for key, name in inner.items()}
-    return inner
+        forms.insert(0, {key: name.removeprefix(OUTER_PREFIX) for key, name in inner.items()})
+    return max(forms, key=lambda form: sum(n.removesuffix(ORIG) in names for n in form.values()))

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.mask_sets import Masks
 from torch_rsst.masking.names import named_refs, without_wrappers
-from torch_rsst.utils.errors import MissingNameError, check_keys, listing, refuse
+from torch_rsst.utils.errors import MissingNameError, check_keys, listing, refuse, shown
+from torch_rsst.utils.iterables import items
 
 # Names that torch.optim gives to state with one value per entry: their shapes tell a wrong order.
 _PER_ENTRY = (
@@ -66,15 +67,18 @@ def convert_optimizer_state(
         parameters in the order of ``model.named_parameters()``.
 
     Raises:
+        TypeError: for anything but names in ``from_order``.
         ValueError: where the state does not fit the names or shapes, or ``"stock"`` leaves the
             order open.
         KeyError: for names that the model does not have.
     """
     check_keys(state, ("state", "param_groups"), "optimizer state")
     shapes = {name: places[0].original.shape for name, places in named_refs(model).items()}
-    if from_order == "stock":
-        from_order = _names_in(state) or _stock_order(model, state)
-    names = _dense(from_order, shapes)
+    if isinstance(from_order, str) and from_order == "stock":
+        given = _names_in(state) or _stock_order(model, state)
+    else:
+        given = _names(from_order)
+    names = _dense(given, shapes)
     ids = [key for group in state["param_groups"] for key in group["params"]]
     if len(names) != len(ids) or len(set(names)) != len(names):
         got = f"{len(ids)} in the state and {len(set(names))} different names"
@@ -116,6 +120,19 @@ def _names_in(state: Mapping[str, Any]) -> list[str]:
     """What an optimizer made from named parameters says itself; empty for others."""
     named = [group.get("param_names", ()) for group in state["param_groups"]]
     return [name for names in named for name in names] if all(named) else []
+
+
+def _names(given: object) -> list[str]:
+    """Names that were given as such.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    names = items(given)
+    if names is None or not all(isinstance(name, str) for name in names):
+        remedy = "Pass [name for name, _ in old_model.named_parameters()], or 'stock'."
+        refuse(TypeError, "from_order", "'stock' or a list of names", shown(given), remedy)
+    return names
 
 
 def _dense(names: Sequence[str], shapes: Mapping[str, torch.Size]) -> list[str]:

@@ -16,6 +16,7 @@ from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.live_weight import MASK, ORIG, loses_renormalization
 from torch_rsst.masking.mask_undo import has_own_memory
 from torch_rsst.utils.errors import listing, message, refuse, shown
+from torch_rsst.utils.iterables import items
 
 MASKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -151,9 +152,10 @@ def parameter_list(parameters: object) -> list[Any]:
     Raises:
         TypeError: for anything else.
     """
-    if isinstance(parameters, str) or not isinstance(parameters, Iterable):
+    found = items(parameters)
+    if found is None:
         raise TypeError(_not_pairs(type(parameters).__name__))
-    return list(parameters)
+    return found
 
 
 def ref_of(pair: object) -> ParameterRef:

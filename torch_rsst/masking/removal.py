@@ -36,8 +36,9 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
         model: the model, wrapped or not.
         freeze_zeros: a plain parameter has no mask, so its zeros come back to life if you train on.
             True holds them at 0, whatever optimizer trains their parameter, in whatever module it
-            is, until it is masked again; where it is replaced by parameters of other shapes, the
-            next step of an optimizer warns. False lets them go; None does that too, with a warning.
+            is, until it is masked again; where it is replaced by parameters of other shapes, or its module by another
+            one, the next step of an optimizer warns. What writes to it otherwise than a step of an optimizer does is not
+            seen, see the limits in :doc:`/trust`: keep the masks then. False lets them go; None does that too, with a warning.
 
     Returns:
         the model that was given.
@@ -52,16 +53,19 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
     check_masks_in_place("remove_all", model.modules())
     refs += masked_with(refs)
     zeros = [(ref, ~alive) for ref in refs if (alive := ref.alive) is not None]
-    restore(refs, last=what_becomes_of(zeros, freeze_zeros))
+    restore(refs, last=what_becomes_of(zeros, freeze_zeros, within=model))
     return model
 
 
 def what_becomes_of(
-    zeros: Sequence[tuple[ParameterRef, Tensor]], freeze_zeros: bool | None
+    zeros: Sequence[tuple[ParameterRef, Tensor]],
+    freeze_zeros: bool | None,
+    *,
+    within: nn.Module | None = None,
 ) -> Callable[[], object] | None:
     """The last step of a removal: freeze what was masked, warn of it, or nothing."""
     if freeze_zeros:
-        return partial(hold_at_zero, zeros)
+        return partial(hold_at_zero, zeros, within=within)
     return partial(_warn_unfrozen, zeros) if freeze_zeros is None else None
 
 

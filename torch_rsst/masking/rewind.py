@@ -47,10 +47,10 @@ class Snapshot:
             got = type(rewind).__name__
             remedy = "Pass model.state_dict() of an earlier moment."
             refuse(TypeError, "rewind", "None, 'init' or a state dict", got, remedy)
-        saved = {name: rewind[key] for key, name in dense_keys(rewind).items()}
+        present = {**weights, **buffers}
+        saved = {name: rewind[key] for key, name in dense_keys(rewind, present).items()}
         chosen = {name: saved.get(name + ORIG, saved.get(name)) for name in weights}
         kept = {name: saved[name] for name in buffers if name in saved}
-        present = {**weights, **buffers}
         unfit = [
             name
             for name, value in {**chosen, **kept}.items()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torch_rsst.distributed.fsdp import rename_parameter
-from torch_rsst.masking.live_weight import ORIG
+from torch_rsst.masking.live_weight import MASK, ORIG
 from torch_rsst.masking.mask_undo import restore_callbacks
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.module_state import contents_back
@@ -20,15 +20,16 @@ from torch_rsst.utils.module_state import contents_back
 
 @contextmanager
 def place_kept(ref: ParameterRef) -> Iterator[None]:
-    """Put the parameter back to its place in the module, whatever name the block gives it.
+    """Put the parameter back to its place in the module, whatever name the block gives it, and its mask among the others.
 
-    Optimizers address parameters by position.
+    Optimizers address parameters by position, averages (EMA, SWA) buffers, too.
     """
     registry, names = ref.module._parameters, (ref.name + ORIG, ref.name)
     order = list(registry)
     yield
     now = next((name for name in names if name in registry), None)
     reorder(registry, [now if key in names else key for key in order])
+    _order_masks(ref.module)
 
 
 def reorder(registry: dict[Any, Any], order: Iterable[Any]) -> None:
@@ -40,6 +41,15 @@ def reorder(registry: dict[Any, Any], order: Iterable[Any]) -> None:
     if keys != list(registry):
         for key in keys:
             registry[key] = registry.pop(key)
+
+
+def _order_masks(module: nn.Module) -> None:
+    """Let masks, where they stand among the buffers, be in the order of their parameters, not that of their making."""
+    originals = [key for key in module._parameters if key.endswith(ORIG)]
+    order = {key.removesuffix(ORIG) + MASK: i for i, key in enumerate(originals)}
+    keys = list(module._buffers)
+    masks = iter(sorted((key for key in keys if key in order), key=order.__getitem__))
+    reorder(module._buffers, [next(masks) if key in order else key for key in keys])
 
 
 class AllOrNothing:

@@ -10,6 +10,8 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +35,30 @@ def by_parameter(refs: Iterable[ParameterRef]) -> list[list[ParameterRef]]:
     return list(shared.values())
 
 
-def sharing(refs: Iterable[ParameterRef], *, references: int = 0) -> list[ParameterRef]:
+def sharing(
+    refs: Sequence[ParameterRef], *, references: int = 0, shallow: bool = True
+) -> list[ParameterRef]:
     """The other places that hold the parameters of ``refs``, in whatever modules are alive.
 
-    ``references``: how many the caller itself has to each parameter, beside those of ``refs``.
+    Args:
+        refs: the places that are known.
+        references: how many the caller itself has to each parameter, beside those of ``refs``.
+        shallow: whether to look for what :func:`copy.copy` has made of modules, which have the same dicts of
+            parameters; for callers that do not refer to these dicts.
 
     Takes time only where something else refers to a parameter: another module, or an optimizer. Then one
     pass over the heap, tens of milliseconds, tells of all parameters until one of them is registered again.
-    There is none for parameters that are masked by us already.
+    There is none for parameters that are masked by us already. Modules that ``gc.freeze()`` has hidden are not found.
     """
-    suspects = [places for places in by_parameter(refs) if _is_held_elsewhere(places, references)]
+    copied = {ref for ref in refs if shallow and _has_shallow_copy(ref.module)}
+    suspects = [
+        places
+        for places in by_parameter(refs)
+        if _is_held_elsewhere(places, references) or not copied.isdisjoint(places)
+    ]
     live = all(is_live(ref.module, ref.name) for places in suspects for ref in places)
     if not live:
-        suspects = [p for p in suspects if not (len(p) == 1 and _ALONE.has(p[0]))]
+        suspects = [p for p in suspects if len(p) > 1 or p[0] in copied or not _ALONE.has(p[0])]
     if not suspects:
         return []
     given = {ref for places in suspects for ref in places}
@@ -68,6 +81,11 @@ def _is_held_elsewhere(places: Sequence[ParameterRef], references: int) -> bool:
     return sys.getrefcount(registry[key]) > len(own) + references + _ARGUMENT
 
 
+def _has_shallow_copy(module: nn.Module) -> bool:
+    """Whether something else, such as a copy by :func:`copy.copy`, refers to a module's dict of parameters."""
+    return sys.getrefcount(module._parameters) > 1 + _ARGUMENT
+
+
 def masks_another(ref: ParameterRef) -> bool:
     """Whether the mask of a parameter is also that of another one: they were tied, and are not any more."""
     registry, key = ref.module._buffers, ref.name + MASK
@@ -85,7 +103,8 @@ class _Alone:
 
     def __init__(self) -> None:
         # By the id of a parameter. No weak references to parameters: such cannot be swapped when models are
-        # converted. One that has died and another that has its id: the latter was registered, and seen, too.
+        # converted. One that has died and another that has its id: the latter was registered, and seen, too,
+        # so that at worst all are asked once more.
         self._owner: dict[int, weakref.ref[nn.Module]] = {}
         self._hook: RemovableHandle | None = None
 
@@ -94,7 +113,7 @@ class _Alone:
         return known is not None and known() is ref.module
 
     def note(self, modules: Iterable[nn.Module]) -> None:
-        self._forget()
+        self._owner.clear()
         places: dict[int, list[nn.Module]] = {}
         for module in modules:
             for parameter in list(module._parameters.values()):
@@ -103,19 +122,15 @@ class _Alone:
         for key, holders in places.items():
             if len(holders) == 1:
                 self._owner[key] = weakref.ref(holders[0])
-        self._hook = register_module_parameter_registration_hook(self._registered)
+        if self._hook is None:
+            # It stays: what ends it would be a registration, while PyTorch goes through such hooks.
+            self._hook = register_module_parameter_registration_hook(self._registered)
 
     def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         known = self._owner.get(id(parameter))
         # Not where stock calls rename a parameter.
         if known is not None and known() is not module:
-            self._forget()
-
-    def _forget(self) -> None:
-        self._owner.clear()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+            self._owner.clear()
 
 
 _ALONE = _Alone()
@@ -152,6 +167,50 @@ def check_shared(shared: Mapping[str, Sequence[ParameterRef]]) -> None:
     """
     for name, places in shared.items():
         check_one_mask(name, [ref.mask for ref in places])
+
+
+def check_memory(shared: Mapping[str, Sequence[ParameterRef]]) -> None:
+    """Raise a ValueError where two parameters lie in one memory: they look tied, and each would have a mask of its own.
+
+    Loading with ``assign=True`` makes such of tied ones, and so does assigning ``.data``. Parts of one buffer that do not
+    overlap, as sharding and recurrent layers make them, are no such.
+
+    Args:
+        shared: by name, the places of each parameter.
+    """
+    found = sorted(
+        (*memory, name)
+        for name, places in shared.items()
+        if (memory := _memory(places[0].original))
+    )
+    for (device, start, end, one), (other_device, other_start, _, other) in pairwise(found):
+        if device == other_device and (other_start == start or other_start < end):
+            _refuse_memory((one, shared[one][0]), (other, shared[other][0]))
+
+
+def _memory(parameter: Tensor) -> tuple[str, int, int] | None:
+    """Where a parameter begins and ends; ends where it begins if there are gaps in it. None for those without an address."""
+    part = local(parameter)
+    plain = type(part) in (Tensor, nn.Parameter) and part.layout == torch.strided
+    if not plain or part.is_meta or not part.numel() or not torch._C._has_storage(part):
+        return None
+    start = part.data_ptr()
+    span = 1 + sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True))
+    end = start + (span * part.element_size() if span == part.numel() else 0)
+    return (str(part.device), start, end) if start else None
+
+
+def _refuse_memory(*pair: tuple[str, ParameterRef]) -> NoReturn:
+    (one, first), (other, second) = sorted(pair, key=lambda each: each[0])
+    key = first.key if first.is_masked == second.is_masked else first.name
+    remedy = (
+        f"Tie them: b.{key} = a.{key}. Loading with assign=True and writing to .data untie them."
+    )
+    if first.is_masked != second.is_masked:
+        masked = one if first.is_masked else other
+        remedy = f"Remove the mask of {masked!r} with torch_rsst.remove(module, name). {remedy}"
+    expected, got = "memory of their own, or one tied parameter", "two parameters in one memory"
+    refuse(ValueError, f"{one!r} and {other!r}", expected, got, remedy)
 
 
 def check_one_mask(name: str, masks: Sequence[Tensor | None]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from torch_rsst.utils.errors import refuse
 
@@ -128,13 +129,15 @@ def registering(base: type[nn.Module], names: frozenset[str]) -> Any:
 
 
 def parametrizing(names: frozenset[str]) -> property:
-    """``parametrizations``, by which ``register_parametrization`` first asks what there is already."""
+    """``parametrizations``, by which ``register_parametrization`` asks what there is already, and ``fuse_modules`` for types."""
 
     def parametrizations(module: nn.Module) -> nn.Module:
         if not torch.compiler.is_compiling():
             caller = sys._getframe(1).f_back
             if caller is not None and caller.f_code.co_name == "register_parametrization":
                 _check_parametrized(module, names, caller.f_locals.get("tensor_name"))
+            if _fuses(caller):
+                refuse_write(module, min(names), "fuse_modules(), which needs a plain module")
         found = module._modules.get("parametrizations")
         if found is None:
             kind = type(module).__name__
@@ -142,6 +145,16 @@ def parametrizing(names: frozenset[str]) -> property:
         return found
 
     return property(parametrizations)
+
+
+def _fuses(caller: FrameType | None) -> bool:
+    """Whether ``fuse_modules`` of PyTorch asks for the type of a module, by which it finds how to fuse."""
+    if caller is None or caller.f_code.co_name != "type_before_parametrizations":
+        return False
+    frame = caller.f_back
+    while frame is not None and frame.f_code.co_name == "<genexpr>":
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "fuse_known_modules"
 
 
 def _check_parametrized(module: nn.Module, names: frozenset[str], tensor: object) -> None:
@@ -179,6 +192,12 @@ def _qconfig(module: nn.Module) -> object:
     if module.__dict__.get("qconfig") is not None:
         _quantized(module)
     raise AttributeError(f"'{type(module).__name__}' object has no attribute 'qconfig'")
+
+
+def check_tracer(module: nn.Module, traced: Proxy) -> None:
+    """Refuse to be traced by ``prepare_fx``: what is masked would fail to be converted, and not say why."""
+    if type(traced.tracer).__module__.startswith("torch.ao.quantization"):
+        _quantized(module)
 
 
 # Eager quantization sets `qconfig` of every module, then goes by exact types.

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.mask_sets import apply_mask, extract_mask
 from torch_rsst.masking.masked_parameter import restore
-from torch_rsst.masking.names import named_refs, named_weights, unwrap
+from torch_rsst.masking.names import named_refs, named_weights, unwrap, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
-from torch_rsst.masking.rollback import AllOrNothing
+from torch_rsst.masking.rollback import AllOrNothing, reorder
 from torch_rsst.utils.errors import listing, refuse
-from torch_rsst.utils.iterables import iterates
+from torch_rsst.utils.iterables import items
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,11 @@ class Followers:
             ValueError: for one that has other parameters than the model, is the model, or shares parameters with it.
         """
         weights = named_weights(model)
-        if isinstance(followers, nn.Module) or not iterates(followers):
+        listed = None if isinstance(followers, nn.Module) else items(followers)
+        if listed is None:
             remedy = "Pass a list: follow=[average]."
             refuse(TypeError, "follow", "a list of modules", type(followers).__name__, remedy)
-        found = [_inside(follower, unwrap(model), weights) for follower in followers]
+        found = [_inside(follower, unwrap(model), weights) for follower in listed]
         held = {id(p): name for name, p in unwrap(model).named_parameters()}
         for module in found:
             if shared := [held[id(p)] for p in module.parameters() if id(p) in held]:
@@ -64,8 +65,8 @@ def follow(model: nn.Module, followers: Iterable[nn.Module]) -> None:
         >>> int(average.module.weight_mask.sum())
         2
 
-    Averages go through the parameters of both models in parallel, so both must be masked, and alike; masks that the model
-    has no more are made permanent. Call it whenever masks have changed; ``RSST(follow=[average])`` and ``Refill(follow=[average])`` do.
+    Averages go through the parameters and buffers of both models in parallel, so both must be masked, alike and in the same
+    order; masks that the model has no more are made permanent. Call it whenever masks have changed; ``RSST(follow=[average])`` and ``Refill(follow=[average])`` do.
 
     Args:
         model: has the masks; not changed.
@@ -89,6 +90,16 @@ def follow(model: nn.Module, followers: Iterable[nn.Module]) -> None:
                 if name not in masks and ref.is_masked
             ]
         )
+        for module in own.modules:
+            _order_buffers(module, unwrap(model))
+
+
+def _order_buffers(average: nn.Module, model: nn.Module) -> None:
+    """Let the buffers of each module stand as in the model's module of that name."""
+    modules = {without_wrappers(path): module for path, module in model.named_modules()}
+    for path, module in average.named_modules():
+        if without_wrappers(path) in modules:
+            reorder(module._buffers, modules[without_wrappers(path)]._buffers)
 
 
 def _inside(follower: object, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

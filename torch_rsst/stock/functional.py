@@ -26,7 +26,7 @@ from torch_rsst.masking.parameter_ref import (
     parameter_list,
     ref_of,
 )
-from torch_rsst.masking.tied import by_parameter
+from torch_rsst.masking.tied import by_parameter, check_memory
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers, assign_to_optimizers
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.stock.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
@@ -148,6 +148,7 @@ def _distinct_sites(parameters: Iterable[Parameter]) -> list[ParameterRef]:
         refs[ref] = None
     if not refs:
         refuse(ValueError, "parameters", "at least one", "none", "Name the parameters to prune.")
+    check_memory({f"parameters[{i}]": places for i, places in enumerate(by_parameter(refs))})
     return list(refs)
 
 

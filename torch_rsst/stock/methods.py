@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Literal, TypeAlias
 
 import torch
@@ -19,10 +20,11 @@ from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.regrouping.keep_units import ScoredLayer, keep_units
 from torch_rsst.selection.topk import lowest
 from torch_rsst.utils.amounts import Amount, check_amount, to_count
-from torch_rsst.utils.errors import refuse, unknown_choice
+from torch_rsst.utils.errors import refuse, shown, unknown_choice
 
 FillbackPolicy: TypeAlias = Literal["latent", "snapshot", "zero"]
 POLICIES = ("latent", "snapshot", "zero")
+_DIM = "Heads are split along dim 0 of a weight and along dim 1 of an output projection."
 
 
 class GlobalL1(MaskHook):
@@ -87,6 +89,7 @@ class HeadRegroup(MaskHook):
     ) -> None:
         if amount is not None:
             check_amount(amount)
+        _check_dim(dim)
         self.amount, self.num_heads, self.projections, self.dim = (
             amount,
             num_heads,
@@ -98,11 +101,8 @@ class HeadRegroup(MaskHook):
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The refill mask of the heads, in the dtype of ``default_mask``."""
         if not -t.ndim <= self.dim < t.ndim:
-            remedy = (
-                "Heads are split along dim 0 of a weight and along dim 1 of an output projection."
-            )
             expected = f"-{t.ndim} to {t.ndim - 1} for shape {tuple(t.shape)}"
-            refuse(IndexError, "dim", expected, self.dim, remedy)
+            refuse(IndexError, "dim", expected, self.dim, _DIM)
         dim = self.dim % t.ndim
         layer = head_layer(
             "weight",
@@ -117,6 +117,11 @@ class HeadRegroup(MaskHook):
         scores = score_units(self.importance, layer, weights, masks, alive)
         kept = keep_units([ScoredLayer(scores, alive, sizes)], amount=self.amount).kept
         return layer.members[0].spread(kept[0], t).to(default_mask.dtype)
+
+
+def _check_dim(dim: object) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, Integral):
+        refuse(TypeError, "dim", "an int", shown(dim), _DIM)
 
 
 class Fillback(MaskHook):

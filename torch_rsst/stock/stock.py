@@ -92,8 +92,9 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
                     end_freeze(ref)
                 share_mask(ref, others)
             else:
-                make_plain(module, name)
                 restore([other for other in others if other.is_masked])
+                for each in (ref, *others):
+                    make_plain(each.module, each.name)
                 if mask is not None:
                     zero(ref.original, mask)  # PyTorch multiplies, and NaN · 0 is NaN
         return result
@@ -107,7 +108,7 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
 _GROUP = """
     process_group: for replicas of one model on several ranks: all ranks must choose the same entries,
         or all raise. What a random method chooses on the first rank is taken on all; without a group
-        it warns there. Other modules that share the parameter are masked, too.
+        it warns there. Other modules that share the parameter are masked, too, unless ``gc.freeze()`` hides them.
 """
 
 
