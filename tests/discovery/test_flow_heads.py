@@ -461,14 +461,27 @@ class Rooted(ByHand):
         self.temperature = nn.Parameter(torch.full((3, 1, 1), 1e-4))
 
     def positive(self, scores: torch.Tensor) -> torch.Tensor:
-        return (scores * self.temperature.log()).softmax(-1)
+        return (scores * self.temperature.sqrt()).softmax(-1)
+
+
+def test_weights_that_must_stay_positive_are_tried_positive() -> None:
+    model = nn.Sequential(Rooted(), nn.Linear(8, 3))
+    found = torch_rsst.find_groups(model, "heads", example_inputs=torch.randn(4, 2, 8))
+    assert [(layer.units, layer.fixed) for layer in found.layers] == [(3, "")]
+
+
+class Unsteady(ByHand):
+    """Its scores are never finite."""
+
+    def positive(self, scores: torch.Tensor) -> torch.Tensor:
+        return (scores / scores.mul(0)).softmax(-1)
 
 
 @pytest.mark.parametrize(
     ("attention", "reason"),
     [
         (Functional, "it calls multi_head_attention_forward, which fixes how wide all heads are"),
-        (Rooted, "its activations are not finite, so that its units cannot be told apart"),
+        (Unsteady, "its outputs are not finite with the random weights on which it is tried"),
     ],
 )
 def test_attention_is_refused_for_its_own_reason(attention: type[nn.Module], reason: str) -> None:

@@ -23,10 +23,11 @@ from torch_rsst.discovery.probe import (
     Probe,
     is_on_meta,
     other_call,
+    outputs_on,
     signature_of_call,
     too_few,
 )
-from torch_rsst.discovery.trial import are_finite, is_half, randomized, why_not_finite
+from torch_rsst.discovery.trial import are_finite, is_half, tried, why_not_finite
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, module_at, replace_module
 from torch_rsst.masking.names import named_weights, without_wrappers
@@ -226,7 +227,7 @@ def _flow(module: nn.Module, call: Call) -> Flow | None:
     """What flows in a copy of a module; None where it does not run so."""
     call = tree_map(lambda value: value.float() if is_half(value) else value, call)
     with suppress(Exception):
-        return Flow(randomized(module), call)
+        return Flow(tried(module, lambda copied: outputs_on(copied, call))[0], call)
     return None
 
 

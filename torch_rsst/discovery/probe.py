@@ -23,10 +23,9 @@ from torch_rsst.discovery.trial import (
     is_half,
     negate,
     one_line,
-    randomized,
     silence,
-    take_signs,
     tensors_of,
+    tried,
     why_not_finite,
 )
 from torch_rsst.groups.groups import GroupLayer
@@ -298,12 +297,8 @@ def _check(
     weights = named_weights(module)
     if tied := [m.parameter for m in layer.members if m.parameter not in weights]:
         return Verdict(refused=f"its {tied[0]} is tied to another parameter of it")
-    whole, given = randomized(module, seed=draw), call
-    call = tree_map(lambda v: v.float() if is_half(v) else v, call)
-    before = _outputs(whole, call)
-    if not are_finite(before):
-        take_signs(whole, module)
-        before = _outputs(whole, call)
+    given, call = call, tree_map(lambda v: v.float() if is_half(v) else v, call)
+    whole, before = tried(module, lambda copied: outputs_on(copied, call), draw)
     if not are_finite(before):
         return Verdict(refused=why_not_finite(module))
     differs, exact = False, None
@@ -316,13 +311,13 @@ def _check(
         silence(masked, [removal])
         if negated:
             negate(masked, layer)
-        expected = _outputs(masked, call)
+        expected = outputs_on(masked, call)
         differs = differs or not agree(before, expected)
         if not differs and draw + 1 < _DRAWS:  # no unit that goes was active
             return _check(module, adapter, layer, given, draw + 1)
         try:
             cut(masked, [removal])
-            got = _outputs(adapter.shrink(masked, removal), call)
+            got = outputs_on(adapter.shrink(masked, removal), call)
         except Exception as error:
             if differs and bool(gone.all()):
                 return Verdict(least=1)  # some may go, but not all
@@ -374,7 +369,8 @@ def _why_mixed(module: nn.Module, layer: GroupLayer, call: Call) -> str | None:
         return f"its units cannot be told apart ({one_line(error)})"
 
 
-def _outputs(module: nn.Module, call: Call) -> list[Tensor]:
+def outputs_on(module: nn.Module, call: Call) -> list[Tensor]:
+    """What a module puts out for copies of some arguments."""
     with torch.no_grad():
         return tensors_of(run_call(module, call))
 

@@ -59,6 +59,18 @@ def take_signs(module: nn.Module, of: nn.Module) -> None:
     drop_caches(module)
 
 
+def tried(
+    module: nn.Module, run: Callable[[nn.Module], list[Tensor]], seed: int = 0
+) -> tuple[nn.Module, list[Tensor]]:
+    """A randomized copy and its outputs; with weights of the module's own signs where others give NaN."""
+    whole = randomized(module, seed)
+    outputs = run(whole)
+    if not are_finite(outputs):
+        take_signs(whole, module)
+        outputs = run(whole)
+    return whole, outputs
+
+
 def are_finite(outputs: Iterable[Tensor]) -> bool:
     """Whether outputs hold neither NaN nor infinity."""
     return all(bool(tensor.isfinite().all()) for tensor in outputs)
