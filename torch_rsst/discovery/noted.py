@@ -83,11 +83,12 @@ def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
                 maybe.add(len(numbers))
             each = torch.arange(layer.units).repeat_interleave(value // layer.units)
             numbers.append(Member(name, 0, each, ranked=False))
-    for name, buffer in module.named_buffers():  # such as keys and values that are kept
-        for dim, size in enumerate(buffer.shape):
-            if size == layer.units and (name, dim) not in noted:
-                maybe.add(len(numbers))
-                numbers.append(Member(name, dim, torch.arange(size), ranked=False))
+        for key, buffer in part._buffers.items():  # such as keys and values that are kept
+            name = f"{path}.{key}" if path else key
+            for dim, size in enumerate(() if buffer is None else buffer.shape):
+                if size == layer.units and (name, dim) not in noted:
+                    maybe.add(len(numbers))
+                    numbers.append(Member(name, dim, torch.arange(size), ranked=False))
     tried: set[frozenset[int]] = set()
     for count in range(len(numbers) + 1):
         for other in itertools.combinations(range(len(numbers)), count):
