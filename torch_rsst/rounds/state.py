@@ -83,7 +83,7 @@ class RoundsState:
         finalized: whether the last masks were applied for good.
         snapshot: what weights are rewound to.
         optimizer_states: what optimizers are rewound to.
-        optimizer_names: of the parameters of each of these, see :class:`OptimizerRewind`; none in states that were
+        optimizer_names: of the parameters of each of these, None for one of another model; none in states that were
             written before these were kept.
         masks: the model's, before the first round.
         round: the latest, None before the first.
