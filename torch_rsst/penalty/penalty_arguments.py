@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
+import torch
+
 from torch_rsst.penalty.hooks import Mode
-from torch_rsst.penalty.step_sums import StepSums
 from torch_rsst.schedules import Schedule, resolve_schedule
 from torch_rsst.utils.amounts import check_count, check_flag, check_fraction, check_number
 from torch_rsst.utils.errors import refuse, unknown_choice
@@ -24,6 +25,7 @@ class Default(float):
 
 
 STRENGTH = Default(0.5)
+_MOST_POINTS = 1 << 16  # of a schedule that are looked at; as many steps have each their own
 SHRINK_TO = Default(0.01)
 
 
@@ -134,22 +136,35 @@ def scaled(
 ) -> ScaledSchedule:
     """Scale a schedule so that Π (1 − λ) over the steps up to t = ``shrink_by`` is ``shrink_to``.
 
-    The scale is found by bisection, to the last bit.
+    The scale is found by bisection, to the last bit; of more than 65,536 steps, so many stand for all.
 
     >>> from torch_rsst.penalty.penalty_arguments import scaled
     >>> from torch_rsst.schedules import Polynomial
     >>> math.prod(1 - scaled(Polynomial(1, 1.0), 0.01, 1.0, 30)(k / 30) for k in range(1, 31))
     0.01...
     """
-    sums = StepSums.of(schedule, total_steps, shrink_by)
-    if not sums.peak > 0:
+    steps = _last_step(total_steps, shrink_by)
+    points = min(steps, _MOST_POINTS)
+    width = steps / max(1, points)  # of the steps that a point stands for, in their middle
+    times = [((i + 0.5) * width + 0.5) / total_steps for i in range(points)]
+    shape = torch.tensor([schedule(t) for t in times], dtype=torch.float64)
+    if not bool((shape > 0).any()):
         expected = f"at least 1, as none of {total_steps} steps ends before shrink_by={shrink_by:g}"
         remedy = f"Raise shrink_by to {1 / total_steps:.3g} or more, or train more steps."
         refuse(ValueError, "shrink_to", expected, f"{shrink_to:g}", remedy)
-    low, high = 0.0, 1.0 / sums.peak  # λ is 1 at most
+    low, high = 0.0, 1.0 / max(float(shape.max()), schedule(steps / total_steps))  # λ is 1 at most
     while low < (middle := (low + high) / 2) < high:
-        if shrink_to and sums.log_product(middle) <= math.log(shrink_to):
+        left = width * math.fsum(torch.log1p(-middle * shape).tolist())
+        if shrink_to and left <= math.log(shrink_to):
             high = middle
         else:
             low = middle
     return ScaledSchedule(schedule, high, shrink_by)
+
+
+def _last_step(total_steps: int, until: float) -> int:
+    """The last step k with k / total_steps ≤ until, 0 where there is none."""
+    step = min(total_steps, int(until * total_steps) + 1)
+    while step and step / total_steps > until:
+        step -= 1
+    return step
