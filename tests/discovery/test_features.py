@@ -153,11 +153,12 @@ def test_where_only_the_last_unit_cannot_go_it_stays() -> None:
     class Divided(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.first, self.last = nn.Linear(7, 6), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.first(x).relu()
-            return self.last(hidden) + float(hidden.shape[-1] == 4)
+            # True of no number of neurons, but where the first layer is gone.
+            return self.last(hidden) + float(hidden.shape[-1] == 7)
 
     groups = torch_rsst.find_groups(Divided())
     assert [(layer.units, layer.least) for layer in groups.layers] == [(6, 1)]
