@@ -153,7 +153,10 @@ def survey(
     with torch.inference_mode(False):  # whose tensors are not followed
         layers, refused, reasons = _ask_adapters(model, kinds, Probe.of(model, example_inputs))
         groups = Groups(tuple(layers), account(model, layers, refused, reasons))
-        return groups, uncovered(refused, groups, model)
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        # What ran eagerly here is compiled again: some versions of the compiler would go on skipping it.
+        torch.compiler.reset()
+    return groups, uncovered(refused, groups, model)
 
 
 def _ask_adapters(
