@@ -18,7 +18,7 @@ class Options:
     """The study of accuracy: resumes where it stopped.
 
     Attributes:
-        part: all of it, its main cells, its ablations, or one cell in a few minutes.
+        part: all of it, its main cells, its ablations, three cells with other seeds, or one cell in a few minutes.
         task: only this task.
         arm: only this arm.
         amount: only this share of units.
@@ -31,7 +31,7 @@ class Options:
         tables: run nothing; write tables and pictures.
     """
 
-    part: Literal["all", "main", "ablation", "quick"] = "all"
+    part: Literal["all", "main", "ablation", "repetition", "quick"] = "all"
     task: str | None = None
     arm: str | None = None
     amount: float | None = None
@@ -54,7 +54,7 @@ def chosen(options: Options) -> list[Run]:
             }.values()
         )
     wanted = {name: getattr(options, name) for name in ("task", "arm", "amount", "budget")}
-    if options.part in ("main", "ablation"):
+    if options.part not in ("all", "quick"):
         wanted["part"] = options.part
     return [
         each

@@ -16,6 +16,7 @@ from typing import Any
 # The learning rates of the pruning budget, chosen on validation for one-shot magnitude with the tuning seeds.
 PEAKS = {"language": 4e-3, "signal-transformer": 4e-3, "signal-resnet": 2e-3}
 MAIN_SEEDS, OTHER_SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2), (100, 101)
+REPEATED_SEEDS = (5, 6, 7)
 TASKS = ("language", "signal-transformer", "signal-resnet")
 FIELDS = (
     "part", "task", "arm", "options", "amount", "budget", "peak", "seed",
@@ -29,7 +30,7 @@ class Run:
     """One configuration and seed.
 
     Attributes:
-        part: "main", "ablation" or "tuning".
+        part: "main", "ablation", "repetition" or "tuning".
         task: its name.
         arm: its name.
         options: of the arm.
@@ -154,6 +155,9 @@ def _cells() -> Iterator[Run]:
     for seed, task, amount in product(OTHER_SEEDS, TASKS, (0.5, 0.75)):
         for arm, options in (("dense", {}), *KEY_ARMS):
             yield Run("main", task, arm, options, amount, 0.25, seed=seed)
+    for seed, task in product(REPEATED_SEEDS, TASKS):
+        for arm, options in (("dense", {}), KEY_ARMS[0], DEFAULT):
+            yield Run("repetition", task, arm, options, seed=seed)
 
 
 def quick() -> list[Run]:

@@ -13,6 +13,7 @@ PART_NAMES = {
     "main": "Methods",
     "quick": "A first look",
     "ablation": "RSST with one setting changed",
+    "repetition": "Three cells again, with other seeds",
 }
 TASK_NAMES = {
     "language": "language model, bits per character (lower is better)",
