@@ -118,7 +118,9 @@ def test_units_to_mask_only_are_announced_once_with_the_remedy() -> None:
     assert text.startswith(
         "Can be masked but not cut: 0.attn (4 heads), 1.attn (4 heads): it does not"
     )
-    assert text.endswith("let a size follow from the tensor: reshape(B, T, -1).")
+    assert text.endswith(
+        "numbers for each head that it keeps belong in a buffer (register_buffer)."
+    )
     assert str(groups) == "8 heads (8 to mask only) in 2 layers"
 
 
@@ -197,3 +199,69 @@ def test_groups_that_are_chosen_keep_no_account() -> None:
     groups = find_groups(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))
     assert [(whole.name, whole.role) for whole in groups.whole] == [("2", "output")]
     assert torch_rsst.Groups(groups.layers).whole == ()
+
+
+class FixedView(nn.Module):
+    """Its last convolution, without a bias, feeds a view of a fixed size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, bias=False)
+        self.second, self.norm = nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32)
+        self.out = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.second(self.first(self.stem(x).relu()).relu())).relu()
+        return self.out(x.mean((2, 3)).view(-1, 32))
+
+
+def test_a_layer_whose_outputs_stay_is_named_although_units_own_all_that_it_takes_in() -> None:
+    with pytest.warns(UnsupportedModuleWarning, match=r"second \(channels\): its forward fixes"):
+        groups = find_groups(FixedView(), example_inputs=torch.randn(2, 3, 12, 12))
+    assert [layer.name for layer in groups.layers] == ["first"]
+    reasons = {whole.name: whole.reason for whole in groups.whole}
+    assert reasons["norm"].startswith("its forward fixes how many it has")
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 64), nn.Linear(12, 64)
+        self.mlp = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.mlp((self.one(x) + self.two(y)).relu())
+
+
+def test_a_model_that_cannot_be_run_without_example_inputs_says_so_of_what_stays() -> None:
+    with pytest.warns(UnsupportedModuleWarning, match=r"missing 1 .*'y'.*; pass example_inputs"):
+        groups = find_groups(TwoInputs())
+    assert str(groups) == "8 neurons in 1 layer"
+    both = (torch.randn(2, 8), torch.randn(2, 12))
+    assert str(find_groups(TwoInputs(), example_inputs=both)) == "72 neurons in 2 layers"
+
+
+def test_what_is_not_understood_is_named_by_size_the_largest_first() -> None:
+    layers = [nn.Conv2d(3, 8, 3)]
+    for width in (8, 8, 16, 8, 32):
+        layers += [nn.Conv2d(layers[-1].out_channels, width, 3), nn.GroupNorm(1, width)]
+        layers = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    norms = [nn.GroupNorm(1, layer.out_channels) for layer in layers]
+    model = nn.Sequential(*(m for pair in zip(layers, norms, strict=True) for m in pair))
+    with pytest.raises(ValueError, match=r"Not understood: 10 \(channels\).*; 6 \(channels\)"):
+        find_groups(model, example_inputs=torch.randn(2, 3, 20, 20))
+
+
+def test_inputs_in_place_of_kinds_are_named() -> None:
+    text = r"kinds: expected names of kinds, got a Tensor of shape \(2, 8\)\. Pass inputs by name"
+    with pytest.raises(TypeError, match=text):
+        find_groups(nn.Linear(8, 8), torch.randn(2, 8))
+
+
+def test_a_kind_that_is_none_is_named_by_of_kind() -> None:
+    groups = find_groups(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
+    assert not groups.of_kind("heads").layers
+    with pytest.raises(
+        ValueError, match=r"of_kind: expected one of .*'head'\. Did you mean 'heads'"
+    ):
+        groups.of_kind("head")

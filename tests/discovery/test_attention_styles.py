@@ -216,7 +216,9 @@ def test_heads_of_a_fixed_width_are_masked_and_the_remedy_is_told(
         warnings.simplefilter("always")
         groups = torch_rsst.find_groups(model, "heads", example_inputs=inputs_of(TOKENS[0]))
     assert [layer.units for layer in groups.layers] == [4, 4]
-    assert "let a size follow from the tensor: reshape(B, T, -1)" in str(caught[0].message)
+    assert "let sizes follow from the tensors: view(B, T, num_heads, -1) for the heads" in str(
+        caught[0].message
+    )
     assert "8 to mask only" in str(groups)
     torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
     assert torch_rsst.sparsity_report(model, groups).gone("heads") == 4

@@ -338,7 +338,7 @@ def test_a_wrong_rule_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setitem(RULES, "_softmax", RULES["relu"])
     assert reasons(mixing(channel_softmax)) == {
-        "1.first": "its output without some of its channels differs"
+        "1.first": "the model's output differs without some of them"
     }
 
 

@@ -99,7 +99,7 @@ def test_kinds_may_be_a_name_or_several(tiny_transformer: Any, kinds: Any) -> No
 def test_kinds_are_known_names(tiny_transformer: Any) -> None:
     with pytest.raises(ValueError, match=r"kinds: .*got 'head'. Did you mean 'heads'"):
         find_groups(tiny_transformer(), kinds=["head"])
-    with pytest.raises(TypeError, match="not iterable"):
+    with pytest.raises(TypeError, match="kinds: expected names of kinds, got 3"):
         find_groups(tiny_transformer(), kinds=3)
 
 
@@ -408,7 +408,7 @@ def test_reasons_are_said_once_where_nothing_is_found() -> None:
     text = str(caught.value)
     assert text.count("may join its hidden neurons") == 3
     assert text.endswith(
-        "; and 2 more. The documentation shows, under Extending, how to add a family."
+        "; and 2 more. If such units can be cut, Extending in the documentation shows how to add a family."
     )
     assert "No groups for 5 module(s): 0 (neurons)" in refusals(model)
 
@@ -423,7 +423,7 @@ def test_a_full_stop_in_a_reason_is_not_doubled(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch_rsst.discovery.adapter.ADAPTERS", ADAPTERS)
     monkeypatch.setattr("torch_rsst.discovery.finder.ADAPTERS", [Sentence(), *ADAPTERS])
     assert "(neurons): They are mine. They stay whole" in refusals(mlp())
-    with pytest.raises(ValueError, match=r"\(neurons\): They are mine\. The documentation"):
+    with pytest.raises(ValueError, match=r"\(neurons\): They are mine\. If such units"):
         find_groups(mlp())
 
 

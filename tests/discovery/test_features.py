@@ -196,6 +196,28 @@ def test_channels_into_recurrent_layers_and_their_hidden_units(
     assert units_of(found) == {"c2": 4, "rnn": 5}
 
 
+class FromZeros(nn.Module):
+    """As tutorials write it: the first state is made by the model, in single precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.lstm, self.out = 12, nn.LSTM(7, 12, batch_first=True), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(1, x.shape[0], self.hidden)
+        return self.out(self.lstm(x, (state, state))[0][:, -1])
+
+
+def test_hidden_units_are_found_where_the_first_state_is_zeros_of_single_precision() -> None:
+    model, x = FromZeros(), inputs(2, 5, 7).float()
+    groups = torch_rsst.find_groups(model, example_inputs=x)
+    assert units_of(groups) == {"lstm": 12}
+    torch_rsst.apply_mask(model, torch_rsst.regroup(model, groups, amount=0.5))
+    small = torch_rsst.compact(model, groups, example_inputs=x, keep_masks=False)
+    assert small.lstm.hidden_size == small.hidden == 6
+    assert difference(model, small, x) <= 1e-6
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
 def test_projected_hidden_units_stay_more_than_what_they_are_projected_to(
     options: dict[str, Any],

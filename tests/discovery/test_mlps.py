@@ -231,7 +231,7 @@ def test_neurons_to_mask_only_are_announced_with_their_own_remedy() -> None:
     assert text.startswith(
         "Can be masked but not cut: 0 (6 neurons), 1 (6 neurons): it does not run"
     )
-    assert text.endswith("In its forward, let a size follow from the tensor: chunk(2, -1).")
+    assert text.endswith("In its forward, let sizes follow from the tensors: chunk(2, -1).")
 
 
 class Attention(nn.Module):
@@ -428,6 +428,28 @@ def test_a_neuron_that_the_forward_tells_by_its_index_is_no_unit(
 
 
 @pytest.mark.parametrize(
+    "some",
+    [
+        *[lambda y, k=k: y[:, k : k + 1] for k in (0, 1, 4, -2, -3)],
+        lambda y: y[:, -1:],
+        lambda y: y[:, 1:],
+        lambda y: y[:, :-1],
+        lambda y: y[:, ::2],
+        lambda y: y[:, : y.shape[1] // 2],
+    ],
+)
+@pytest.mark.parametrize("units", [6, 8, 9, 24])
+def test_neurons_gated_by_a_slice_of_them_are_not_cut(
+    some: Callable[[Tensor], Tensor], units: int
+) -> None:
+    torch.manual_seed(0)
+    model = _Between(lambda y: y.relu() * some(y.relu()).sum(1, keepdim=True).sigmoid())
+    model.up, model.down = nn.Linear(10, units), nn.Linear(units, 5)
+    with pytest.raises(ValueError, match=r"units mix|differs"):
+        torch_rsst.find_groups(model, example_inputs=torch.randn(6, 10))
+
+
+@pytest.mark.parametrize(
     "between",
     [
         lambda y: y - y.amax(1, keepdim=True),
@@ -467,4 +489,4 @@ class _Rooted(_Between):
 
 def test_weights_of_a_trial_keep_their_signs_where_others_make_nan() -> None:
     groups = torch_rsst.find_groups(_Rooted(), example_inputs=torch.randn(6, 10))
-    assert str(groups) == "24 neurons in 1 layers"
+    assert str(groups) == "24 neurons in 1 layer"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from torch_rsst.discovery.adapter import Unsupported
+from torch_rsst.discovery.adapter import Unsupported, is_in
+from torch_rsst.discovery.channels.base import Survey
 from torch_rsst.discovery.channels.walk import INPUT, OUTPUT, STEM
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Groups, Member, Whole
 from torch_rsst.masking.names import named_weights
@@ -24,41 +24,37 @@ _ROLES = {
 _UNKNOWN = "no adapter knows units of it"
 
 
-def account(
-    model: nn.Module,
-    layers: Iterable[GroupLayer],
-    refused: Sequence[Unsupported],
-    reasons: Mapping[str, str],
-) -> tuple[Whole, ...]:
+def account(model: nn.Module, found: Survey) -> tuple[Whole, ...]:
     """The modules with parameters, or entries of them, that no unit owns; the largest share first.
 
     Args:
         model: whose units were found.
-        layers: of units.
-        refused: modules whose units cannot be offered.
-        reasons: dense name → why a parameter stays, where the model was followed.
+        found: these units, and what was said of others.
     """
     weights = named_weights(model)
     by_name: dict[str, list[Member]] = {}
-    for layer in layers:
+    for layer in found.layers:
         for member in layer.members:
             by_name.setdefault(member.parameter, []).append(member)
     total = max(1, sum(weight.numel() for weight in weights.values()))
-    ends = _Ends.of(model, weights, by_name)
+    embeddings = {p for p, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    by_order = _by_order(model, weights, by_name)
     left: dict[str, list[tuple[int, str]]] = {}
     for name, weight in weights.items():
         entries = weight.numel() - _owned(weight, by_name.get(name, ()))
         if entries:
             path = name.rpartition(".")[0]
-            known = _EMBEDDING if path in ends.embeddings else _reason(name, refused, reasons)
-            reason = known or ends.reason(name, weight)
+            known = _EMBEDDING if path in embeddings else _reason(name, found)
+            reason = known or by_order(name, weight)
+            if reason == _UNKNOWN and found.not_run:
+                reason = found.not_run
             left.setdefault(path, []).append((entries, reason))
-    found = []
+    whole = []
     for path, parts in left.items():
         reason = max(parts)[1]
         share = sum(entries for entries, _ in parts) / total
-        found.append(Whole(path, _ROLES.get(reason, "left"), share, reason))
-    return tuple(sorted(found, key=lambda whole: -whole.share))
+        whole.append(Whole(path, _ROLES.get(reason, "left"), share, reason))
+    return tuple(sorted(whole, key=lambda part: -part.share))
 
 
 def routers(model: nn.Module, layers: Iterable[GroupLayer]) -> dict[str, str]:
@@ -68,12 +64,11 @@ def routers(model: nn.Module, layers: Iterable[GroupLayer]) -> dict[str, str]:
     for layer in layers:
         if (experts := len(layer.parts)) > 1:
             own = {member.parameter for member in layer.members}
-            inside = f"{layer.name}." if layer.name else ""
             share = sum(weights[name].numel() for name in own) / total
             beside = layer.name.rpartition(".")[0]
             for name, weight in weights.items():
-                near = f".{name}".startswith(f".{beside}." if beside else ".")
-                if near and not name.startswith(inside) and weight.shape[:1] == (experts,):
+                near = is_in(name, beside) and not is_in(name, layer.name)
+                if near and weight.shape[:1] == (experts,):
                     found[name] = (
                         f"it routes to {experts} whole experts ({share:.1%} of the parameters), without "
                         "one of which the routing would change; neurons within them can go"
@@ -84,25 +79,32 @@ def routers(model: nn.Module, layers: Iterable[GroupLayer]) -> dict[str, str]:
 def uncovered(
     refused: Sequence[Unsupported], groups: Groups, model: nn.Module
 ) -> list[Unsupported]:
-    """The refusals, but for those of modules all of whose layers have units of another kind."""
+    """The refusals, but for those of modules in which units of another kind are found; the largest first."""
     # What is no attention is refused as such, too, for a reason that says less.
     refused_mixers = {item.layer for item in refused if item.kind == "channels"}
     stays = {item.name for item in groups.whole}
-    matrices = {name for name, w in named_weights(model).items() if w.ndim > 1}
+    weights = named_weights(model)
+    matrices = {name for name, w in weights.items() if w.ndim > 1}
+    produces = {m.parameter for la in groups.layers for m in la.members if not m.consumes}
 
     def is_left(item: Unsupported) -> bool:
-        around = f"{item.layer}." if item.layer else ""
-        inside = {name for name in matrices if name.startswith(around)}
+        inside = {name for name in matrices if is_in(name, item.layer)}
         if item.kind != "heads":
-            return not inside or any(name.rpartition(".")[0] in stays for name in inside)
-        within = (
-            la for la in groups.layers if la.kind != "heads" and f"{la.name}.".startswith(around)
-        )
+            owners = {name: name.rpartition(".")[0] for name in inside}
+            own = [name for name, path in owners.items() if path == item.layer]
+            if own and not produces.issuperset(own):  # of a layer, whose outputs are no units
+                return True
+            none = item.kind == "channels" or produces.isdisjoint(inside)
+            return not inside or (none and not stays.isdisjoint(owners.values()))
+        within = (la for la in groups.layers if la.kind != "heads" and is_in(la.name, item.layer))
         has_units = {member.parameter for layer in within for member in layer.members}
         some = not inside or not inside <= has_units
         return some and item.layer not in refused_mixers
 
-    return [item for item in refused if is_left(item)]
+    def size(item: Unsupported) -> int:
+        return sum(w.numel() for name, w in weights.items() if is_in(name, item.layer))
+
+    return sorted(filter(is_left, refused), key=size, reverse=True)
 
 
 def _owned(weight: Tensor, members: Sequence[Member]) -> int:
@@ -113,56 +115,36 @@ def _owned(weight: Tensor, members: Sequence[Member]) -> int:
     return weight.numel() - int(free.sum()) * (weight.numel() // max(1, free.numel()))
 
 
-def _reason(name: str, refused: Sequence[Unsupported], reasons: Mapping[str, str]) -> str | None:
+def _reason(name: str, found: Survey) -> str | None:
     """Why a parameter stays: what is said of the innermost module around it, or of itself."""
-    if (own := reasons.get(name)) is not None:
+    if (own := found.reasons.get(name)) is not None:
         return own
-    around = [r for r in refused if not r.layer or name.startswith(f"{r.layer}.")]
+    around = [r for r in found.refused if is_in(name, r.layer)]
     return max(around, key=lambda r: len(r.layer)).reason if around else None
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """Where a model that was not followed begins and ends, by the order of its modules.
+def _by_order(
+    model: nn.Module, weights: Mapping[str, Tensor], owned: Mapping[str, Sequence[Member]]
+) -> Callable[[str, Tensor], str]:
+    """Why a parameter stays in a model that was not followed, by the order of its modules: from where it begins to where it ends."""
+    layers = dict(model.named_modules())
+    paths = dict.fromkeys(name.rpartition(".")[0] for name, w in weights.items() if w.ndim > 1)
+    ends = [path for path in paths if path and isinstance(layers.get(path), (nn.Linear, _ConvNd))]
+    rows = {m.parameter for ms in owned.values() for m in ms if m.dim == 0}
+    norms = (m for m in layers.values() if type(m).__name__.endswith(("LayerNorm", "RMSNorm")))
+    stream = {p.shape[-1] for norm in norms for p in norm.parameters(recurse=False) if p.ndim}
 
-    Attributes:
-        first: the path of the first layer, if it reads the input.
-        last: the path of the last layer, if no unit feeds on what it puts out.
-        embeddings: paths of embeddings.
-        stream: widths that norms over features have.
-    """
-
-    first: str
-    last: str
-    embeddings: frozenset[str]
-    stream: frozenset[int]
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, weights: Mapping[str, Tensor], owned: Mapping[str, Sequence[Member]]
-    ) -> _Ends:
-        modules = {name.rpartition(".")[0]: None for name, w in weights.items() if w.ndim > 1}
-        paths = [path for path in modules if path]
-        layers = dict(model.named_modules())
-        kinds = (nn.Linear, _ConvNd)
-        ends = [path for path in paths if isinstance(layers.get(path), kinds)]
-        rows = {m.parameter for ms in owned.values() for m in ms if m.dim == 0}
-        last = ends[-1] if ends and f"{ends[-1]}.weight" not in rows else ""
-        embeddings = (p for p, m in layers.items() if isinstance(m, nn.Embedding))
-        norms = (m for m in layers.values() if type(m).__name__.endswith(("LayerNorm", "RMSNorm")))
-        widths = {p.shape[-1] for norm in norms for p in norm.parameters(recurse=False) if p.ndim}
-        return cls(ends[0] if ends else "", last, frozenset(embeddings), frozenset(widths))
-
-    def reason(self, name: str, weight: Tensor) -> str:
+    def reason(name: str, weight: Tensor) -> str:
         path = name.rpartition(".")[0]
-        if path in self.embeddings:
-            return _EMBEDDING
-        if path == self.last:
+        # No unit feeds on what the last layer puts out.
+        if path in ends[-1:] and f"{path}.weight" not in rows:
             return OUTPUT
-        if path == self.first:
+        if path in ends[:1]:
             return STEM if weight.ndim > 2 else INPUT
         # Rows, or what the one row of a table that is added to tokens is as wide as.
         along = weight.shape[-1:] if weight.shape[:1] == (1,) else weight.shape[:1]
-        if self.stream & set(along):
+        if stream & set(along):
             return _STREAM
         return _SINGLE if weight.shape[:1] == (1,) else _UNKNOWN
+
+    return reason

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_rsst.discovery.families import load_families
 from torch_rsst.groups.groups import BLOCKS, KINDS, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal
-from torch_rsst.masking.live_weight import MASK, ORIG
+from torch_rsst.masking.parameter_ref import dense_name
 from torch_rsst.utils.errors import MissingNameError, refuse, unknown_choice
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -20,11 +20,19 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Unsupported:
-    """Why the units of a module that looks like a family cannot be offered."""
+    """Why the units of a module that looks like a family cannot be offered.
+
+    Attributes:
+        reason: as part of a sentence.
+        layer: the module, by its name.
+        kind: of the units.
+        open: whether the module may be of another structure, so that units count which are found in it otherwise.
+    """
 
     reason: str
     layer: str = ""
     kind: str = ""
+    open: bool = False
 
     def __str__(self) -> str:
         return f"{self.layer or 'the model'} ({self.kind}): {self.reason}"
@@ -133,33 +141,23 @@ def columns(path: str, unit_of: Tensor) -> Member:
 
 def holds(module: nn.Module, name: str) -> bool:
     """Whether a module has a parameter of this dense name, not None."""
-    parameters = module._parameters
-    return any(parameters.get(key) is not None for key in (name, name + ORIG))
+    return name in own_parameters(module)
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own, such as a linear layer; subclasses are not."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def is_in(name: str, outer: str) -> bool:
+    """Whether a dotted name is another one, or leads into it; "" is the model itself."""
+    return not outer or name == outer or name.startswith(f"{outer}.")
 
 
 def own_parameters(module: nn.Module) -> list[str]:
     """The dense names of the parameters that a module holds itself."""
-    return [
-        name.removesuffix(ORIG) if name.removesuffix(ORIG) + MASK in module._buffers else name
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-
-
-def foreign(module: nn.Module, known: Iterable[str]) -> str | None:
-    """What holds the first parameter that no known name accounts for; None if there is none.
-
-    Args:
-        module: whose parameters are looked at.
-        known: dense names within it.
-    """
-    names = set(known)
-    for path, child in module.named_modules():
-        for name in own_parameters(child):
-            full = f"{path}.{name}" if path else name
-            if full not in names:
-                return f"{path} ({type(child).__name__})" if path else f"own parameter {name}"
-    return None
+    held = module._parameters.items()
+    return [dense_name(module, key) for key, parameter in held if parameter is not None]
 
 
 __all__ = [
@@ -169,8 +167,8 @@ __all__ = [
     "Unsupported",
     "columns",
     "family",
-    "foreign",
     "holds",
+    "is_in",
     "least_left",
     "own_parameters",
     "register",

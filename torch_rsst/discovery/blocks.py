@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from torch_rsst.discovery.adapter import Call, Unsupported, own_parameters
 from torch_rsst.discovery.channels.base import Place, Survey, WholeModelAdapter
+from torch_rsst.discovery.emptied import returns_tuple
 from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.discovery.probe import Probe, Verdict, check_on
-from torch_rsst.discovery.trial import is_half, one_line, randomized
+from torch_rsst.discovery.trial import is_half, one_line, randomized, tensors_in
 from torch_rsst.groups.groups import BLOCKS, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, replace_module
 from torch_rsst.masking.names import named_refs, named_weights
@@ -37,7 +37,13 @@ class ResidualBlocks(WholeModelAdapter):
     kinds = (BLOCKS,)
     told_apart = True  # each is a module of its own
 
-    def survey(self, probe: Probe, taken: Collection[Place], kinds: Collection[str]) -> Survey:
+    def survey(
+        self,
+        probe: Probe,
+        taken: Collection[Place],
+        kinds: Collection[str],
+        refused: Collection[Unsupported],
+    ) -> Survey:
         """See :class:`torch_rsst.discovery.channels.base.WholeModelAdapter`."""
         model, error = probe.model, "no example fits it; pass example_inputs"
         for call in probe.calls(model, GroupLayer("", BLOCKS, 0, ()), self):
@@ -109,14 +115,12 @@ class Nothing(nn.Module):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        returned = inspect.signature(type(block).forward).return_annotation
-        named = returned if isinstance(returned, str) else getattr(returned, "__name__", "")
         # Modules around ask the block for these, as an encoder of PyTorch does its attentions.
         own = {k: v for k, v in vars(block).items() if isinstance(v, (bool, int, str))}
         self.__dict__.update({k: v for k, v in own.items() if k not in self.__dict__})
         for name in own_parameters(block):
             self.register_parameter(name, None)
-        self.returns_pair = named.lower().startswith("tuple")
+        self.returns_pair = returns_tuple(block)
         # Other layers ask the cache of keys how many tokens it has seen.
         self.layer_idx = getattr(block, "layer_idx", None) if hasattr(block, "is_causal") else None
         self.train(block.training)
@@ -134,8 +138,7 @@ class Nothing(nn.Module):
 
 
 def _first_tensor(values: Any) -> Tensor | None:
-    tensors = (v for v in tree_leaves(values) if isinstance(v, Tensor) and v.is_floating_point())
-    return next(tensors, None)
+    return next((tensor for tensor in tensors_in(values) if tensor.is_floating_point()), None)
 
 
 def _members(model: nn.Module, paths: Iterable[str]) -> Iterator[Member]:
@@ -179,7 +182,7 @@ def _residual(model: nn.Module, call: Call) -> list[str]:
         args, kwargs = tree_map(_differentiable, call)
         outputs = model(*args, **kwargs)
     users: dict[Node, list[Node]] = {}
-    waiting = [get_gradient_edge(t).node for t in tree_leaves(outputs) if _has_graph(t)]
+    waiting = [get_gradient_edge(t).node for t in tensors_in(outputs) if t.requires_grad]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
@@ -263,7 +266,3 @@ def _differentiable(value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return (value.float() if is_half(value) else value).detach().requires_grad_().clone()
-
-
-def _has_graph(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from torch_rsst.discovery.adapter import Call
 from torch_rsst.discovery.probe import run_call
+from torch_rsst.discovery.trial import tensors_in
+from torch_rsst.utils.module_state import kept_random_state
 
 PRODUCTS = {
     *(F.linear, torch.addmm, torch.mm, torch.bmm, torch.baddbmm, torch.matmul, torch.einsum),
@@ -115,13 +117,8 @@ class Flow:
 
     def _run(self, known: Sequence[Tensor] = (), seed: int = -3) -> tuple[_Noisy, Any]:
         noisy = _Noisy([*self.module.parameters()], known, seed)
-        devices = _devices(self.module)
-        with (
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=devices),
-            _copies(self.module),
-            noisy,
-        ):
+        kept = kept_random_state(self.module)
+        with torch.enable_grad(), kept, _copies(self.module), noisy:
             torch.manual_seed(0)
             out = run_call(self.module, self.call)
         return noisy, out
@@ -289,11 +286,11 @@ def _reached(tensors: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) 
     for name, gradient in zip(tensors, gradients, strict=True):
         if gradient is not None and bool((hit := gradient != 0).any()):
             dims = range(hit.ndim)
-            found[name] = tuple(_any_but(hit, dim).cpu() for dim in dims)
+            found[name] = tuple(any_but(hit, dim).cpu() for dim in dims)
     return found
 
 
-def _any_but(hit: Tensor, dim: int) -> Tensor:
+def any_but(hit: Tensor, dim: int) -> Tensor:
     """Along one dimension, whether any entry is True."""
     return hit.movedim(dim, 0).flatten(1).any(1) if hit.ndim > 1 else hit
 
@@ -317,16 +314,7 @@ def _normalized(
     return out if bias is None else out + bias.view(shape)
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """All tensors among arguments or results."""
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-
-
 def _groups(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Of a convolution; 1 for other functions."""
     groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
     return groups if isinstance(groups, int) else 1
-
-
-def _devices(module: nn.Module) -> list[torch.device]:
-    return list({p.device for p in module.parameters() if p.device.type == "cuda"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -57,6 +58,13 @@ def keep_bias(module: nn.Module, output: nn.Module) -> None:
         module.register_parameter("bias" + ORIG, ref.original)
         module.register_buffer("bias" + MASK, ref.mask)
         make_live(module, "bias")
+
+
+def returns_tuple(module: nn.Module) -> bool:
+    """Whether a forward says that it returns a tuple, as of an output and the weights of attention."""
+    returned = inspect.signature(type(module).forward).return_annotation
+    named = returned if isinstance(returned, str) else getattr(returned, "__name__", "")
+    return named.lower().startswith("tuple")
 
 
 class NoFeatures(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,17 +20,12 @@ def guesses(model: nn.Module) -> Iterator[Any]:
     timm's models carry the size of their images, those of transformers make inputs of their own; of
     others the first convolution tells the number of channels.
     """
-    parameter = next(model.parameters(), None)
-    like = torch.empty(0) if parameter is None else parameter.detach()
-    generator = torch.Generator().manual_seed(0)
-
-    def images(channels: int, *sides: int) -> torch.Tensor:
-        return torch.randn((2, channels, *sides), generator=generator).to(like)
+    draw, device = _drawing(model)
 
     def described(channels: int, *sides: int) -> Iterator[torch.Tensor]:
         if max(sides) > _LARGE_SIDE:  # it may run on smaller ones, which takes seconds, not minutes
-            yield images(channels, *(min(side, _SIDES[0]) for side in sides))
-        yield images(channels, *sides)
+            yield draw(2, channels, *(min(side, _SIDES[0]) for side in sides))
+        yield draw(2, channels, *sides)
 
     for name in ("pretrained_cfg", "default_cfg"):
         configured = getattr(model, name, None)
@@ -44,35 +39,38 @@ def guesses(model: nn.Module) -> Iterator[Any]:
     if hasattr(config, "vocab_size"):
         tokens = torch.arange(8).view(2, 4) % int(config.vocab_size)
         no_cache = {"use_cache": False} if hasattr(config, "use_cache") else {}
-        yield {"input_ids": tokens.to(like.device), **no_cache}
+        yield {"input_ids": tokens.to(device), **no_cache}
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None:
         for side in _SIDES:
-            yield images(first.in_channels, side, side)
-
-
-def _features(model: nn.Module, like: torch.Tensor, generator: torch.Generator) -> Iterator[Any]:
-    """What a linear or recurrent layer or an embedding takes, where the model begins with one."""
-    kinds = (nn.Linear, nn.RNNBase, nn.Embedding, _ConvNd)
-    first = next((m for m in model.modules() if isinstance(m, kinds)), None)
-    if isinstance(first, nn.Embedding):
-        yield torch.arange(8, device=like.device).view(2, 4) % first.num_embeddings
-    elif isinstance(first, (nn.Linear, nn.RNNBase)):
-        width = first.in_features if isinstance(first, nn.Linear) else first.input_size
-        for shape in ((2, width), (2, 5, width)):
-            yield torch.randn(shape, generator=generator).to(like)
+            yield draw(2, first.in_channels, side, side)
 
 
 def small_guesses(model: nn.Module) -> Iterator[Any]:
     """Example inputs to look at the structure of a model with; small ones first, for they run fast."""
-    parameter = next(model.parameters(), None)
-    like = torch.empty(0) if parameter is None else parameter.detach()
-    generator = torch.Generator().manual_seed(0)
+    draw, device = _drawing(model)
     first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     if first is not None and not hasattr(model, "config"):
         dims = len(first.kernel_size)
         for side in _SMALL_SIDES if dims == 2 else (16 if dims == 3 else 64,):
-            shape = (2, first.in_channels, *(side for _ in range(dims)))
-            yield torch.randn(shape, generator=generator).to(like)
+            yield draw(2, first.in_channels, *[side] * dims)
     yield from guesses(model)
-    yield from _features(model, like, generator)
+    # What a linear or recurrent layer or an embedding takes, where the model begins with one.
+    kinds = (nn.Linear, nn.RNNBase, nn.Embedding, _ConvNd)
+    begin = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    if isinstance(begin, nn.Embedding):
+        yield torch.arange(8, device=device).view(2, 4) % begin.num_embeddings
+    elif isinstance(begin, (nn.Linear, nn.RNNBase)):
+        width = begin.in_features if isinstance(begin, nn.Linear) else begin.input_size
+        yield from (draw(2, width), draw(2, 5, width))
+
+
+def _drawing(model: nn.Module) -> tuple[Callable[..., torch.Tensor], torch.device]:
+    """What draws random numbers of a shape, of the type of the model's weights, and the device of these."""
+    like = next(model.parameters(), torch.empty(0)).detach()
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(like)
+
+    return draw, like.device

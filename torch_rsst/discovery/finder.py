@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from torch_rsst.discovery.account import account, routers, uncovered
-from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported
-from torch_rsst.discovery.channels.base import WholeModelAdapter
+from torch_rsst.discovery.adapter import ADAPTERS, KINDS, Unsupported, is_in
+from torch_rsst.discovery.channels.base import Survey, WholeModelAdapter
 from torch_rsst.discovery.families import load_families
+from torch_rsst.discovery.fixed_width import MIXED, NOT_FED
 from torch_rsst.discovery.flow_heads import search
 from torch_rsst.discovery.noted import with_numbers
 from torch_rsst.discovery.probe import Fact, Probe
+from torch_rsst.discovery.whole_model import confirmed
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.groups import BLOCKS, GroupLayer, Groups
 from torch_rsst.masking.names import named_refs, unwrap, without_wrappers
 from torch_rsst.masking.parameter_ref import ParameterRef
-from torch_rsst.utils.errors import UnsupportedModuleWarning, refuse, unknown_choice
+from torch_rsst.utils.errors import UnsupportedModuleWarning, check_choice, refuse, shown
+from torch_rsst.utils.iterables import iterates
+from torch_rsst.utils.module_state import kept_random_state, kept_state
 
 LARGE = 0.05
 """Share of the parameters from which on what stays whole is named."""
+_FOLLOWS = {
+    "heads": "view(B, T, num_heads, -1) for the heads, reshape(B, T, -1) behind them; numbers for each head "
+    "that it keeps belong in a buffer (register_buffer)"
+}
+"""Kind → how the sizes in a forward follow from its tensors."""
+_IF_EXACT = "If such units can be cut, Extending in the documentation shows how to add a family."
 
 
 def find_groups(
@@ -42,7 +53,7 @@ def find_groups(
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
         >>> groups = torch_rsst.find_groups(mlp)
         >>> print(groups)
-        8 neurons in 1 layers
+        8 neurons in 1 layer
 
     Modules are recognized by structure; the channels of convolutions are followed through one run of
     the model. What is found is checked on copies with random weights: units that are zeroed must make
@@ -56,8 +67,9 @@ def find_groups(
             attention or an MLP each.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for
             ``model``. Given, each module is checked on what it gets in that run instead of on
-            random (batch, tokens, features): needed where a module takes more than one tensor, and
-            for channels where the model takes no images.
+            random (batch, tokens, features), and all units once more on the outputs of the whole model, in
+            eval and in training mode: needed where a module takes more than one tensor, for channels where the
+            model takes no images, and where code outside a module reads its weights or sizes.
         on_unsupported: what to do about a module that looks like a known family but whose units
             cannot be removed exactly: ``"warn"``, ``"raise"`` or ``"ignore"``.
 
@@ -66,23 +78,22 @@ def find_groups(
         what no unit owns: inputs, outputs, trunk, and what is left, each with its share and the reason.
 
     Raises:
-        TypeError: unless ``model`` is a module.
+        TypeError: unless ``model`` is a module; for what lists no kinds.
         ValueError: for an unknown kind, for no unit of a kind asked for, for inputs that the model does not
             run on, for lazy or scripted modules, or, with ``on_unsupported="raise"``, for a module that is
             not understood.
     """
     bare = unwrap(model)
+    if isinstance(kinds, Tensor) or not iterates(kinds):
+        remedy = "Pass inputs by name, find_groups(model, example_inputs=…), or leave out kinds."
+        refuse(TypeError, "kinds", "names of kinds", shown(kinds), remedy)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds:
-        if kind not in (*KINDS, BLOCKS):
-            raise ValueError(unknown_choice("kinds", kind, (*KINDS, BLOCKS)))
+        check_choice("kinds", kind, (*KINDS, BLOCKS))
     if BLOCKS in kinds and len(kinds) > 1:
         remedy = "Ask for them alone, find_groups(model, ('blocks',)): other units lie within them."
         refuse(ValueError, "kinds", "blocks without other kinds", repr(kinds), remedy)
-    if on_unsupported not in ("warn", "raise", "ignore"):
-        raise ValueError(
-            unknown_choice("on_unsupported", on_unsupported, ("warn", "raise", "ignore"))
-        )
+    check_choice("on_unsupported", on_unsupported, ("warn", "raise", "ignore"))
     _check_runnable(bare)
     groups, refused = survey(bare, kinds, example_inputs=example_inputs)
     if on_unsupported == "raise" and refused:
@@ -107,13 +118,16 @@ def _check_runnable(model: nn.Module) -> None:
         remedy = "Find the groups before sharding; they fit the sharded model."
         refuse(ValueError, subject, "whole parameters", "sharded ones", remedy)
     for path, module in model.named_modules():
-        got = f"{path or 'the model'} ({type(module).__name__})"
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            expected, kind = "modules that know their sizes", "lazy"
             remedy = "Run the model once on inputs of its size."
-            refuse(ValueError, subject, "modules that know their sizes", f"lazy {got}", remedy)
-        if isinstance(module, torch.jit.ScriptModule):
+        elif isinstance(module, torch.jit.ScriptModule):
+            expected, kind = "modules of Python", "scripted"
             remedy = "Prune and compact the model before it is scripted or traced."
-            refuse(ValueError, subject, "modules of Python", f"scripted {got}", remedy)
+        else:
+            continue
+        got = f"{kind} {path or 'the model'} ({type(module).__name__})"
+        refuse(ValueError, subject, expected, got, remedy)
 
 
 def _to_be_told(groups: Groups, refused: Sequence[Unsupported], kinds: Sequence[str]) -> list[str]:
@@ -124,7 +138,7 @@ def _to_be_told(groups: Groups, refused: Sequence[Unsupported], kinds: Sequence[
         whole
         for whole in groups.whole
         if whole.role == "left" and whole.share >= LARGE and tuple(kinds) == KINDS
-        if not any(not path or f"{whole.name}.".startswith(f"{path}.") for path in told)
+        if not any(is_in(whole.name, path) for path in told)
     ]
     if large:
         sentences.append(f"These stay whole: {'; '.join(map(str, large[:3]))}.")
@@ -132,10 +146,10 @@ def _to_be_told(groups: Groups, refused: Sequence[Unsupported], kinds: Sequence[
         listed = ", ".join(map(str, fixed[:3])) + (
             f" and {len(fixed) - 3} more" if fixed[3:] else ""
         )
-        remedy = "reshape(B, T, -1)" if fixed[0].kind == "heads" else "chunk(2, -1)"
+        remedy = _FOLLOWS.get(fixed[0].kind, "chunk(2, -1)")
         sentences.append(
-            f"Can be masked but not cut: {listed}: {fixed[0].fixed}. In its forward, let a size follow "
-            f"from the tensor: {remedy}."
+            f"Can be masked but not cut: {listed}: {fixed[0].fixed}. In its forward, let sizes follow "
+            f"from the tensors: {remedy}."
         )
     return sentences
 
@@ -150,20 +164,39 @@ def survey(
         kinds: to look for.
         example_inputs: as for :func:`torch_rsst.find_groups`.
     """
-    with torch.inference_mode(False):  # whose tensors are not followed
-        layers, refused, reasons = _ask_adapters(model, kinds, Probe.of(model, example_inputs))
-        groups = Groups(tuple(layers), account(model, layers, refused, reasons))
-    if any("_orig_mod" in module._modules for module in model.modules()):
-        # What ran eagerly here is compiled again: some versions of the compiler would go on skipping it.
-        torch.compiler.reset()
-    return groups, uncovered(refused, groups, model)
+    # Tensors that are made in inference mode cannot be followed.
+    kept = kept_random_state(model), _kept_parametrizations(model)
+    with torch.inference_mode(False), _compiled_again(model), kept[0], kept[1]:
+        probe = Probe.of(model, example_inputs)
+        found = _ask_adapters(model, kinds, probe)
+        groups = Groups(found.layers, account(model, found))
+    return groups, uncovered(found.refused, groups, model)
 
 
-def _ask_adapters(
-    model: nn.Module, kinds: Sequence[str], probe: Probe
-) -> tuple[list[GroupLayer], list[Unsupported], dict[str, str]]:
+@contextmanager
+def _kept_parametrizations(model: nn.Module) -> Iterator[None]:
+    """Reading a weight that others make can change them: spectral_norm goes on with its iteration in training mode."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if is_parametrized(module):
+                stack.enter_context(kept_state(cast(nn.Module, module.parametrizations)))
+        yield
+
+
+@contextmanager
+def _compiled_again(model: nn.Module) -> Iterator[None]:
+    """Let compiled parts, which run eagerly in the block, be compiled after it: some compilers would go on skipping them."""
+    try:
+        yield
+    finally:
+        if any("_orig_mod" in module._modules for module in model.modules()):
+            torch.compiler.reset()
+
+
+def _ask_adapters(model: nn.Module, kinds: Sequence[str], probe: Probe) -> Survey:
     load_families()
     reasons: dict[str, str] = {}
+    not_run = ""
     layers: list[GroupLayer] = []
     refused: list[Unsupported] = []
     refs = named_refs(model)
@@ -176,7 +209,8 @@ def _ask_adapters(
             continue  # what is inside follows
         name = without_wrappers(path)
         for kind in kinds:
-            if _stands_inside(name, kind, layers):
+            # Part of a module whose units of this kind are known.
+            if any(x.kind == kind and x.name != name and is_in(name, x.name) for x in layers):
                 continue
             answer = _answer(kind, module, probe, alike)
             if isinstance(answer, GroupLayer):
@@ -198,28 +232,34 @@ def _ask_adapters(
             else:
                 inside = ".".join(filter(None, (name, answer.layer)))
                 refused.append(replace(answer, layer=inside, kind="heads"))
-        order = {
-            path: i for i, path in enumerate(without_wrappers(n) for n, _ in model.named_modules())
-        }
+        order = {without_wrappers(n): i for i, (n, _) in enumerate(model.named_modules())}
         layers.sort(key=lambda layer: order[layer.name])
     routing = routers(model, layers)
     for adapter in ADAPTERS:
         if isinstance(adapter, WholeModelAdapter) and set(adapter.kinds) & set(kinds):
             taken = {(m.parameter, d) for layer in layers for m in layer.members for d in m.dims}
             taken |= {(name, 0) for name in routing}
-            answers = adapter.survey(probe, taken, kinds)
+            answers = adapter.survey(probe, taken, kinds, refused)
             reasons.update(answers.reasons)
+            not_run = not_run or answers.not_run
             offered = [_checked(layer, refs) for layer in answers.layers]
-            known = list(refused)
-            for item in (*answers.refused, *offered):
-                # What an adapter of single modules says of one stands.
-                if item.kind not in kinds or any(map(partial(_is_about, item), known)):
+            said = tuple(refused)
+            for item in (*offered, *answers.refused):
+                about = [known for known in said if _is_about(item, known)]
+                # What an adapter of single modules says of one stands, unless it was mistaken in the module.
+                if item.kind not in kinds or not all(known.open for known in about):
                     continue
+                others = [known for known in refused if known not in about]
                 if isinstance(item, GroupLayer):
                     layers.append(item)
-                else:
-                    refused.append(item)
-    return layers, refused, {**reasons, **routing}
+                    refused = others
+                elif all(known.reason == NOT_FED for known in about if known in refused):
+                    refused = [*others, item]  # which says more
+    if probe.example_inputs is not None and {layer.kind for layer in layers} - {"channels"}:
+        layers, answers = confirmed(model, probe.example_inputs, layers)
+        refused += answers.refused
+        reasons.update(answers.reasons)
+    return Survey(tuple(layers), tuple(refused), {**reasons, **routing}, not_run)
 
 
 def _checked(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> GroupLayer | Unsupported:
@@ -231,10 +271,9 @@ def _is_about(item: GroupLayer | Unsupported, known: Unsupported) -> bool:
     """Whether units, or their refusal, lie in a module whose units of this kind are refused already."""
     if item.kind != known.kind or item.kind == "channels":
         return False
-    inside = f"{known.layer}." if known.layer else ""
     if isinstance(item, Unsupported):
-        return f"{item.layer}.".startswith(inside)
-    return any(member.parameter.startswith(inside) for member in item.ranked)
+        return is_in(item.layer, known.layer)
+    return any(is_in(member.parameter, known.layer) for member in item.ranked)
 
 
 def _answer(
@@ -252,7 +291,9 @@ def _answer(
             return refused or answer
         verdict = probe.check(module, adapter, answer)
         if verdict.refused:
-            refused = refused or Unsupported(verdict.refused)
+            refused = refused or Unsupported(
+                verdict.refused, open=verdict.refused in (MIXED, NOT_FED)
+            )
             continue
         least = max(adapter.least, answer.least, verdict.least)
         answer = replace(answer, family=type(adapter).__name__, least=least)
@@ -263,12 +304,6 @@ def _answer(
             alike[key] = with_numbers(module, adapter, answer, probe.two_calls(module, answer))
         return refused or alike[key]
     return refused
-
-
-def _stands_inside(name: str, kind: str, layers: Sequence[GroupLayer]) -> bool:
-    """Whether a module is part of one whose units of this kind are known."""
-    outer = (layer.name for layer in layers if layer.kind == kind)
-    return any(not path or name.startswith(f"{path}.") for path in outer if path != name)
 
 
 def _relocated(layer: GroupLayer, path: str) -> GroupLayer:
@@ -298,20 +333,18 @@ def _shared(
     paths: Mapping[nn.Module, list[str]],
 ) -> str | None:
     """Why a layer one of whose modules also stands outside its owner cannot be cut, or None."""
-    inside = tuple(f"{path}." if path else "" for path in paths[owner])
     for member in layer.members:
         module = refs[member.parameter][0].module
-        if outside := [
-            p for p in paths[module] if not p.startswith(inside) and module is not owner
-        ]:
+        outside = [p for p in paths[module] if not any(is_in(p, path) for path in paths[owner])]
+        if outside:
             return f"the module of its {member.parameter} also stands at {outside[0]}"
     return None
 
 
 def _not_understood(refused: Sequence[Unsupported]) -> str:
     return (
-        f"No groups for {len(refused)} module(s): {_first_of(refused)}. They stay whole; the "
-        "documentation shows, under Extending, how to add a family."
+        f"No groups for {len(refused)} module(s): {_first_of(refused)}. They stay whole, as all that "
+        f"groups.whole lists. {_IF_EXACT}"
     )
 
 
@@ -334,10 +367,7 @@ def _require(
     reasons = [item for item in refused if item.kind in missing]
     known = sorted({adapter.kind for adapter in ADAPTERS})
     if reasons:
-        remedy = (
-            f"Not understood: {_first_of(reasons)}. The documentation shows, under Extending, how to "
-            "add a family."
-        )
+        remedy = f"Not understood: {_first_of(reasons)}. {_IF_EXACT}"
     elif others := dict.fromkeys(layer.kind for layer in look_for_all().layers):
         remedy = f"It has units of kind {', '.join(others)}."
     else:

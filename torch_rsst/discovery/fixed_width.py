@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from torch_rsst.groups.surgery import module_at
 
 class _Seen(Exception):  # noqa: N818 - control flow: the input we wanted is there
     """Ends a forward pass early."""
+
+
+MIXED = "its units mix before the output layer, so that none can be removed exactly"
+NOT_FED = "its input layer does not feed its output layer"
 
 
 def why_mixed(
@@ -40,21 +45,23 @@ def why_mixed(
     unit = torch.isin(taking[0].unit_of, some)
     disturbed = [torch.isin(member.unit_of, some) for member in giving]
     everything = [member.unit_of != NO_UNIT for member in giving]
+    run = partial(module, *args, **kwargs)
     with torch.no_grad():
-        before = _input_of(consumer, module, args, kwargs)
+        before = _input_of(consumer, run)
         with _disturb(producers, disturbed):
-            after = _input_of(consumer, module, args, kwargs)
-        with _silence(consumer):
-            without = tensors_of(module(*args, **kwargs))
+            after = _input_of(consumer, run)
+        # What removing all units does to the layer that takes them in.
+        with consumer.register_forward_pre_hook(_zeros):
+            without = tensors_of(run())
             with _disturb(producers, everything):
-                still = tensors_of(module(*args, **kwargs))
+                still = tensors_of(run())
     if before.shape != after.shape or before.shape[-1:] != unit.shape:
         return "its output layer gets inputs of an unexpected shape"
     changed = (before != after).reshape(-1, unit.numel()).any(0).cpu()
     if bool(changed[~unit].any()):
-        return "its units mix before the output layer, so that none can be removed exactly"
+        return MIXED
     if not bool(changed[unit].any()):
-        return "its input layer does not feed its output layer"
+        return NOT_FED
     if not all(map(torch.equal, without, still)):
         return "its units also reach its output around the output layer"
     return None
@@ -66,39 +73,22 @@ def _half_of(units: int) -> Tensor:
     return torch.randperm(units, generator=generator)[: max(1, units // 2)]
 
 
-def _input_of(
-    consumer: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
+def _input_of(consumer: nn.Module, run: Callable[[], object]) -> Tensor:
     seen: list[Tensor] = []
 
     def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].detach().clone())
         raise _Seen
 
-    handle = consumer.register_forward_pre_hook(capture, prepend=True)
-    try:
-        module(*args, **kwargs)
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
+    with consumer.register_forward_pre_hook(capture, prepend=True), suppress(_Seen):
+        run()
     if not seen:
         raise RuntimeError("its output layer was not called")
     return seen[0]
 
 
-@contextmanager
-def _silence(consumer: nn.Module) -> Iterator[None]:
-    """What removing all units does to the layer that takes them in."""
-
-    def zero(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (torch.zeros_like(inputs[0]), *inputs[1:])
-
-    handle = consumer.register_forward_pre_hook(zero)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _zeros(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (torch.zeros_like(inputs[0]), *inputs[1:])
 
 
 @contextmanager
@@ -110,5 +100,5 @@ def _disturb(producers: Sequence[nn.Module], features: Sequence[Tensor]) -> Iter
                 # Positive and much larger than before, so that no activation hides the difference.
                 return torch.where(which.to(output.device), output.abs() + 10.0, output)
 
-            stack.callback(producer.register_forward_hook(replace).remove)
+            stack.enter_context(producer.register_forward_hook(replace))
         yield

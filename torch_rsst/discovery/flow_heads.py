@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
-from torch_rsst.discovery.data_flow import Flow, contracts, tensors_in
+from torch_rsst.discovery.adapter import Adapter, Call, Unsupported, is_in
+from torch_rsst.discovery.data_flow import Flow, contracts
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
 from torch_rsst.discovery.flow_units import divisions, has_one_head
 from torch_rsst.discovery.head_attributes import head_count
@@ -27,7 +27,7 @@ from torch_rsst.discovery.probe import (
     signature_of_call,
     too_few,
 )
-from torch_rsst.discovery.trial import are_finite, is_half, tried, why_not_finite
+from torch_rsst.discovery.trial import are_finite, is_half, tensors_in, tried, why_not_finite
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.groups.surgery import Removal, module_at, replace_module
 from torch_rsst.masking.names import named_weights, without_wrappers
@@ -96,11 +96,11 @@ def search(
     tries: Counter[str] = Counter()
     for path, module in reversed(list(probe.model.named_modules())):
         name = without_wrappers(path)
-        inside = [inner for inner in waiting if _is_in(inner, name) and tries[inner] < 2]
+        inside = [inner for inner in waiting if is_in(inner, name) and tries[inner] < 2]
         asked = inside or own[module] > 1 or (own[module] and head_count(module))
         if isinstance(module, _CONTAINERS) or not asked:
             continue
-        if any(_is_in(name, other) or _is_in(other, name) for other in known):
+        if any(is_in(name, other) or is_in(other, name) for other in known):
             continue
         answers = look.at(module)
         settled = not all(isinstance(answer, _Open) for answer in answers)
@@ -267,8 +267,3 @@ def _paths_to(name: str) -> Iterator[str]:
     """The paths of the modules that a parameter is in, the innermost first."""
     while name := name.rpartition(".")[0]:
         yield name
-
-
-def _is_in(name: str, outer: str) -> bool:
-    """Whether a path is another one, or leads into it."""
-    return not outer or name == outer or name.startswith(f"{outer}.")

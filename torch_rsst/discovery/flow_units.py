@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_rsst.discovery.data_flow import Flow, Reached, noise
+from torch_rsst.discovery.data_flow import Flow, Reached, any_but, noise
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 
 _SAME = 1e-5
@@ -65,13 +65,8 @@ class Division:
             Member(name, dim, unit_of, ranked=self.flow.tensors[name].ndim > 1)
             for name, dim, unit_of in _owned(makes, features)
         ]
-        held = [
-            Member(name, dim, unit_of, ranked=False) for name, dim, unit_of in _owned(between, {})
-        ]
-        taking = [
-            Member(name, dim, unit_of, ranked=True, consumes=True)
-            for name, dim, unit_of in _owned(takes, {})
-        ]
+        held = [Member(*each, ranked=False) for each in _owned(between, {})]
+        taking = [Member(*each, ranked=True, consumes=True) for each in _owned(takes, {})]
         sizes = {name: self.flow.tensors[name].numel() for made in makes for name in made}
         owned = {member.parameter: sizes.pop(member.parameter) for member in giving}
         least = min((owned[member.parameter] for member in giving if member.ranked), default=0)
@@ -117,7 +112,7 @@ def divisions(flow: Flow, place: int) -> Iterator[Division]:
     others = _differ(given.detach(), flow.moved(place, {}, seed=-4))
     for dim in _of_features(flow, place):
         # Hidden neurons beside an attention, say, meet no scores.
-        attended = others.movedim(dim, 0).flatten(1).any(1).nonzero().flatten().cpu()
+        attended = any_but(others, dim).nonzero().flatten().cpu()
         where = attended if len(attended) else torch.arange(given.shape[dim])
         first = _along(given, dim, torch.arange(given.shape[dim]) == where[0])
         seen: set[tuple[int, ...]] = set()
@@ -175,7 +170,7 @@ def _divided(
         # Random, as a softmax does not see what is added to all keys.
         added = noise(mask.shape, seed=-1).to(before) * (mask if whole else _first_of(mask))
         moved = _differ(before, flow.moved(place, {source: added}))
-        found = moved.movedim(dim, 0).flatten(1).any(1).cpu()
+        found = any_but(moved, dim).cpu()
         if bool(found[where].all()) or not bool(found[index]):
             return None
         if part_of is None:
@@ -217,10 +212,8 @@ def _joined(parts: Sequence[Reached]) -> Reached:
     found: Reached = {}
     for part in parts:
         for name, hits in part.items():
-            old = found.get(name)
-            found[name] = (
-                hits if old is None else tuple(a | b for a, b in zip(old, hits, strict=True))
-            )
+            old = found.get(name, hits)
+            found[name] = tuple(a | b for a, b in zip(old, hits, strict=True))
     return found
 
 

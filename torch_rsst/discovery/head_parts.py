@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Adapter, Unsupported
-from torch_rsst.discovery.change_class import become
 from torch_rsst.discovery.emptied import BiasOnly
 from torch_rsst.discovery.head_attributes import head_count, reduce_head_attributes
 from torch_rsst.groups.groups import GroupLayer, Member, head_rows
-from torch_rsst.groups.surgery import Removal, buffer_shape, module_at
-from torch_rsst.masking.names import named_weights
+from torch_rsst.groups.surgery import Removal, module_at
+from torch_rsst.masking.live_weight import ORIG, make_live, make_plain
+from torch_rsst.masking.names import named_buffers
+from torch_rsst.masking.parameter_ref import ParameterRef
 
 
 @dataclass(frozen=True)
@@ -126,21 +129,7 @@ class HeadAdapter(Adapter):
 
     def found(self, module: nn.Module) -> GroupLayer | Unsupported:
         """The units of a module, by its parts."""
-        heads, weights = self.units_of(module), named_weights(module)
-        members, buffers = [], []
-        try:
-            for part in self.parts_of(module):
-                if (weight := weights.get(part.name)) is not None:
-                    members.append(part.member(weight.shape[part.dim], heads))
-                elif (shape := buffer_shape(module, part.name)) is not None:
-                    buffers.append(part.member(shape[part.dim], heads))
-        except ValueError as error:
-            return Unsupported(str(error))
-        if not any(m.consumes for m in members):
-            return Unsupported(
-                "it has no output projection: its heads are features of what follows"
-            )
-        return GroupLayer("", self.kind, heads, tuple(members), tuple(buffers))
+        return dealt_out(module, self.parts_of(module), self.units_of(module))
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
@@ -152,6 +141,48 @@ class HeadAdapter(Adapter):
             assert isinstance(output, (nn.Linear, nn.Conv2d))
             return self.left(output)
         return slimmed(module, self.slim)
+
+
+def dealt_out(module: nn.Module, parts: Iterable[Part], heads: int) -> GroupLayer | Unsupported:
+    """The heads of a module, by its parts; or why they are none."""
+    members: list[Member] = []
+    buffers: list[Member] = []
+    held = named_buffers(module)
+    try:
+        for part in parts:
+            if (tensor := _tensor(module, part.name)) is not None:
+                kind = buffers if part.name in held else members
+                kind.append(part.member(tensor.shape[part.dim], heads))
+    except ValueError as error:
+        return Unsupported(str(error))
+    if not any(m.consumes for m in members):
+        return Unsupported("it has no output projection: its heads are features of what follows")
+    return GroupLayer("", "heads", heads, tuple(members), tuple(buffers))
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer, or what is made of others in its place, which is refused by its name once it is checked."""
+    with suppress(AttributeError):
+        found = attrgetter(name)(module)
+        return found if isinstance(found, Tensor) else None
+    return None
+
+
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make a module one of class ``cls``, in place; its masked parameters stay properties.
+
+    Args:
+        module: of a class that ``cls`` derives from, or of ``cls`` already.
+        cls: a class with the same attributes, importable at module level, so that it pickles.
+    """
+    held = [name.removesuffix(ORIG) for name in module._parameters if name.endswith(ORIG)]
+    masked = [name for name in held if ParameterRef(module, name).is_masked]
+    for name in masked:
+        make_plain(module, name)
+    if not isinstance(module, cls):
+        module.__class__ = cls
+    for name in masked:
+        make_live(module, name)
 
 
 def slimmed(module: nn.Module, slims: Iterable[type[nn.Module]]) -> nn.Module:

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
-from torch_rsst.discovery.head_attributes import CUT, HEAD_WIDTHS
+from torch_rsst.discovery.adapter import Adapter, Call, Unsupported, is_of_torch
+from torch_rsst.discovery.head_attributes import CUT, HEAD_WIDTHS, HEADS, KEY_VALUE_HEADS
 from torch_rsst.discovery.probe import Verdict, check_on
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member
 from torch_rsst.groups.surgery import noted_numbers
@@ -37,27 +37,39 @@ def with_numbers(
         the units; to mask only, where no choice of numbers lets them be cut; or why these are no units.
     """
     found = replace(found, family=type(adapter).__name__)
+
+    def tried(numbers: Sequence[Member]) -> GroupLayer | Verdict:
+        """The units with numbers, or why they cannot be cut on all calls then."""
+        layer = replace(found, buffers=(*found.buffers, *numbers), fixed="")
+        least = layer.least
+        for call in calls:
+            verdict = check_on(module, adapter, layer, call)
+            if verdict.refused or verdict.fixed:
+                return verdict
+            least = max(least, verdict.least)
+        return replace(layer, least=least)
+
     verdicts = []
     for numbers in itertools.islice(_choices(module, found), most):
-        layer = replace(found, buffers=(*found.buffers, *numbers))
-        verdict = _verdict(module, adapter, layer, calls)
-        if not verdict.refused and not verdict.fixed:
-            return replace(layer, fixed="", least=verdict.least)
-        verdicts.append(verdict)
+        answer = tried(numbers)
+        if isinstance(answer, Verdict):
+            verdicts.append(answer)
+            continue
+        # Those alone that the module does not run rightly without: others that happen to be multiples, such as
+        # the length of a window, show only in longer inputs.
+        buffers, needed = {name for name, _ in module.named_buffers()}, numbers
+        for number in numbers:
+            last = number.parameter.rpartition(".")[2]
+            alike = sum(number.parameter == other.parameter for other in needed)
+            if last not in (*HEADS, *KEY_VALUE_HEADS) and (
+                number.parameter not in buffers or alike > 1
+            ):
+                fewer = [other for other in needed if other is not number]
+                if isinstance(without := tried(fewer), GroupLayer):
+                    needed, answer = fewer, without
+        return answer
     fixed = next((verdict.fixed for verdict in verdicts if verdict.fixed), "")
     return replace(found, fixed=fixed) if fixed else Unsupported(verdicts[0].refused)
-
-
-def _verdict(
-    module: nn.Module, adapter: Adapter, layer: GroupLayer, calls: Sequence[Call]
-) -> Verdict:
-    least = layer.least
-    for call in calls:
-        verdict = check_on(module, adapter, layer, call)
-        if verdict.refused or verdict.fixed:
-            return verdict
-        least = max(least, verdict.least)
-    return Verdict(least=least)
 
 
 def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
@@ -71,7 +83,7 @@ def _choices(module: nn.Module, layer: GroupLayer) -> Iterator[list[Member]]:
     numbers: list[Member] = []
     surely, maybe = set(), set()
     for path, part in module.named_modules():
-        if type(part).__module__.startswith("torch.nn."):
+        if is_of_torch(part):
             continue  # knows of no units
         for name, value in noted_numbers(part, path, objects=True).items():
             if value <= 0 or value % layer.units or all(count % value for count in counts):

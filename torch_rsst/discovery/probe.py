@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torch_rsst.discovery.adapter import Adapter, Call, family
+from torch_rsst.discovery.adapter import Adapter, Call, family, is_of_torch
 from torch_rsst.discovery.examples import guesses
 from torch_rsst.discovery.fixed_width import why_mixed
 from torch_rsst.discovery.trial import (
     agree,
     are_finite,
+    as_real,
     choices,
     is_half,
     negate,
     one_line,
     silence,
+    tensors_in,
     tensors_of,
     tried,
     why_not_finite,
@@ -32,12 +36,18 @@ from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.groups.surgery import Removal, cut, module_at
 from torch_rsst.masking.live_weight import MASK
 from torch_rsst.masking.names import named_weights
+from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.utils.errors import refuse, shown
 from torch_rsst.utils.module_state import deep_copy, undisturbed
 
 Fact = tuple[Any, ...]
 
 ON_META = "its weights are on the meta device, so that it cannot be run"
+_PLAIN = (int, float, str, bool, type(None))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_REMOVE = "parametrize.remove_parametrizations"
+_REMOVERS = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm"}
+"""Hooks of PyTorch that make a weight of others → what takes them off, in :mod:`torch.nn.utils`."""
 _DRAWS = 8
 """How often weights are drawn for a trial, until an output shows that units are gone."""
 
@@ -70,7 +80,7 @@ class Probe:
     model: nn.Module
     example_inputs: Any = None
     _verdicts: dict[Fact, Verdict] = field(default_factory=dict)
-    _fitting: dict[Fact, int] = field(default_factory=dict)
+    _failures: dict[Fact, str | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any) -> Probe:
@@ -90,21 +100,15 @@ class Probe:
         """
         if is_on_meta(module):
             return Verdict(refused=ON_META)
-        # Modules of one signature differ in nothing but the values of their tensors.
-        alike = (type(adapter), self.signature(module))
-        if (fitting := self._fitting.get(alike)) is not None:
-            call = next(islice(self.calls(module, layer, adapter), fitting, None), None)
-            if (verdict := self._verdicts.get((alike, signature_of_call(call)))) is not None:
-                return verdict
-        fitting, call, error = self._call_of(module, layer, adapter)
+        call, error = self.call_of(module, layer, adapter)
         if call is None:
-            return Verdict(refused=self._why_not_run(module, error))
-        self._fitting[alike] = fitting
-        verdict = check_on(module, adapter, layer, call)
-        self._verdicts[alike, signature_of_call(call)] = verdict
-        return verdict
+            return Verdict(refused=error)
+        alike = (type(adapter), self.signature(module), signature_of_call(call))
+        if alike not in self._verdicts:
+            self._verdicts[alike] = check_on(module, adapter, layer, call)
+        return self._verdicts[alike]
 
-    def _why_not_run(self, module: nn.Module, error: object) -> str:
+    def _why_not_run(self, module: nn.Module, error: str) -> str:
         if self.example_inputs is None:
             return f"it cannot be run alone ({error}); pass example_inputs"
         if module in self._recorded:
@@ -120,8 +124,16 @@ class Probe:
         self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
     ) -> tuple[Call | None, str]:
         """The first arguments that fit a module; or None, and why none do."""
-        _, call, error = self._call_of(module, layer, adapter)
-        return call, "" if call is not None else self._why_not_run(module, error)
+        error = "it is not called when the model runs on its example"
+        signature = self.signature(module)
+        for call in self.calls(module, layer, adapter):
+            alike = (signature, signature_of_call(call))
+            if alike not in self._failures:
+                self._failures[alike] = _failure(module, call)
+            if (failure := self._failures[alike]) is None:
+                return call, ""
+            error = failure
+        return None, self._why_not_run(module, error)
 
     def calls(
         self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
@@ -142,17 +154,6 @@ class Probe:
         if tokens:
             yield from _tokens(module, layer, sequence=False)
 
-    def _call_of(
-        self, module: nn.Module, layer: GroupLayer, adapter: Adapter | None
-    ) -> tuple[int, Call | None, object]:
-        """The first call that fits, and its place among all; none, and an error."""
-        error: object = "it is not called when the model runs on its example"
-        for place, call in enumerate(self.calls(module, layer, adapter)):
-            if (failure := _failure(module, call)) is None:
-                return place, call, None
-            error = failure
-        return -1, None, error
-
     def signature(self, module: nn.Module) -> Fact:
         """What two modules share that differ in the values of their tensors only."""
         return tuple(
@@ -162,11 +163,16 @@ class Probe:
                 tuple(
                     (k, _fact(v))
                     for k, v in sorted(vars(part).items())
-                    if not k.startswith("_") and (type(part), k) not in self._numberings
+                    if k not in _OF_EVERY_MODULE and (type(part), k) not in self._numberings
+                    if not k.startswith("_") or isinstance(v, _PLAIN)
                 ),
                 tuple((k, _fact(t)) for k, t in part._parameters.items()),
-                tuple((k, _fact(t)) for k, t in part._buffers.items() if not k.endswith(MASK)),
-                tuple(map(id, part._forward_hooks.values())),
+                tuple(
+                    (k, _fact(t), _flag(t))
+                    for k, t in part._buffers.items()
+                    if not k.endswith(MASK)
+                ),
+                tuple(map(id, (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))),
             )
             for path, part in module.named_modules()
         )
@@ -210,20 +216,22 @@ def other_call(module: nn.Module, call: Call) -> Call:
 
 
 def record_calls(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Call]:
-    """What each module gets when the model runs on the example inputs, in eval mode."""
+    """What each module gets when the model runs on the example inputs, in eval mode.
+
+    Single layers of PyTorch are left out: they are tried as parts of others only, and copies take long.
+    """
     recorded: dict[nn.Module, Call] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module not in recorded:  # copied: modules may write to what they are given
             recorded[module] = tree_map(_copied, (args, kwargs))
 
-    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if module._modules or not is_of_torch(module):
+                hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
         with undisturbed(model):
             run_example(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return recorded
 
 
@@ -259,11 +267,11 @@ def output_error(one: nn.Module, other: nn.Module, example_inputs: Any) -> tuple
     outputs = []
     for model, run in ((one, run_example), (other, run_on)):
         with undisturbed(model):
-            leaves = tree_leaves(run(model, tree_map(_copied, example_inputs)))
-        outputs.append([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel()])
+            tensors = tensors_in(run(model, tree_map(_copied, example_inputs)))
+        outputs.append([tensor for tensor in tensors if tensor.numel()])
     if [tensor.shape for tensor in outputs[0]] != [tensor.shape for tensor in outputs[1]]:
         return float("inf"), float("nan")
-    pairs = [(a.double(), b.double()) for a, b in zip(*outputs, strict=True)]
+    pairs = [(as_real(a).double(), as_real(b).double()) for a, b in zip(*outputs, strict=True)]
     error = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
     return error, max((float(a.abs().max()) for a, _ in pairs), default=0.0)
 
@@ -295,8 +303,8 @@ def _check(
     module: nn.Module, adapter: Adapter, layer: GroupLayer, call: Call, draw: int = 0
 ) -> Verdict:
     weights = named_weights(module)
-    if tied := [m.parameter for m in layer.members if m.parameter not in weights]:
-        return Verdict(refused=f"its {tied[0]} is tied to another parameter of it")
+    if missing := [m.parameter for m in layer.members if m.parameter not in weights]:
+        return Verdict(refused=_why_missing(module, missing[0]))
     given, call = call, tree_map(lambda v: v.float() if is_half(v) else v, call)
     whole, before = tried(module, lambda copied: outputs_on(copied, call), draw)
     if not are_finite(before):
@@ -308,11 +316,12 @@ def _check(
         removal = Removal(layer, gone)
         # Each choice has the units of the one before: so parameters need no copy of their own.
         masked = deep_copy(whole, {id(parameter): parameter for parameter in whole.parameters()})
-        silence(masked, [removal])
         if negated:
             negate(masked, layer)
+        else:
+            silence(masked, [removal])
         expected = outputs_on(masked, call)
-        differs = differs or not agree(before, expected)
+        differs = differs or not (negated or agree(before, expected))
         if not differs and draw + 1 < _DRAWS:  # no unit that goes was active
             return _check(module, adapter, layer, given, draw + 1)
         try:
@@ -338,15 +347,28 @@ def _check(
     return Verdict(refused=mixed or "")
 
 
-def _trials(layer: GroupLayer, least: int) -> Iterator[tuple[Tensor, bool]]:
-    """Which units go in each trial, and whether signs are changed.
+def _why_missing(module: nn.Module, name: str) -> str:
+    """Why a weight is none of the parameters by which a module is known."""
+    path, _, own = name.rpartition(".")
+    holder = module_at(module, path)
+    if own in holder._parameters or ParameterRef(holder, own).is_masked:
+        return f"its {name} is tied to another parameter of it"
+    kinds = {type(hook) for hook in holder._forward_pre_hooks.values()}
+    removers = [remedy for kind, remedy in _REMOVERS.items() if kind in kinds]
+    remedy = f"torch.nn.utils.{(removers or [_REMOVE])[0]}(module, {own!r})"
+    made = f"its {name} is made of other parameters, as by weight_norm or spectral_norm"
+    return f"{made}: take that off before you find groups, with {remedy}"
 
-    A neuron that stays alone is tried with both signs: one of them shows where all are compared with the
-    largest, which is 0 or not then.
+
+def _trials(layer: GroupLayer, least: int) -> Iterator[tuple[Tensor, bool]]:
+    """Which units go in each trial; or the same ones again, with signs that are changed before it, to stay so.
+
+    Neurons are tried with both signs: what is active nowhere with one of them is so with the other, and the
+    largest of some that stay is 0 or not.
     """
     for gone in choices(layer.units, least, len(layer.parts), layer.multiple):
         yield gone, False
-        if layer.kind == "neurons" and int((~gone).sum()) == len(layer.parts) * layer.multiple:
+        if layer.kind == "neurons" and not gone.all():
             yield gone, True
 
 
@@ -405,11 +427,16 @@ def signature_of_call(call: Call | None) -> Fact:
 def _fact(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype, value.device)
-    if isinstance(value, (int, float, str, bool, type(None))):
+    if isinstance(value, _PLAIN):
         return (type(value), value)
     if isinstance(value, (tuple, list)):
         return tuple(map(_fact, value))
     return id(value)
+
+
+def _flag(buffer: Tensor | None) -> Any:
+    """The value of a buffer that holds one number, as a setting may; of others, nothing."""
+    return buffer.item() if buffer is not None and buffer.ndim == 0 and not buffer.is_meta else None
 
 
 def _other(value: Any) -> Any:
@@ -426,11 +453,11 @@ def _longer(value: Any) -> Any:
     return torch.cat([value, value[:, :1]], dim=1) if is_tokens else value
 
 
-def _failure(module: nn.Module, call: Call) -> Exception | None:
+def _failure(module: nn.Module, call: Call) -> str | None:
     """What a module raises when it is called like this, if anything."""
     try:
         with undisturbed(module):
             run_call(module, call)
     except Exception as failure:
-        return failure
+        return str(failure)
     return None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import nn
 
-from torch_rsst.discovery.adapter import Unsupported, columns, own_parameters, rows
+from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, own_parameters, rows
 from torch_rsst.discovery.emptied import BiasOnly, NoFeatures
 from torch_rsst.discovery.head_attributes import is_attention
 from torch_rsst.groups.groups import GroupLayer, Member
-from torch_rsst.groups.surgery import replace_module
+from torch_rsst.groups.surgery import Removal, replace_module
 from torch_rsst.masking.live_weight import ORIG
 
 _Shared = (nn.modules.batchnorm._BatchNorm, nn.PReLU)
@@ -46,6 +48,43 @@ class Projection:
         return isinstance(self.layer, nn.Linear)
 
 
+class HiddenNeurons(Adapter):
+    """Features between projections that a subclass names, each of them a unit."""
+
+    kind = "neurons"
+
+    def layers_of(self, module: nn.Module) -> list[Projection]:
+        """What puts the hidden features out, and last the one that takes them in; none of another family."""
+        raise NotImplementedError
+
+    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
+        """See :class:`torch_rsst.discovery.Adapter`."""
+        layers = self.layers_of(module)
+        return hidden_units(module, layers) if layers and layers[-1].taken else None
+
+    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
+        """See :class:`torch_rsst.discovery.Adapter`; where all go, what the last projection still computes.
+
+        The bias takes its place, or that of the module where it is the last thing that is run in a row.
+        """
+        layers, units = self.layers_of(module), removal.layer.units
+        last = layers[-1]
+        if last.taken or isinstance(module, nn.TransformerEncoderLayer):
+            return module  # the fused path of the latter reads weights, and runs on empty ones
+        if type(module) is nn.Sequential and list(module.children())[-1:] == [last.layer]:
+            return BiasOnly(last.layer)
+        splits = any(member.unit_of.numel() > units for member in removal.layer.members)
+        known = {p.layer for p in layers}
+        along = (*_Shared, nn.Conv1d, nn.Conv2d)
+        for path, part in list(module.named_modules()):
+            if not (part in known or isinstance(part, along)):
+                continue  # an attention beside, which may have lost its heads
+            if any(0 in _shape(part, name) for name in own_parameters(part)):
+                gone = NoFeatures(-1 if last.is_linear else -3) if splits else nn.Identity()
+                replace_module(module, path, gone)
+        return replace_module(module, last.path, BiasOnly(last.layer))
+
+
 def projections(module: nn.Module) -> list[Projection]:
     """The projections of a module in the order in which it holds them, or none.
 
@@ -53,7 +92,7 @@ def projections(module: nn.Module) -> list[Projection]:
     each, where nothing else in the module maps features.
     """
     containers = (nn.ModuleList, nn.ModuleDict)  # compute nothing themselves
-    if isinstance(module, containers) or is_attention(module):
+    if not module._modules or isinstance(module, containers) or is_attention(module):
         return []
     children = list(module.named_children())
     direct = _among(children)
@@ -76,6 +115,13 @@ def maps_between(module: nn.Module, pair: Sequence[Projection]) -> bool:
     """Whether a module holds other layers that map features between some of its projections."""
     ordered = _in_order(module, pair[0].path, pair[-1].path)
     return any(inside and path != pair[0].path and _maps(part) for path, part, inside in ordered)
+
+
+def projection_at(module: nn.Module, path: str) -> Projection | None:
+    """The projection that a module holds at a path; None where another layer, or none, is there."""
+    with suppress(AttributeError):
+        return next(iter(_among([(path, attrgetter(path)(module))])), None)
+    return None
 
 
 def _among(named: Sequence[tuple[str, nn.Module]]) -> list[Projection]:
@@ -118,7 +164,7 @@ def hidden_units(module: nn.Module, pair: Sequence[Projection]) -> GroupLayer | 
             if hidden in outside and not path:
                 continue  # of which width it is, running tells
             joint = f"{path} ({type(part).__name__})" if path else f"own parameter {wide[0]}"
-            return Unsupported(f"its {joint} may join its hidden neurons")
+            return Unsupported(f"its {joint} may join its hidden neurons", open=True)
         for name in wide:
             ranked = len(_shape(part, name)) > 1
             members.append(Member(f"{path}.{name}", 0, unit, ranked=ranked))
@@ -128,34 +174,6 @@ def hidden_units(module: nn.Module, pair: Sequence[Projection]) -> GroupLayer | 
     giving = [m for p in pair[:-1] for m in rows(p.path, p.layer, unit.repeat(p.given // hidden))]
     members = [*giving, *members, columns(pair[-1].path, unit)]
     return GroupLayer("", "neurons", hidden, tuple(members), tuple(buffers))
-
-
-def empty(module: nn.Module, pair: Sequence[Projection], *, packed: bool = False) -> nn.Module:
-    """A module whose hidden features are all gone: what its last projection still computes.
-
-    Args:
-        module: whose hidden features have been cut.
-        pair: its projections.
-        packed: whether it splits what the first of two puts out.
-
-    Returns:
-        the module, in which the bias takes the place of the last projection; the bias alone where that is
-        the last thing that the module runs in a row.
-    """
-    last = pair[-1]
-    if isinstance(module, nn.TransformerEncoderLayer):
-        return module  # its fused path reads weights, and runs on empty ones
-    layers = {p.layer for p in pair}
-    if type(module) is nn.Sequential and list(module.children())[-1:] == [last.layer]:
-        return BiasOnly(last.layer)
-    along = (*_Shared, nn.Conv1d, nn.Conv2d)
-    for path, part in list(module.named_modules()):
-        if not (part in layers or isinstance(part, along)):
-            continue  # an attention beside, which may have lost its heads
-        if any(0 in _shape(part, name) for name in own_parameters(part)):
-            gone = NoFeatures(-1 if last.is_linear else -3) if packed else nn.Identity()
-            replace_module(module, path, gone)
-    return replace_module(module, last.path, BiasOnly(last.layer))
 
 
 def _in_order(module: nn.Module, first: str, last: str) -> Iterator[tuple[str, nn.Module, bool]]:

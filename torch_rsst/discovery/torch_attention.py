@@ -7,47 +7,34 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from torch_rsst.discovery.adapter import Adapter, Call, Unsupported, columns, holds
-from torch_rsst.discovery.change_class import become
+from torch_rsst.discovery.adapter import Call
+from torch_rsst.discovery.head_parts import HeadAdapter, Part, become, consumes
 from torch_rsst.discovery.reduced_attention import ReducedMultiheadAttention
-from torch_rsst.groups.groups import GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal
 
 
-class TorchAttention(Adapter):
+class TorchAttention(HeadAdapter):
     """Packed or separate projections, with or without biases, batch first or not.
 
     A head owns its rows of the projections and its columns of the output layer. Without some of its
     heads the module becomes a :class:`~torch_rsst.discovery.ReducedMultiheadAttention`.
     """
 
-    kind = "heads"
+    classes = (nn.MultiheadAttention,)
+    parts = (
+        Part("in_proj_weight", stacked=3, ranked=True),
+        *(Part(f"{name}_proj_weight", ranked=True) for name in ("q", "k", "v")),
+        Part("in_proj_bias", stacked=3),
+        Part("bias_k", 2),
+        Part("bias_v", 2),
+        *consumes("out_proj"),
+    )
 
-    def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        if not isinstance(module, nn.MultiheadAttention):
-            return None
+    def why_not(self, module: nn.Module) -> str | None:
+        """See :class:`HeadAdapter`."""
         known = (nn.MultiheadAttention.forward, ReducedMultiheadAttention.forward)
-        if type(module).forward not in known:
-            return Unsupported("its class changes what nn.MultiheadAttention computes")
-        heads = module.num_heads
-        if not heads:
-            return None  # all are gone
-        width = heads * module.head_dim
-        one, packed = head_rows(width, heads), head_rows(3 * width, heads, 3)
-        members = []
-        if holds(module, "in_proj_weight"):
-            members.append(Member("in_proj_weight", 0, packed, ranked=True))
-        else:
-            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-            members += [Member(name, 0, one, ranked=True) for name in names]
-        if holds(module, "in_proj_bias"):
-            members.append(Member("in_proj_bias", 0, packed, ranked=False))
-        for name in ("bias_k", "bias_v"):
-            if holds(module, name):
-                members.append(Member(name, 2, one, ranked=False))
-        members.append(columns("out_proj", one))
-        return GroupLayer("", self.kind, heads, tuple(members))
+        changed = "its class changes what nn.MultiheadAttention computes"
+        return None if type(module).forward in known else changed
 
     def examples(self, module: nn.Module) -> Iterable[Call]:
         """See :class:`torch_rsst.discovery.Adapter`: query, key and value."""

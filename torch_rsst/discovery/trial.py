@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import is_dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +19,9 @@ from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.names import named_weights
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.utils.module_state import deep_copy, drop_caches
+
+_NOISE = 65_537
+"""Random numbers that noise repeats: drawing takes long. A prime, so that no two rows of a weight are alike."""
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -30,9 +36,12 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     if any(is_half(p) for p in module.parameters()):
         module.float()
     generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(_NOISE, generator=generator)
 
     def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
+        start = int(torch.randint(_NOISE, (), generator=generator))
+        repeats = -(-(start + like.numel()) // _NOISE)
+        return drawn.repeat(repeats)[start : start + like.numel()].view(like.shape).to(like)
 
     with torch.no_grad():
         for parameter in dict.fromkeys(module.parameters()):
@@ -62,12 +71,16 @@ def take_signs(module: nn.Module, of: nn.Module) -> None:
 def tried(
     module: nn.Module, run: Callable[[nn.Module], list[Tensor]], seed: int = 0
 ) -> tuple[nn.Module, list[Tensor]]:
-    """A randomized copy and its outputs; with weights of the module's own signs where others give NaN."""
+    """A randomized copy and its outputs; with weights of the module's own signs where others give NaN.
+
+    What the run has cached is dropped: values that a later run reads there would not show where they come from.
+    """
     whole = randomized(module, seed)
     outputs = run(whole)
     if not are_finite(outputs):
         take_signs(whole, module)
         outputs = run(whole)
+    drop_caches(whole)
     return whole, outputs
 
 
@@ -130,18 +143,15 @@ def outputs_of_modules(
     def record(path: str, *given: Any) -> None:
         seen.setdefault(path, []).extend(tensors_of(given[-1]))
 
-    handles = [m.register_forward_hook(partial(record, path)) for path, m in model.named_modules()]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(record, path)))
+        run(model)
     return seen
 
 
 def choices(units: int, least: int, parts: int = 1, step: int = 1) -> Iterator[Tensor]:
-    """Some units, then all but one, then as many as may go; those of the choice before are included.
+    """Some units, one more, all but one, as many as may go; those of the choice before are included.
 
     Where units are of several parts, one after the other, as many of each go: a multiple of ``step``.
     """
@@ -149,7 +159,7 @@ def choices(units: int, least: int, parts: int = 1, step: int = 1) -> Iterator[T
     least = -(-least // step) * step
     some = max(step, -(-each // 3) // step * step)
     order = torch.stack([_going(each, some, generator) for _ in range(parts)])
-    for count in dict.fromkeys((some, each - max(least, step), each - least)):
+    for count in sorted({some, some + step, each - max(least, step), each - least}):
         if 0 < count <= each - least:
             gone = torch.zeros(parts, each, dtype=torch.bool)
             yield gone.scatter_(1, order[:, :count], True).flatten()
@@ -158,21 +168,53 @@ def choices(units: int, least: int, parts: int = 1, step: int = 1) -> Iterator[T
 def _going(units: int, some: int, generator: torch.Generator) -> Tensor:
     """All units in an order that no layout could share, and that shows where one is told by its index.
 
-    The first one leads, so that every other one moves, and the last one follows on some. These come before
-    the place where the shorter tensor ends, so that what stands there is met by another one, or by none.
+    The first one leads, so that every other one moves. Those that go with it come before the place where the
+    shorter tensor ends, so that what stands there is met by another one, or by none. The last one, next, shows
+    those that are counted from the end; the one that stays longest is none of the late ones, which shows halves.
     """
-    shuffled = torch.randperm(units, generator=generator)
-    inner = shuffled[(shuffled > 0) & (shuffled < units - 1)]
+    inner = torch.randperm(max(units - 2, 0), generator=generator) + 1
     is_early = inner < units - some
-    inner = torch.cat([inner[is_early], inner[~is_early]])
+    early, late = inner[is_early], inner[~is_early]
     first, last = torch.tensor([0]), torch.arange(1, units)[-1:]
-    return torch.cat([first, inner[: some - 1], last, inner[some - 1 :]])
+    return torch.cat([first, early[: some - 1], last, late, early[some - 1 :]])
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in nested values: lists, dicts of any class, dataclasses, namespaces, distributions.
+
+    Other objects, such as caches of keys and values, are looked into where nothing else holds a tensor.
+    """
+    found, closed = _opened(values, _is_open)
+    return found or _opened(closed, lambda value: hasattr(value, "__dict__"))[0]
+
+
+def _opened(values: Any, is_open: Callable[[Any], bool]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors in nested values and in the objects that are opened, and what has not been opened."""
+    found: list[Tensor] = []
+    closed: list[Any] = []
+    seen: dict[int, Any] = {}  # holds what it knows by address
+    waiting = tree_leaves(values)
+    while waiting:
+        value = waiting.pop(0)
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif not is_open(value):
+            closed.append(value)
+        elif id(value) not in seen:
+            seen[id(value)] = value
+            held = dict(value) if isinstance(value, Mapping) else vars(value)
+            waiting[:0] = tree_leaves(held)
+    return found, closed
+
+
+def _is_open(value: Any) -> bool:
+    kinds = (Mapping, SimpleNamespace, torch.distributions.Distribution)
+    return isinstance(value, kinds) or (is_dataclass(value) and not isinstance(value, type))
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
     """Copies of all tensors in what a module puts out."""
-    leaves = tree_leaves(outputs)
-    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    return [tensor.detach().clone() for tensor in tensors_in(outputs)]
 
 
 def agree(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float = 1e-4) -> bool:
@@ -185,11 +227,23 @@ def agree(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float = 1e-
     """
     if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
         return False
+    inexact = [
+        (as_real(a), as_real(b))
+        for a, b in zip(one, other, strict=True)
+        if a.is_floating_point() or a.is_complex()
+    ]
+    if not inexact:
+        return all(map(torch.equal, one, other))
     return all(
         torch.allclose(a, b, rtol=0.0, atol=tolerance * _largest(a) + 1e-9, equal_nan=True)
-        for a, b in zip(one, other, strict=True)
-        if a.numel() and a.is_floating_point()
+        for a, b in inexact
+        if a.numel()
     )
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _largest(tensor: Tensor) -> float:

@@ -7,19 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from torch_rsst.discovery.adapter import Adapter, Call, Unsupported
-from torch_rsst.discovery.projections import (
-    Projection,
-    empty,
-    hidden_units,
-    maps_between,
-    projections,
-)
+from torch_rsst.discovery.adapter import Call, Unsupported
+from torch_rsst.discovery.projections import HiddenNeurons, Projection, maps_between, projections
 from torch_rsst.groups.groups import GroupLayer
-from torch_rsst.groups.surgery import Removal
 
 
-class TwoLayerMLP(Adapter):
+class TwoLayerMLP(HiddenNeurons):
     """Recognized by structure: exactly two linear layers, or 1×1 convolutions, that fit each other.
 
     They are children of the module, or each is held by a child of its own together with its norm.
@@ -29,14 +22,20 @@ class TwoLayerMLP(Adapter):
     1×1 convolutions beside a gate between 0 and 1 make no MLP: they weigh channels.
     """
 
-    kind = "neurons"
-
     def find(self, module: nn.Module) -> GroupLayer | Unsupported | None:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        pair = _pair(module)
-        if not pair or pair[0].given == 0 or maps_between(module, pair):
-            return None
-        return hidden_units(module, pair)
+        found = super().find(module)
+        mixed = found is not None and maps_between(module, self.layers_of(module))
+        return None if mixed else found
+
+    def layers_of(self, module: nn.Module) -> list[Projection]:
+        """The two of them."""
+        pair = projections(module)
+        if len(pair) != 2 or len({layer.is_linear for layer in pair}) > 1:
+            return []
+        if pair[0].given != pair[1].taken:
+            return []
+        return pair if pair[0].is_linear or not any(map(_gates, module.modules())) else []
 
     def examples(self, module: nn.Module) -> Iterable[Call]:
         """See :class:`torch_rsst.discovery.Adapter`: targets and memory of a decoder's layer."""
@@ -44,18 +43,6 @@ class TwoLayerMLP(Adapter):
             weight, generator = module.linear1.weight, torch.Generator().manual_seed(0)
             tokens = torch.randn(4, 4, weight.shape[1], generator=generator).to(weight)
             yield (tokens, tokens.flip(0)), {}
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        pair = _pair(module)
-        return module if pair[0].given else empty(module, pair)
-
-
-def _pair(module: nn.Module) -> list[Projection]:
-    pair = projections(module)
-    if len(pair) != 2 or pair[0].given != pair[1].taken or pair[0].is_linear != pair[1].is_linear:
-        return []
-    return pair if pair[0].is_linear or not any(map(_gates, module.modules())) else []
 
 
 def _gates(activation: nn.Module) -> bool:

@@ -24,11 +24,13 @@ class Survey:
         layers: all of whose units can be cut.
         refused: modules whose units cannot be offered, and why.
         reasons: dense name of a parameter → why what it puts out, or takes in, stays.
+        not_run: why the model was not followed, "" where it was.
     """
 
     layers: tuple[GroupLayer, ...] = ()
     refused: tuple[Unsupported, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    not_run: str = ""
 
 
 class WholeModelAdapter(Adapter):
@@ -46,12 +48,19 @@ class WholeModelAdapter(Adapter):
         """No single module holds such units."""
         return
 
-    def survey(self, probe: Probe, taken: Collection[Place], kinds: Collection[str]) -> Survey:
+    def survey(
+        self,
+        probe: Probe,
+        taken: Collection[Place],
+        kinds: Collection[str],
+        refused: Collection[Unsupported],
+    ) -> Survey:
         """All units of a model, which is left as it was.
 
         Args:
             probe: of the model, without wrappers around it.
             taken: what units of other kinds hold; left to these.
             kinds: that are asked for.
+            refused: what adapters of single modules know no units of, or were mistaken in.
         """
         raise NotImplementedError

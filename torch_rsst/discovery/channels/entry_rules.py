@@ -5,21 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from torch_rsst.discovery.channels.labels import Labels, varying
-from torch_rsst.discovery.channels.walk import (
-    NORMS,
-    UNNAMED,
-    Arguments,
-    Walk,
-    pass_on,
-    rule,
-    tensors_in,
-)
+from torch_rsst.discovery.channels.walk import NORMS, UNNAMED, Arguments, Walk, pass_on, rule
+from torch_rsst.discovery.trial import tensors_in
 
 # fmt: off
 UNARY = [
@@ -76,7 +68,7 @@ def entry_by_entry(walk: Walk, name: str, arguments: Arguments, out: Any) -> Non
 def entries_that_meet(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
     """Channels that meet entry by entry stand or fall together; those broadcast to join the others."""
     given = [t for t in tensors_in(arguments) if t.ndim]
-    fields = meet(walk, [Operand(walk.labels(t), tuple(t.shape)) for t in given], out.ndim)
+    fields = meet(walk, [(walk.labels(t), tuple(t.shape)) for t in given], out.ndim)
     if any(out is t for t in given):  # in place: what was written to has other views
         own = {d for f in walk.labels(out).fields for d in varying(f)}
         walk.freeze(
@@ -88,30 +80,25 @@ def entries_that_meet(walk: Walk, name: str, arguments: Arguments, out: Tensor) 
     walk.put(out, fields, weight=weight, wild=all(k.wild for k in known))
 
 
-@dataclass(frozen=True)
-class Operand:
-    """A tensor that meets others: its labels and its shape, after which it is broadcast."""
-
-    labels: Labels
-    shape: tuple[int, ...]
+Operand = tuple[Labels, tuple[int, ...]]
+"""A tensor that meets others: its labels and its shape, after which it is broadcast."""
 
 
 def meet(walk: Walk, operands: Sequence[Operand], ndim: int) -> list[Tensor]:
     """Tie the labels of tensors that are broadcast to each other; returns those of the result."""
     laid = [
-        [f.reshape((1,) * (ndim - f.ndim) + f.shape) for f in operand.labels.fields]
-        for operand in operands
+        [f.reshape((1,) * (ndim - f.ndim) + f.shape) for f in labels.fields]
+        for labels, _ in operands
     ]
-    sizes = [(1,) * (ndim - len(operand.shape)) + operand.shape for operand in operands]
+    sizes = [(1,) * (ndim - len(shape)) + shape for _, shape in operands]
     for one, other in itertools.permutations(range(len(operands)), 2):
-        if operands[other].labels.wild:
+        met, _ = operands[other]
+        if met.wild:
             continue
         labeled = {d for f in laid[other] for d in varying(f)}
         bare = {d for d, size in enumerate(sizes[other]) if size > 1 and d not in labeled}
-        name = operands[other].labels.attribute
-        reason = (
-            f"they meet {name}, a plain tensor: let register_buffer hold it" if name else UNNAMED
-        )
+        plain = f"they meet {met.attribute}, a plain tensor: let register_buffer hold it"
+        reason = plain if met.attribute else UNNAMED
         walk.freeze([f for f in laid[one] if bare & set(varying(f))], reason)
     result: list[Tensor] = []
     for field in itertools.chain.from_iterable(laid):

@@ -7,16 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_rsst.discovery.channels.labels import varying, vector
-from torch_rsst.discovery.channels.walk import (
-    INPUT,
-    KERNEL,
-    STEM,
-    UNNAMED,
-    Arguments,
-    Walk,
-    rule,
-    tensors_in,
-)
+from torch_rsst.discovery.channels.walk import INPUT, KERNEL, STEM, UNNAMED, Arguments, Walk, rule
+from torch_rsst.discovery.trial import tensors_in
 
 POSITIONS = "they are normalized as positions"
 WHOLE = "whole groups of a grouped convolution go"
@@ -31,13 +23,18 @@ def _takes(walk: Walk, fed: Tensor | None, columns: Tensor | None, wild: bool = 
         walk.ledger.takes.add(int(columns[0]))
 
 
-def _gives(walk: Walk, rows: Tensor | None, bias: Tensor | None, convolves: bool) -> None:
+def _gives(walk: Walk, rows: Tensor | None, convolves: bool) -> None:
     if rows is not None:
         walk.ledger.gives.add(int(rows[0]))
         if convolves:
             walk.ledger.convolves.add(int(rows[0]))
-    if bias is not None:
-        walk.meet(rows, walk.along(bias, 0, UNNAMED), UNNAMED)
+
+
+def _scales(walk: Walk, fed: Tensor | None, arguments: Arguments, *keys: str) -> None:
+    """Of each channel its own: weight, bias and statistics of a norm."""
+    for key in keys:
+        if (own := arguments.get(key)) is not None:
+            walk.meet(fed, walk.along(own, 0, UNNAMED), INPUT if fed is None else UNNAMED)
 
 
 @rule("convolution")
@@ -61,15 +58,12 @@ def convolution(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> Non
     if groups == 1:
         columns, rows = (first, second) if transposed else (second, first)
         _takes(walk, fed, columns)
-        _gives(walk, rows, bias, convolves=True)
-        walk.emit(out, rows, 1)
-        return
-    if second is not None:
-        walk.freeze([second], WHOLE)
-    put_out = _in_groups(walk, fed, first, groups, out.shape[1])
-    if first is not None:
-        walk.ledger.gives.add(int(first[0]))
-        walk.ledger.convolves.add(int(first[0]))
+        put_out = rows
+    else:
+        if second is not None:
+            walk.freeze([second], WHOLE)
+        rows, put_out = first, _in_groups(walk, fed, first, groups, out.shape[1])
+    _gives(walk, rows, convolves=True)
     if bias is not None:
         walk.meet(put_out, walk.along(bias, 0, UNNAMED), UNNAMED)
     walk.emit(out, put_out, 1)
@@ -167,7 +161,7 @@ def contract(
     _takes(walk, inners[1 - weight], inners[weight], known[1 - weight].wild)
     of_weight = walk.labels((x, y)[weight]).fields
     rows = [f for f in kept if any(int(f.flatten()[0]) == int(g.flatten()[0]) for g in of_weight)]
-    _gives(walk, rows[0].flatten() if rows else None, None, convolves=False)
+    _gives(walk, rows[0].flatten() if rows else None, convolves=False)
     if bias is not None:
         laid = walk.along(bias, bias.ndim - 1, UNNAMED)
         last = [f for f in kept if varying(f) == (out.ndim - 1,)]
@@ -190,9 +184,7 @@ def batch_norm(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
     known = walk.labels(x)
     joined = "the weights that take them in are normalized" if known.weight else POSITIONS
     fed = walk.along(x, 1, joined)
-    for key in ("weight", "bias", "running_mean", "running_var"):
-        if (own := arguments.get(key)) is not None:
-            walk.meet(fed, walk.along(own, 0, UNNAMED), INPUT if fed is None else UNNAMED)
+    _scales(walk, fed, arguments, "weight", "bias", "running_mean", "running_var")
     walk.put(out[0], known.fields, weight=known.weight)
 
 
@@ -215,9 +207,7 @@ def group_norm(walk: Walk, name: str, arguments: Arguments, out: Any) -> None:
     """Channels of one group are normalized together, and go together."""
     x, groups = arguments["input"], arguments.get("group", arguments.get("num_groups"))
     fed = walk.along(x, 1, POSITIONS)
-    for key in ("weight", "bias"):
-        if (own := arguments.get(key)) is not None:
-            walk.meet(fed, walk.along(own, 0, UNNAMED), INPUT if fed is None else UNNAMED)
+    _scales(walk, fed, arguments, "weight", "bias")
     walk.put(out if isinstance(out, Tensor) else out[0], walk.labels(x).fields)
     if fed is None:
         return

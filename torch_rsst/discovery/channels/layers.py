@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,31 +21,31 @@ Signature = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class _Parts:
+class Parts:
     """The connected parts of a ledger.
 
     Attributes:
         ledger: whose parts they are.
         roots: of every atom.
         frozen: root → why the part can never go.
-        producing: roots of the parts that a layer puts out.
     """
 
     ledger: Ledger
     roots: Tensor
     frozen: Mapping[int, str]
-    producing: frozenset[int]
 
     @classmethod
-    def of(cls, ledger: Ledger) -> _Parts:
+    def of(cls, ledger: Ledger) -> Parts:
+        """Those of a model that has been traced."""
         roots = ledger.roots()
-        producing = {r for axis in _giving(ledger) for r in _on(axis, roots).tolist()}
-        return cls(ledger, roots, ledger.why_frozen(roots), frozenset(producing))
+        return cls(ledger, roots, ledger.why_frozen(roots))
 
     def signatures(self) -> dict[int, Signature]:
-        """Root → signature of every part that may go."""
+        """Root → signature of every part that a layer puts out and that may go."""
         may_go = torch.zeros(self.ledger.atoms, dtype=torch.bool)
-        may_go[list(self.producing - self.frozen.keys())] = True
+        for axis in _axes(self.ledger, self.ledger.gives):
+            may_go[_on(axis, self.roots)] = True
+        may_go[list(self.frozen)] = False
         found: dict[int, list[tuple[int, int]]] = {}
         for number, axis in enumerate(self.ledger.axes):
             roots = _on(axis, self.roots)
@@ -59,18 +59,18 @@ Candidates = Mapping[str, Sequence[tuple[int, Member]]]
 
 
 def layers_of(
-    ledger: Ledger, family: str, taken: Collection[Place]
+    parts: Parts, family: str, taken: Collection[Place]
 ) -> tuple[list[GroupLayer], list[Unsupported], Candidates]:
-    """The layers of channels in a ledger, which cannot be offered, and what may count their units.
+    """The layers of channels among parts, which cannot be offered, and what may count their units.
 
     Units with entries on the same axes make a layer, named after a convolution that puts them out.
 
     Args:
-        ledger: of a traced model.
+        parts: of a traced model.
         family: of the layers.
         taken: places of other units; parts that reach one are left out.
     """
-    parts = _Parts.of(ledger)
+    ledger = parts.ledger
     by_signature: dict[Signature, list[int]] = {}
     for root, signature in parts.signatures().items():
         axes = [ledger.axes[number] for number, _ in signature]
@@ -84,7 +84,7 @@ def layers_of(
         numbers, units = layers.setdefault(name, (set(), []))
         numbers.update(number for number, _ in signature)
         units.extend(roots)
-    found, refused = [], list(_refusals(parts, _convolutions(ledger), SILENT_REASONS))
+    found, refused = [], list(_refusals(parts, ledger.convolves, SILENT_REASONS))
     candidates: dict[str, Sequence[tuple[int, Member]]] = {}
     for name, (numbers, units) in layers.items():
         if len(units) > 1:
@@ -96,7 +96,7 @@ def layers_of(
         else:
             refused.append(Unsupported(TOGETHER, name, "channels"))
     if not found and not refused and not taken:
-        refused = list(_refusals(parts, _giving(ledger), (OUTPUT, INPUT)))
+        refused = list(_refusals(parts, ledger.gives, (OUTPUT, INPUT)))
     return found, refused, candidates
 
 
@@ -114,24 +114,19 @@ def must_stay(layer: GroupLayer, model: nn.Module) -> int:
     return least
 
 
-def reasons_of(ledger: Ledger) -> dict[str, str]:
+def reasons_of(parts: Parts) -> dict[str, str]:
     """Parameter → why what it puts out stays, or, where there is no such reason, what it takes in."""
-    roots = ledger.roots()
-    frozen = ledger.why_frozen(roots)
+    ledger, frozen = parts.ledger, parts.frozen
     found: dict[str, str] = {}
     for axis in sorted(ledger.axes, key=lambda axis: axis.start in ledger.takes):
-        reason = next((frozen[r] for r in _on(axis, roots).tolist() if r in frozen), None)
+        reason = next((frozen[r] for r in _on(axis, parts.roots).tolist() if r in frozen), None)
         if reason not in (None, KERNEL) and not axis.buffer:
             found.setdefault(axis.tensor, reason)
     return found
 
 
-def _convolutions(ledger: Ledger) -> Iterator[Axis]:
-    return (axis for axis in ledger.axes if axis.start in ledger.convolves)
-
-
-def _giving(ledger: Ledger) -> Iterator[Axis]:
-    return (axis for axis in ledger.axes if axis.start in ledger.gives)
+def _axes(ledger: Ledger, starts: Collection[int]) -> list[Axis]:
+    return [axis for axis in ledger.axes if axis.start in starts]
 
 
 def _on(axis: Axis, values: Tensor) -> Tensor:
@@ -142,7 +137,7 @@ def _module(axis: Axis) -> str:
     return axis.tensor.rpartition(".")[0]
 
 
-def _free_name(parts: _Parts, signature: Signature, used: Collection[str]) -> str:
+def _free_name(parts: Parts, signature: Signature, used: Collection[str]) -> str:
     """A module that holds the units and names no layer yet: a convolution that puts them out first.
 
     Where one module holds many parameters, one of these.
@@ -155,7 +150,7 @@ def _free_name(parts: _Parts, signature: Signature, used: Collection[str]) -> st
 
 
 def _layer(
-    parts: _Parts, name: str, axes: Sequence[Axis], roots: Sequence[int], family: str
+    parts: Parts, name: str, axes: Sequence[Axis], roots: Sequence[int], family: str
 ) -> tuple[GroupLayer, Tensor]:
     """A layer, and the unit of every root."""
     ledger = parts.ledger
@@ -174,7 +169,7 @@ def _layer(
     return layer, unit_of_root
 
 
-def _counted(parts: _Parts, unit_of_root: Tensor, *, sure: bool) -> Iterator[tuple[int, Member]]:
+def _counted(parts: Parts, unit_of_root: Tensor, *, sure: bool) -> Iterator[tuple[int, Member]]:
     """The numbers that count, or may count, units; each with its place among those of one name."""
     places: Counter[str] = Counter()
     for note in parts.ledger.notes.values():
@@ -187,19 +182,15 @@ def _counted(parts: _Parts, unit_of_root: Tensor, *, sure: bool) -> Iterator[tup
 
 
 def _refusals(
-    parts: _Parts, giving: Iterable[Axis], silent: Collection[str]
+    parts: Parts, starts: Collection[int], silent: Collection[str]
 ) -> Iterator[Unsupported]:
-    """One for each set of layers that put out what hangs together and cannot go."""
+    """One for each set of layers, by their axes, that put out what hangs together and cannot go."""
     told: set[int] = set()
-    for axis in giving:
+    for axis in _axes(parts.ledger, starts):
         kind = "channels" if axis.start in parts.ledger.convolves else "neurons"
         roots = set(_on(axis, parts.roots).tolist())
-        reasons = _reasons(roots, parts.frozen, silent)
-        if reasons and not roots & told:
-            yield Unsupported(reasons[0], _module(axis), kind)
+        reasons = [parts.frozen[root] for root in sorted(roots) if root in parts.frozen]
+        reason = next((reason for reason in reasons if reason not in silent), None)
+        if reason and not roots & told:
+            yield Unsupported(reason, _module(axis), kind)
         told |= roots
-
-
-def _reasons(roots: Iterable[int], frozen: Mapping[int, str], silent: Collection[str]) -> list[str]:
-    found = dict.fromkeys(frozen[root] for root in sorted(roots) if root in frozen)
-    return [reason for reason in found if reason not in silent]

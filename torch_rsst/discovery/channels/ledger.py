@@ -80,6 +80,11 @@ class Ledger:
             self.atoms += size
         return tuple(labels)
 
+    def fresh(self, size: int) -> Tensor:
+        """Labels of atoms that are no parameter's."""
+        self.atoms += size
+        return torch.arange(self.atoms - size, self.atoms)
+
     def tie(self, one: Tensor, other: Tensor, reason: str) -> None:
         """Labels that stand or fall together, pair by pair, broadcast; with nobody: frozen."""
         if one is other:

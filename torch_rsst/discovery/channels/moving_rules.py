@@ -10,16 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rsst.discovery.channels.entry_rules import Operand, meet
+from torch_rsst.discovery.channels.entry_rules import meet
 from torch_rsst.discovery.channels.labels import Labels, compressed, varying, vector
 from torch_rsst.discovery.channels.ledger import NOBODY
-from torch_rsst.discovery.channels.walk import (
-    Arguments,
-    Walk,
-    rule,
-    tensors_in,
-    unknown,
-)
+from torch_rsst.discovery.channels.walk import Arguments, Walk, rule, unknown
+from torch_rsst.discovery.trial import tensors_in
 
 UNEVEN = "they are split at a place that pruning would move"
 AT_ONCE = "they are split evenly"
@@ -177,7 +172,7 @@ def write(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
         unknown(walk, name, arguments, out)
         return
     shape = tuple(1 if d in touched else size for d, size in enumerate(x.shape))
-    fields = meet(walk, [Operand(labels, shape) for labels in known], x.ndim)
+    fields = meet(walk, [(labels, shape) for labels in known], x.ndim)
     walk.put(out, fields, wild=all(labels.wild for labels in known))
 
 
@@ -220,16 +215,21 @@ def concatenate(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> Non
     tensors = [t for t in arguments["tensors"] if t.numel() or t.ndim == out.ndim]
     dim = arguments.get("dim", 0) % out.ndim
     known = [walk.labels(t) for t in tensors]
-    if any(dim in varying(f) for labels in known for f in labels.fields):
+    labeled = any(dim in varying(f) for labels in known for f in labels.fields)
+    # Beside inputs, the first hidden state of a recurrent layer: as wide as is asked for.
+    states = dim == out.ndim - 1 and any(k.wild for k in known) and not all(k.wild for k in known)
+    if labeled or (states and not any(k.fields for k in known)):
         parts = []
-        for tensor in tensors:
+        for tensor, labels in zip(tensors, known, strict=True):
             found = walk.along(tensor, dim, "they are concatenated as positions")
             size = tensor.shape[dim]
-            parts.append(torch.full((size,), NOBODY) if found is None else found)
+            if found is None:
+                found = walk.ledger.fresh(size) if labels.wild else torch.full((size,), NOBODY)
+            parts.append(found)
         fields = [vector(torch.cat(parts), out.ndim, dim)]
     else:
         shapes = [tuple(1 if d == dim else s for d, s in enumerate(t.shape)) for t in tensors]
-        fields = meet(walk, [Operand(k, s) for k, s in zip(known, shapes, strict=True)], out.ndim)
+        fields = meet(walk, list(zip(known, shapes, strict=True)), out.ndim)
     _put_together(walk, known, out, fields)
 
 
@@ -240,8 +240,7 @@ def stack(walk: Walk, name: str, arguments: Arguments, out: Tensor) -> None:
     known = [walk.labels(t) for t in arguments["tensors"]]
     shape = tuple(1 if d == dim else s for d, s in enumerate(out.shape))
     operands = [
-        Operand(Labels(tuple(f.unsqueeze(dim) for f in k.fields), k.weight, k.wild), shape)
-        for k in known
+        (Labels(tuple(f.unsqueeze(dim) for f in k.fields), k.weight, k.wild), shape) for k in known
     ]
     _put_together(walk, known, out, meet(walk, operands, out.ndim))
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_rsst.discovery.channels import entry_rules, layer_rules, moving_rules
 from torch_rsst.discovery.channels.ledger import Ledger
-from torch_rsst.discovery.channels.walk import OUTPUT, RULES, UNLABELED, Walk, tensors_in, unknown
+from torch_rsst.discovery.channels.walk import OUTPUT, RULES, UNLABELED, Walk, unknown
+from torch_rsst.discovery.trial import tensors_in
 from torch_rsst.masking.names import without_wrappers
 from torch_rsst.utils.module_state import kept_state
 
@@ -40,24 +41,16 @@ class _Follow(TorchDispatchMode):
             if isinstance(parameter, nn.Parameter) and parameter in self.names:
                 self.walk.ledger.unseen.discard(self.names[parameter])
         namespace, _, name = func._schema.name.partition("::")
-        arguments = {
-            argument.name: value
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-        }
-        arguments.update(kwargs)
+        schema = func._schema.arguments
+        arguments = {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
+        left_out = [a for a in schema if a.name not in arguments and a.has_default_value()]
+        arguments |= {a.name: a.default_value for a in left_out}
         if namespace != "aten":
             name = f"{namespace}::{name}"
         apply = RULES.get(name) or RULES.get(name.removesuffix("_")) or unknown
-        apply(self.walk, name.removesuffix("_"), _with_defaults(func, arguments), out)
+        apply(self.walk, name.removesuffix("_"), arguments, out)
         self.walk.weigh(given, tensors_in([out]))
         return out
-
-
-def _with_defaults(func: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    for argument in func._schema.arguments:
-        if argument.name not in arguments and argument.has_default_value():
-            arguments[argument.name] = argument.default_value
-    return arguments
 
 
 def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) -> None:
@@ -83,10 +76,21 @@ def follow(model: nn.Module, ledger: Ledger, runs: Sequence[Callable[[], Any]]) 
                 walk.put(value, (), attribute=f"{path}.{key}" if path else key)
     for run in runs:
         running = running_modules(model, walk.running)
-        with kept_state(model), torch.no_grad(), running, _Follow(walk, names):
+        with kept_state(model), torch.no_grad(), _without_mkldnn(), running, _Follow(walk, names):
             out = run()
         for tensor in tensors_in([out]):
             walk.freeze(walk.labels(tensor).fields, OUTPUT)
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """MKL-DNN has one operator for a whole LSTM, in place of those that are followed."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 @contextmanager
@@ -100,12 +104,8 @@ def running_modules(model: nn.Module, running: list[nn.Module]) -> Iterator[None
         running.pop()
 
     running.clear()
-    handles = []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import Unsupported
+from torch_rsst.discovery.adapter import Unsupported, is_in
 from torch_rsst.discovery.channels.layers import Candidates
 from torch_rsst.discovery.channels.tracer import running_modules
+from torch_rsst.discovery.cutting import cut_out
 from torch_rsst.discovery.probe import too_few
 from torch_rsst.discovery.trial import (
     agree,
@@ -27,10 +28,11 @@ from torch_rsst.discovery.trial import (
     why_not_finite,
 )
 from torch_rsst.groups.groups import GroupLayer, Member
-from torch_rsst.groups.surgery import Removal, cut
+from torch_rsst.groups.surgery import Removal
 from torch_rsst.utils.module_state import deep_copy
 
-DIFFERS = "its output without some of its channels differs"
+DIFFERS = "the model's output differs without some of them"
+DIFFERS_IN_TRAINING = "the model's output in training mode differs without some of them"
 REMEDY = ": let sizes follow from its tensors there, x.flatten(1) instead of x.view(-1, 64)"
 MOST_TRIALS = 64
 MOST_WAYS = 3
@@ -67,16 +69,22 @@ class Trials:
         model: that it is a copy of.
         run: calls a model with the example inputs.
         trains: whether the model also runs in training mode.
+        compares_training: whether outputs in training mode are compared as well, where nothing is random there.
+        in_double: how much outputs in double precision may differ, relative to the largest.
         candidates: numbers that modules keep and that may count the units of a layer.
         refused: what cannot be cut, and why.
+        reasons: dense name of a parameter → why the units that it puts out, or scales, cannot be cut.
     """
 
     whole: nn.Module
     model: nn.Module
     run: Callable[[nn.Module], Any]
     trains: bool
+    compares_training: bool = False
+    in_double: float = 1e-8
     candidates: Candidates = field(default_factory=dict)
     refused: list[Unsupported] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
     _made: int = 0
 
     def exact(self, layers: Sequence[GroupLayer]) -> list[GroupLayer]:
@@ -113,34 +121,36 @@ class Trials:
     ) -> list[GroupLayer] | None:
         """The layers with numbers that modules keep, if these get it further; None if none do.
 
-        Where a module raised, its own numbers; where the outputs of one layer differ, all or each.
+        Where a module raised, its own numbers, or those of the one around it; where the outputs of one layer
+        differ, all or each.
         """
-        trials: list[Callable[[int, Member], bool]] = []
-        if failure.place is not None:
-            trials = [partial(_kept_by, failure.place, way) for way in range(MOST_WAYS)]
+        found = [pair for layer in layers for pair in self.candidates.get(layer.name, ())]
+        trials: list[list[Member]] = []
+        if (path := failure.place) is not None:
+            paths = (path, path.rpartition(".")[0])
+            kept = ([pair for pair in found if _kept_by(each, pair[1])] for each in paths)
+            own = next(filter(None, kept), [])
+            trials = [[n for place, n in own if place == way] for way in range(MOST_WAYS)]
         elif len(layers) == 1:
-            found = self.candidates.get(layers[0].name, ())
-            trials = [lambda place, _: place == 0, *(partial(_is_number, one) for _, one in found)]
+            trials = [[n for place, n in found if place == 0], *([number] for _, number in found)]
         for chosen in trials:
-            noted = [
-                replace(layer, buffers=(*layer.buffers, *self._numbers(layer, chosen)))
-                for layer in layers
-            ]
-            same = sum(len(a.buffers) - len(b.buffers) for a, b in zip(noted, layers, strict=True))
-            if same and (again := self._failure(noted)) != failure:
+            noted = [self._noting(layer, chosen) for layer in layers]
+            more = sum(len(a.buffers) - len(b.buffers) for a, b in zip(noted, layers, strict=True))
+            if more and (again := self._failure(noted)) != failure:
                 return noted if again is None or again.place != failure.place else None
         return None
 
-    def _numbers(
-        self, layer: GroupLayer, chosen: Callable[[int, Member], bool]
-    ) -> Iterator[Member]:
+    def _noting(self, layer: GroupLayer, chosen: Sequence[Member]) -> GroupLayer:
+        """A layer with those of some numbers that it may have and does not have yet."""
         known = {member.parameter for member in layer.buffers}
-        for place, member in self.candidates.get(layer.name, ()):
-            if chosen(place, member) and member.parameter not in known:
-                yield member
+        own = (number for _, number in self.candidates.get(layer.name, ()) if number in chosen)
+        new = (number for number in own if number.parameter not in known)
+        return replace(layer, buffers=(*layer.buffers, *new))
 
     def _refuse(self, layers: Sequence[GroupLayer], failure: Failure) -> list[GroupLayer]:
         self.refused += [Unsupported(failure.reason, layer.name, layer.kind) for layer in layers]
+        own = (member for layer in layers for member in layer.members if not member.consumes)
+        self.reasons.update((member.parameter, failure.reason) for member in own)
         return []
 
     def _failure(self, layers: Sequence[GroupLayer]) -> Failure | None:
@@ -150,20 +160,26 @@ class Trials:
             small = deep_copy(self.whole)
             running: list[nn.Module] = []
             try:
-                cut(small, removals)
+                small, _ = cut_out(small, removals)
                 with running_modules(small, running):
                     got = self._outputs(small)
-                    if trains:
-                        self._outputs(small.train())
+                    got_in_training = self._outputs(small.train()) if trains else []
             except Exception as error:
                 reason = f"its forward fixes how many it has ({one_line(error)}){REMEDY}"
-                return Failure(reason, _path_of(running[-1], small) if running else "")
+                paths = {module: path for path, module in small.named_modules()}
+                return Failure(reason, paths[running[-1]] if running else "")
             del small
             masked = deep_copy(self.whole)
             silence(masked, removals)
             expected = self._outputs(masked)
             if not agree(expected, got, self._tolerance()):
                 return self._why_different(layers, removals, masked, expected)
+            if trains and self.compares_training:
+                before = torch.get_rng_state()
+                expected = self._outputs(masked.train())
+                is_random = not torch.equal(before, torch.get_rng_state())
+                if not is_random and not agree(expected, got_in_training, self._tolerance()):
+                    return Failure(DIFFERS_IN_TRAINING)
         return None
 
     def _why_different(
@@ -182,8 +198,7 @@ class Trials:
         shake(shaken)
         if agree(expected, self._outputs(shaken), self._tolerance()):
             return Failure(DIFFERS)
-        small = deep_copy(self.whole)
-        cut(small, removals)
+        small, _ = cut_out(deep_copy(self.whole), removals)
         seen = [outputs_of_modules(model, self.run) for model in (masked, shaken, small)]
         alike = partial(agree, tolerance=self._tolerance())
         steady = {name for name, own in seen[0].items() if alike(own, seen[1].get(name, []))}
@@ -200,17 +215,14 @@ class Trials:
 
     def _becomes_finite(self) -> bool:
         """Whether outputs are finite, if need be with weights of the signs that they have in the model."""
-        if self._is_finite():
+        if are_finite(self._outputs(deep_copy(self.whole))):
             return True
         take_signs(self.whole, self.model)
-        return self._is_finite()
-
-    def _is_finite(self) -> bool:
         return are_finite(self._outputs(deep_copy(self.whole)))
 
     def _tolerance(self) -> float:
         double = all(p.dtype != torch.float32 for p in self.whole.parameters())
-        return 1e-8 if double else 1e-4
+        return self.in_double if double else 1e-4
 
 
 def _consumers(layer: GroupLayer) -> set[str]:
@@ -218,19 +230,10 @@ def _consumers(layer: GroupLayer) -> set[str]:
     return {m.parameter.rpartition(".")[0] for m in layer.members if m.consumes}
 
 
-def _kept_by(path: str, way: int, place: int, number: Member) -> bool:
-    """Whether a module keeps a number, and whether this is the way to take it."""
+def _kept_by(path: str, number: Member) -> bool:
+    """Whether a module keeps a number."""
     own = number.parameter.removeprefix(f"{path}." if path else "")
-    return place == way and own.count(".") == own.rstrip("0123456789").endswith(".")
-
-
-def _is_number(one: Member, place: int, number: Member) -> bool:
-    return number is one
-
-
-def _path_of(module: nn.Module, model: nn.Module) -> str:
-    found: str = next(path for path, part in model.named_modules() if part is module)
-    return found
+    return own.count(".") == own.rstrip("0123456789").endswith(".")
 
 
 def _divided(
@@ -238,11 +241,10 @@ def _divided(
 ) -> tuple[Sequence[GroupLayer], Sequence[GroupLayer]]:
     """Layers that may have made a trial fail, and others; both are fewer."""
     if failure.place:
-        inside = f"{failure.place}."
         suspects = [
             layer
             for layer in layers
-            if any(m.parameter.startswith(inside) for m in (*layer.members, *layer.buffers))
+            if any(is_in(m.parameter, failure.place) for m in (*layer.members, *layer.buffers))
         ]
         if 0 < len(suspects) < len(layers):
             return suspects, [layer for layer in layers if layer not in suspects]
@@ -250,10 +252,13 @@ def _divided(
     return layers[:half], layers[half:]
 
 
+def trials_of(layer: GroupLayer) -> list[Tensor]:
+    """Units that go in trials, more in each; at least one stays."""
+    least = max(1, layer.least)
+    return list(choices(layer.units, least, len(layer.parts), layer.multiple))
+
+
 def _removals(layers: Sequence[GroupLayer]) -> Iterator[list[Removal]]:
     """Some of the units of every layer, then as many of each as may go."""
     for which in (0, -1):
-        yield [
-            Removal(layer, list(choices(layer.units, max(1, layer.least)))[which])
-            for layer in layers
-        ]
+        yield [Removal(layer, trials_of(layer)[which]) for layer in layers]

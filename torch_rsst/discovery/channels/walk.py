@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_rsst.discovery.channels.labels import Labels, compressed, varying, vector
 from torch_rsst.discovery.channels.ledger import Ledger
+from torch_rsst.discovery.trial import tensors_in
 from torch_rsst.groups.surgery import OWNERS, noted_numbers, sizes_of
 
 UNLABELED = Labels()
@@ -97,8 +97,9 @@ class Walk:
             self.ledger.note(f"{path}.{attribute}" if path else attribute, labels, sure=True)
 
     def numbers(self) -> list[tuple[str, int]]:
-        """The names and values of the numbers above 1 that the running module keeps."""
-        module = self.running[-1] if self.running else None
+        """The names and values of the numbers above 1 that the running module keeps; of a cell, the one around it."""
+        keeping = [m for m in self.running[-2:] if not isinstance(m, nn.RNNCellBase)]
+        module = keeping[-1] if keeping else None
         if module is None:
             return []
         if module not in self._numbers:
@@ -181,12 +182,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return add
-
-
-def tensors_in(arguments: Any) -> list[Tensor]:
-    """All tensors among arguments or results."""
-    leaves = tree_leaves(dict(arguments) if isinstance(arguments, Mapping) else arguments)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def pass_on(walk: Walk, source: Tensor, out: Any, fields: Iterable[Tensor]) -> None:

@@ -8,7 +8,6 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.attention_pool2d import AttentionPool2d, RotAttentionPool2d
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
@@ -51,7 +50,3 @@ class TimmAttentionPool2d(HeadAdapter):
     classes = (AttentionPool2d, RotAttentionPool2d)
     scaled = ("embed_dim",)
     least = 1
-
-
-for _adapter in (TimmLatentPool(), TimmAttentionPool2d()):
-    register(_adapter)

@@ -7,7 +7,6 @@ from __future__ import annotations
 from timm.models.beit import Attention
 from torch import Tensor
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, kept, put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes
 from torch_rsst.discovery.timm_families._bias import BIASED_QKV, biased_qkv
@@ -33,6 +32,3 @@ class BeitAttention(HeadAdapter):
     parts = (*BIASED_QKV, Part("relative_position_bias_table", 1), *consumes())
     slim = (SlimBeitAttention,)
     recalls = True
-
-
-register(BeitAttention())

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from timm.layers.lambda_layer import LambdaLayer
 from timm.models.byobnet import SelfAttnBlock
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import Unsupported, holds, register
-from torch_rsst.discovery.change_class import become
-from torch_rsst.discovery.head_parts import HeadAdapter, consumes, normed, produces
-from torch_rsst.groups.groups import NO_UNIT, GroupLayer, Member, head_rows
+from torch_rsst.discovery.adapter import Unsupported, rows
+from torch_rsst.discovery.head_parts import HeadAdapter, become, consumes, normed, produces
+from torch_rsst.groups.groups import NO_UNIT, GroupLayer, head_rows
 from torch_rsst.groups.surgery import Removal
 
 
@@ -76,11 +76,8 @@ class BottleneckAttention(HeadAdapter):
         found = super().found(module)
         if isinstance(found, Unsupported) or (table := _fused_rows(module.self_attn)) is None:
             return found
-        fused = [Member("self_attn.qkv.weight", 0, table, ranked=True)]
-        if holds(module.get_submodule("self_attn.qkv"), "bias"):
-            fused.append(Member("self_attn.qkv.bias", 0, table, ranked=False))
-        members = (*fused, *found.members)
-        return GroupLayer("", self.kind, found.units, members, found.buffers)
+        fused = rows("self_attn.qkv", module.get_submodule("self_attn.qkv"), table)
+        return replace(found, members=(*fused, *found.members))
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
@@ -100,6 +97,3 @@ def _fused_rows(attention: Any) -> Tensor | None:
         shared = torch.full((attention.dim_qk + attention.dim_v,), NO_UNIT)
         return torch.cat([head_rows(heads * attention.dim_qk, heads), shared])
     return None
-
-
-register(BottleneckAttention())

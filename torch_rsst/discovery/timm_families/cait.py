@@ -7,7 +7,6 @@ from __future__ import annotations
 from timm.models.cait import ClassAttn, TalkingHeadAttn
 from torch import Tensor
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
@@ -59,7 +58,3 @@ class CaitTalkingHeads(HeadAdapter):
         *consumes(),
     )
     slim = (SlimTalkingHeadAttn,)
-
-
-for _adapter in (CaitClassAttention(), CaitTalkingHeads()):
-    register(_adapter)

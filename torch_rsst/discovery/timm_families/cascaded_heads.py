@@ -10,7 +10,7 @@ import torch
 from timm.models.efficientvit_msra import CascadedGroupAttention
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import Unsupported, register
+from torch_rsst.discovery.adapter import Unsupported
 from torch_rsst.discovery.head_math import unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes
 from torch_rsst.groups.groups import GroupLayer, Member
@@ -71,6 +71,3 @@ class CascadedHeads(HeadAdapter):
                     own = torch.full(place.buffer.shape[:1], unit)
                     buffers.append(Member(name, 0, own, ranked=False))
         return replace(found, members=(*members, *found.members), buffers=tuple(buffers))
-
-
-register(CascadedHeads())

@@ -9,7 +9,6 @@ from timm.models.coat import FactorAttnConvRelPosEnc
 from torch import Tensor
 from torch.nn import functional
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter
 
@@ -63,6 +62,3 @@ class CoatAttention(HeadAdapter):
     classes = (FactorAttnConvRelPosEnc,)
     slim = (SlimFactorAttention,)
     recalls = True
-
-
-register(CoatAttention())

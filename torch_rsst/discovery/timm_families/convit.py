@@ -7,7 +7,6 @@ from __future__ import annotations
 from timm.models.convit import GPSA, MHSA
 from torch import Tensor
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
@@ -54,10 +53,4 @@ class ConVitAttention(HeadAdapter):
         Part("gating_param"),
         *consumes(),
     )
-    slim = (
-        SlimMHSA,
-        SlimGPSA,
-    )
-
-
-register(ConVitAttention())
+    slim = (SlimMHSA, SlimGPSA)

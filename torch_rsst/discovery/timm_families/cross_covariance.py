@@ -11,7 +11,6 @@ from timm.models.xcit import XCA
 from torch import Tensor
 from torch.nn import functional
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import put_out, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
@@ -42,6 +41,3 @@ class CrossCovariance(HeadAdapter):
     classes = (XCA, CrossCovarianceAttn)
     parts = (*produces("qkv", 3), Part("temperature"), *consumes())
     slim = (SlimXCA, SlimCrossCovarianceAttn)
-
-
-register(CrossCovariance())

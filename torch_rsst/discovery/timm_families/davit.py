@@ -9,7 +9,6 @@ from typing import Any
 from timm.models.davit import ChannelAttention, ChannelAttentionV2, WindowAttention
 from torch import Tensor
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter
 
@@ -51,10 +50,7 @@ class DavitAttention(HeadAdapter):
     """``ChannelAttention`` and ``WindowAttention`` of ``timm.models.davit``."""
 
     classes = (ChannelAttention, WindowAttention)
-    slim = (
-        SlimChannelAttention,
-        SlimDavitWindowAttention,
-    )
+    slim = (SlimChannelAttention, SlimDavitWindowAttention)
 
 
 class DavitChannelGroups(HeadAdapter):
@@ -67,7 +63,3 @@ class DavitChannelGroups(HeadAdapter):
     def units_of(self, module: Any) -> int:
         """See :class:`HeadAdapter`."""
         return int(module.groups)
-
-
-for _adapter in (DavitAttention(), DavitChannelGroups()):
-    register(_adapter)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from timm.models import efficientformer, efficientformer_v2, tiny_vit
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, normed, produces
 
 
@@ -43,7 +42,3 @@ class EfficientFormerV2Attention(HeadAdapter):
     )
     scaled = ("dh",)
     least = 1
-
-
-for _adapter in (EfficientFormerAttention(), EfficientFormerV2Attention()):
-    register(_adapter)

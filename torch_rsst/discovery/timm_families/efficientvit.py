@@ -6,7 +6,6 @@ from typing import Any
 
 from timm.models.efficientvit_mit import LiteMLA
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, normed, produces
 
 
@@ -29,6 +28,3 @@ class MultiScaleLinearAttention(HeadAdapter):
             *(part for i in scales for j in (0, 1) for part in produces(f"aggreg.{i}.{j}")),
             *consumes("proj.conv", stacked=1 + len(scales)),
         )
-
-
-register(MultiScaleLinearAttention())

@@ -9,7 +9,6 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
 from torch_rsst.discovery.timm_families._bias import BIASES, biased_qkv
 from torch_rsst.discovery.timm_families.shared_attention import TimmRopeAttention
@@ -55,6 +54,3 @@ class EvaAttentionHeads(TimmRopeAttention):
     classes = (EvaAttention,)
     parts = (*TimmRopeAttention.parts, *BIASES)
     slim = (SlimEvaAttention,)
-
-
-register(EvaAttentionHeads())

@@ -7,10 +7,8 @@ from __future__ import annotations
 from timm.models.gcvit import WindowAttentionGlobal
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import kept, put_out, split_heads
-from torch_rsst.discovery.head_parts import Part, consumes, produces
-from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
+from torch_rsst.discovery.timm_families._positions import PositionedHeads
 
 
 class SlimWindowAttentionGlobal(WindowAttentionGlobal):
@@ -35,13 +33,6 @@ class GcVitAttention(PositionedHeads):
     slim = (SlimWindowAttentionGlobal,)
     recalls = True
 
-    def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
-        """See :class:`HeadAdapter`."""
-        return (
-            *produces("qkv", 2 if module.use_global else 3),
-            *position_parts(module),
-            *consumes(),
-        )
-
-
-register(GcVitAttention())
+    def stacked(self, module: nn.Module) -> int:
+        """See :class:`PositionedHeads`."""
+        return 2 if module.use_global else 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 from timm.models.hiera import MaskUnitAttention
 from timm.models.hieradet_sam2 import MultiScaleAttention
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_parts import HeadAdapter
 
 
@@ -16,6 +15,3 @@ class HieraAttention(HeadAdapter):
     former_names = ("HieraDetAttention",)
     scaled = ("dim_out",)
     least = 1
-
-
-register(HieraAttention())

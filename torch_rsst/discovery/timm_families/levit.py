@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from timm.models.levit import Attention, AttentionDownsample
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, normed, produces
 
 
@@ -26,6 +25,3 @@ class LevitAttention(HeadAdapter):
     )
     scaled = ("key_attn_dim", "val_attn_dim")
     least = 1
-
-
-register(LevitAttention())

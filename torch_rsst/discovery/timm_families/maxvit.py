@@ -7,10 +7,8 @@ from __future__ import annotations
 from timm.models.maxxvit import Attention2d, AttentionCl
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import kept
-from torch_rsst.discovery.head_parts import Part, consumes, produces
-from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
+from torch_rsst.discovery.timm_families._positions import PositionedHeads
 
 
 class _OwnPositions(nn.Module):
@@ -38,10 +36,6 @@ class MaxxVitAttention(PositionedHeads):
     slim = (SlimAttention2d, SlimAttentionCl)
     recalls = True
 
-    def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
-        """See :class:`HeadAdapter`."""
-        qkv = produces("qkv", 1 if module.head_first else 3)
-        return (*qkv, *position_parts(module), *consumes())
-
-
-register(MaxxVitAttention())
+    def stacked(self, module: nn.Module) -> int:
+        """See :class:`PositionedHeads`."""
+        return 1 if module.head_first else 3

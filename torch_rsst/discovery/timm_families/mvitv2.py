@@ -5,7 +5,6 @@ from __future__ import annotations
 from timm.models.mvitv2 import MultiScaleAttention
 from torch import nn
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_parts import HeadAdapter
 
 
@@ -22,6 +21,3 @@ class MultiScaleHeads(HeadAdapter):
     def why_not(self, module: nn.Module) -> str | None:
         """See :class:`HeadAdapter`."""
         return "its pooled heads are normalized jointly" if module.unshared else None
-
-
-register(MultiScaleHeads())

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import columns, register, rows
+from torch_rsst.discovery.adapter import columns, rows
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter
 from torch_rsst.groups.groups import NO_UNIT, GroupLayer, head_rows
@@ -62,6 +62,3 @@ class ParallelScalingHeads(HeadAdapter):
         before = module.in_split[0]
         module.in_split = [before, *[(module.in_proj.out_features - before) // 3] * 3]
         return super().shrink(module, removal)
-
-
-register(ParallelScalingHeads())

@@ -8,7 +8,6 @@ import torch
 from timm.models.vision_transformer import DiffParallelScalingBlock
 from torch import Tensor
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, split_heads, unflatten
 from torch_rsst.discovery.timm_families.parallel import ParallelScalingHeads
 
@@ -43,6 +42,3 @@ class DiffParallelScalingHeads(ParallelScalingHeads):
 
     classes = (DiffParallelScalingBlock,)
     slim = (SlimDiffParallelScalingBlock,)
-
-
-register(DiffParallelScalingHeads())

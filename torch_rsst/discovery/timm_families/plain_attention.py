@@ -7,7 +7,6 @@ from __future__ import annotations
 from timm.models import crossvit, fastvit, metaformer, nest, tnt, visformer, vision_transformer_sam
 from torch import Tensor
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
@@ -89,7 +88,3 @@ class TntAttention(HeadAdapter):
     classes = (tnt.Attention,)
     parts = (*produces("qk", 2), *produces("v"), *consumes())
     scaled = ("hidden_dim",)
-
-
-for _adapter in (NestAttention(), CrossVitAttention(), PlainAttention(), TntAttention()):
-    register(_adapter)

@@ -5,12 +5,10 @@
 from __future__ import annotations
 
 from timm.models.vision_transformer_relpos import RelPosAttention
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, kept, put_out, split_heads
-from torch_rsst.discovery.head_parts import Part, consumes, produces
-from torch_rsst.discovery.timm_families._positions import PositionedHeads, position_parts
+from torch_rsst.discovery.timm_families._positions import PositionedHeads
 
 
 class SlimRelPosAttention(RelPosAttention):
@@ -32,10 +30,3 @@ class RelPosVitAttention(PositionedHeads):
     classes = (RelPosAttention,)
     slim = (SlimRelPosAttention,)
     recalls = True
-
-    def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
-        """See :class:`HeadAdapter`."""
-        return (*produces("qkv", 3), *position_parts(module), *consumes())
-
-
-register(RelPosVitAttention())

@@ -10,7 +10,6 @@ from timm.layers.attention2d import Attention2d
 from timm.layers.diff_attention import DiffAttention
 from torch import Tensor, nn
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, kept, split_heads
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
@@ -95,7 +94,3 @@ class TimmAttention2d(HeadAdapter):
     def parts_of(self, module: nn.Module) -> tuple[Part, ...]:
         """See :class:`HeadAdapter`."""
         return (*produces("qkv", 1 if module.head_first else 3), *consumes())
-
-
-for _adapter in (TimmRopeAttention(), TimmDiffAttention(), TimmAttention2d()):
-    register(_adapter)

@@ -12,7 +12,6 @@ from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import Tensor
 from torch.nn import functional
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import attend, join_heads, put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter
 
@@ -89,6 +88,3 @@ class SubsampledAttention(HeadAdapter):
         SlimEfficientAttention,
         SlimLocallyGroupedAttn,
     )
-
-
-register(SubsampledAttention())

@@ -11,7 +11,6 @@ from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_
 from torch import Tensor
 from torch.nn import functional
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 from torch_rsst.discovery.timm_families._bias import BIASED_QKV, biased_qkv
@@ -85,7 +84,3 @@ class SwinV2CrAttention(HeadAdapter):
         *consumes(),
     )
     slim = (SlimSwinV2CrAttention,)
-
-
-for _adapter in (SwinAttention(), SwinV2Attention(), SwinV2CrAttention()):
-    register(_adapter)

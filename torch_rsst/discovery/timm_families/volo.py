@@ -10,7 +10,6 @@ from timm.models.volo import Attention, ClassAttention, OutlookAttention
 from torch import Tensor
 from torch.nn import functional
 
-from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.emptied_token import BiasOnlyToken
 from torch_rsst.discovery.head_math import attend, put_out, split_heads, unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
@@ -72,7 +71,3 @@ class VoloClassAttention(HeadAdapter):
 
     classes = (ClassAttention,)
     left = BiasOnlyToken
-
-
-for _adapter in (VoloAttention(), VoloOutlook(), VoloClassAttention()):
-    register(_adapter)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
+from torch_rsst.discovery.head_math import unflatten
 from torch_rsst.discovery.head_parts import HeadAdapter, Part, consumes, produces
 
 _FAR = -100.0
@@ -31,7 +32,8 @@ class ReducedShiftedWindowAttention(ShiftedWindowAttention):  # type: ignore[mis
         ]
         windows = _windows(x.roll((-shift[0], -shift[1]), (1, 2)), window)
         mask = _strangers(extent, window, shift, x) if any(shift) else None
-        q, k, v = self._projected(windows)
+        qkv = unflatten(self._projected(windows), -1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each (batch, windows, heads, tokens, features)
         scores = self._scores(q, k) + self.get_relative_position_bias()
         scores = scores if mask is None else scores + mask
         weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
@@ -39,13 +41,9 @@ class ReducedShiftedWindowAttention(ShiftedWindowAttention):  # type: ignore[mis
         back = _map(F.dropout(out, self.dropout, self.training), extent, window)
         return back.roll((shift[0], shift[1]), (1, 2))[:, :height, :width].contiguous()
 
-    def _projected(self, windows: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value of each head: (batch, windows, heads, tokens, features)."""
-        return self._of_heads(self.qkv(windows))
-
-    def _of_heads(self, out: Tensor) -> tuple[Tensor, ...]:
-        out = out.reshape(*out.shape[:-1], 3, self.num_heads, -1)
-        return tuple(out.permute(3, 0, 1, 4, 2, 5))
+    def _projected(self, windows: Tensor) -> Tensor:
+        out: Tensor = self.qkv(windows)
+        return out
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         scores: Tensor = q @ k.mT * q.shape[-1] ** -0.5
@@ -58,12 +56,12 @@ class ReducedShiftedWindowAttentionV2(
 ):
     """The second version: cosines, times a learned scale, and keys without a bias."""
 
-    def _projected(self, windows: Tensor) -> tuple[Tensor, ...]:
+    def _projected(self, windows: Tensor) -> Tensor:
         weight, bias = self.qkv.weight, self.qkv.bias
         if bias is not None:
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])
-        return self._of_heads(F.linear(windows, weight, bias))
+        return F.linear(windows, weight, bias)
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         scale: Tensor = self.logit_scale.clamp(max=math.log(100.0)).exp()

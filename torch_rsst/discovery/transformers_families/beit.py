@@ -16,10 +16,8 @@ from transformers.models.data2vec import modeling_data2vec_vision as data2vec
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import kept
-from torch_rsst.discovery.head_parts import recall, slimmed
 from torch_rsst.discovery.transformers_families.parts import Answer
 from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads, attention_of
-from torch_rsst.groups.surgery import Removal
 
 
 class _OwnPositions(nn.Module):
@@ -61,14 +59,6 @@ class BeitHeads(SeparateHeads):
             return None
         shared = getattr(attention.holder.config, "use_shared_relative_position_bias", False)
         return super().find(module) if shared else None
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        attention = attention_of(module)
-        assert attention is not None
-        recall(attention.holder, removal.gone)
-        slimmed(attention.holder, self.slim)
-        return super().shrink(module, removal)
 
 
 register(BeitHeads())

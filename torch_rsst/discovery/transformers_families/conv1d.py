@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from torch_rsst.discovery.adapter import Adapter
@@ -20,14 +20,18 @@ class Conv1DMLP(Adapter):
 
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        first, second = _layers(module, "c_fc", "c_proj")
-        if first is None or second is None:
+        first, last = (getattr(module, name, None) for name in ("c_fc", "c_proj"))
+        if not (isinstance(first, Conv1D) and isinstance(last, Conv1D)):
             return None
-        hidden = first.weight.shape[1]
-        if not hidden or second.weight.shape[0] != hidden:
+        hidden = last.weight.shape[0]
+        if not hidden or first.weight.shape[1] != hidden or not is_of_transformers(module):
             return None
         unit = torch.arange(hidden)
-        members = (*_outputs("c_fc", unit), _inputs("c_proj", unit))
+        members = (  # weights are stored as (inputs, outputs)
+            Member("c_fc.weight", 1, unit, ranked=True),
+            Member("c_fc.bias", 0, unit, ranked=False),
+            Member("c_proj.weight", 0, unit, ranked=True, consumes=True),
+        )
         return GroupLayer("", self.kind, hidden, members)
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
@@ -43,23 +47,6 @@ def _as_linear(layer: Conv1D) -> nn.Linear:
     linear.weight = nn.Parameter(layer.weight.detach().t())
     linear.bias = layer.bias
     return linear.train(layer.training)
-
-
-def _layers(module: nn.Module, *names: str) -> list[Conv1D | None]:
-    found = [getattr(module, name, None) for name in names if is_of_transformers(module)]
-    if len(found) == len(names) and all(isinstance(layer, Conv1D) for layer in found):
-        return found
-    return [None] * len(names)
-
-
-def _outputs(name: str, unit_of: Tensor) -> tuple[Member, Member]:
-    """Members that put units out: weights are stored as (inputs, outputs)."""
-    weight = Member(f"{name}.weight", 1, unit_of, ranked=True)
-    return weight, Member(f"{name}.bias", 0, unit_of, ranked=False)
-
-
-def _inputs(name: str, unit_of: Tensor) -> Member:
-    return Member(f"{name}.weight", 0, unit_of, ranked=True, consumes=True)
 
 
 def _sizes(layer: nn.Module) -> dict[str, int]:

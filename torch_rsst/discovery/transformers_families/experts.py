@@ -42,7 +42,8 @@ class StackedExperts(Adapter):
         if up[rows] != times * neurons:
             return None
         own = torch.arange(experts * neurons).view(experts, neurons)
-        halves = torch.stack([own] * times, dim=2 if _takes_turns(module) else 1).flatten(1)
+        in_turns = getattr(module, "is_concatenated", True) is False  # rows of gate and value
+        halves = torch.stack([own] * times, dim=2 if in_turns else 1).flatten(1)
         members = [
             Member(first, rows, halves, ranked=True),
             Member("down_proj", columns, own, ranked=True, consumes=True),
@@ -71,11 +72,6 @@ class StackedExperts(Adapter):
             if vars(module).get(name) == before:
                 setattr(module, name, before - gone)
         return module
-
-
-def _takes_turns(module: nn.Module) -> bool:
-    """Whether rows of gate and value follow each other in turns."""
-    return getattr(module, "is_concatenated", True) is False
 
 
 def _step(module: nn.Module) -> int:

@@ -4,48 +4,35 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_rsst.discovery.adapter import Adapter, columns, rows
-from torch_rsst.discovery.head_attributes import reduce_head_attributes
-from torch_rsst.discovery.transformers_families.parts import Answer, returns_weights
-from torch_rsst.groups.groups import GroupLayer, head_rows
-from torch_rsst.groups.surgery import Removal
+from torch_rsst.discovery.head_parts import HeadAdapter, consumes, produces
+from torch_rsst.discovery.projections import projection_at
+from torch_rsst.discovery.transformers_families.parts import returns_weights
 
 
-class LatentHeads(Adapter):
+class LatentHeads(HeadAdapter):
     """``q_b_proj`` or ``q_proj``, ``kv_b_proj`` and ``o_proj``, each with rows or columns for every head.
 
     The latents and their norms serve all heads, and stay; so does the cache, which holds latents.
     """
 
-    kind = "heads"
+    classes = (nn.Module,)
+    parts = (
+        *(*produces("q_b_proj"), *produces("q_proj"), *produces("kv_b_proj")),
+        *consumes("o_proj"),
+    )
     least = 1
 
-    def find(self, module: nn.Module) -> Answer:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        query = next((n for n in ("q_b_proj", "q_proj") if _linear(module, n)), "")
+    def units_of(self, module: nn.Module) -> int:
+        """See :class:`HeadAdapter`; none of another structure."""
+        query = projection_at(module, "q_b_proj") or projection_at(module, "q_proj")
+        latent, last = (projection_at(module, name) for name in ("kv_b_proj", "o_proj"))
         width = getattr(module, "v_head_dim", None)
-        latent, last = _linear(module, "kv_b_proj"), _linear(module, "o_proj")
-        if not query or latent is None or last is None or not isinstance(width, int):
-            return None
-        heads = last.in_features // max(1, width)
-        first = _linear(module, query)
-        if not heads or any(f.out_features % heads for f in (first, latent) if f is not None):
-            return None
-        members = [
-            member
-            for name, layer in ((query, first), ("kv_b_proj", latent))
-            if layer is not None
-            for member in rows(name, layer, head_rows(layer.out_features, heads))
-        ]
-        members.append(columns("o_proj", head_rows(heads * width, heads)))
-        return returns_weights(module) or GroupLayer("", self.kind, heads, tuple(members))
+        if not (query and latent and last and isinstance(width, int)):
+            return 0
+        heads = last.taken // max(1, width)
+        even = heads and not any(layer.given % heads for layer in (query, latent))
+        return heads if even else 0
 
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        reduce_head_attributes(module, removal)
-        return module
-
-
-def _linear(module: nn.Module, name: str) -> nn.Linear | None:
-    layer = getattr(module, name, None)
-    return layer if isinstance(layer, nn.Linear) else None
+    def why_not(self, module: nn.Module) -> str | None:
+        """See :class:`HeadAdapter`."""
+        return returns_weights(module)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
 from torch_rsst.discovery.adapter import Unsupported
-from torch_rsst.discovery.emptied import BiasOnly
+from torch_rsst.discovery.emptied import BiasOnly, returns_tuple
 from torch_rsst.groups.groups import GroupLayer
 
 _PACKAGES = (
@@ -48,17 +47,15 @@ def is_of_transformers(module: nn.Module) -> bool:
 
 def may_be_emptied(module: nn.Module) -> bool:
     """Whether an attention that is gone can be left out: it keeps no cache, and returns a pair."""
-    returned = inspect.signature(type(module).forward).return_annotation
-    named = returned if isinstance(returned, str) else getattr(returned, "__name__", "")
-    return getattr(module, "is_causal", True) is False and named.startswith("tuple")
+    return getattr(module, "is_causal", True) is False and returns_tuple(module)
 
 
-def returns_weights(module: nn.Module) -> Unsupported | None:
+def returns_weights(module: nn.Module) -> str | None:
     """Why heads cannot be told by outputs: an eager attention puts out the weights of each head."""
     config = getattr(module, "config", None)
     if getattr(config, "_attn_implementation", "") != "eager":
         return None
-    return Unsupported(
+    return (
         "its eager implementation returns the weights of every head; where the model has another, "
         "call model.set_attn_implementation('sdpa') first, and set it back once the model is compacted"
     )

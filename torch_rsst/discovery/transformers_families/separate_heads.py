@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from torch_rsst.discovery.adapter import Adapter, Unsupported, columns, holds, rows
+from torch_rsst.discovery.adapter import Adapter, Unsupported, holds
 from torch_rsst.discovery.head_attributes import head_width, reduce_head_attributes
+from torch_rsst.discovery.head_parts import Part, consumes, dealt_out, produces, recall, slimmed
 from torch_rsst.discovery.transformers_families.parts import (
     Answer,
     NoHeads,
@@ -18,7 +20,6 @@ from torch_rsst.discovery.transformers_families.parts import (
     may_be_emptied,
     returns_weights,
 )
-from torch_rsst.groups.groups import GroupLayer, Member, head_rows
 from torch_rsst.groups.surgery import Removal
 
 _PROJECTIONS = (
@@ -44,7 +45,6 @@ class Attention:
         names: of its query, key and value.
         output: the path of the output layer.
         last: the output layer.
-        table: the path of the table of position biases, or "".
     """
 
     path: str
@@ -52,7 +52,6 @@ class Attention:
     names: tuple[str, str, str]
     output: str
     last: nn.Linear
-    table: str
 
     def inside(self, name: str) -> str:
         """The name of a part of the attention within the module that holds all of it."""
@@ -80,16 +79,21 @@ class SeparateHeads(Adapter):
 
     kind = "heads"
     former_names = ("SomeHeads",)
+    slim: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """As of :class:`HeadAdapter`: they know which heads they have, as others hand them something per head."""
 
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
         attention = attention_of(module)
-        return None if attention is None else _units(attention)
+        return None if attention is None else _units(module, attention)
 
     def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
         """See :class:`torch_rsst.discovery.Adapter`."""
         attention = attention_of(module)
         assert attention is not None
+        if self.slim:
+            recall(attention.holder, removal.gone)
+            slimmed(attention.holder, self.slim)
         reduce_head_attributes(attention.holder, removal)
         if attention.last.in_features:
             return module
@@ -113,12 +117,11 @@ def attention_of(module: nn.Module) -> Attention | None:
             continue
         within = next(filter(_linear_in(holder), _OUTPUTS), None)
         beside = getattr(getattr(module, "output", None), "dense", None)
-        table = _table_of(module) or _table_of(holder, path)
-        if within is not None and (not path or (table and _table_of(module))):
+        if within is not None and (not path or _holds_table(module)):
             output = f"{path}.{within}" if path else within
-            return Attention(path, holder, names, output, getattr(holder, within), table)
+            return Attention(path, holder, names, output, getattr(holder, within))
         if within is None and path and isinstance(beside, nn.Linear):
-            return Attention(path, holder, names, "output.dense", beside, table)
+            return Attention(path, holder, names, "output.dense", beside)
     return None
 
 
@@ -126,12 +129,10 @@ def _linear_in(module: nn.Module):  # type: ignore[no-untyped-def]
     return lambda name: isinstance(getattr(module, name, None), nn.Linear)
 
 
-def _table_of(module: nn.Module, path: str = "") -> str:
-    """The path of a table with a column per head, below a module at ``path``; or ""."""
+def _holds_table(module: nn.Module) -> bool:
+    """Whether a table with a column per head stands beside the attention."""
     holder = module._modules.get(_TABLE)
-    if holder is None or not holds(holder, f"{_TABLE}_table"):
-        return ""
-    return ".".join(filter(None, (path, _TABLE, f"{_TABLE}_table")))
+    return holder is not None and holds(holder, f"{_TABLE}_table")
 
 
 def _is_mixed(attention: Attention) -> bool:
@@ -141,7 +142,7 @@ def _is_mixed(attention: Attention) -> bool:
     return any(True for m in others for _ in m.parameters())
 
 
-def _units(attention: Attention) -> GroupLayer | Unsupported | None:
+def _units(module: nn.Module, attention: Attention) -> Answer:
     q, k, v = attention.layers
     width = head_width(attention.holder)
     if not q.out_features:
@@ -157,36 +158,26 @@ def _units(attention: Attention) -> GroupLayer | Unsupported | None:
         )
     if queries % units:
         return Unsupported(f"its {queries} query heads do not share {units} key heads evenly")
-    of_query, of_key = head_rows(q.out_features, units), head_rows(k.out_features, units)
-    names = [attention.inside(name) for name in attention.names]
-    members = [
-        member
-        for name, layer, unit_of in zip(names, (q, k, v), (of_query, of_key, of_key), strict=True)
-        for member in rows(name, layer, unit_of)
-    ]
-    members += _per_head(attention, head_rows(queries, units))
-    members.append(columns(attention.output, of_query))
-    if not attention.stands_in_layer and (refused := returns_weights(attention.holder)):
-        return refused
+    if not attention.stands_in_layer and (reason := returns_weights(attention.holder)):
+        return Unsupported(reason)
     may_go = may_be_emptied(attention.holder) and not _is_mixed(attention)
-    return GroupLayer("", "heads", units, tuple(members), least=0 if may_go else 1)
+    found = dealt_out(module, _parts(attention), units)
+    return found if isinstance(found, Unsupported) else replace(found, least=0 if may_go else 1)
 
 
-def _per_head(attention: Attention, unit_of: Tensor) -> Iterator[Member]:
-    """Members with an entry per query head: position biases, or what makes them; scales of scores."""
-    if attention.table:
-        yield Member(attention.table, 1, unit_of, ranked=False)
-    embedding = getattr(attention.holder, _BUCKETS, None)
-    # As in UMT5, unlike T5.
-    if isinstance(embedding, nn.Embedding) and not _takes_biases(attention.holder):
-        yield Member(attention.inside(f"{_BUCKETS}.weight"), 1, unit_of, ranked=False)
-    if holds(attention.holder, "logit_scale"):
-        yield Member(attention.inside("logit_scale"), 0, unit_of, ranked=False)
+def _parts(attention: Attention) -> Iterator[Part]:
+    """Query, key and value; position biases, or what makes them, and scales of scores; the output layer."""
+    for name in attention.names:
+        yield from produces(attention.inside(name))
+    table = f"{_TABLE}.{_TABLE}_table"  # beside the attention or in it
+    yield from (Part(name, 1) for name in {table, attention.inside(table)})
+    if not _takes_biases(attention.holder):  # as in UMT5, unlike T5
+        yield Part(attention.inside(f"{_BUCKETS}.weight"), 1)
+    yield Part(attention.inside("logit_scale"))
     if isinstance(mlp := getattr(attention.holder, _BIAS_MLP, None), nn.Sequential):
-        last = f"{_BIAS_MLP}.{len(mlp) - 1}"
-        yield from (
-            replace(m, ranked=False) for m in rows(attention.inside(last), mlp[-1], unit_of)
-        )
+        last = attention.inside(f"{_BIAS_MLP}.{len(mlp) - 1}")
+        yield from (Part(f"{last}.weight"), Part(f"{last}.bias"))
+    yield from consumes(attention.output)
 
 
 def _takes_biases(holder: nn.Module) -> bool:

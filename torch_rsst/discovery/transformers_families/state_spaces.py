@@ -25,13 +25,11 @@ class StateSpace(Adapter):
 
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
-        first, last = getattr(module, "in_proj", None), getattr(module, "out_proj", None)
-        kernel = getattr(module, "conv1d", None)
-        if not (
-            isinstance(first, nn.Linear) and isinstance(last, nn.Linear) and holds(module, "D")
-        ):
+        names = ("in_proj", "conv1d", "out_proj")
+        first, kernel, last = (getattr(module, name, None) for name in names)
+        if not (isinstance(first, nn.Linear) and isinstance(last, nn.Linear)):
             return None
-        if not isinstance(kernel, nn.Conv1d) or not holds(module, "A_log"):
+        if not (isinstance(kernel, nn.Conv1d) and holds(module, "A_log") and holds(module, "D")):
             return None
         wide = last.in_features
         scan, step = getattr(module, "x_proj", None), getattr(module, "dt_proj", None)

@@ -16,10 +16,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from torch_rsst.discovery.adapter import register
 from torch_rsst.discovery.head_math import kept
-from torch_rsst.discovery.head_parts import recall, slimmed
 from torch_rsst.discovery.transformers_families.parts import Answer
 from torch_rsst.discovery.transformers_families.separate_heads import SeparateHeads
-from torch_rsst.groups.surgery import Removal
 
 if TYPE_CHECKING:
     _Base = T5Attention
@@ -75,15 +73,11 @@ class T5Heads(SeparateHeads):
     """``T5Attention`` and ``MT5Attention``; the table of biases stays whole, since all layers share it."""
 
     least = 1
+    slim = (SlimT5Attention, SlimMT5Attention)
 
     def find(self, module: nn.Module) -> Answer:
         """See :class:`torch_rsst.discovery.Adapter`."""
         return super().find(module) if isinstance(module, (T5Attention, MT5Attention)) else None
-
-    def shrink(self, module: nn.Module, removal: Removal) -> nn.Module:
-        """See :class:`torch_rsst.discovery.Adapter`."""
-        recall(module, removal.gone)
-        return super().shrink(slimmed(module, (SlimT5Attention, SlimMT5Attention)), removal)
 
 
 if "cache" in inspect.signature(T5Attention.forward).parameters:
