@@ -74,11 +74,8 @@ class DataSource:
             refuse(TypeError, "batches", expected, f"a {got}", remedy)
         for argument, call in (("forward", self.forward), ("loss_fn", self.loss_fn)):
             if call is not None and not callable(call):
-                remedy, got = (
-                    "It takes (model, batch), a loss_fn (output, batch).",
-                    type(call).__name__,
-                )
-                refuse(TypeError, argument, "a function", got, remedy)
+                remedy = "It takes (model, batch), a loss_fn (output, batch)."
+                refuse(TypeError, argument, "a function", type(call).__name__, remedy)
 
     def draw(self) -> Iterator[Any]:
         """The batches, once through."""
@@ -102,9 +99,8 @@ class DataSource:
             got = f"a {type(batch).__name__} ({type(error).__name__}: {error})"
             remedy = "Pass forward=lambda model, batch: model(batch[0]), or what fits your batches."
             expected = "what model(batch) takes"
-            raise TypeError(
-                message("batches", expected=expected, got=got, remedy=remedy)
-            ) from error
+            text = message("batches", expected=expected, got=got, remedy=remedy)
+            raise TypeError(text) from error
 
     def loss(self, output: Any, batch: Any, number: int) -> Tensor:
         """The loss of a batch, fit for gradients."""

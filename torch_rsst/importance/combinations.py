@@ -16,7 +16,7 @@ from torch_rsst.groups.groups import GroupLayer
 from torch_rsst.importance.data_importance import DataImportance
 from torch_rsst.importance.registry import AUTO, auto_name, name_of, resolve_importance
 from torch_rsst.importance.weights import Importance, remain, score_units
-from torch_rsst.utils.errors import refuse, unknown_choice
+from torch_rsst.utils.errors import check_choice, check_type, refuse
 
 Normalize: TypeAlias = Literal["sum", "max"] | None
 NORMALIZATIONS = ("sum", "max")
@@ -83,9 +83,8 @@ class WeightedSum(Combination):
                 subject = f"weighted_sum: weight of {name_of(part)!r}"
                 remedy = "Weigh it by a number, such as 1.0."
                 refuse(ValueError, subject, "a finite number", repr(weight), remedy)
-        if self.normalize is not None and self.normalize not in NORMALIZATIONS:
-            choices = NORMALIZATIONS
-            raise ValueError(unknown_choice("weighted_sum: normalize", self.normalize, choices))
+        if self.normalize is not None:
+            check_choice("weighted_sum: normalize", self.normalize, NORMALIZATIONS)
 
     def combine(self, scores: Tensor, alive: Tensor) -> Tensor:
         """See :class:`Combination`."""
@@ -136,10 +135,8 @@ def weighted_sum(parts: Mapping[Any, float], *, normalize: Normalize = "sum") ->
     Raises:
         TypeError, ValueError: for an unknown importance, none at all, or a weight that is no number.
     """
-    if not isinstance(parts, Mapping):
-        remedy = "Such as {'magnitude': 1.0, 'taylor': 0.5}."
-        got = type(parts).__name__
-        refuse(TypeError, "weighted_sum", "a dict", got, remedy)
+    remedy = "Such as {'magnitude': 1.0, 'taylor': 0.5}."
+    check_type(parts, Mapping, "weighted_sum", "a dict", remedy)
     return WeightedSum(tuple(parts), tuple(parts.values()), normalize)
 
 

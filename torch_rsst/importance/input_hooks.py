@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -64,7 +64,8 @@ class HookedInput:
 
 
 _EXPERTS = "_experts_implementation"
-_INDEX, _MATMULS = Tensor.__getitem__, (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_INDEX = Tensor.__getitem__
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 
 Record: TypeAlias = Callable[[HookedInput, Tensor], Tensor]
 """``(hooked, input) → the input that the layer is called with``."""
@@ -103,21 +104,44 @@ def hooked_inputs(model: nn.Module, groups: Groups) -> list[HookedInput]:
 
 
 def _consumers(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> list[Member]:
-    """The members whose entries meet the input of their module."""
-    consumers = [
-        member
+    """The members whose entries meet an input that can be recorded."""
+    marked = [
+        (member, ref)
         for member in layer.members
         if member.consumes
-        and member.dim == _input_dim(refs[member.parameter][0].module, member.dim)
+        and member.dim == _input_dim((ref := refs[member.parameter][0]).module, member.dim)
     ]
-    if not consumers:
-        remedy = (
-            "Mark the weight of the layer that consumes the units with consumes=True, as find_groups "
-            "does; magnitude and remain need none."
-        )
+    seen = [member for member, ref in marked if not _within_recurrent(ref)]
+    if not seen:
+        remedy = "magnitude and remain need none."
+        if marked:
+            kind = type(marked[0][1].module).__name__
+            got = (
+                f"{', '.join(m.parameter for m, _ in marked)}, which a {kind} applies within itself"
+            )
+            remedy = f"Pass importance='magnitude', or leave out these units: {remedy}"
+        else:
+            got = "none"
+            remedy = (
+                "Mark the weight of the layer that consumes the units with consumes=True, as find_groups "
+                f"does; {remedy}"
+            )
         expected = "a member that consumes the units"
-        refuse(ValueError, f"activations of {layer}", expected, "none", remedy)
-    return consumers
+        refuse(ValueError, f"activations of {layer}", expected, got, remedy)
+    return seen
+
+
+def _within_recurrent(ref: ParameterRef) -> bool:
+    """Whether a recurrent layer applies a weight to what no other module sees: states, inputs of later layers."""
+    return isinstance(ref.module, nn.RNNBase) and not ref.name.startswith("weight_ih_l0")
+
+
+def _meets_arguments(ref: ParameterRef) -> bool:
+    """Whether the weight of a module meets what the module is called with.
+
+    Of a weight with a name of its own nobody knows: the functions that it is passed to tell.
+    """
+    return ref.name in ("weight", "in_proj_weight") or isinstance(ref.module, nn.RNNBase)
 
 
 def _input_dim(module: nn.Module, dim: int) -> int:
@@ -135,9 +159,10 @@ def _axis(module: nn.Module) -> int:
 def recorded(inputs: Sequence[HookedInput], record: Record) -> Iterator[None]:
     """Call ``record`` with each of these inputs whenever a layer receives it; its result replaces the input.
 
-    Modules that are called have a forward pre-hook. Where a module is not called and its weight is passed to
-    ``F.linear`` or ``F.multi_head_attention_forward``, as in attention, these functions are intercepted. So are
-    those that multiply by one of several stacked weights; experts run one after the other meanwhile.
+    Modules that are called have a forward pre-hook. Where a module is not called, or holds a weight of another
+    name, and the weight is passed to ``F.linear``, to a product of matrices or, as in attention, to
+    ``F.multi_head_attention_forward``, these functions are intercepted. So are those that multiply by one of
+    several stacked weights; experts run one after the other meanwhile.
     """
     within: set[int] = set()
     with ExitStack() as stack:
@@ -145,6 +170,8 @@ def recorded(inputs: Sequence[HookedInput], record: Record) -> Iterator[None]:
             module = hooked.ref.module
             if hooked.stack is not None:
                 stack.callback(_run_experts_singly(getattr(module, "config", None)))
+                continue
+            if not _meets_arguments(hooked.ref):
                 continue
 
             def before(
@@ -155,9 +182,9 @@ def recorded(inputs: Sequence[HookedInput], record: Record) -> Iterator[None]:
             ) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 within.add(id(hooked.ref.original))
                 if args:
-                    return (record(hooked, args[0]), *args[1:]), kwargs
+                    return (_packed(record, hooked, args[0]), *args[1:]), kwargs
                 name = next(iter(kwargs))
-                return args, {**kwargs, name: record(hooked, kwargs[name])}
+                return args, {**kwargs, name: _packed(record, hooked, kwargs[name])}
 
             def after(*_: Any, hooked: HookedInput = hooked) -> None:
                 within.discard(id(hooked.ref.original))
@@ -167,6 +194,13 @@ def recorded(inputs: Sequence[HookedInput], record: Record) -> Iterator[None]:
             stack.callback(module.register_forward_hook(after, always_call=True).remove)
         stack.enter_context(_Functions(inputs, record, within))
         yield
+
+
+def _packed(record: Record, hooked: HookedInput, value: Any) -> Any:
+    """Record an input; of packed sequences, their entries."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=record(hooked, value.data))
+    return record(hooked, value)
 
 
 def _run_experts_singly(config: Any) -> Callable[[], None]:
@@ -208,8 +242,8 @@ class _Functions(TorchFunctionMode):
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             if (hooked := self._hooked(given["out_proj_weight"])) is not None:
                 return self._attend(hooked, given)
-        elif self._stacks and len(args) == 2:
-            args = (self._seen_by_experts(func, *args), args[1])
+        elif len(args) == 2:
+            args = (self._multiplied(func, *args), args[1])
         made = func(*args, **kwargs)
         operand = id(masked_operand(func, args))
         if (found := self._inputs.get(operand) or self._stacks.get(operand)) is not None:
@@ -223,9 +257,9 @@ class _Functions(TorchFunctionMode):
             self._products[made] = every[int(args[1])]
         return made
 
-    def _seen_by_experts(self, func: Any, value: Any, weight: Any) -> Any:
-        """The first operand of a product with one of stacked weights, or with all of them, recorded."""
-        if func in _MATMULS and (hooked := self._hooked(weight)) is not None:
+    def _multiplied(self, func: Any, value: Any, weight: Any) -> Any:
+        """The first operand of a product with a weight, with one of stacked ones, or with all of them, recorded."""
+        if func in _MATMULS and (hooked := self._hooked(weight)) is not None and weight.ndim == 2:
             return self._record(hooked, value)
         if func is torch.bmm and (every := self._stack_of(weight)):
             return torch.stack([self._record(every[i], each) for i, each in enumerate(value)])
@@ -269,8 +303,6 @@ def undisturbed(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]
     with ExitStack() as stack:
         stack.enter_context(module_state.undisturbed(model, managed=sharded))
         stack.enter_context(torch.set_grad_enabled(gradients))
-        if "torch._dynamo" in sys.modules:  # compiled code would not call our hooks
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Its copies of weights were made under other masks, or outside of a graph.
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(_masked_by(model, masks))

@@ -83,7 +83,7 @@ def check_recorded(inputs: Sequence[InputSums], groups: Groups) -> None:
                 f"none for unit(s) {which[:5]} at {', '.join(consumers)}",
                 "Pass a forward that runs this layer and batches that are not empty, or leave its "
                 "groups out; every expert needs tokens that are routed to it. Inputs are recorded where a "
-                "module is called or its weight is passed to F.linear, nowhere else.",
+                "module is called or its weight is passed to F.linear or a product of matrices, nowhere else.",
             )
 
 

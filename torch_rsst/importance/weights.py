@@ -77,9 +77,8 @@ def score_units(
     subject = f"importance of {layer}"
     if scores.shape != (layer.units,):
         remedy = "Return one score per unit of the layer."
-        refuse(
-            ValueError, subject, f"shape ({layer.units},)", f"shape {tuple(scores.shape)}", remedy
-        )
+        expected, got = f"shape ({layer.units},)", f"shape {tuple(scores.shape)}"
+        refuse(ValueError, subject, expected, got, remedy)
     scores = scores.masked_fill(alive == 0, 0.0)
     if bool(scores.isnan().any()):
         remedy = "A NaN has no rank; look for the step at which training diverged."
