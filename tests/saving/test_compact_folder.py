@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -1035,3 +1036,45 @@ def test_a_masked_model_of_other_outputs_is_no_model_that_was_cut(tmp_path: Path
             small, tmp_path / "small", masked=other, example_inputs=torch.ones(2, 4)
         )
     assert not (tmp_path / "small").exists()
+
+
+def test_models_that_are_saved_to_one_folder_at_a_time_take_turns(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    from safetensors.torch import load_file
+
+    models = [compacted(hidden=hidden)[1] for hidden in (8, 16)]
+    for _ in range(10):
+        with ThreadPoolExecutor() as pool:
+            for made in [pool.submit(torch_rsst.save_compact, m, tmp_path) for m in models]:
+                made.result()
+        kept = load_file(tmp_path / "model.safetensors")["first.0.weight"]
+        loaded = torch_rsst.load_compact(tmp_path, Net(hidden=2 * len(kept)))
+        assert_same(loaded, models[len(kept) == 8])
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("notes", "text"),
+    [
+        ("good", "notes: expected a dict of numbers, texts, lists and dicts, got 'good'"),
+        (
+            {"a": torch.ones(1)},
+            "notes: 'a': expected a dict of .*, got a Tensor of shape .1,. .Object",
+        ),
+    ],
+)
+def test_notes_that_json_cannot_hold_are_named_before_a_folder_is_made(
+    tmp_path: Path, notes: Any, text: str
+) -> None:
+    with pytest.raises(TypeError, match=text):
+        torch_rsst.save_compact(compacted()[1], tmp_path / "new", notes=notes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_path_is_not_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder: expected the path of a folder, got ''"):
+        torch_rsst.save_compact(compacted()[1], "")
+    assert not list(tmp_path.iterdir())

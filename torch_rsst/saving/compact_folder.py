@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -32,8 +33,9 @@ from torch_rsst.saving.info import CompactInfo, as_info, info_in
 from torch_rsst.saving.likeness import compare, differing_counts, set_all
 from torch_rsst.saving.model_card import model_card
 from torch_rsst.saving.receipt import Receipt, measure
-from torch_rsst.utils.errors import CompactionWarning, message, one_line, refuse
+from torch_rsst.utils.errors import CompactionWarning, missing_package, one_line, refuse, shown
 from torch_rsst.utils.files import (
+    alone_in,
     as_folder,
     check_links,
     check_writable,
@@ -107,7 +109,8 @@ def save_compact(
     Raises:
         ValueError: for a model that :func:`torch_rsst.compact` did not return, a ``build`` that makes another
             model, ``export`` or ``onnx`` without ``example_inputs``, or a folder with links out of it.
-        TypeError: for a state dict that holds more than tensors, a folder that is no path, or another ``keep_masks``.
+        TypeError: for a state dict that holds more than tensors, a folder that is no path, notes that are not plain, or
+            another ``keep_masks``.
         FileExistsError, NotADirectoryError: where one of its files has a name that is written here.
         OSError: where the folder cannot be written to, before anything else is done.
         ModuleNotFoundError: where a package is missing that writes one of the files.
@@ -130,6 +133,7 @@ def save_compact(
         refuse(ValueError, "export", "example_inputs to trace", "none", remedy)
     if onnx:
         check_onnx()
+    _check_notes(notes)
     info = as_info(info).completed(bare, example_inputs)
     if masked_refs(bare.modules()) and not keep_masks:
         bare = deep_copy(bare)
@@ -155,13 +159,14 @@ def save_compact(
     receipt["exported"] = {name: file.max_error for name, file in exported.items()}
     receipt |= notes or {}
     description = replace(description, info=info.to_dict(), receipt=receipt)
-    if _may_write_card(path):
-        contents[CARD] = model_card(description).encode()
-    files = {name: digest(content) for name, content in contents.items()}
     path.mkdir(parents=True, exist_ok=True)
-    write_together(path, contents, INDEX, replace(description, files=files).to_json())
-    for name in {*_OWN} - contents.keys():
-        (path / name).unlink(missing_ok=True)
+    with alone_in(path):
+        if _may_write_card(path):
+            contents[CARD] = model_card(description).encode()
+        files = {name: digest(content) for name, content in contents.items()}
+        write_together(path, contents, INDEX, replace(description, files=files).to_json())
+        for name in {*_OWN} - contents.keys():
+            (path / name).unlink(missing_ok=True)
     return receipt
 
 
@@ -223,7 +228,7 @@ def load_compact(
         whole = build_model(description.build) if dense is None else _without_masks(dense)
         small = put_together(whole, description, tensors)
     except ModuleNotFoundError as error:
-        raise _missing(error, str(path), f"Install it. {remedy}") from error
+        raise missing_package(error, str(path), f"Install it. {remedy}") from error
     except Exception as error:  # whatever builders raise
         expected = f"{description.model_class}, built as the one that was compacted"
         built = () if dense is None else map(without_wrappers, dense.state_dict())
@@ -265,6 +270,18 @@ def check_target(target: str | Path) -> Path:
             refuse(FileExistsError, str(folder), expected, got, remedy)
     check_writable(folder)
     return folder
+
+
+def _check_notes(notes: object) -> None:
+    """Raise a TypeError unless notes are a mapping of what JSON can hold."""
+    expected, remedy = "a dict of numbers, texts, lists and dicts", "Pass notes={'accuracy': 0.98}."
+    if notes is not None and not isinstance(notes, Mapping):
+        refuse(TypeError, "notes", expected, shown(notes), remedy)
+    for name, value in (notes or {}).items():
+        try:
+            json.dumps({name: value})
+        except (TypeError, ValueError) as error:
+            refuse(TypeError, f"notes: {name!r}", expected, f"{shown(value)} ({error})", remedy)
 
 
 def _may_write_card(folder: Path) -> bool:
@@ -370,10 +387,6 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        raise _missing(error, "saved models", "pip install 'torch-rsst[saving]'") from error
+        remedy = "pip install 'torch-rsst[saving]'"
+        raise missing_package(error, "saved models", remedy) from error
     return safetensors.torch
-
-
-def _missing(error: ModuleNotFoundError, subject: str, remedy: str) -> ModuleNotFoundError:
-    text = message(subject, expected=f"{error.name}", got="none", remedy=remedy)
-    return ModuleNotFoundError(text, name=error.name)

@@ -160,11 +160,7 @@ def _runner(program: ExportedProgram) -> Callable[..., Any]:
 
 
 def _error(run: Callable[..., Any], model: nn.Module, inputs: Any) -> float:
-    """The largest difference of what a file puts out from what the model does.
-
-    Raises:
-        RuntimeError: where it is more than rounding.
-    """
+    """The largest difference of what a file puts out from what the model does; refused where it is more than rounding."""
     runner = nn.Module()
     vars(runner)["forward"] = run
     error, largest = output_error(model, runner, inputs)

@@ -17,7 +17,14 @@ from torch_rsst.masking.names import unwrap
 from torch_rsst.saving.builders import timm_options
 from torch_rsst.saving.description import INDEX, Description, read_description
 from torch_rsst.utils.amounts import check_number
-from torch_rsst.utils.errors import message, one_line, refuse, shown, unknown_choice
+from torch_rsst.utils.errors import (
+    check_choice,
+    check_type,
+    missing_package,
+    one_line,
+    refuse,
+    shown,
+)
 from torch_rsst.utils.files import as_folder
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -85,13 +92,11 @@ class CompactInfo:
         if self.std is not None and min(self.std, default=1.0) <= 0.0:
             refuse(ValueError, "std", "numbers above 0", self.std, "Pass (1.0, …) to divide by 1.")
         for name, choices in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-            if own[name] not in (None, *choices):
-                raise ValueError(unknown_choice(name, own[name], choices))
+            if own[name] is not None:
+                check_choice(name, own[name], choices)
         if self.crop_pct is not None:
             check_number(self.crop_pct, "crop_pct", above=0.0)
-        if not isinstance(self.training, str):
-            got = type(self.training).__name__
-            refuse(TypeError, "training", "text", got, "Say how the model was trained.")
+        check_type(self.training, str, "training", "text", "Say how the model was trained.")
         own["metrics"] = _metrics(self.metrics)
 
     @classmethod
@@ -156,8 +161,7 @@ class CompactInfo:
             )
         except ModuleNotFoundError as error:
             remedy = "pip install 'torch-rsst[vision]'"
-            text = message("transform", expected=str(error.name), got="none", remedy=remedy)
-            raise ModuleNotFoundError(text, name=error.name) from error
+            raise missing_package(error, "transform", remedy) from error
         made = timm.create_transform(
             input_size=self.input_size,
             interpolation=self.interpolation or "bicubic",

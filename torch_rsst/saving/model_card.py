@@ -51,11 +51,10 @@ def _head(description: Description) -> Iterator[str]:
 
 def _use(description: Description, info: CompactInfo) -> str:
     dense = "" if description.build else ", model=…"  # the dense model, with any weights
-    place = 'folder = "path/to/this/folder"'
     lines = [
         "import torch_rsst",
         "",
-        place,
+        'folder = "path/to/this/folder"',
         f"model = torch_rsst.load_compact(folder{dense}).eval()",
     ]
     served = ""

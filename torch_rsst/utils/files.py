@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -92,10 +93,29 @@ def as_folder(folder: object, remedy: str) -> Path:
 
     Raises:
         TypeError: for anything else than a path.
+        ValueError: for an empty one, which would be the working directory.
     """
     if not isinstance(folder, (str, os.PathLike)):
         refuse(TypeError, "folder", "the path of a folder", shown(folder), remedy)
+    if not os.fspath(folder):
+        refuse(ValueError, "folder", "the path of a folder", repr(folder), remedy)
     return Path(folder)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time write to a folder; others wait for it.
+
+    Nobody waits where the system or the file system locks no folders.
+    """
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl  # not on Windows
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def check_writable(folder: Path) -> None:
