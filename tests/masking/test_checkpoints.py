@@ -317,3 +317,38 @@ def test_a_wrapper_takes_dense_weights_under_names_with_and_without_its_own(
     assert same(first.weight if choice == "remove" else first.weight_orig, dense.module[0].weight)
     masks = torch_rsst.extract_mask(model)
     assert masks.keys() == (set() if choice == "remove" else WRAPPED.keys())
+
+
+class Pair(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        if tied:
+            self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_a_state_of_tied_weights_prepares_a_model_that_does_not_tie_them() -> None:
+    tied, untied, x = Pair(tied=True), Pair(tied=False), tokens(0, 3, 4)
+    torch_rsst.l1_unstructured(tied.a, "weight", 0.5)
+    torch_rsst.prepare_from_state_dict(untied, tied.state_dict())
+    untied.load_state_dict(tied.state_dict())
+    assert torch.equal(untied(x), tied(x))
+    assert list(torch_rsst.extract_mask(untied)) == ["a.weight", "b.weight"]
+
+
+def test_a_state_that_masks_one_of_two_weights_is_refused_by_a_model_that_ties_them(
+    fingerprint: Fingerprint,
+) -> None:
+    untied, tied = Pair(tied=False), Pair(tied=True)
+    torch_rsst.l1_unstructured(untied.a, "weight", 0.5)
+    before = fingerprint(tied)
+    text = (
+        "state_dict: 'b.weight': expected a mask, as 'a.weight' has, which it is tied to in the model, got "
+        "dense weights. Build the model without this tie"
+    )
+    with pytest.raises(ValueError, match=text):
+        torch_rsst.prepare_from_state_dict(tied, untied.state_dict())
+    assert fingerprint(tied) == before

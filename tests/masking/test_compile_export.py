@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -248,7 +249,7 @@ def test_an_onnx_model_agrees(make: Make) -> None:
 
 
 def _traced(model: nn.Module, x: Tensor) -> Callable[..., Tensor]:
-    traced: Callable[..., Tensor] = torch.jit.trace(model, x, check_trace=False)
+    traced: Callable[..., Tensor] = torch.jit.trace(model, x)
     return traced
 
 
@@ -275,6 +276,22 @@ def test_a_traced_model_follows_weights_and_masks_and_trains(make: Make, trace: 
     expected = gradients(model, model(x))
     torch.testing.assert_close(gradients(model, traced(x)), expected)
     assert {id(p) for p in traced.parameters()} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(8), nn.LSTM(8, 8), nn.InstanceNorm1d(8, affine=True)]
+)
+def test_layers_that_branch_on_their_input_stay_whole_in_a_symbolic_trace(layer: nn.Module) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), layer).eval(), torch.randn(8, 4)
+    name = next(name for name, _ in layer.named_parameters())
+    torch_rsst.l1_unstructured(layer, name, 0.5)
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert "call_module" in [node.op for node in torch.fx.symbolic_trace(one).graph.nodes]
+    traced = torch.fx.symbolic_trace(model)
+    turn_masks(model)
+    torch.testing.assert_close(traced(x), model(x))
+    torch_rsst.remove_all(model, freeze_zeros=False)
+    assert "__module__" not in vars(layer)
 
 
 @pytest.mark.needs_timm

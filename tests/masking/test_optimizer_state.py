@@ -262,7 +262,7 @@ def test_a_fillback_without_an_optimizer_to_reset(
     layer = linear()
     torch_rsst.global_unstructured([(layer, "weight")], torch_rsst.GlobalL1, amount=6)
     before = fingerprint(layer)
-    with pytest.raises(TypeError, match="optimizer: expected a torch optimizer, got bool"):
+    with pytest.raises(TypeError, match="reset_moments: expected a torch optimizer, got bool"):
         torch_rsst.fillback(layer, "weight", 4, reset_moments=True)  # type: ignore[arg-type]
     assert fingerprint(layer) == before
 

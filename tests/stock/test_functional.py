@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -411,3 +412,26 @@ def test_a_parametrized_parameter_is_refused_with_what_to_mask_instead(fingerpri
         with pytest.raises(ValueError, match=r"a plain parameter.*remove_parametrizations first"):
             call(layer, "weight", amount=0.5)
         assert fingerprint(layer) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda layer: torch_rsst.remove_all(layer, freeze_zeros="no"), "freeze_zeros"),
+        (lambda layer: torch_rsst.remove(layer, "weight", freeze_zeros=[]), "freeze_zeros"),
+        (
+            lambda layer: torch_rsst.fillback(layer, "weight", 0.5, freeze_masked=np.ones(2)),
+            "freeze_masked",
+        ),
+        (lambda layer: torch_rsst.apply_mask(layer, {}, strict=""), "strict"),
+    ],
+)
+def test_what_is_neither_true_nor_false_is_refused_before_anything_is_changed(
+    call: Callable[[nn.Module], Any], name: str, fingerprint: Fingerprint
+) -> None:
+    layer = nn.Linear(6, 4)
+    torch_rsst.l1_unstructured(layer, "weight", 0.5)
+    before = fingerprint(layer)
+    with pytest.raises(TypeError, match=f"{name}: expected True or False"):
+        call(layer)
+    assert fingerprint(layer) == before

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_rsst.distributed.dtensor import is_sharded, placed_like
 from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.live_weight import MASK, ORIG
-from torch_rsst.masking.mask_sets import apply_mask, extract_mask
+from torch_rsst.masking.mask_sets import apply_mask, entries_of, extract_mask
 from torch_rsst.masking.mask_undo import is_writable
 from torch_rsst.masking.mask_values import check_binary
 from torch_rsst.masking.names import (
@@ -26,7 +26,7 @@ from torch_rsst.masking.names import (
 )
 from torch_rsst.masking.removal import remove_all
 from torch_rsst.masking.rollback import AllOrNothing
-from torch_rsst.utils.errors import MissingNameError, listing, refuse, unknown_choice
+from torch_rsst.utils.errors import MissingNameError, check_choice, check_type, listing, refuse
 
 MaskChoice: TypeAlias = Literal["keep", "zeros", "remove"]
 MASK_CHOICES = ("keep", "zeros", "remove")
@@ -42,25 +42,34 @@ def prepare_from_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
         >>> fresh.load_state_dict(pruned.state_dict())
         <All keys matched successfully>
 
-    Changes the model as :func:`apply_mask` does, and raises as it does.
+    Changes the model as :func:`apply_mask` does, and raises as it does. Parameters that are tied in the state dict
+    need not be tied in the model: each gets the mask.
 
     Returns:
         the model that was given.
 
     Raises:
         ValueError: where a parameter is masked in the model and dense in the state dict: what
-            becomes of its mask is yours to say, see :func:`load_dense_state_dict`.
+            becomes of its mask is yours to say, see :func:`load_dense_state_dict`. Where parameters that are tied
+            in the model are masked and dense in the state dict.
     """
-    masks, names = extract_mask(state_dict), first_names(model)
-    given = {names[found] for name in masks if (found := found_among(name, names)) is not None}
-    if left := masked_names(model) - given:
-        refuse(
-            ValueError,
-            "state_dict",
-            "a mask for every parameter that the model masks",
-            f"dense weights for {listing(sorted(left))}",
-            "Call load_dense_state_dict(model, state_dict, mask='keep'), 'zeros' or 'remove'.",
-        )
+    extract_mask(state_dict)  # refuses what is no state dict, and masks that contradict each other
+    masks = {name: mask for name, _, mask in entries_of(state_dict) if mask is not None}
+    names = first_names(model)
+    given = {
+        names[found]: name for name in masks if (found := found_among(name, names)) is not None
+    }
+    for name, _, mask in entries_of(state_dict):
+        first = names.get(found_among(name, names) or "") if mask is None else None
+        if first in given:
+            expected = f"a mask, as {given[first]!r} has, which it is tied to in the model"
+            remedy = "Build the model without this tie, or mask both before the state dict is made."
+            refuse(ValueError, f"state_dict: {name!r}", expected, "dense weights", remedy)
+    if left := masked_names(model) - given.keys():
+        expected = "a mask for every parameter that the model masks"
+        got = f"dense weights for {listing(sorted(left))}"
+        remedy = "Call load_dense_state_dict(model, state_dict, mask='keep'), 'zeros' or 'remove'."
+        refuse(ValueError, "state_dict", expected, got, remedy)
     apply_mask(model, masks)
     return model
 
@@ -92,11 +101,8 @@ def load_dense_state_dict(
         ValueError: for other shapes, another choice, different values for the names of one tied parameter, or a state
             dict that holds masks itself.
     """
-    if mask not in MASK_CHOICES:
-        raise ValueError(unknown_choice("mask", mask, MASK_CHOICES))
-    if not isinstance(state_dict, Mapping):
-        got, remedy = type(state_dict).__name__, "Pass dense_model.state_dict()."
-        refuse(TypeError, "state_dict", "a dict", got, remedy)
+    check_choice("mask", mask, MASK_CHOICES)
+    check_type(state_dict, Mapping, "state_dict", "a dict", "Pass dense_model.state_dict().")
     inner = unwrap(model)
     check_masks_in_place("load_dense_state_dict", inner.modules())
     shapes = _dense_shapes(inner)
@@ -114,11 +120,7 @@ def load_dense_state_dict(
 
 
 def _under_all_names(model: nn.Module, loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with those of tied parameters under each of their names, of which files may hold one.
-
-    Raises:
-        ValueError: where the names of one parameter have different values.
-    """
+    """Values with those of tied parameters under each of their names, of which files may hold one."""
     first, found = first_names(model), dict(loaded)
     held: dict[str, str] = {}
     for name in (name for name in first if name in loaded):

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.optimizer_hooks import held_by
 
 PLAIN_NOW: list[set[nn.Module]] = []
 """Of each open block the modules whose masks it has taken off; one may be in several."""
@@ -51,15 +52,8 @@ def _forget(key: int, dead: weakref.ref[nn.Parameter]) -> None:
 
 
 def _refuse_given_up(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _given_up:
-        return
-    if any(id(p) in _given_up for group in optimizer.param_groups for p in group["params"]):
+    if _given_up and any(id(p) in _given_up for p in held_by(optimizer)):
         got = "a plain one of a dense_weights() block that has ended, which would train nothing"
         remedy = "Make the optimizer before or after the `with` block, of model.parameters() as they are then."
-        refuse(
-            RuntimeError,
-            f"step of {type(optimizer).__name__}",
-            "parameters of a model",
-            got,
-            remedy,
-        )
+        subject = f"step of {type(optimizer).__name__}"
+        refuse(RuntimeError, subject, "parameters of a model", got, remedy)

@@ -31,7 +31,8 @@ from torch_rsst.masking.names import masked_places, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
 from torch_rsst.masking.rollback import AllOrNothing, reorder
 from torch_rsst.masking.tied import masked_with, sharing
-from torch_rsst.utils.errors import listing, refuse, unknown_choice
+from torch_rsst.utils.errors import check_choice, listing, refuse
+from torch_rsst.utils.optimizer_hooks import held_by
 
 MaskedWrites: TypeAlias = Literal["error", "drop", "keep"]
 MASKED_WRITES = ("error", "drop", "keep")
@@ -85,8 +86,7 @@ def dense_weights(
             on leaving, for values written to masked entries under ``"error"``, for masks that were
             set inside, or where a masked parameter is gone or has another shape.
     """
-    if masked_writes not in MASKED_WRITES:
-        raise ValueError(unknown_choice("masked_writes", masked_writes, MASKED_WRITES))
+    check_choice("masked_writes", masked_writes, MASKED_WRITES)
     unwrap(model)
     return _DenseWeights(model, masked_writes)
 
@@ -233,7 +233,7 @@ class _DenseWeights(AbstractContextManager[nn.Module]):
 
     def _refuse_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         own = {id(p) for dense in self._dense for p in (dense.original, dense.plain)}
-        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        if any(id(p) in own for p in held_by(optimizer)):
             remedy = "Leave the `with` block first: only then are masks obeyed."
             got = f"a step of {type(optimizer).__name__}"
             refuse(RuntimeError, "dense_weights", "no training inside", got, remedy)

@@ -27,7 +27,7 @@ from torch_rsst.masking.names import masked_places, unwrap
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.tied import masked_with
 from torch_rsst.utils.errors import UnfrozenZerosWarning, message, refuse
-from torch_rsst.utils.optimizer_hooks import steps_around
+from torch_rsst.utils.optimizer_hooks import held_by, steps_around
 
 
 def freeze_masked(model: nn.Module) -> FreezeHandle:
@@ -113,23 +113,20 @@ def move_freeze(old: ParameterRef, new: ParameterRef) -> None:
             frozen.module, frozen.name = weakref.ref(new.module), new.name
 
 
-def add_heirs(
-    heirs: Heirs, old: ParameterRef, new: ParameterRef, cut: Callable[[Tensor], Tensor]
-) -> None:
-    """Note what holds of ``new`` what is held of ``old``; it is not yet in force.
+def heirs_of_parameter(
+    places: Sequence[ParameterRef], new: ParameterRef, cut: Callable[[Tensor], Tensor]
+) -> Heirs:
+    """What holds of ``new`` what is held of a parameter; it is not yet in force.
 
     Args:
-        heirs: gets it.
-        old: a place of a parameter.
-        new: a place of the parameter that takes its place.
+        places: of the parameter.
+        new: a place of the one that takes its place.
         cut: entries of the old parameter, as bool → those of the new one.
     """
-    for frozen in _FROZEN:
-        fits = frozen.is_of(old) and frozen.shape == old.original.shape
-        if fits and frozen not in heirs:  # tied ones have several
-            heir = frozen.heir(new, cut)
-            if heir is not None:
-                heirs[frozen] = heir
+    shape = places[0].original.shape
+    held = [f for f in _FROZEN if f.shape == shape and any(map(f.is_of, places))]
+    heirs = {frozen: frozen.heir(new, cut) for frozen in held}
+    return {frozen: heir for frozen, heir in heirs.items() if heir is not None}
 
 
 def hold(heirs: Heirs) -> None:
@@ -150,7 +147,7 @@ class _Frozen:
         self.module, self.name, self.shape = weakref.ref(ref.module), ref.name, original.shape
         self.parameter = weakref.ref(original, self._parameter_died)
         self.heirs: weakref.WeakSet[_Frozen] = weakref.WeakSet()
-        self._home: tuple[weakref.ref[nn.Module], str] | None = None
+        self.home: tuple[weakref.ref[nn.Module], str] | None = None  # a model, and where in it
         self._zeros = zeros
         self._before: Tensor | None = None
 
@@ -158,16 +155,12 @@ class _Frozen:
         if self.module() is None and self.successor is None:  # else the next step tells
             _discard(self)
 
-    def is_at(self, model: nn.Module, path: str) -> None:
-        """Note where in a model the module is."""
-        self._home = weakref.ref(model), path
-
     @property
     def successor(self) -> ParameterRef | None:
         """The parameter where this one was in its model, if both that module and this one's are there no more."""
-        if self.module() is not None or self._home is None:
+        if self.module() is not None or self.home is None:
             return None
-        module, path = self._home[0](), self._home[1]
+        module, path = self.home[0](), self.home[1]
         for name in path.split("."):
             module = None if module is None else module._modules.get(name)
         ref = None if module is None else ParameterRef(module, self.name)
@@ -192,15 +185,14 @@ class _Frozen:
     def held(self, updated: Container[int]) -> nn.Parameter | None:
         """The parameter to hold in a step that updates those with these ids."""
         ref = self.ref
+        is_masked = ref is not None and ref.is_masked
+        if is_masked != (self._zeros is None):
+            return None
         for parameter in (self.parameter(), None if ref is None else ref.original):
             fits = parameter is not None and parameter.shape == self.shape
-            if fits and id(parameter) in updated and self._applies(ref):
+            if fits and id(parameter) in updated:
                 return parameter
         return None
-
-    def _applies(self, ref: ParameterRef | None) -> bool:
-        is_masked = ref is not None and ref.is_masked
-        return is_masked == (self._zeros is None)
 
     def heir(self, ref: ParameterRef, cut: Callable[[Tensor], Tensor]) -> _Frozen | None:
         """What holds the same of another parameter; None where that leaves nothing to hold."""
@@ -273,18 +265,14 @@ def _freeze(frozen: Sequence[_Frozen], within: nn.Module | None = None) -> Freez
         if each.ref is not None:
             end_freeze(each.ref)
             if model is not None and each.ref.module in paths:
-                each.is_at(model, paths[each.ref.module])
+                each.home = weakref.ref(model), paths[each.ref.module]
         _FROZEN.append(each)
     return FreezeHandle(frozen)
 
 
-def _updated_by(optimizers: Iterable[Optimizer]) -> set[int]:
-    return {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
-
-
 def _frozen_in(optimizer: Optimizer) -> list[tuple[nn.Parameter, _Frozen]]:
     """What is frozen of the parameters that an optimizer updates, where the freeze still holds."""
-    updated = _updated_by([optimizer])
+    updated = set(map(id, held_by(optimizer)))
     found = [(frozen.held(updated), frozen) for frozen in list(_FROZEN)]
     return [(parameter, frozen) for parameter, frozen in found if parameter is not None]
 
@@ -309,7 +297,7 @@ def _warn_of_ended() -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _FROZEN:
         return
-    around = _updated_by(steps_around(sys._getframe(1)))
+    around = set(map(id, held_by(*steps_around(sys._getframe(1)))))
     if not around:
         _warn_of_ended()
     for parameter, frozen in _frozen_in(optimizer):
@@ -321,6 +309,6 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _FROZEN:
         return
     # What an optimizer around this one updates as well is held once more when that one is done.
-    around = _updated_by(steps_around(sys._getframe(1)))
+    around = set(map(id, held_by(*steps_around(sys._getframe(1)))))
     for parameter, frozen in _frozen_in(optimizer):
         frozen.after_step(parameter, nested=id(parameter) in around)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from torch_rsst.masking.mask_values import warn_if_averaged
@@ -38,6 +39,8 @@ from torch_rsst.utils.errors import refuse
 ORIG, MASK = "_orig", "_mask"
 # All modules that have live names, or had.
 LIVE_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Layers whose forward branches on its input. torch.fx calls them as they are, by the module that an instance names.
+_BRANCHING = (_NormBase, nn.RNNBase, nn.MultiheadAttention)
 PICKLE_FORMAT = 1  # of pickled modules and hooks: what a pickle names and with what arguments
 
 
@@ -58,7 +61,8 @@ def product(module: nn.Module, name: str) -> Tensor:
         if type(mask) is Tensor and not torch.compiler.is_compiling():
             warn_if_averaged(mask, f"'{name}' of {type(module).__name__}")
         made = masked(original, mask, sparse=getattr(module, "sparse", False) is True)
-        if not torch.compiler.is_compiling():
+        # torch.jit names operations by local variables that it meets: by the same ones in each mode.
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             _hold(module, name, made)
         return made
     plain = module._parameters.get(name)
@@ -90,6 +94,8 @@ def make_live(module: nn.Module, name: str) -> None:
     base, names = _base_and_names(_own_class(module))
     _set_own_class(module, _live_class(base, names | {name}))
     module.__dict__.pop(name, None)
+    if issubclass(base, _BRANCHING):
+        module.__dict__["__module__"] = base.__module__
     LIVE_MODULES.add(module)
 
 
@@ -99,6 +105,8 @@ def make_plain(module: nn.Module, name: str) -> None:
     _held.pop(module, None)
     if name in names:
         rest = names - {name}
+        if not rest:
+            module.__dict__.pop("__module__", None)
         _set_own_class(module, _live_class(base, rest) if rest else base)
 
 

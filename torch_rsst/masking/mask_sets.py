@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,15 @@ from torch_rsst.masking.names import (
 )
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, masked_refs
 from torch_rsst.masking.tied import check_one_mask, check_shared
-from torch_rsst.utils.errors import MissingNameError, closest, listing, refuse, refuse_name
+from torch_rsst.utils.amounts import check_flag
+from torch_rsst.utils.errors import (
+    MissingNameError,
+    check_type,
+    closest,
+    listing,
+    refuse,
+    refuse_name,
+)
 
 Masks: TypeAlias = dict[str, Tensor]
 
@@ -106,13 +114,9 @@ def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
             else "Pass model.state_dict()."
         )
         refuse(ValueError, "state dict", "tensors", f"none in {listing(state)}", remedy)
-    dense_key = dense_keys(state)
     first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     found: dict[str, list[Tensor | None]] = {}
-    for key, original in state.items():
-        own = key.removesuffix(ORIG)
-        masked = own != key and own + MASK in state
-        name = dense_key[key].removesuffix(ORIG) if masked else dense_key[key]
+    for name, original, mask in entries_of(state):
         # Sharded and meta tensors have no address of their own; extra state is no tensor.
         if (
             isinstance(original, Tensor)
@@ -121,10 +125,21 @@ def _masks_of_state_dict(state: Mapping[str, Tensor]) -> Masks:
         ):
             place = (original.data_ptr(), original.shape, original.stride())
             name = first_names.setdefault(place, name)
-        found.setdefault(name, []).append(state[own + MASK] if masked else None)
+        found.setdefault(name, []).append(mask)
     for name, masks in found.items():
         check_one_mask(name, masks)
     return {name: masks[0] for name, masks in found.items() if masks[0] is not None}
+
+
+def entries_of(state: Mapping[str, Any]) -> Iterator[tuple[str, Any, Tensor | None]]:
+    """Dense name, value and mask of each entry of a state dict; None for a mask where it is dense."""
+    dense_key = dense_keys(state)
+    for key, value in state.items():
+        own = key.removesuffix(ORIG)
+        if own != key and own + MASK in state:
+            yield dense_key[key].removesuffix(ORIG), value, state[own + MASK]
+        else:
+            yield dense_key[key], value, None
 
 
 def as_bool(mask: Tensor, name: str, *, remedy: str = THRESHOLD) -> Tensor:
@@ -144,16 +159,9 @@ def as_bool(mask: Tensor, name: str, *, remedy: str = THRESHOLD) -> Tensor:
 
 
 def _checked(mask: Tensor, name: str, remedy: str) -> Tensor:
-    """The mask itself, whatever its dtype.
-
-    Raises:
-        TypeError: unless given a tensor.
-        ValueError: for other values than 0 and 1.
-    """
+    """The mask itself, whatever its dtype; raises as :func:`as_bool` does."""
     subject = f"mask of {name!r}"
-    if not isinstance(mask, Tensor):
-        given, way_out = type(mask).__name__, "A mask set maps parameter names to tensors."
-        refuse(TypeError, subject, "a tensor", given, way_out)
+    check_type(mask, Tensor, subject, "a tensor", "A mask set maps parameter names to tensors.")
     if mask.layout != torch.strided:
         refuse(ValueError, subject, "a dense tensor", mask.layout, "Call to_dense() first.")
     if mask.is_meta:
@@ -216,7 +224,7 @@ def apply_mask(model: nn.Module, masks: Mapping[str, Tensor], *, strict: bool = 
     """
     work = agreed(
         replica_group(model),
-        lambda: _sites_to_mask(model, masks, strict=strict),
+        lambda: _sites_to_mask(model, masks, strict=check_flag(strict, "strict")),
         lambda work: ((name, mask) for name, _, mask in work),
     )
     of_each: dict[int, Tensor] = {}
@@ -235,13 +243,9 @@ def _sites_to_mask(
     others = {name: refs[name] for name in refs.keys() - resolved.values()}
     check_shared(others)
     if strict and (left := [name for name, places in others.items() if places[0].is_masked]):
-        refuse(
-            MissingNameError,
-            "masks",
-            "every masked parameter",
-            f"none for {listing(sorted(left))}",
-            "Add them, or pass strict=False to leave them as they are.",
-        )
+        got = f"none for {listing(sorted(left))}"
+        remedy = "Add them, or pass strict=False to leave them as they are."
+        refuse(MissingNameError, "masks", "every masked parameter", got, remedy)
     overwritten = {_address(ref.mask) for ref in masked_refs(unwrap(model).modules())}
     work: list[tuple[str, ParameterRef, Tensor]] = []
     for name, mask in chosen.items():

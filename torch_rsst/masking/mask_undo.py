@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_rsst.distributed.dtensor import local
-from torch_rsst.utils.bool_ops import compare, count, nonzero, packed, unpacked
+from torch_rsst.utils.bool_ops import compare, count, packed, unpacked
 from torch_rsst.utils.threads import Workers
 
 _PACKED = 1 << 20  # entries of a mask that are packed to bits together, a multiple of 8
@@ -53,7 +53,7 @@ def _packed(mask: Tensor) -> list[Tensor] | None:
     flags = torch.empty(min(mask.numel(), _PACKED), dtype=torch.bool, device="cpu")
     for part in torch.split(mask.reshape(-1), _PACKED):
         own = flags[: part.numel()]
-        alive = count(nonzero(part, out=own))
+        alive = count(compare(part, "!=", 0, out=own))
         bits.append(packed(own))
         if count(compare(part, "==", 1, out=own)) != alive:
             return None

@@ -26,9 +26,8 @@ _ORDERED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def is_binary(mask: Tensor) -> bool:
     """Whether a mask holds nothing but 0 and 1, on all ranks."""
     part = local(mask).detach()
-    if (
-        part.dtype not in _ORDERED
-    ):  # complex numbers have no order, products of integers wrap around
+    # Complex numbers have no order, products of integers wrap around.
+    if part.dtype not in _ORDERED:
         part = part.float() if part.is_floating_point() else ((part != 0) & (part != 1)).float() * 2
     if part.is_contiguous():
         part = part.view(-1)  # in fewer blocks
@@ -47,9 +46,7 @@ def is_full(mask: Tensor | None) -> bool:
     if mask is None:
         return False
     part = local(mask)
-    if (
-        part.dtype in _ORDERED or part.dtype == torch.bool
-    ):  # the least one is found faster than zeros are
+    if part.dtype in _ORDERED or part.dtype == torch.bool:  # the least is found faster than zeros
         return not part.numel() or bool(part.amin() > 0)
     return bool((part.float() if part.is_floating_point() else part != 0).all())
 

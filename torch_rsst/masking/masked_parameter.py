@@ -37,7 +37,7 @@ from torch_rsst.masking.mask_values import check_binary, is_full
 from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
-from torch_rsst.masking.tied import masked_with, masks_another, sharing
+from torch_rsst.masking.tied import by_parameter, masked_with, masks_another, sharing
 from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.large_pages import with_large_pages
 
@@ -64,8 +64,8 @@ class NewMasks:
 
     def as_tensors(self, refs: Sequence[ParameterRef]) -> list[Tensor]:
         """By themselves, as bool, one for each parameter."""
-        originals = {id(ref.original): ref.original for ref in refs}
-        alive = [torch.empty_like(each, dtype=torch.bool) for each in originals.values()]
+        originals = [places[0].original for places in by_parameter(refs)]
+        alive = [torch.empty_like(each, dtype=torch.bool) for each in originals]
         self.write(alive)
         return alive
 
@@ -92,7 +92,9 @@ class _Masked(BasePruningMethod):
         others = masked_with([ref])
         own = module._parameters
         restore([other for other in others if other.module._parameters is not own])
-        make_permanent(ref)
+        original, mask = ref.original, ref.mask
+        set_plain(ref, original)
+        zero(original, mask)
         for other in others:  # copies by copy.copy() have the same dicts
             make_plain(other.module, other.name)
 
@@ -193,19 +195,13 @@ def install(refs: Sequence[ParameterRef], new: NewMasks) -> None:
     refs = [*refs, *(check_ref(ref.module, ref.name) for ref in sharing(refs))]
     # A mask made in inference mode could not be changed outside it.
     with torch.inference_mode(False), torch.no_grad():
-        originals = [id(ref.original) for ref in refs]
-        masks: dict[int, Tensor] = {}
-        for original, ref in zip(originals, refs, strict=True):
-            if original not in masks:
-                masks[original] = _mask_buffer(ref)
-        mask_of = list(zip(refs, (masks[original] for original in originals), strict=True))
-        changing = [(ref, mask) for ref, mask in mask_of if not _holds(ref, mask)]
-        changed = [ref for ref, _ in changing]
+        masks = {id(tied[0].original): _mask_buffer(tied[0]) for tied in by_parameter(refs)}
+        changed = [ref for ref in refs if not _holds(ref, masks[id(ref.original)])]
         dense = [ref for ref in changed if not ref.is_masked]
         with AllOrNothing(changed, written=refs) as undo:
             undo.append(frozen_now(dense))
-            for ref, mask in changing:
-                reparametrize(ref, mask)
+            for ref in changed:
+                reparametrize(ref, masks[id(ref.original)])
             hooks = [set_hook(ref) for ref in changed]
             new.write(list(masks.values()))
             for ref, hook in zip(changed, hooks, strict=True):
@@ -313,13 +309,6 @@ def restore(refs: Sequence[ParameterRef], *, last: Callable[[], object] | None =
                 zero(original, mask)
         if last is not None:
             last()
-
-
-def make_permanent(ref: ParameterRef) -> None:
-    """Undo the reparametrization in place: the parameter keeps its identity, place and gradient."""
-    original, mask = ref.original, ref.mask
-    set_plain(ref, original)
-    zero(original, mask)
 
 
 def zero(original: nn.Parameter, mask: Tensor | None) -> None:

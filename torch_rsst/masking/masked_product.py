@@ -37,17 +37,7 @@ def masked(original: Tensor, mask: Tensor, *, sparse: bool = False) -> Tensor:
             return torch.where(torch.eq(mask, original.new_zeros(())), 0.0, original)
         traced = not isinstance(original, Tensor)  # by torch.fx
         if not traced and original.requires_grad and torch.is_grad_enabled():
-            return _in_training(original, mask, sparse)
-    return _product(original, mask, sparse)
-
-
-def _in_training(original: Tensor, mask: Tensor, sparse: bool) -> Tensor:
-    saved = mask.detach()
-    _note_graph(mask, saved)
-    return _product(original, saved, sparse)
-
-
-def _product(original: Tensor, mask: Tensor, sparse: bool) -> Tensor:
+            mask = _alias_for_graph(mask)
     if isinstance(original, Tensor) and original.dtype not in _SELECTED:  # torch.fx has none
         return torch.where(
             mask == 0, torch.zeros((), dtype=original.dtype, device=original.device), original
@@ -56,8 +46,9 @@ def _product(original: Tensor, mask: Tensor, sparse: bool) -> Tensor:
     if sparse:
         # Of the operations that let no NaN through, none takes a sparse gradient: a product meets it first.
         # In compiled graphs nothing else may, so that there a NaN under the mask gets through.
-        compiling = torch.compiler.is_compiling()
-        return (original if compiling else _without_masked(original, mask)) * mask
+        if not torch.compiler.is_compiling():
+            original = _WithoutMasked.apply(original, mask)
+        return original * mask
     return _select(original, mask, 0)  # type: ignore[no-any-return]
 
 
@@ -84,7 +75,8 @@ def masked_operand(function: Any, args: tuple[Any, ...]) -> Any:
 _in_graph: dict[int, dict[int, weakref.ref[Tensor]]] = {}
 
 
-def _note_graph(mask: Tensor, saved: Tensor) -> None:
+def _alias_for_graph(mask: Tensor) -> Tensor:
+    saved = mask.detach()
     of, own = id(mask), id(saved)
 
     def forget(_: object) -> None:
@@ -94,6 +86,7 @@ def _note_graph(mask: Tensor, saved: Tensor) -> None:
             _in_graph.pop(of, None)
 
     _in_graph.setdefault(of, {})[own] = weakref.ref(saved, forget)
+    return saved
 
 
 def is_in_graph(mask: Tensor) -> bool:
@@ -121,7 +114,3 @@ class _WithoutMasked(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: object) -> Tensor:
         return tangent
-
-
-def _without_masked(original: Tensor, mask: Tensor) -> Tensor:
-    return _WithoutMasked.apply(original, mask)  # type: ignore[no-any-return]

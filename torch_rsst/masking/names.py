@@ -11,7 +11,7 @@ from torch_rsst.distributed.fsdp import reshard
 from torch_rsst.masking.live_weight import ORIG
 from torch_rsst.masking.parameter_ref import ParameterRef, dense_name, masked_refs
 from torch_rsst.masking.tied import check_memory, check_shared
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.errors import check_type
 
 # What DataParallel and DistributedDataParallel, torch.compile and FSDP put around a module.
 OUTER_PREFIX = "module."
@@ -24,9 +24,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: unless given a module.
     """
-    if not isinstance(model, nn.Module):
-        got, remedy = type(model).__name__, "Pass the torch.nn.Module to prune."
-        refuse(TypeError, "model", "a module", got, remedy)
+    check_type(model, nn.Module, "model", "a module", "Pass the torch.nn.Module to prune.")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -107,9 +105,14 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return {full: first.setdefault(id(ref.original), full) for full, ref in _every_place(model)}
 
 
+def all_places(*models: nn.Module) -> list[ParameterRef]:
+    """Every place of a parameter; raises as :func:`named_refs` does."""
+    return [ref for model in models for places in named_refs(model).values() for ref in places]
+
+
 def masked_places(model: nn.Module) -> list[ParameterRef]:
     """Every place of a masked parameter; raises as :func:`named_refs` does."""
-    return [ref for places in named_refs(model).values() for ref in places if ref.is_masked]
+    return [ref for ref in all_places(model) if ref.is_masked]
 
 
 def masked_names(model: nn.Module) -> set[str]:

@@ -123,11 +123,7 @@ def _names_in(state: Mapping[str, Any]) -> list[str]:
 
 
 def _names(given: object) -> list[str]:
-    """Names that were given as such.
-
-    Raises:
-        TypeError: for anything else.
-    """
+    """Names that were given as such; refused for anything else."""
     names = items(given)
     if names is None or not all(isinstance(name, str) for name in names):
         remedy = "Pass [name for name, _ in old_model.named_parameters()], or 'stock'."
@@ -179,5 +175,4 @@ def reset_returned(optimizers: Iterable[Optimizer], model: nn.Module, before: Ma
     for optimizer in optimizers:
         for name, was_alive in before.items():
             ref = refs[name][0]
-            alive = torch.ones_like(was_alive) if ref.alive is None else ref.alive
-            reset_moments(optimizer, ref.original, alive & ~was_alive)
+            reset_moments(optimizer, ref.original, ref.alive_entries & ~was_alive)

@@ -65,6 +65,12 @@ class ParameterRef:
         """The current mask as bool, distributed as the parameter is; None where dense (all alive)."""
         return None if self.mask is None else placed_like(self.mask != 0, self.original)
 
+    @property
+    def alive_entries(self) -> Tensor:
+        """The same, all ones where dense."""
+        alive = self.alive
+        return torch.ones_like(self.original, dtype=torch.bool) if alive is None else alive
+
     def __str__(self) -> str:
         return f"'{self.name}' of {type(self.module).__name__}"
 
@@ -106,13 +112,10 @@ def check_ref(module: object, name: object) -> ParameterRef:
         remedy = "Run one forward pass first, so that its shape is known."
         refuse(ValueError, subject, "an initialized parameter", "a lazy one", remedy)
     if taken := [key for key in (name + ORIG, name + MASK) if _is_taken(module, key)]:
-        refuse(
-            ValueError,
-            subject,
-            f"{name + ORIG!r} and {name + MASK!r} to be free names",
-            f"one in use: {taken[0]!r}",
-            "Rename it: this is where PyTorch's pruning keeps the weights and the mask.",
-        )
+        expected = f"{name + ORIG!r} and {name + MASK!r} to be free names"
+        got = f"one in use: {taken[0]!r}"
+        remedy = "Rename it: this is where PyTorch's pruning keeps the weights and the mask."
+        refuse(ValueError, subject, expected, got, remedy)
     if name == "weight" and loses_renormalization(module):
         got = f"max_norm={module.max_norm} in a table with a forward of its own"
         remedy = "Set max_norm to None: there it would write to a product that is thrown away."
@@ -202,14 +205,11 @@ def check_scores(ref: ParameterRef, scores: Tensor | None) -> Tensor:
         expected = f"shape {tuple(ref.original.shape)}"
         got = f"shape {tuple(scores.shape)}"
         refuse(ValueError, subject, expected, got, remedy)
-    if not scores.is_floating_point() and scores.numel() and _exceeds(scores, 1 << 53):
+    integers = scores.numel() and not scores.is_floating_point()
+    if integers and max(int(scores.max()), -int(scores.min())) > 1 << 53:
         expected, got = "integers within ±2**53, which float64 tells apart", "larger ones"
         refuse(ValueError, subject, expected, got, "Scale them down.")
     return placed_like(scores.detach(), ref.original)
-
-
-def _exceeds(scores: Tensor, bound: int) -> bool:
-    return int(scores.max()) > bound or int(scores.min()) < -bound
 
 
 def masked_refs(modules: Iterable[nn.Module]) -> list[ParameterRef]:

@@ -14,6 +14,7 @@ from torch_rsst.masking.masked_parameter import restore
 from torch_rsst.masking.names import masked_places
 from torch_rsst.masking.parameter_ref import ParameterRef
 from torch_rsst.masking.tied import masked_with
+from torch_rsst.utils.amounts import check_flag
 from torch_rsst.utils.errors import UnfrozenZerosWarning
 
 
@@ -44,6 +45,7 @@ def remove_all(model: nn.Module, *, freeze_zeros: bool | None = None) -> nn.Modu
         the model that was given.
 
     Raises:
+        TypeError: for another ``freeze_zeros``.
         ValueError: where a tied parameter is masked for some of its modules only, or by different masks.
 
     Warns:
@@ -64,9 +66,10 @@ def what_becomes_of(
     within: nn.Module | None = None,
 ) -> Callable[[], object] | None:
     """The last step of a removal: freeze what was masked, warn of it, or nothing."""
-    if freeze_zeros:
-        return partial(hold_at_zero, zeros, within=within)
-    return partial(_warn_unfrozen, zeros) if freeze_zeros is None else None
+    if freeze_zeros is None:
+        return partial(_warn_unfrozen, zeros)
+    held = check_flag(freeze_zeros, "freeze_zeros")
+    return partial(hold_at_zero, zeros, within=within) if held else None
 
 
 def _warn_unfrozen(zeros: Iterable[tuple[ParameterRef, Tensor]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch_rsst.masking.names import (
     named_refs,
     named_weights,
 )
-from torch_rsst.utils.errors import listing, refuse, unknown_choice
+from torch_rsst.utils.errors import check_choice, check_type, listing, refuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Snapshot:
     buffers: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, rewind: object) -> Snapshot:
+    def of(cls, model: nn.Module, rewind: Any) -> Snapshot:
         """What ``rewind`` asks for: None, ``"init"`` (the model as it is now) or a state dict.
 
         Raises:
@@ -42,14 +43,12 @@ class Snapshot:
         if rewind == "init":
             return cls(_copied(weights), _copied(buffers))
         if isinstance(rewind, str):
-            raise ValueError(unknown_choice("rewind", rewind, ["init"]))
-        if not isinstance(rewind, Mapping):
-            got = type(rewind).__name__
-            remedy = "Pass model.state_dict() of an earlier moment."
-            refuse(TypeError, "rewind", "None, 'init' or a state dict", got, remedy)
+            check_choice("rewind", rewind, ["init"])
+        remedy = "Pass model.state_dict() of an earlier moment."
+        check_type(rewind, Mapping, "rewind", "None, 'init' or a state dict", remedy)
         present = {**weights, **buffers}
         saved = {name: rewind[key] for key, name in dense_keys(rewind, present).items()}
-        chosen = {name: saved.get(name + ORIG, saved.get(name)) for name in weights}
+        chosen: dict[str, Any] = {name: saved.get(name + ORIG, saved.get(name)) for name in weights}
         kept = {name: saved[name] for name in buffers if name in saved}
         unfit = [
             name
@@ -61,21 +60,11 @@ class Snapshot:
             or value.layout != torch.strided
         ]
         if unfit:
-            refuse(
-                ValueError,
-                "rewind",
-                "every parameter and buffer in its shape",
-                f"none for {listing(unfit)}",
-                "Pass the full state dict of this very model.",
-            )
-        return cls(
-            {
-                n: placed_like(v.detach(), weights[n]).clone()
-                for n, v in chosen.items()
-                if v is not None
-            },
-            _copied(kept),
-        )
+            got = f"none for {listing(unfit)}"
+            remedy = "Pass the full state dict of this very model."
+            refuse(ValueError, "rewind", "every parameter and buffer in its shape", got, remedy)
+        placed = {name: placed_like(v.detach(), weights[name]) for name, v in chosen.items()}
+        return cls(_copied(placed), _copied(kept))
 
     def check(self, model: nn.Module) -> None:
         """Raise a ValueError where a parameter has another shape by now: copied, one value would fill all of it."""

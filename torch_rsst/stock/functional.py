@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ from torch_rsst.penalty.hooks import Optimizers, as_optimizers, assign_to_optimi
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.stock.methods import Fillback, FillbackPolicy, GlobalL1, HeadRegroup
 from torch_rsst.stock.stock import refuse_fractions
-from torch_rsst.utils.amounts import Amount, to_count
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.amounts import Amount, check_flag, to_count
+from torch_rsst.utils.errors import check_type, refuse
 
 RANDOM = (prune.RandomUnstructured, prune.RandomStructured)
 # Methods whose rule is known, so that they need no joined vector; an override is called instead.
@@ -119,13 +120,9 @@ def _choose(
     method: Any = pruning_method(**arguments)  # stock methods carry no types
     kind = getattr(method, "PRUNING_TYPE", None)
     if kind != "unstructured":
-        refuse(
-            TypeError,
-            "pruning_method",
-            'a class with PRUNING_TYPE "unstructured"',
-            f'{type(method).__name__} with "{kind}"',
-            "Use GlobalL1, or prune whole units with regroup() and apply_mask().",
-        )
+        got = f'{type(method).__name__} with "{kind}"'
+        remedy = "Use GlobalL1, or prune whole units with regroup() and apply_mask()."
+        refuse(TypeError, "pruning_method", 'a class with PRUNING_TYPE "unstructured"', got, remedy)
     _check_keys(importance_scores)
     shared = by_parameter(refs)
     unique = [tied[0] for tied in shared]
@@ -152,11 +149,10 @@ def _distinct_sites(parameters: Iterable[Parameter]) -> list[ParameterRef]:
     return list(refs)
 
 
-def _check_keys(importance_scores: object) -> None:
+def _check_keys(importance_scores: Mapping[Parameter, Tensor] | None) -> None:
     """Refuse what would match no parameter, whatever is listed."""
     remedy = "Map (module, name) pairs to tensors."
-    if importance_scores is not None and not isinstance(importance_scores, Mapping):
-        refuse(TypeError, "importance_scores", "a dict", type(importance_scores).__name__, remedy)
+    check_type(importance_scores, (Mapping, NoneType), "importance_scores", "a dict", remedy)
     for key, scores in (importance_scores or {}).items():
         is_pair = isinstance(key, tuple) and len(key) == 2
         if not (is_pair and isinstance(key[0], nn.Module) and isinstance(key[1], str)):
@@ -194,15 +190,7 @@ def _rank(method: Any, refs: list[ParameterRef], scores: list[Tensor]) -> NewMas
 
 def _rank_joined(method: Any, refs: list[ParameterRef], scores: list[Tensor]) -> list[Tensor]:
     """Any other unstructured method sees the alive entries of all parameters as one vector."""
-    alive = torch.cat(
-        [
-            torch.ones_like(ref.original, dtype=torch.bool).reshape(-1)
-            if mask is None
-            else mask.reshape(-1)
-            for ref in refs
-            for mask in [ref.alive]
-        ]
-    )
+    alive = torch.cat([ref.alive_entries.reshape(-1) for ref in refs])
     candidates = torch.cat([score.reshape(-1) for score in scores])[alive]
     mask = method.compute_mask(candidates, torch.ones_like(candidates))
     refuse_fractions(mask, type(method).__name__)
@@ -301,7 +289,7 @@ def fillback(
         the module that was given.
 
     Raises:
-        TypeError: for anything but a torch optimizer in ``reset_moments``.
+        TypeError: for anything but a torch optimizer in ``reset_moments``, or a bool in ``freeze_masked``.
         ValueError: for a dense parameter, a rate out of range, a NaN score, a missing snapshot or
             optimizers that do not update the parameter.
         RuntimeError: if the ranks of ``process_group`` disagree or one fails; on every rank.
@@ -309,7 +297,8 @@ def fillback(
 
     def check() -> tuple[ParameterRef, list[Optimizer]]:
         ref = check_ref(module, name)
-        optimizers = [] if reset_moments is None else as_optimizers(reset_moments)
+        check_flag(freeze_masked, "freeze_masked")
+        optimizers = [] if reset_moments is None else as_optimizers(reset_moments, "reset_moments")
         if optimizers:
             assign_to_optimizers({name: ref.original}, optimizers, "auto")
         return ref, optimizers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral
+from types import NoneType
 from typing import Literal, TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.regrouping.keep_units import ScoredLayer, keep_units
 from torch_rsst.selection.topk import lowest
 from torch_rsst.utils.amounts import Amount, check_amount, to_count
-from torch_rsst.utils.errors import refuse, shown, unknown_choice
+from torch_rsst.utils.errors import check_choice, check_type, refuse, shown
 
 FillbackPolicy: TypeAlias = Literal["latent", "snapshot", "zero"]
 POLICIES = ("latent", "snapshot", "zero")
@@ -90,12 +91,8 @@ class HeadRegroup(MaskHook):
         if amount is not None:
             check_amount(amount)
         _check_dim(dim)
-        self.amount, self.num_heads, self.projections, self.dim = (
-            amount,
-            num_heads,
-            projections,
-            dim,
-        )
+        self.amount, self.num_heads = amount, num_heads
+        self.projections, self.dim = projections, dim
         self.importance = resolve_importance(importance)
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
@@ -151,11 +148,9 @@ class Fillback(MaskHook):
         snapshot: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_amount(rate, "rate")
-        if policy not in POLICIES:
-            raise ValueError(unknown_choice("policy", policy, POLICIES))
-        if snapshot is not None and not isinstance(snapshot, Mapping):
-            got, remedy = type(snapshot).__name__, "Pass snapshot=module.state_dict()."
-            refuse(TypeError, "snapshot", "a state dict", got, remedy)
+        check_choice("policy", policy, POLICIES)
+        kinds, remedy = (Mapping, NoneType), "Pass snapshot=module.state_dict()."
+        check_type(snapshot, kinds, "snapshot", "a state dict", remedy)
         if (policy == "snapshot") != (snapshot is not None):
             remedy = "Pass snapshot=module.state_dict() with policy='snapshot', and only then."
             got = f"policy={policy!r} with{'' if snapshot is not None else 'out'} one"
@@ -181,13 +176,8 @@ class Fillback(MaskHook):
 
     def _choose(self, ref: ParameterRef, importance_scores: Tensor | None) -> Tensor:
         if ref.mask is None:
-            refuse(
-                ValueError,
-                f"fillback of {ref}",
-                "a masked parameter",
-                "a dense one",
-                "Prune it first; there is nothing to give back.",
-            )
+            remedy = "Prune it first; there is nothing to give back."
+            refuse(ValueError, f"fillback of {ref}", "a masked parameter", "a dense one", remedy)
         self._returning_value(ref.name, ref.original)  # refused here where it does not fit
         return super()._choose(ref, importance_scores)
 
