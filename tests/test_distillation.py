@@ -87,6 +87,9 @@ ONE: Tensor = torch.tensor(1.0)
         (ValueError, "temperature: expected a number > 0, got inf.", {"temperature": math.inf}),
         (ValueError, "teacher: expected logits of shape (2, 3), got shape (2, 4). Run teacher and student on", {"teacher": torch.zeros(2, 4)}),
         (ValueError, "loss: expected one number, got shape (2,). Pass loss.mean().", {"loss": torch.zeros(2)}),
+        (TypeError, "student: expected a tensor of floating-point numbers, got torch.int64.", {"student": torch.zeros(2, 3).long()}),
+        (TypeError, "teacher: expected a tensor of floating-point numbers, got dict. Pass what the model", {"teacher": {}}),
+        (TypeError, "loss: expected a tensor of floating-point numbers, got float. Pass the loss itself", {"loss": 1.0}),
     ],
 )  # fmt: skip
 def test_what_is_refused(error: Any, text: str, arguments: Any) -> None:
@@ -94,3 +97,14 @@ def test_what_is_refused(error: Any, text: str, arguments: Any) -> None:
     with pytest.raises(error) as caught:
         distillation_loss(**given_)
     assert text in str(caught.value)
+
+
+def test_a_class_that_both_rule_out_adds_nothing() -> None:
+    student, teacher = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    ruled_out = torch.tensor([True, False, False, False, False])
+    both = (each.masked_fill(ruled_out, -torch.inf) for each in (student, teacher))
+    loss = distillation_loss(*both, ONE)
+    torch.testing.assert_close(loss, distillation_loss(student[:, 1:], teacher[:, 1:], ONE))
+    loss.backward()
+    assert student.grad is not None
+    assert bool(student.grad.isfinite().all())

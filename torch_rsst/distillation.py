@@ -39,7 +39,7 @@ def distillation_loss(
     A good teacher for a pruned model is the model before pruning: ``copy.deepcopy(model).eval()``.
 
     Args:
-        student: logits of the model that is trained, of shape (…, classes).
+        student: logits of the model that is trained, of shape (…, classes); −∞ for a class that is ruled out, in both.
         teacher: logits of the teacher, of the same shape; no gradient flows into them.
         loss: of the task, one number.
         weight: w, from 0 (the task alone) to 1 (the teacher alone).
@@ -49,10 +49,15 @@ def distillation_loss(
         one number; in float32 where the logits are of 16 bits.
 
     Raises:
+        TypeError: for logits or a loss that are no floating-point tensors.
         ValueError: for shapes that differ, a loss of several numbers, or arguments out of range.
     """
     check_fraction(weight, "weight")
     check_number(temperature, "temperature", above=0)
+    remedy = "Pass what the model puts out before the softmax, such as output.logits."
+    _check_floating(student, "student", remedy)
+    _check_floating(teacher, "teacher", remedy)
+    _check_floating(loss, "loss", "Pass the loss itself, not loss.item().")
     if student.shape != teacher.shape or student.ndim == 0:
         expected, got = f"logits of shape {tuple(student.shape)}", f"shape {tuple(teacher.shape)}"
         remedy = "Run teacher and student on the same batch; logits end with the classes."
@@ -62,8 +67,16 @@ def distillation_loss(
         refuse(ValueError, "loss", "one number", got, remedy)
     log_student = _log_softmax(student, temperature)
     log_teacher = _log_softmax(teacher.detach(), temperature)
-    distance = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1).mean()
+    distances = F.kl_div(log_student, log_teacher, reduction="none", log_target=True)
+    # A class that the teacher rules out adds nothing, as 0 · log 0 = 0.
+    distance = distances.masked_fill(log_teacher.isneginf(), 0.0).sum(-1).mean()
     return (1.0 - weight) * loss + weight * temperature**2 * distance
+
+
+def _check_floating(given: object, name: str, remedy: str) -> None:
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        got = str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
+        refuse(TypeError, name, "a tensor of floating-point numbers", got, remedy)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

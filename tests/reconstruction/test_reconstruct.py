@@ -460,6 +460,7 @@ GOOD = [tokens(0, 5, 4)]
         (TypeError, "batches: expected an iterable of batches, got one Tensor. For a single batch, pass [batch].", {"batches": GOOD[0]}),
         (TypeError, "forward: expected a function, got int.", {"forward": 3}),
         (ValueError, "batches: expected at least one, got none. Pass a list", {"batches": []}),
+        (ValueError, "batches: expected at least one sample, got none.", {"batches": [GOOD[0][:0], GOOD[0][:0]]}),
         (ValueError, "reconstruct: inputs of '2.weight': expected finite numbers, got NaN or infinity.", {"batches": [GOOD[0] * float("nan")]}),
         (ValueError, "reconstruct: '2.weight': expected a layer that runs, got one that did not run on the first batch.", {"forward": lambda m, b: m[0](b)}),
         (ValueError, "reconstruct: '2.weight': expected the weight of a linear layer or a convolution, got that of a Scaled, which computes something else. Leave out the groups", {"kind": "scaled"}),

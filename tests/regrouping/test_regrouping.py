@@ -427,7 +427,7 @@ def test_a_transformer_in_every_scope(tiny_transformer: Any, scope: str, amount:
         ({"importance": 3}, TypeError, "importance: expected a name or a callable"),
         ({"amount": 1.5}, ValueError, "amount: expected"),
         ({"amount": "half"}, TypeError, "amount: expected"),
-        ({"amount": 5}, ValueError, "at most 4, as many units as there are, got 5"),
+        ({"amount": 5}, ValueError, "at most 4, as many heads of weight as there are, got 5"),
         ({"fillback_rate": 2}, ValueError, "fillback_rate: expected a fraction"),
         ({"fillback_rate": None}, TypeError, "fillback_rate: expected a fraction"),
         ({"min_keep": -1}, ValueError, "min_keep: expected an int >= 0"),

@@ -701,7 +701,7 @@ def spoil_amount(rounds: Any, model: nn.Module) -> Any:
     def mend() -> None:
         rounds.regrouping = good
 
-    return ValueError, "at most 8, as many units", mend
+    return ValueError, "at most 8, as many neurons", mend
 
 
 @pytest.mark.parametrize("spoil", [spoil_weights, spoil_optimizer, attach_another, spoil_amount])

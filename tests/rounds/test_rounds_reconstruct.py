@@ -163,7 +163,9 @@ def test_what_is_refused_when_rounds_are_made():
             ValueError, match="batches: expected batches to run on, for reconstruct"
         ):
             rounds_of(method, reconstruct="mean")
-        with pytest.raises(ValueError, match="method: expected one of 'least_squares', 'mean'"):
+        with pytest.raises(
+            ValueError, match="reconstruct: expected one of 'least_squares', 'mean'"
+        ):
             rounds_of(method, reconstruct="both", batches=BATCHES)
         with pytest.raises(TypeError, match="expected batches that can be drawn in each round"):
             rounds_of(method, reconstruct="mean", batches=iter(BATCHES))

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from ranked_scores import FLOATS, LAYOUTS
 from torch import Tensor
 
-from torch_rsst.selection.keys import Buffers, KeyType, blocks_of, split
+from torch_rsst.selection.keys import Block, Buffers, KeyType, split
 
 
 def keys_of(scores: Tensor, *, absolute: bool) -> Tensor:
     key_type = KeyType.of([scores], absolute=absolute)
-    (block,) = blocks_of(0, scores, None, 0, Buffers(scores.numel(), key_type))
+    every = Block(0, scores, None, 0, 0, Buffers(scores.numel(), key_type), None, True)
+    (block,) = every.pieces()
     return block.keys()
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -6,8 +7,11 @@ from torch_rsst.utils.errors import (
     RoundWarning,
     RSSTWarning,
     UnsupportedModuleWarning,
+    check_choice,
+    check_type,
     listing,
     message,
+    missing_package,
     shown,
     unknown_choice,
 )
@@ -70,3 +74,22 @@ def test_one_filter_reaches_every_warning(kind: type[Warning]) -> None:
 )
 def test_what_was_given_is_shown_in_a_line(value: object, text: str) -> None:
     assert shown(value) == text
+
+
+def test_what_compares_entry_by_entry_is_no_choice():
+    with pytest.raises(ValueError, match="scope: expected one of 'layer', 'type', got a ndarray"):
+        check_choice("scope", np.array(["layer", "type"]), ["layer", "type"])
+    check_choice("scope", "type", ["layer", "type"])
+
+
+def test_a_value_of_another_kind_is_named_by_its_type() -> None:
+    check_type({}, (dict, list), "state", "a dict or a list", "Pass one.")
+    with pytest.raises(
+        TypeError, match=r"^state: expected a dict or a list, got int\. Pass one\.$"
+    ):
+        check_type(3, (dict, list), "state", "a dict or a list", "Pass one.")
+
+
+def test_a_missing_package_is_named_with_what_to_do() -> None:
+    error = missing_package(ModuleNotFoundError("", name="onnx"), "export", "Install it.")
+    assert (error.name, str(error)) == ("onnx", "export: expected onnx, got none. Install it.")

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from torch_rsst.compaction.compaction import check_compactable, padded, remove
+from torch_rsst.compaction.compaction import check_compactable, padded
 from torch_rsst.compaction.cost import (
     count_parameters,
     guess_inputs,
@@ -20,6 +20,7 @@ from torch_rsst.compaction.cost import (
     shapes_of,
     time_in_turns,
 )
+from torch_rsst.discovery.cutting import cut_out
 from torch_rsst.groups.dead_units import dead_units
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups
 from torch_rsst.groups.surgery import Removal
@@ -31,7 +32,7 @@ from torch_rsst.masking.names import named_weights, unwrap
 from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, choose, score_layers
 from torch_rsst.utils.amounts import check_count
-from torch_rsst.utils.errors import message, refuse, unknown_choice
+from torch_rsst.utils.errors import check_choice, refuse
 from torch_rsst.utils.module_state import deep_copy
 
 BUDGETS = {"macs": "multiply-adds", "params": "parameters", "latency": "latency"}
@@ -210,7 +211,7 @@ def plan(
 
     steps = _STEPS[what]
     if share(steps) > limit:
-        raise ValueError(_out_of_reach(what, limit, share(steps), min_keep))
+        _refuse_out_of_reach(what, limit, share(steps), min_keep)
     amount = bisect_left(range(steps), True, key=lambda step: share(step) <= limit) / steps
     removals = trials.removals(amount)
     (parameters, adds), (parameters_left, adds_left) = trials.whole, trials.count(removals)
@@ -243,8 +244,11 @@ def _check_budget(budget: object) -> tuple[str, float]:
             remedy = "Plan for each of them; the largest amount of the plans meets them all."
         refuse(TypeError, "budget", f"one limit, {listed}", repr(budget), remedy)
     ((what, limit),) = budget.items()
-    if what not in BUDGETS:
-        raise ValueError(_unknown_budget(what))
+    for known, words in _ALSO_CALLED.items():
+        if what in words:
+            listed = ", ".join(map(repr, BUDGETS))
+            refuse(ValueError, "budget", f"one of {listed}", repr(what), f"Did you mean {known!r}?")
+    check_choice("budget", what, BUDGETS)
     subject = f"budget[{what!r}]"
     if isinstance(limit, bool) or not isinstance(limit, Real):
         refuse(TypeError, subject, "a number above 0, up to 1", repr(limit), remedy)
@@ -253,22 +257,11 @@ def _check_budget(budget: object) -> tuple[str, float]:
     return str(what), float(limit)
 
 
-def _unknown_budget(name: object) -> str:
-    meant = next((known for known, words in _ALSO_CALLED.items() if name in words), None)
-    if meant is None:
-        return unknown_choice("budget", name, BUDGETS)
-    listed = ", ".join(map(repr, BUDGETS))
-    remedy = f"Did you mean {meant!r}?"
-    return message("budget", expected=f"one of {listed}", got=repr(name), remedy=remedy)
-
-
-def _out_of_reach(what: str, limit: float, least: float, min_keep: int) -> str:
+def _refuse_out_of_reach(what: str, limit: float, least: float, min_keep: int) -> NoReturn:
     left = f"with {min_keep} unit(s) left in each layer" if min_keep else "without any unit"
     expected = f"at least {least:.4f}, the share of the {BUDGETS[what]} {left}"
-    remedy = "Raise it, or find more groups."
-    if min_keep:
-        remedy = "Raise it, lower min_keep, or find more groups."
-    return message(f"budget[{what!r}]", expected=expected, got=limit, remedy=remedy)
+    remedy = f"Raise it, {'lower min_keep, ' if min_keep else ''}or find more groups."
+    refuse(ValueError, f"budget[{what!r}]", expected, limit, remedy)
 
 
 class _Trials:
@@ -333,7 +326,7 @@ class _Trials:
 
 
 def _cut(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
-    small, _ = remove(deep_copy(model), removals)
+    small, _ = cut_out(deep_copy(model), removals)
     return small
 
 

@@ -29,6 +29,7 @@ from torch_rsst.compaction.moved_optimizer import move_optimizer
 from torch_rsst.compaction.plain import check_keep_masks, warn_of_held, warn_of_zeros
 from torch_rsst.discovery import Probe, family
 from torch_rsst.discovery.adapter import least_left
+from torch_rsst.discovery.cutting import cut_out
 from torch_rsst.discovery.examples import small_guesses
 from torch_rsst.discovery.probe import output_error, run_example, run_on
 from torch_rsst.distributed.dtensor import is_sharded
@@ -38,10 +39,8 @@ from torch_rsst.groups.surgery import (
     Removal,
     Shortened,
     buffer_shape,
-    cut,
     kept_indices,
     module_at,
-    replace_module,
     select,
 )
 from torch_rsst.masking.dense_scope import check_masks_in_place
@@ -137,7 +136,7 @@ def compact(
         new_biases = without - bare_biases(small)
         removals = [_with_biases(removal, new_biases) for removal in removals]
         stage = stage_of(removals, new_biases)
-        small, shortened = remove(small, removals)
+        small, shortened = cut_out(small, removals)
         remember(small, [*(stages_of(bare) or ()), stage])
         successors = _successors(bare, small, memo, shortened)
         zeros = 0 if keep else _zero_masked(masks, successors, shared)
@@ -161,26 +160,6 @@ def compact(
         if goes_on:
             hold(heirs)
         return small
-
-
-def remove(
-    model: nn.Module, removals: Sequence[Removal]
-) -> tuple[nn.Module, dict[nn.Parameter, Shortened]]:
-    """Cut units out of a model in place, and make its modules run without them.
-
-    Returns:
-        the model, or what takes its place, and what replaced each shortened parameter.
-    """
-    removals = [removal for removal in removals if removal.count]
-    shortened = cut(model, removals)
-    for removal in reversed(removals):  # what is inside first: an emptied module loses it
-        layer = removal.layer
-        if layer.family:
-            adapter = family(layer.family)
-            path = "" if adapter.whole_model else layer.name
-            new = adapter.shrink(module_at(model, path), removal)
-            model = replace_module(model, path, new)
-    return model, shortened
 
 
 def replay(model: nn.Module, stages: Iterable[Stage]) -> nn.Module:
@@ -207,7 +186,7 @@ def replay(model: nn.Module, stages: Iterable[Stage]) -> nn.Module:
             layer._parameters["bias"] = nn.Parameter(weight.new_zeros(weight.shape[0]))
         removals = removals_of(stage, model)
         check_compactable(model, Groups(tuple(removal.layer for removal in removals)))
-        model, _ = remove(model, removals)
+        model, _ = cut_out(model, removals)
     return model
 
 
@@ -366,11 +345,7 @@ def _give_biases(optimizer: Optimizer, small: nn.Module, layers: Collection[str]
 
 
 def _example_of(model: nn.Module) -> Any:
-    """Inputs to verify groups on that discovery did not find.
-
-    Raises:
-        ValueError: where none can be guessed.
-    """
+    """Inputs to verify groups on that discovery did not find; refused where none can be guessed."""
     guesses = (each for guess in small_guesses(model) for each in (*_more_rows(guess), guess))
     for example in guesses:
         try:
@@ -421,6 +396,6 @@ def _not_cut(stay: Sequence[str]) -> str:
 
 
 _NOTHING = (
-    "Nothing was cut: no unit of these groups is wholly masked or 0. Apply a refill mask first, or "
-    "finalize() the rounds."
+    "Nothing was cut: no unit of these groups is wholly masked or 0. Apply a refill mask first, "
+    "apply_mask(model, regroup(model, groups, amount=0.5)), or finalize() the rounds."
 )

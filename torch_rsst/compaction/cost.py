@@ -18,7 +18,7 @@ from torch_rsst.discovery.examples import guesses
 from torch_rsst.discovery.probe import run_example, run_on
 from torch_rsst.masking.names import unwrap
 from torch_rsst.utils.amounts import check_count
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.errors import check_type
 from torch_rsst.utils.module_state import deep_copy, undisturbed
 
 
@@ -161,9 +161,7 @@ def time_in_turns(
     check_count(repeats, "repeats", at_least=1)
     check_count(warmup, "warmup", at_least=0)
     for model in models:
-        if not isinstance(model, nn.Module):
-            got, remedy = type(model).__name__, "Pass the torch.nn.Module to time."
-            refuse(TypeError, "model", "a module", got, remedy)
+        check_type(model, nn.Module, "model", "a module", "Pass the torch.nn.Module to time.")
     devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
 
     def now() -> float:

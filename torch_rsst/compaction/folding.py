@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,9 @@ def measure_constants(
     """
     members = _taking(layer)
     homes = [_home(model, member) for member in members]
+    none = Constants(layer, torch.zeros_like(units), tuple(torch.zeros(0) for _ in homes))
     if not all(isinstance(home, (nn.Linear, nn.Conv1d, nn.Conv2d)) for home in homes):
-        return Constants(layer, torch.zeros_like(units), tuple(torch.zeros(0) for _ in homes))
+        return none
     exact, values = units.clone(), []
     places = [refs for refs in named_refs(model).values() if len(refs) > 1]
     tied = {ref.module for refs in places for ref in refs if ref.name == "bias"}
@@ -82,15 +83,12 @@ def measure_constants(
         size = member.unit_of.numel()
         inputs = _inputs_of(home, owner, calls, [])
         if len(inputs) < 2:
-            none = torch.zeros_like(units)
-            return Constants(layer, none, tuple(torch.zeros(0) for _ in homes), _NOT_RUN)
+            return replace(none, stay=_NOT_RUN)
         value, constant = _constants(inputs, home)
         if value.numel() != size:
             expected = f"a unit for each of its {value.numel()} inputs"
-            got, remedy = (
-                f"{size} along dim {member.dim}",
-                "Deal its inputs out, as columns: dim=1.",
-            )
+            got = f"{size} along dim {member.dim}"
+            remedy = "Deal its inputs out, as columns: dim=1."
             refuse(ValueError, f"groups of {layer}: {member.parameter!r}", expected, got, remedy)
         if layer.buffers or norms:
             trained, same = _constants(_inputs_of(home, owner, calls, norms), home)
@@ -120,17 +118,12 @@ def _inputs_of(
 ) -> list[Tensor]:
     """What a layer gets, with some batch norms in training mode: by the statistics of the batch."""
     seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(
-        lambda _, given: seen.append(given[0].detach().clone())
-    )
-    try:
-        with undisturbed(owner):
-            for norm in training:
-                norm.train()
-            for call in calls:
-                run_call(owner, call)
-    finally:
-        handle.remove()
+    record = layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().clone()))
+    with record, undisturbed(owner):
+        for norm in training:
+            norm.train()
+        for call in calls:
+            run_call(owner, call)
     return seen
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
 from torch_rsst.distributed.dtensor import placed_like
 from torch_rsst.groups.surgery import Shortened, select
-from torch_rsst.masking.freezing import Heirs, add_heirs
+from torch_rsst.masking.freezing import Heirs, heirs_of_parameter
 from torch_rsst.masking.names import named_refs
 
 
@@ -25,18 +26,14 @@ def heirs_of(
     now = {refs[0].original: refs[0] for refs in named_refs(small).values()}
     heirs: Heirs = {}
     for refs in named_refs(model).values():
-        new = successors[refs[0].original]
-        if new is None:
-            continue
-        for ref in refs:
-            add_heirs(heirs, ref, now[new.parameter], _cut_as(ref.original, new))
+        old = refs[0].original
+        if (new := successors[old]) is not None:
+            cut = partial(_cut, old, new)
+            heirs = heirs_of_parameter(refs, now[new.parameter], cut) | heirs
     return heirs
 
 
-def _cut_as(old: nn.Parameter, new: Shortened) -> Callable[[Tensor], Tensor]:
-    def cut(entries: Tensor) -> Tensor:
-        # What a constant was added to has to keep it.
-        same = select(old, new.kept) == new.parameter.detach()
-        return placed_like(select(entries, new.kept), same) & same
-
-    return cut
+def _cut(old: nn.Parameter, new: Shortened, entries: Tensor) -> Tensor:
+    # What a constant was added to has to keep it.
+    same = select(old, new.kept) == new.parameter.detach()
+    return placed_like(select(entries, new.kept), same) & same

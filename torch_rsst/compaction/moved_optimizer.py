@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_rsst.groups.surgery import Kept, Shortened, select
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.errors import check_type, refuse
+from torch_rsst.utils.optimizer_hooks import held_by
 
 
 def move_optimizer(
@@ -26,11 +27,9 @@ def move_optimizer(
         TypeError: unless given an optimizer.
         ValueError: for state that cannot be cut; nothing is changed.
     """
-    if not isinstance(optimizer, Optimizer):
-        got, remedy = type(optimizer).__name__, "Pass the torch.optim optimizer of the model."
-        refuse(TypeError, "optimizer", "an optimizer", got, remedy)
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(parameter in successors for parameter in held):
+    remedy = "Pass the torch.optim optimizer of the model."
+    check_type(optimizer, Optimizer, "optimizer", "an optimizer", remedy)
+    if not any(parameter in successors for parameter in held_by(optimizer)):
         got, remedy = "one of other parameters", "Pass the optimizer that trains this model."
         expected = "an optimizer of the model's parameters"
         refuse(ValueError, "optimizer", expected, got, remedy)

@@ -45,7 +45,7 @@ def warn_of_zeros(subject: str, zeros: int, *, stacklevel: int = 3) -> None:
         warnings.warn(text, UnfrozenZerosWarning, stacklevel=stacklevel)
 
 
-def warn_of_held(subject: str, zeros: int, *, stacklevel: int = 3) -> None:
+def warn_of_held(subject: str, zeros: int) -> None:
     """Warn that so many zeros that are frozen in a model are not so in what was made of it."""
     if zeros:
         text = (
@@ -53,4 +53,4 @@ def warn_of_held(subject: str, zeros: int, *, stacklevel: int = 3) -> None:
             "the result, and can become nonzero if you train on. Pass optimizer= or keep_masks=True to "
             "hold them there, too, or keep_masks=False if you do not train on."
         )
-        warnings.warn(text, UnfrozenZerosWarning, stacklevel=stacklevel)
+        warnings.warn(text, UnfrozenZerosWarning, stacklevel=3)

@@ -63,9 +63,7 @@ def agreed(
     try:
         made = make()
         digests = {name: _digest(mask) for name, mask in masks_of(made)}
-    except (
-        Exception
-    ) as raised:  # sent to the other ranks, which would wait for this one, then raised
+    except Exception as raised:  # sent to the other ranks, which would wait for this one
         error = raised
     failure = f"{type(error).__name__}: {error}" if error is not None else ""
     answers: list[Any] = [None] * dist.get_world_size(group)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_rsst.distributed.dtensor import Layout, Ranks, local, sharded_like
 from torch_rsst.masking.entry_blocks import acting, add_along, block_indices
 from torch_rsst.utils.amounts import check_count
-from torch_rsst.utils.errors import MissingNameError, refuse, shown
+from torch_rsst.utils.errors import MissingNameError, check_choice, refuse, shown
 from torch_rsst.utils.iterables import items
 
 NO_UNIT = -1
@@ -350,7 +350,14 @@ class Groups(Sequence[Group]):
         return self.layers[which].group(position - self._starts[which])
 
     def of_kind(self, *kinds: str) -> Groups:
-        """The layers of these kinds."""
+        """The layers of these kinds.
+
+        Raises:
+            ValueError: for a name that is no kind.
+        """
+        known = dict.fromkeys((*KINDS, BLOCKS, *(layer.kind for layer in self.layers)))
+        for kind in kinds:
+            check_choice("of_kind", kind, known)
         return Groups(tuple(layer for layer in self.layers if layer.kind in kinds))
 
     def __str__(self) -> str:
@@ -363,7 +370,8 @@ class Groups(Sequence[Group]):
             f"{count} {kind}" + (f" ({fixed[kind]} to mask only)" if fixed[kind] else "")
             for kind, count in kinds.items()
         )
-        return f"{listed or 'no groups'} in {len(self.layers)} layers"
+        layers = len(self.layers)
+        return f"{listed or 'no groups'} in {layers} layer{'' if layers == 1 else 's'}"
 
     def __repr__(self) -> str:
         return f"<Groups: {self}>"
@@ -474,13 +482,9 @@ def head_rows(rows: int, num_heads: int, projections: int = 1) -> Tensor:
     check_count(num_heads, "num_heads", at_least=1)
     check_count(projections, "projections", at_least=1)
     if rows % (projections * num_heads):
-        refuse(
-            ValueError,
-            "num_heads",
-            f"a count that divides the {rows} rows of {projections} projection(s)",
-            num_heads,
-            "Check num_heads and projections (3 for a fused qkv, 1 for a single one).",
-        )
+        expected = f"a count that divides the {rows} rows of {projections} projection(s)"
+        remedy = "Check num_heads and projections (3 for a fused qkv, 1 for a single one)."
+        refuse(ValueError, "num_heads", expected, num_heads, remedy)
     head_dim = rows // (projections * num_heads)
     return torch.arange(num_heads).repeat_interleave(head_dim).repeat(projections)
 

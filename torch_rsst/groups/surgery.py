@@ -234,6 +234,10 @@ def _shorten(ref: ParameterRef, kept: Kept, shortened: dict[nn.Parameter, Shorte
 def _shape_of(layer: nn.Module) -> torch.Size:
     """Of its weight, whose masked product nobody needs for that."""
     if is_parametrized(layer, "weight"):
+        made_by = module_at(layer, "parametrizations.weight")
+        made_of = [p.shape for p in made_by.parameters(recurse=False)]
+        if any(0 in shape for shape in made_of):  # weight_norm of nothing ends the process
+            return max(made_of, key=len)
         assert isinstance(layer.weight, Tensor)
         return layer.weight.shape
     return ParameterRef(layer, "weight").original.shape
@@ -289,16 +293,12 @@ def _recurrent(layer: nn.Module) -> dict[str, object]:
     return sizes
 
 
-def _layer_norm(layer: nn.Module) -> dict[str, object]:
-    return {"normalized_shape": tuple(_shape_of(layer))}
-
-
 Sizes = Callable[[nn.Module], Mapping[str, object]]
 SIZES: dict[type[nn.Module], Sizes] = {
     nn.Linear: _linear,
     _ConvNd: _convolution,
     _NormBase: _batch_norm,
-    nn.LayerNorm: _layer_norm,
+    nn.LayerNorm: lambda layer: {"normalized_shape": tuple(_shape_of(layer))},
     nn.GroupNorm: _group_norm,
     nn.RNNBase: _recurrent,
     nn.RNNCellBase: _recurrent,

@@ -28,7 +28,8 @@ from torch_rsst.saving.build_check import check_build
 from torch_rsst.saving.builders import Build, as_build
 from torch_rsst.saving.compact_folder import check_target, save_compact
 from torch_rsst.saving.info import CompactInfo, as_info
-from torch_rsst.utils.errors import RoundWarning, check_keys, listing, refuse, unknown_choice
+from torch_rsst.utils.errors import RoundWarning, check_choice, check_keys, listing, refuse
+from torch_rsst.utils.optimizer_hooks import held_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,8 +268,7 @@ def _check_arguments(method: Callable[..., Rounds], arguments: Mapping[str, Any]
     ours = {"model", "groups", "optimizer", "steps_per_round", "rounds", "process_group"}
     known = [name for name in inspect.signature(method).parameters if name not in ours]
     for name in arguments:
-        if name not in known:
-            raise TypeError(unknown_choice("argument", name, known))
+        check_choice("argument", name, known, TypeError)
 
 
 def _warn_of_rounding(rounds: Rounds, model: nn.Module, groups: Groups) -> None:
@@ -291,7 +291,7 @@ def _of_model(model: nn.Module, optimizers: Sequence[Any]) -> list[Optimizer]:
     return [
         optimizer
         for optimizer in as_optimizers(optimizers)
-        if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        if any(id(p) in own for p in held_by(optimizer))
     ]
 
 

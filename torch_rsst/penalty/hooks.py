@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from torch_rsst.utils.errors import listing, refuse
-from torch_rsst.utils.optimizer_hooks import is_nested
+from torch_rsst.utils.optimizer_hooks import held_by, is_nested
 
 Mode: TypeAlias = Literal["auto", "coupled", "decoupled"]
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer]
@@ -35,22 +34,26 @@ def is_coupled(mode: Mode, optimizer: Optimizer | None) -> bool:
     return mode == "coupled"
 
 
-def as_optimizers(optimizer: Optimizers) -> list[Optimizer]:
+def as_optimizers(optimizer: Optimizers, subject: str = "optimizer") -> list[Optimizer]:
     """One optimizer or several as a list, each the one that steps inside its wrappers.
+
+    Args:
+        optimizer: one, or a sequence.
+        subject: what they are called in an error.
 
     Raises:
         TypeError: for what is no optimizer.
         ValueError: for an empty sequence.
     """
     given: Iterable[Any] = optimizer if isinstance(optimizer, Sequence) else [optimizer]
-    found = [innermost(each) for each in given]
+    found = [innermost(each, subject) for each in given]
     if not found:
         remedy = "Pass None to call pruner.step() yourself."
-        refuse(ValueError, "optimizer", "at least one", "an empty sequence", remedy)
+        refuse(ValueError, subject, "at least one", "an empty sequence", remedy)
     return found
 
 
-def innermost(optimizer: Any) -> Optimizer:
+def innermost(optimizer: Any, subject: str = "optimizer") -> Optimizer:
     """The optimizer inside wrappers such as Accelerate's: its hooks are the ones that run.
 
     Raises:
@@ -59,13 +62,13 @@ def innermost(optimizer: Any) -> Optimizer:
     if isinstance(optimizer, LRScheduler):
         remedy = "Pass its .optimizer."
         got = type(optimizer).__name__
-        refuse(TypeError, "optimizer", "a torch optimizer", got, remedy)
+        refuse(TypeError, subject, "a torch optimizer", got, remedy)
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         got = type(optimizer).__name__
         remedy = "Pass for example torch.optim.AdamW(model.parameters())."
-        refuse(TypeError, "optimizer", "a torch optimizer", got, remedy)
+        refuse(TypeError, subject, "a torch optimizer", got, remedy)
     return optimizer
 
 
@@ -77,10 +80,7 @@ def assign_to_optimizers(
     Raises:
         ValueError: where a parameter is in none of them, or in more than one.
     """
-    updated = [
-        {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for optimizer in optimizers
-    ]
+    updated = [set(map(id, held_by(optimizer))) for optimizer in optimizers]
     holders = {n: sum(id(p) in ids for ids in updated) for n, p in parameters.items()}
     if missing := [name for name, count in holders.items() if count == 0]:
         refuse(
@@ -92,13 +92,9 @@ def assign_to_optimizers(
             "optimizers as one list.",
         )
     if shared := [name for name, count in holders.items() if count > 1]:
-        refuse(
-            ValueError,
-            "optimizer",
-            "every penalized parameter in one optimizer",
-            f"several with {listing(shared)}",
-            "Each of them would penalize it: pass only the one that should.",
-        )
+        got = f"several with {listing(shared)}"
+        remedy = "Each of them would penalize it: pass only the one that should."
+        refuse(ValueError, "optimizer", "every penalized parameter in one optimizer", got, remedy)
     return [
         Share(
             tuple(name for name, p in parameters.items() if id(p) in ids),
@@ -117,13 +113,9 @@ def expand_step_counts(steps: list[int], optimizers: int) -> list[int]:
     if len(steps) == 1:
         return steps * optimizers
     if len(steps) != optimizers:
-        refuse(
-            ValueError,
-            "state of RegularizedPruner",
-            f"one with {optimizers} optimizer(s)",
-            f"one with {len(steps)}",
-            "Attach as many as the saved one had, in the same order.",
-        )
+        expected, got = f"one with {optimizers} optimizer(s)", f"one with {len(steps)}"
+        remedy = "Attach as many as the saved one had, in the same order."
+        refuse(ValueError, "state of RegularizedPruner", expected, got, remedy)
     return steps
 
 
@@ -180,22 +172,13 @@ def hook_gradients(
     """
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if need_all and frozen:
-        refuse(
-            ValueError,
-            "model",
-            "penalized parameters that require gradients",
-            f"frozen {listing(frozen)}",
-            "No backward pass reaches them: pass the optimizer, or unfreeze them.",
-        )
-
-    def after_accumulation(name: str, parameter: Tensor) -> None:
-        penalize(name)
+        got = f"frozen {listing(frozen)}"
+        remedy = "No backward pass reaches them: pass the optimizer, or unfreeze them."
+        refuse(ValueError, "model", "penalized parameters that require gradients", got, remedy)
 
     # Not Tensor.register_hook: torch.autograd.grad would run it, and no step follows there.
     return [
-        p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            partial(after_accumulation, name)
-        )
+        p.register_post_accumulate_grad_hook(lambda _, name=name: penalize(name))  # type: ignore[no-untyped-call]
         for name, p in parameters.items()
         if p.requires_grad
     ]

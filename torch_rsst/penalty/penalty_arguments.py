@@ -13,7 +13,7 @@ import torch
 from torch_rsst.penalty.hooks import Mode
 from torch_rsst.schedules import Schedule, resolve_schedule
 from torch_rsst.utils.amounts import check_count, check_flag, check_fraction, check_number
-from torch_rsst.utils.errors import refuse, unknown_choice
+from torch_rsst.utils.errors import check_choice, refuse
 
 GradScale: TypeAlias = float | Callable[[], float]
 
@@ -49,46 +49,38 @@ class Penalty:
     grad_scale: GradScale | None = None
 
     def __post_init__(self) -> None:
-        passes = check_count(self.accumulation_steps, "accumulation_steps", at_least=1)
-        object.__setattr__(self, "accumulation_steps", passes)
-        object.__setattr__(
-            self, "block_loss_grad", check_flag(self.block_loss_grad, "block_loss_grad")
-        )
+        own, passes = vars(self), self.accumulation_steps
+        own["accumulation_steps"] = check_count(passes, "accumulation_steps", at_least=1)
+        own["block_loss_grad"] = check_flag(self.block_loss_grad, "block_loss_grad")
         if self.grad_scale is not None and not callable(self.grad_scale):
-            scale = check_number(self.grad_scale, "grad_scale", above=0)
-            object.__setattr__(self, "grad_scale", scale)
-        if self.mode not in MODES:
-            raise ValueError(unknown_choice("mode", self.mode, MODES))
-        resolve_schedule(self.schedule, STRENGTH if self.strength is None else self.strength)
-        object.__setattr__(self, "shrink_by", check_fraction(self.shrink_by, "shrink_by"))
+            own["grad_scale"] = check_number(self.grad_scale, "grad_scale", above=0)
+        check_choice("mode", self.mode, MODES)
+        strength = STRENGTH if self.strength is None else self.strength
+        resolve_schedule(self.schedule, strength)
+        own["shrink_by"] = check_fraction(self.shrink_by, "shrink_by")
         if self.shrink_to is not None:
             check_fraction(self.shrink_to, "shrink_to")
-        shrink_to = self._chosen_shrink_to()
+        own["shrink_to"] = shrink_to = self._chosen_shrink_to()
         by_name = isinstance(self.schedule, str) and shrink_to is None
-        strength = STRENGTH if self.strength is None else self.strength
-        object.__setattr__(self, "strength", float(strength) if by_name else None)
-        object.__setattr__(self, "shrink_to", shrink_to)
+        own["strength"] = float(strength) if by_name else None
 
     def _chosen_shrink_to(self) -> float | None:
         """``shrink_to``, None where another argument says how strong the penalty is."""
-        expected, got, remedy = "", "", ""
+        if self.shrink_to is None:
+            return None
         if not isinstance(self.strength, Default | None):
-            expected, got = (
-                "one argument for the strength",
-                f"strength={float(self.strength):g} as well",
-            )
+            expected = "one argument for the strength"
+            got = f"strength={float(self.strength):g} as well"
             remedy = "Pass strength or shrink_to, not both."
         elif not isinstance(self.schedule, str):
-            expected, got = (
-                "a named schedule, which it scales",
-                "a callable, which returns λ itself",
-            )
+            expected = "a named schedule, which it scales"
+            got = "a callable, which returns λ itself"
             remedy = "Leave shrink_to out, or pass schedule='linear', for example."
         elif self.mode == "coupled":
             expected, got = "mode='auto' or 'decoupled'", "'coupled', whose effect depends on lr"
             remedy = "Pass strength for a coupled penalty."
-        if not expected or self.shrink_to is None:
-            return None if self.shrink_to is None else float(self.shrink_to)
+        else:
+            return float(self.shrink_to)
         if not isinstance(self.shrink_to, Default):
             refuse(ValueError, "shrink_to", expected, got, remedy)
         return None

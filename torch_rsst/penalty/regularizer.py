@@ -154,7 +154,7 @@ class RegularizedPruner:
         self._start_norm = self.penalized_norm()
         self._claim()
         try:
-            self._hook_gradients() if optimizer is None else self.attach(optimizer)
+            self._hook() if optimizer is None else self.attach(optimizer)
         except BaseException:
             self._release()
             raise
@@ -217,17 +217,12 @@ class RegularizedPruner:
             ValueError: where a penalized parameter is in no optimizer, or in two.
         """
         optimizers = as_optimizers(optimizer)
-        if self not in _ATTACHED or (self._optimizers and not replace):
-            again = self in _ATTACHED
-            refuse(
-                RuntimeError,
-                "attach",
-                "one optimizer, once",
-                "a second one" if again else "a removed regularizer",
-                "It acts already: drop this call (several go into one list)."
-                if again
-                else "Make a new RegularizedPruner.",
-            )
+        if self not in _ATTACHED:
+            got, remedy = "a removed regularizer", "Make a new RegularizedPruner."
+            refuse(RuntimeError, "attach", "one optimizer, once", got, remedy)
+        if self._optimizers and not replace:
+            remedy = "It acts already: drop this call (several go into one list)."
+            refuse(RuntimeError, "attach", "one optimizer, once", "a second one", remedy)
         if self._optimizers and self._stepped:
             expected = "the optimizer before the first step"
             got = f"another one after {self.steps} steps with the first"
@@ -239,7 +234,7 @@ class RegularizedPruner:
         steps = expand_step_counts(self._steps if any(self._steps) else [0], len(optimizers))
         self._detach_hooks()
         self._optimizers, self._shares, self._steps = optimizers, shares, steps
-        self._hook_optimizers()
+        self._hook()
 
     def follow(self, modules: Iterable[nn.Module]) -> None:
         """Shrink the same weights of other modules with those of the model.
@@ -302,10 +297,7 @@ class RegularizedPruner:
             RuntimeError: where another regularizer is attached to the model by now, or this one still is.
         """
         self._claim()
-        if self._optimizers:
-            self._hook_optimizers()
-        else:
-            self._hook_gradients()
+        self._hook()
 
     def reset(self) -> None:
         """Start over after the weights were replaced: step 0, the norm of P measured anew."""
@@ -435,15 +427,14 @@ class RegularizedPruner:
             return
         refuse(RuntimeError, call, expected, got, remedy)
 
-    def _hook_gradients(self) -> None:
-        parameters, coupled = self._penalized.parameters(), self.mode == "coupled"
-        self._handles = hook_gradients(parameters, self._after_backward, need_all=coupled)
-
-    def _hook_optimizers(self) -> None:
+    def _hook(self) -> None:
+        """Act in the steps of the optimizers, without one in backward passes."""
         for index, each in enumerate(self._optimizers):
-            self._handles += hook_steps(
-                each, partial(self._before_step, index), partial(self._after_step, index)
-            )
+            before, after = partial(self._before_step, index), partial(self._after_step, index)
+            self._handles += hook_steps(each, before, after)
+        if not self._optimizers:
+            parameters, coupled = self._penalized.parameters(), self.mode == "coupled"
+            self._handles = hook_gradients(parameters, self._after_backward, need_all=coupled)
 
     def _detach_hooks(self) -> None:
         for handle in self._handles:

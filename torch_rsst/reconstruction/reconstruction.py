@@ -16,11 +16,11 @@ from torch_rsst.distributed.replicas import agreed, replica_group
 from torch_rsst.groups.groups import Group, GroupLayer, Groups, as_groups, check_groups
 from torch_rsst.importance.batches import Batches, DataSource, Forward
 from torch_rsst.masking.mask_sets import Masks, alive_in, apply_mask, check_masks, extract_mask
-from torch_rsst.masking.names import named_refs, named_weights, unwrap
+from torch_rsst.masking.names import all_places, named_weights, unwrap
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.reconstruction.refit import Refit
 from torch_rsst.utils.amounts import check_number
-from torch_rsst.utils.errors import refuse, unknown_choice
+from torch_rsst.utils.errors import check_choice, refuse
 from torch_rsst.utils.module_state import deep_copy
 
 Method: TypeAlias = Literal["least_squares", "mean"]
@@ -35,8 +35,7 @@ class Reconstruction:
     damping: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(unknown_choice("method", self.method, METHODS))
+        check_choice("method", self.method, METHODS)
         check_number(self.damping, "damping", above=0, or_equal=True)
 
 
@@ -105,11 +104,8 @@ def reconstruct(
         equations are those of OBC (Frantar and Alistarh, NeurIPS 2022); the mean alone, FLAP (An et al.,
         AAAI 2024).
     """
-    how, data, found = (
-        Reconstruction(method, damping),
-        DataSource(batches, forward),
-        as_groups(groups),
-    )
+    how, data = Reconstruction(method, damping), DataSource(batches, forward)
+    found = as_groups(groups)
     weights = named_weights(model)
     check_groups(weights, found)
     masks = check_masks(weights, refill_mask)
@@ -166,8 +162,7 @@ def reconstruct_towards(
             refit = Refit(reference, cut, affected, data, replicas)
             changed = refit.run(means_only=how.method == "mean", damping=how.damping)
             values = [(own[id(tensor)], tensor.detach()) for tensor in changed]
-    refs = [ref for places in named_refs(model).values() for ref in places]
-    with AllOrNothing(refs) as undo, torch.no_grad():
+    with AllOrNothing(all_places(model)) as undo, torch.no_grad():
         apply_mask(model, masks)
         for tensor, value in values:
             undo.append(partial(tensor.copy_, tensor.clone()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from torch_rsst.distributed.replicas import agreed, from_first, summed
 from torch_rsst.groups.groups import Groups
@@ -80,6 +81,10 @@ class Refit:
             if not self._batches:
                 remedy = "Pass a list, a DataLoader or a function."
                 refuse(ValueError, "batches", "at least one", "none", remedy)
+            tensors = [each for each in tree_leaves(self._batches) if isinstance(each, Tensor)]
+            if tensors and not any(each.numel() for each in tensors):
+                remedy = "Pass batches of data that hold some."
+                refuse(ValueError, "batches", "at least one sample", "none", remedy)
             with survey.watching():
                 self._data.output(self._cut, self._batches[0])
             return survey.consumers(self._cut)
@@ -138,7 +143,7 @@ class Refit:
             subject = f"reconstruct: inputs of {consumer.name!r}"
             refuse(ValueError, subject, "finite numbers", "NaN or infinity", remedy)
         form, kept, weight = consumer.form, _kept(consumer), consumer.ref.original
-        alive = form.matrix(_alive(consumer.ref))[..., kept]
+        alive = form.matrix(consumer.ref.alive_entries)[..., kept]
         constant, sign, rows = _constant(consumer, weight)
         fitted = torch.zeros_like(alive) if means_only else alive
         free = torch.cat([fitted, rows.view(*alive.shape[:2], 1)], 2)
@@ -166,32 +171,23 @@ class Refit:
 def _constant(consumer: Consumer, weight: Tensor) -> tuple[Tensor | None, float, Tensor]:
     """What a fitted constant is added to, with which sign, and for which outputs it may be."""
     if consumer.bias is not None:
-        return consumer.bias.original, 1.0, _alive(consumer.bias)
+        return consumer.bias.original, 1.0, consumer.bias.alive_entries
     if consumer.norm is not None:
         mean = consumer.norm._buffers["running_mean"]
         assert mean is not None, "the survey has found it"
         scale = ParameterRef(consumer.norm, "weight")
-        rows = _alive(scale) if scale.is_masked else torch.ones_like(mean, dtype=torch.bool)
+        rows = scale.alive_entries if scale.is_masked else torch.ones_like(mean, dtype=torch.bool)
         return mean, -1.0, rows
     outputs = consumer.form.matrix(weight)[..., 0].numel()
     return None, 0.0, torch.zeros(outputs, dtype=torch.bool, device=weight.device)
 
 
-def _alive(ref: ParameterRef) -> Tensor:
-    alive = ref.alive
-    return torch.ones_like(ref.original, dtype=torch.bool) if alive is None else alive
-
-
 def _kept(consumer: Consumer) -> Tensor:
     """Which features some alive weight reads."""
-    return consumer.form.matrix(_alive(consumer.ref)).any(1).any(0)
+    return consumer.form.matrix(consumer.ref.alive_entries).any(1).any(0)
 
 
 def _refuse_other_inputs(consumer: Consumer) -> None:
-    refuse(
-        ValueError,
-        f"reconstruct: inputs of {consumer.name!r}",
-        "the same number of positions before and after the cut",
-        "others",
-        "Leave its groups out: this layer receives other samples once units are masked.",
-    )
+    expected, got = "the same number of positions before and after the cut", "others"
+    remedy = "Leave its groups out: this layer receives other samples once units are masked."
+    refuse(ValueError, f"reconstruct: inputs of {consumer.name!r}", expected, got, remedy)

@@ -190,10 +190,6 @@ def weight_and_bias(ref: ParameterRef) -> tuple[Tensor, Tensor | None]:
 
 
 def _refuse(hooked: HookedInput, got: str) -> NoReturn:
-    refuse(
-        ValueError,
-        f"reconstruct: {hooked.name!r}",
-        "the weight of a linear layer or a convolution",
-        got,
-        "Leave out the groups that this layer consumes, or mask them with apply_mask.",
-    )
+    expected = "the weight of a linear layer or a convolution"
+    remedy = "Leave out the groups that this layer consumes, or mask them with apply_mask."
+    refuse(ValueError, f"reconstruct: {hooked.name!r}", expected, got, remedy)

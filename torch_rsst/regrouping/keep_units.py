@@ -109,17 +109,14 @@ class Selection:
         otherwise is held by ``min_keep`` or ``round_to``; what goes although it ranks within the
         budget gives way to a unit that ``min_keep`` holds in another layer.
         """
-        rank, kept, budgeted = (
-            torch.cat(ranks(self.keys)),
-            *map(_joined, (self.kept, self.budgeted)),
-        )
+        rank, kept, budgeted = map(torch.cat, (ranks(self.keys), self.kept, self.budgeted))
         best_to_go = int(rank[~budgeted].min()) if not bool(budgeted.all()) else rank.numel() + 1
         held = budgeted & ((rank > self.requested) | (rank > best_to_go))
         reason = torch.full_like(rank, _SCORE, dtype=torch.uint8)
         reason[budgeted & (rank > self.without_fillback)] = _FILLBACK
         reason[held | (~kept & (rank <= self.requested))] = _MIN_KEEP
         reason[kept & ~budgeted] = _ROUND_TO
-        reason[~kept & (_joined(self.keys) == -torch.inf)] = _DEAD
+        reason[~kept & (torch.cat(self.keys) == -torch.inf)] = _DEAD
         return torch.split(reason, [key.numel() for key in self.keys])
 
 
@@ -147,6 +144,7 @@ def keep_units(
     min_keep: int = 1,
     round_to: int | None = None,
     per_entry: bool = False,
+    of: str = "units",
 ) -> Selection:
     """Choose the units of one scope that stay.
 
@@ -157,9 +155,10 @@ def keep_units(
         min_keep: units per layer that stay whatever the budget.
         round_to: raise each layer's kept units to a multiple of this, where it has that many.
         per_entry: compare scores per ranked entry, for units of different sizes.
+        of: what the units are called in an error.
     """
     units, alive_of_size = sum(layer.scores.numel() for layer in layers), _alive_of_size(layers)
-    requested = units_to_keep(amount, units, alive_of_size, fillback_rate)
+    requested = units_to_keep(amount, units, alive_of_size, fillback_rate, of=of)
     keys = [layer.sort_keys / layer.sizes if per_entry else layer.sort_keys for layer in layers]
     protected = [_best(key, min_keep) for key in keys]
     droppable = [~mask for mask in protected]

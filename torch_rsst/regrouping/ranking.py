@@ -20,7 +20,6 @@ from torch_rsst.masking.parameter_ref import (
 from torch_rsst.selection.topk import Ranking
 from torch_rsst.utils.amounts import Amount, to_count
 from torch_rsst.utils.errors import refuse, refuse_name
-from torch_rsst.utils.iterables import iterates
 
 
 def ranked_names(
@@ -38,9 +37,6 @@ def ranked_names(
         members = {m.parameter for layer in groups.layers for m in layer.ranked}
         names = [name for name in refs if name in members]
     else:
-        if not iterates(parameters):  # an array without dimensions says that it is iterable
-            got, remedy = type(parameters).__name__, "Pass a list such as [(model.fc, 'weight')]."
-            refuse(TypeError, "parameters", "(module, name) pairs", got, remedy)
         by_identity = {id(places[0].original): name for name, places in refs.items()}
         first, names = first_names(model), []
         for parameter in parameter_list(parameters):

@@ -25,7 +25,7 @@ from torch_rsst.regrouping.history import Rules, Verdicts
 from torch_rsst.regrouping.keep_units import ScopeBudget, ScoredLayer, Selection, keep_units
 from torch_rsst.selection.topk import lowest
 from torch_rsst.utils.amounts import Amount, check_amount, check_count, check_fraction, to_count
-from torch_rsst.utils.errors import refuse, unknown_choice
+from torch_rsst.utils.errors import check_choice, refuse
 
 Scope: TypeAlias = Literal["auto", "layer", "size", "type", "global"]
 Ungrouped: TypeAlias = Literal["keep", "element"]
@@ -74,17 +74,13 @@ class RegroupPlan:
 
     def __post_init__(self) -> None:
         resolve_importance(self.importance)
-        if self.scope not in SCOPES:
-            raise ValueError(unknown_choice("scope", self.scope, SCOPES))
-        if self.ungrouped not in UNGROUPED:
-            raise ValueError(unknown_choice("ungrouped", self.ungrouped, UNGROUPED))
-        rate = check_fraction(self.fillback_rate, "fillback_rate")
-        object.__setattr__(self, "fillback_rate", rate)
-        min_keep = check_count(self.min_keep, "min_keep", at_least=0)
-        object.__setattr__(self, "min_keep", min_keep)
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("ungrouped", self.ungrouped, UNGROUPED)
+        own = vars(self)
+        own["fillback_rate"] = check_fraction(self.fillback_rate, "fillback_rate")
+        own["min_keep"] = check_count(self.min_keep, "min_keep", at_least=0)
         if self.round_to is not None:
-            round_to = check_count(self.round_to, "round_to", at_least=1)
-            object.__setattr__(self, "round_to", round_to)
+            own["round_to"] = check_count(self.round_to, "round_to", at_least=1)
 
     def choose_scope(self: _Plan, groups: Groups) -> _Plan:
         """The plan with the scope that ``"auto"`` stands for."""
@@ -218,7 +214,12 @@ def score_layers(
             score 0, not those without an entry in ``current``.
     """
     importance = resolve_importance(plan.importance)
-    scored = [_score(importance, layer, weights, current, trained) for layer in groups.layers]
+    scored = []
+    for layer in groups.layers:
+        alive = remain(layer, weights, current)
+        living = alive if trained is None else remain(layer, weights, trained)
+        scores = score_units(importance, layer, weights, current, living)
+        scored.append(ScoredLayer(scores, alive, remain(layer, weights, {}), dead=living == 0))
     if plan.scope != "layer" and getattr(importance, "relative", False):
         return [layer.normalized() for layer in scored]
     return scored
@@ -243,6 +244,7 @@ def choose(
             min_keep=plan.min_keep,
             round_to=plan.round_to,
             per_entry=plan.scope == "global",
+            of=f"{kind} of {label or 'the model'}",
         )
         kept.update(zip(positions, map(_of_units, chosen.kept, orders), strict=True))
         units = sum(layer.scores.numel() for layer in layers)
@@ -290,23 +292,6 @@ def scopes_of(
 def _with_size(sizes: Tensor) -> str:
     least, most = (int(each) for each in sizes.aminmax())
     return f"all of {least:,} weights" if least == most else f"all of {least:,} to {most:,} weights"
-
-
-def _score(
-    importance: Importance,
-    layer: GroupLayer,
-    weights: Mapping[str, Tensor],
-    current: Mapping[str, Tensor],
-    trained: Mapping[str, Tensor] | None,
-) -> ScoredLayer:
-    alive = remain(layer, weights, current)
-    living = alive if trained is None else remain(layer, weights, trained)
-    return ScoredLayer(
-        scores=score_units(importance, layer, weights, current, living),
-        alive=alive,
-        sizes=remain(layer, weights, {}),
-        dead=living == 0,
-    )
 
 
 def refill_from(

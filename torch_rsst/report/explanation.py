@@ -151,7 +151,7 @@ def last_decisions(log: DecisionLog, layers: Sequence[tuple[str, str]]) -> list[
             "layer": name,
             "kind": kind,
             "round": last.index,
-            "score": [_finite(score) for score in verdicts.keys.tolist()],
+            "score": [finite(score) for score in verdicts.keys.tolist()],
             "rank": log.ranks(last, position).tolist(),
             "stays": verdicts.kept.tolist(),
             "decided_by": [REASONS[reason] for reason in verdicts.reasons.tolist()],
@@ -172,10 +172,11 @@ def penalty_notes(log: DecisionLog | None) -> list[str]:
 
 
 def _strict(decision: UnitDecision) -> dict[str, Any]:
-    return {key: _finite(value) for key, value in asdict(decision).items()}
+    return {key: finite(value) for key, value in asdict(decision).items()}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value, None for a number that strict JSON does not know."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

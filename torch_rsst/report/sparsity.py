@@ -20,10 +20,11 @@ from torch_rsst.report.entry_counts import EntryCounts, count_entries, summed
 from torch_rsst.report.explanation import (
     Explanation,
     explain_unit,
+    finite,
     last_decisions,
     penalty_notes,
 )
-from torch_rsst.utils.errors import refuse, unknown_choice
+from torch_rsst.utils.errors import check_choice, refuse
 from torch_rsst.utils.tables import aligned
 
 
@@ -139,8 +140,7 @@ class SparsityReport(Counts):
 
     def _of_kind(self, kind: str) -> list[LayerReport]:
         known = tuple(dict.fromkeys((*KINDS, *(layer.kind for layer in self.layers))))
-        if kind not in known:
-            raise ValueError(unknown_choice("kind", kind, known))
+        check_choice("kind", kind, known)
         return [layer for layer in self.layers if layer.kind == kind]
 
     def unit_sparsity(self, kind: str) -> float:
@@ -197,17 +197,16 @@ class SparsityReport(Counts):
     def _position(self, name: str, kind: str | None) -> int:
         """Where in the report the layer is."""
         named = {layer.kind: i for i, layer in enumerate(self.layers) if layer.name == name}
-        if not named:
-            names = dict.fromkeys(layer.name for layer in self.layers)
-            raise ValueError(unknown_choice("layer", name, names))
-        if kind is None and len(named) > 1:
+        check_choice("layer", name, dict.fromkeys(layer.name for layer in self.layers))
+        if kind is not None:
+            check_choice(f"kind of units in {name!r}", kind, named)
+            return named[kind]
+        if len(named) > 1:
             kinds = " or ".join(map(repr, named))
             remedy = f"Pass kind={next(iter(named))!r}, or the other."
             got = f"{name!r}, which has both" if len(named) == 2 else f"{name!r}, which has all"
             refuse(ValueError, "explain", f"kind={kinds}", got, remedy)
-        if kind is not None and kind not in named:
-            raise ValueError(unknown_choice(f"kind of units in {name!r}", kind, named))
-        return next(iter(named.values())) if kind is None else named[kind]
+        return next(iter(named.values()))
 
     def to_dict(self, *, decisions: bool = False) -> dict[str, Any]:
         """Plain dicts, lists and numbers; what is not finite becomes None, as in strict JSON.
@@ -224,13 +223,13 @@ class SparsityReport(Counts):
             data["decisions"] = self.decisions and last_decisions(self.decisions, names)
         for part in (data, *data["layers"], *data["parameters"]):
             for norm in ("penalized_norm", "kept_norm"):
-                part[norm] = _finite(part[norm])
+                part[norm] = finite(part[norm])
         for layer in data["layers"]:
             layer["alive_share"] = list(layer["alive_share"])
             layer["gone_units"] = list(layer["gone_units"])
         return {
             "element_sparsity": self.element_sparsity,
-            "penalized_norm_ratio": _finite(self.penalized_norm_ratio),
+            "penalized_norm_ratio": finite(self.penalized_norm_ratio),
             "kinds": {
                 kind: {
                     "units": self.units(kind),
@@ -247,10 +246,6 @@ class SparsityReport(Counts):
 
     def __str__(self) -> str:
         return _table(self)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _check_unit(unit: object, layer: LayerReport) -> None:

@@ -3,52 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.mask_sets import apply_mask, extract_mask
 from torch_rsst.masking.masked_parameter import restore
-from torch_rsst.masking.names import named_refs, named_weights, unwrap, without_wrappers
-from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.masking.names import (
+    all_places,
+    named_refs,
+    named_weights,
+    unwrap,
+    without_wrappers,
+)
 from torch_rsst.masking.rollback import AllOrNothing, reorder
-from torch_rsst.utils.errors import listing, refuse
+from torch_rsst.utils.errors import check_type, listing, refuse
 from torch_rsst.utils.iterables import items
 
 
-@dataclass(frozen=True)
-class Followers:
-    """Modules with the parameters of a model, without their wrappers."""
+def averages_in(model: nn.Module, followers: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    """The averages of a model's weights, out of their wrappers.
 
-    modules: tuple[nn.Module, ...] = ()
-
-    @classmethod
-    def of(cls, model: nn.Module, followers: Iterable[nn.Module]) -> Followers:
-        """Look inside the wrappers of averages.
-
-        Raises:
-            TypeError: for what is no list, or one that is no module.
-            ValueError: for one that has other parameters than the model, is the model, or shares parameters with it.
-        """
-        weights = named_weights(model)
-        listed = None if isinstance(followers, nn.Module) else items(followers)
-        if listed is None:
-            remedy = "Pass a list: follow=[average]."
-            refuse(TypeError, "follow", "a list of modules", type(followers).__name__, remedy)
-        found = [_inside(follower, unwrap(model), weights) for follower in listed]
-        held = {id(p): name for name, p in unwrap(model).named_parameters()}
-        for module in found:
-            if shared := [held[id(p)] for p in module.parameters() if id(p) in held]:
-                remedy = "Pass an average, which has copies."
-                got = f"{listing(shared)} of the model itself"
-                refuse(ValueError, "follow", "parameters of its own", got, remedy)
-        return cls(tuple(dict.fromkeys(found)))  # each once, also where a wrapper is given with it
-
-    def refs(self) -> list[ParameterRef]:
-        """All their parameters."""
-        places = (places for module in self.modules for places in named_refs(module).values())
-        return [ref for own in places for ref in own]
+    Raises:
+        TypeError: for what is no list, or one that is no module.
+        ValueError: for one that has other parameters than the model, is the model, or shares parameters with it.
+    """
+    weights = named_weights(model)
+    listed = None if isinstance(followers, nn.Module) else items(followers)
+    if listed is None:
+        remedy = "Pass a list: follow=[average]."
+        refuse(TypeError, "follow", "a list of modules", type(followers).__name__, remedy)
+    found = [_inside(follower, unwrap(model), weights) for follower in listed]
+    held = {id(p): name for name, p in unwrap(model).named_parameters()}
+    for module in found:
+        if shared := [held[id(p)] for p in module.parameters() if id(p) in held]:
+            remedy = "Pass an average, which has copies."
+            got = f"{listing(shared)} of the model itself"
+            refuse(ValueError, "follow", "parameters of its own", got, remedy)
+    return tuple(dict.fromkeys(found))  # each once, also where a wrapper is given with it
 
 
 def follow(model: nn.Module, followers: Iterable[nn.Module]) -> None:
@@ -76,21 +69,21 @@ def follow(model: nn.Module, followers: Iterable[nn.Module]) -> None:
     Raises:
         TypeError, ValueError: for a follower that is no module or has other parameters; nothing is changed then.
     """
-    masks, own = extract_mask(model), Followers.of(model, followers)
+    masks, averages = extract_mask(model), averages_in(model, followers)
     check_masks_in_place("follow", model.modules())
-    with AllOrNothing(own.refs()):
-        for module in own.modules:
+    with AllOrNothing(all_places(*averages)):
+        for module in averages:
             apply_mask(module, masks)
         restore(
             [
                 ref
-                for module in own.modules
+                for module in averages
                 for name, places in named_refs(module).items()
                 for ref in places
                 if name not in masks and ref.is_masked
             ]
         )
-        for module in own.modules:
+        for module in averages:
             _order_buffers(module, unwrap(model))
 
 
@@ -102,11 +95,10 @@ def _order_buffers(average: nn.Module, model: nn.Module) -> None:
             reorder(module._buffers, modules[without_wrappers(path)]._buffers)
 
 
-def _inside(follower: object, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def _inside(follower: Any, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """The average within a wrapper that keeps it as ``module``."""
-    if not isinstance(follower, nn.Module):
-        remedy = "Pass the average, such as an AveragedModel."
-        refuse(TypeError, "follow", "modules", type(follower).__name__, remedy)
+    remedy = "Pass the average, such as an AveragedModel."
+    check_type(follower, nn.Module, "follow", "modules", remedy)
     shapes = {name: weight.shape for name, weight in weights.items()}
     inner: object = follower
     while isinstance(inner, nn.Module):
@@ -115,12 +107,8 @@ def _inside(follower: object, model: nn.Module, weights: Mapping[str, Tensor]) -
             return own
         inner = own._modules.get("module")
     differing = shapes.keys() ^ named_weights(follower).keys()
-    got = (
-        "the model itself"
-        if unwrap(follower) is model
-        else f"{type(follower).__name__} with others"
-    )
-    if differing and unwrap(follower) is not model:
-        got += f": {listing(sorted(differing))} only in one"
+    only = f": {listing(sorted(differing))} only in one" if differing else ""
+    itself = unwrap(follower) is model
+    got = "the model itself" if itself else f"{type(follower).__name__} with others{only}"
     remedy = "Pass an average of this very model: same names, same shapes."
     refuse(ValueError, "follow", "a module with the model's parameters", got, remedy)

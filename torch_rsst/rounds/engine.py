@@ -5,12 +5,14 @@ It owns no optimizer, device or data.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -20,12 +22,13 @@ from torch_rsst.importance.batches import Batches, DataSource
 from torch_rsst.importance.combinations import choose_importance, data_parts
 from torch_rsst.importance.measuring import check_source, measured
 from torch_rsst.importance.registry import name_of
+from torch_rsst.importance.weights import remain
 from torch_rsst.masking.dense_scope import check_masks_in_place
 from torch_rsst.masking.freezing import freeze_latents
 from torch_rsst.masking.mask_sets import Masks, apply_mask, extract_mask
-from torch_rsst.masking.names import named_refs, named_weights, unwrap
+from torch_rsst.masking.names import all_places, named_weights, unwrap
 from torch_rsst.masking.optimizer_state import reset_returned
-from torch_rsst.masking.parameter_ref import ParameterRef, masked_refs
+from torch_rsst.masking.parameter_ref import masked_refs
 from torch_rsst.masking.rewind import Snapshot
 from torch_rsst.masking.rollback import AllOrNothing
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers
@@ -41,21 +44,19 @@ from torch_rsst.regrouping.history import DecisionHistory
 from torch_rsst.regrouping.ranking import rank, ranked_names
 from torch_rsst.regrouping.regrouping import Decision, RegroupPlan, decide, refill_from
 from torch_rsst.report.sparsity import SparsityReport, sparsity_report
-from torch_rsst.rounds.averages import Followers
+from torch_rsst.rounds.averages import averages_in
 from torch_rsst.rounds.optimizer_rewind import OptimizerRewind, restore_callback
 from torch_rsst.rounds.round import (
     Chosen,
     Round,
     check_cut_is_free,
     record_decision,
-    record_end,
     warn_of_end,
-    warn_of_unranked,
 )
 from torch_rsst.rounds.round_arguments import Course, Ranking, Regrouping
 from torch_rsst.rounds.round_start import Reference
 from torch_rsst.rounds.state import RoundsState, RoundState, damage_reported, plain_settings
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.errors import RoundWarning, refuse
 
 __all__ = ["Chosen", "Round", "Rounds"]
 
@@ -110,7 +111,7 @@ class Rounds(ABC):
         times = 1 if self._gives_back else course.rounds
         ranking.check({n: weights[n] for n in self._ranked}, extract_mask(model), times)
         regrouping.check(self._groups, weights)
-        self._followers = Followers.of(model, follow)
+        self._followers = averages_in(model, follow)
         self._snapshot = Snapshot.of(model, course.rewind)
         self._optimizer = optimizer
         self._optimizers = [] if optimizer is None else as_optimizers(optimizer)
@@ -171,14 +172,7 @@ class Rounds(ABC):
         index = self._next_index
         chosen = self._choose(index)
         if index >= 0:
-            warn_of_unranked(
-                index,
-                chosen,
-                self._final_mask(chosen),
-                extract_mask(self._model),
-                self._model,
-                self._groups,
-            )
+            self._warn_of_unranked(index, chosen)
         opened = self._open(index, chosen, new=index >= 0)
         self._next_index = index + 1
         return opened
@@ -299,15 +293,33 @@ class Rounds(ABC):
         current = self._without_gone(alive, refill, decision)
         return Chosen(ranked, current, refill, decision.budgets, decision.verdicts())
 
+    def _warn_of_unranked(self, index: int, chosen: Chosen) -> None:
+        """Warn of layers that a ranking has left no weight, where some units go and others stay all the same."""
+        weights, found = named_weights(self._model), []
+        before, final = extract_mask(self._model), self._final_mask(chosen)
+        for layer, verdicts in zip(self._groups.layers, chosen.verdicts, strict=True):
+            if not bool((remain(layer, weights, chosen.ranked_mask) > 0).any()):
+                living, stays = (remain(layer, weights, masks) > 0 for masks in (before, final))
+                alike = torch.isin(verdicts.keys, verdicts.keys[living & stays])
+                if bool((living & ~verdicts.kept & alike).any()):
+                    found.append(str(layer))
+        if found:
+            warnings.warn(
+                f"Round {index}: the ranking leaves layers no weight, so that their units score alike and the first "
+                f"of them go: {'; '.join(found[:5])}. Lower amount, or pass an importance that needs batches.",
+                RoundWarning,
+                stacklevel=3,
+            )
+
     def _open(self, index: int, chosen: Chosen, *, new: bool) -> Round:
         """Open a round, a new one or one that is resumed: all of it, or nothing is changed."""
         trained = self._trained_with(chosen)
         memory = self._optimizer_rewind if index >= 0 else OptimizerRewind("keep")
         if new and self._snapshot.weights:
-            for module in (self._model, *self._followers.modules):
+            for module in (self._model, *self._followers):
                 self._snapshot.check(module)
             memory.check(self._model, self._optimizers)
-        with AllOrNothing(self._refs()) as undo:
+        with AllOrNothing(all_places(self._model, *self._followers)) as undo:
             undo += self._weights_back() if new else ()
             # The regularizer comes first: whatever can fail does so before the model is touched.
             pruner = RegularizedPruner(
@@ -336,9 +348,9 @@ class Rounds(ABC):
         self._apply(trained, refit if refits else None)
         if new and refit is not None and not refits:
             self._reference = Reference.of(self._model)
-        pruner.follow(self._followers.modules)
+        pruner.follow(self._followers)
         if new and self._snapshot.weights:
-            for module in (self._model, *self._followers.modules):
+            for module in (self._model, *self._followers):
                 self._snapshot.restore(module)
             opened._optimizer_rewind.apply(self._model, self._optimizers)
             pruner.reset()
@@ -348,19 +360,16 @@ class Rounds(ABC):
     def _weights_back(self) -> Iterator[Callable[[], object]]:
         """What undoes a rewind or a refit, which change values in place: called with the masks of then."""
         if self._snapshot.weights or (self._refits_on_opening and self.course.reconstruct):
-            for module in (self._model, *self._followers.modules):
+            for module in (self._model, *self._followers):
                 yield partial(Snapshot.of(module, "init").restore, module)
             yield from map(restore_callback, self._optimizers)
-
-    def _refs(self) -> list[ParameterRef]:
-        own = (ref for places in named_refs(self._model).values() for ref in places)
-        return [*own, *self._followers.refs()]
 
     def _close(self) -> None:
         closing = self._round
         if closing is None:
             return
-        record_end(closing)  # where it cannot, the round stays open with its penalty
+        # Where it cannot be noted, the round stays open with its penalty.
+        self._history.update(closing.index, closing._penalty_now)
         self._round = None
         try:
             warn_of_end(closing)
@@ -418,7 +427,8 @@ class Rounds(ABC):
                 check_pruner=self._check_pruner,
             )
             saved.snapshot.check(self._model)
-        with damage_reported(), AllOrNothing(self._refs()) as undo:
+        refs = all_places(self._model, *self._followers)
+        with damage_reported(), AllOrNothing(refs) as undo:
             undo.append(self._as_now())
             self._continue(saved)
 
@@ -488,8 +498,8 @@ class Rounds(ABC):
 
     def _mask_all(self, masks: Masks, refit: _Refit | None = None) -> None:
         """The followers first, which are put back where the model's turn fails."""
-        with AllOrNothing(self._followers.refs()) as undo:
-            for module in (*self._followers.modules, self._model):
+        with AllOrNothing(all_places(*self._followers)) as undo:
+            for module in (*self._followers, self._model):
                 if refit is None:
                     apply_mask(module, masks)
                 elif module is self._model:

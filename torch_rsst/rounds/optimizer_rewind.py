@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_rsst.masking.names import named_refs
-from torch_rsst.utils.errors import check_keys, listing, refuse, unknown_choice
+from torch_rsst.utils.errors import check_choice, check_keys, listing, refuse
+from torch_rsst.utils.optimizer_hooks import held_by
 
 _CHOICES = ("reset", "init", "keep")
 
@@ -40,7 +41,7 @@ class OptimizerRewind:
         Raises:
             TypeError, ValueError: for anything else, or states of other optimizers.
         """
-        states = _states_in(asked)
+        states = states_in(asked)
         if asked == "init":
             if not optimizers:
                 remedy = "Pass the optimizer to the rounds, or its state dict as rewind_optimizer."
@@ -49,11 +50,6 @@ class OptimizerRewind:
         elif isinstance(asked, str):
             return cls(asked)
         return cls("states", tuple(copy.deepcopy(list(states)))).named(model, optimizers)
-
-    @staticmethod
-    def check_choice(asked: object) -> None:
-        """Raise as :meth:`of` does, where no optimizer is needed to tell."""
-        _states_in(asked)
 
     def named(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> OptimizerRewind:
         """With the names of the states' parameters: unless they are known, those of the optimizers' at their positions.
@@ -70,7 +66,7 @@ class OptimizerRewind:
             remedy = "Pass a state dict for each optimizer, of this very one."
             refuse(ValueError, "rewind_optimizer", expected, f"{saved}", remedy)
         names = _names_of(model)
-        every = tuple(tuple(names.get(id(p)) for p in _in_groups(o)) for o in optimizers)
+        every = tuple(tuple(names.get(id(p)) for p in held_by(o)) for o in optimizers)
         return replace(self, names=every)
 
     def check(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -80,22 +76,20 @@ class OptimizerRewind:
         known = self.named(model, optimizers).names
         if len(known) != len(optimizers):
             remedy = "Pass as many optimizers as the rounds were given, in the same order."
-            refuse(
-                ValueError, "rewind_optimizer", f"{len(known)} optimizers", len(optimizers), remedy
-            )
+            expected, got = f"{len(known)} optimizers", f"{len(optimizers)}"
+            refuse(ValueError, "rewind_optimizer", expected, got, remedy)
         names, every = _names_of(model), {name for own in known for name in own}
         moved = [
             name
             for optimizer, own in zip(optimizers, known, strict=True)
-            for parameter in _in_groups(optimizer)
+            for parameter in held_by(optimizer)
             if (name := names.get(id(parameter))) in every.difference(own) and name is not None
         ]
         if moved:
             expected = "every parameter in the optimizer whose moments of it are put back"
             remedy = "Put it back there, or pass rewind_optimizer='reset'."
-            refuse(
-                ValueError, "rewind_optimizer", expected, f"another with {listing(moved)}", remedy
-            )
+            got = f"another with {listing(moved)}"
+            refuse(ValueError, "rewind_optimizer", expected, got, remedy)
 
     def apply(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Rewind in place what optimizers remember of the model's parameters, whatever group they are in."""
@@ -110,15 +104,14 @@ class OptimizerRewind:
                     optimizer.state.pop(parameter, None)
 
 
-def _states_in(asked: object) -> Sequence[Mapping[str, Any]]:
+def states_in(asked: object) -> Sequence[Mapping[str, Any]]:
     """The states that ``rewind_optimizer`` gives; none for a choice.
 
     Raises:
         TypeError, ValueError: for anything else.
     """
     if isinstance(asked, str):
-        if asked not in _CHOICES:
-            raise ValueError(unknown_choice("rewind_optimizer", asked, _CHOICES))
+        check_choice("rewind_optimizer", asked, _CHOICES)
         return []
     states: Any = [asked] if isinstance(asked, Mapping) else asked
     if not isinstance(states, Sequence) or isinstance(states, bytes):
@@ -138,14 +131,9 @@ def _names_of(model: nn.Module) -> dict[int, str]:
     return {id(places[0].original): name for name, places in named_refs(model).items()}
 
 
-def _in_groups(optimizer: Optimizer) -> list[Any]:
-    """The parameters of an optimizer, in the order in which a state dict numbers them."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _left_over(optimizer: Optimizer) -> list[Any]:
     """The parameters that an optimizer remembers and has in no group any more: a state dict cannot number them."""
-    held = {id(parameter) for parameter in _in_groups(optimizer)}
+    held = {id(parameter) for parameter in held_by(optimizer)}
     return [key for key in optimizer.state if isinstance(key, Tensor) and id(key) not in held]
 
 
@@ -164,14 +152,7 @@ def _put_back(
     own: Sequence[str | None],
     names: Mapping[int, str],
 ) -> dict[str, Any]:
-    """What an optimizer is to load: moments of the model's parameters from a state, all else as it is.
-
-    Args:
-        optimizer: with its parameters in any groups.
-        state: what was saved.
-        own: the name of each parameter of the state.
-        names: see :func:`_names_of`.
-    """
+    """What an optimizer is to load: moments from a state, whose parameters ``own`` names, all else as it is."""
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     saved = {
         name: state["state"][number]
@@ -179,7 +160,7 @@ def _put_back(
         if name is not None and number in state["state"]
     }
     moments = {key: value for key, value in state["state"].items() if key not in numbers}
-    every: list[tuple[Any, Any]] = list(enumerate(_in_groups(optimizer)))
+    every: list[tuple[Any, Any]] = list(enumerate(held_by(optimizer)))
     # A parameter that is in no group any more is its own key, which is loaded as it is.
     every += [(parameter, parameter) for parameter in _left_over(optimizer)]
     for key, parameter in every:

@@ -6,11 +6,9 @@ import math
 import warnings
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from torch_rsst.groups.groups import Groups
-from torch_rsst.importance.weights import remain
 from torch_rsst.masking.mask_sets import Masks, check_masks, penalty_mask
 from torch_rsst.masking.names import named_weights
 from torch_rsst.penalty.hooks import Optimizers, as_optimizers
@@ -167,11 +165,6 @@ def check_cut_is_free(last: Round, limit: float) -> None:
         )
 
 
-def record_end(closing: Round) -> None:
-    """Note what the penalty of a round has done."""
-    closing._history.update(closing.index, closing._penalty_now)
-
-
 def warn_of_end(closing: Round) -> None:
     """Warn of a round that was left early, or whose penalty was done too soon."""
     pruner = closing.pruner
@@ -197,35 +190,6 @@ def warn_of_end(closing: Round) -> None:
             f"than shrunk. Pass shrink_to instead of strength, or lower the strength.",
             RoundWarning,
             stacklevel=4,
-        )
-
-
-def warn_of_unranked(
-    index: int, chosen: Chosen, final: Masks, before: Masks, model: nn.Module, groups: Groups
-) -> None:
-    """Warn of layers that a ranking has left no weight, where some units go and others stay all the same.
-
-    Args:
-        index: of the round.
-        chosen: for it.
-        final: what would be left if the model were cut now.
-        before: the model's masks before the round.
-        model: without wrappers.
-        groups: whose units.
-    """
-    weights, found = named_weights(model), []
-    for layer, verdicts in zip(groups.layers, chosen.verdicts, strict=True):
-        if not bool((remain(layer, weights, chosen.ranked_mask) > 0).any()):
-            living, stays = (remain(layer, weights, masks) > 0 for masks in (before, final))
-            alike = torch.isin(verdicts.keys, verdicts.keys[living & stays])
-            if bool((living & ~verdicts.kept & alike).any()):
-                found.append(str(layer))
-    if found:
-        warnings.warn(
-            f"Round {index}: the ranking leaves layers no weight, so that their units score alike and the first "
-            f"of them go: {'; '.join(found[:5])}. Lower amount, or pass an importance that needs batches.",
-            RoundWarning,
-            stacklevel=3,
         )
 
 

@@ -19,9 +19,9 @@ from torch_rsst.groups.groups import Groups
 from torch_rsst.importance.weights import Importance
 from torch_rsst.masking.mask_sets import alive_in
 from torch_rsst.masking.parameter_ref import Parameter
-from torch_rsst.reconstruction.reconstruction import Method, Reconstruction
+from torch_rsst.reconstruction.reconstruction import METHODS, Method
 from torch_rsst.regrouping.regrouping import RegroupPlan, Scope, scopes_of, sizes_of
-from torch_rsst.rounds.optimizer_rewind import OptimizerRewind
+from torch_rsst.rounds.optimizer_rewind import states_in
 from torch_rsst.utils.amounts import (
     Amount,
     check_amount,
@@ -30,7 +30,7 @@ from torch_rsst.utils.amounts import (
     plain_amount,
     units_to_keep,
 )
-from torch_rsst.utils.errors import RoundWarning, refuse
+from torch_rsst.utils.errors import RoundWarning, check_choice, refuse
 
 RegroupAmount: TypeAlias = Amount | Callable[[int], Amount] | None
 Rewind: TypeAlias = Literal["init"] | Mapping[str, Tensor] | None
@@ -54,13 +54,14 @@ class Course:
     reconstruct: Method | None = None
 
     def __post_init__(self) -> None:
+        own = vars(self)
         for name in ("steps_per_round", "rounds"):
-            object.__setattr__(self, name, check_count(getattr(self, name), name, at_least=1))
+            own[name] = check_count(own[name], name, at_least=1)
         for name in ("train_first", "freeze_masked", "reset_moments"):
-            object.__setattr__(self, name, check_flag(getattr(self, name), name))
-        OptimizerRewind.check_choice(self.rewind_optimizer)  # also where nothing is rewound
+            own[name] = check_flag(own[name], name)
+        states_in(self.rewind_optimizer)  # also where nothing is rewound
         if self.reconstruct is not None:
-            Reconstruction(self.reconstruct)  # for what it refuses
+            check_choice("reconstruct", self.reconstruct, METHODS)
             if self.rewind is not None:
                 remedy = "Rewinding would undo the refit: leave out one of them."
                 refuse(ValueError, "reconstruct", "rewind=None", "both", remedy)
@@ -74,7 +75,7 @@ class Ranking:
     parameters: Iterable[Parameter | str] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "amount", plain_amount(self.amount))
+        vars(self)["amount"] = plain_amount(self.amount)
 
     def check(self, weights: Mapping[str, Tensor], alive: Mapping[str, Tensor], times: int) -> None:
         """Raise where a count is more than there is, warn where it looks like a percentage.
@@ -114,7 +115,7 @@ class Regrouping(RegroupPlan):
                 refuse(ValueError, "ungrouped='element'", "an amount", got, remedy)
         elif not callable(self.regroup_amount):
             check_amount(self.regroup_amount, "regroup_amount")
-            object.__setattr__(self, "regroup_amount", plain_amount(self.regroup_amount))
+            vars(self)["regroup_amount"] = plain_amount(self.regroup_amount)
 
     def check(self, groups: Groups, weights: Mapping[str, Tensor]) -> None:
         """Raise where a count is more than a scope has, warn where it looks like a percentage or means all."""

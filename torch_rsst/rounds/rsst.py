@@ -33,7 +33,7 @@ from torch_rsst.rounds.round_arguments import (
 from torch_rsst.rounds.state import plain_settings
 from torch_rsst.schedules import Schedule
 from torch_rsst.utils.amounts import Amount, check_flag
-from torch_rsst.utils.errors import RoundWarning, refuse, unknown_choice
+from torch_rsst.utils.errors import RoundWarning, check_choice, refuse
 
 
 class RSST(Rounds):
@@ -272,6 +272,5 @@ def _kept_units(kept_units: KeptUnits | None, dense_training: bool | None) -> Ke
         return "dense" if check_flag(dense_training, "dense_training") else "sparse"
     if kept_units is None:
         return "dense"
-    if kept_units not in get_args(KeptUnits):
-        raise ValueError(unknown_choice("kept_units", kept_units, get_args(KeptUnits)))
+    check_choice("kept_units", kept_units, get_args(KeptUnits))
     return kept_units

@@ -50,7 +50,7 @@ class RoundState:
         return {
             "index": self.index,
             "open": self.open,
-            **{name: _copied(getattr(self.chosen, name)) for name in _MASKS},
+            **{name: as_masks(getattr(self.chosen, name)) for name in _MASKS},
             "budgets": [asdict(budget) for budget in self.chosen.budgets],
             "pruner": dict(self.pruner),
         }
@@ -67,10 +67,6 @@ class RoundState:
 
 
 _MASKS = ("ranked_mask", "current_mask", "refill_mask")
-
-
-def _copied(masks: Masks) -> Masks:
-    return {name: mask.clone() for name, mask in masks.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +161,7 @@ class RoundsState:
 
 
 def _optimizer_names(state: Mapping[str, Any]) -> tuple[tuple[str | None, ...], ...]:
-    """The names of the parameters of optimizers' states, one for each.
-
-    Raises:
-        ValueError: where they are not as many.
-    """
+    """The names of the parameters of optimizers' states, one for each."""
     for own in state["optimizer_states"]:
         check_keys(own, ("state", "param_groups"), f"{SUBJECT}: optimizer_states")
     names = tuple(map(tuple, state.get("optimizer_names", ())))
@@ -185,11 +177,7 @@ def _optimizer_names(state: Mapping[str, Any]) -> tuple[tuple[str | None, ...], 
 
 
 def _up_to_date(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state of any version in the present format.
-
-    Raises:
-        ValueError: for a version that is not known yet.
-    """
+    """A state of any version that is known in the present format."""
     version = state.get("format", 1)
     if not isinstance(version, int) or not 1 <= version <= FORMAT:
         remedy = "It was written by a later torch_rsst: load it with that one."
@@ -210,15 +198,11 @@ def _up_to_date(state: Mapping[str, Any]) -> dict[str, Any]:
 def _check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     # A tensor, which no setting is, compares to no truth.
     differing = [k for k in own if isinstance(saved.get(k), Tensor) or saved.get(k) != own[k]]
-    if not differing:
-        return
-    refuse(
-        ValueError,
-        SUBJECT,
-        ", ".join(f"{key}={own[key]!r}" for key in differing),
-        ", ".join(f"{key}={saved.get(key)!r}" for key in differing),
-        "Build the rounds with the arguments of the saved ones.",
-    )
+    if differing:
+        expected = ", ".join(f"{key}={own[key]!r}" for key in differing)
+        got = ", ".join(f"{key}={saved.get(key)!r}" for key in differing)
+        remedy = "Build the rounds with the arguments of the saved ones."
+        refuse(ValueError, SUBJECT, expected, got, remedy)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_rsst.distributed.dtensor import Layout
-from torch_rsst.utils.bool_ops import compare, count, nonzero
+from torch_rsst.utils.bool_ops import compare, count
 
 Index = TypeVar("Index", int, Tensor)
 
@@ -129,8 +129,16 @@ class Block:
     offset: int
     start: int
     buffers: Buffers
-    layout: Layout | None = None
-    counts: bool = True
+    layout: Layout | None
+    counts: bool
+
+    def pieces(self) -> Iterator[Block]:
+        """Blocks that fit into the buffers, which together are this one."""
+        size, start = self.buffers.size, self.start
+        masks = repeat(None) if self.among is None else split(self.among, size)
+        for scores, among in zip(split(self.scores, size), masks, strict=False):
+            yield replace(self, scores=scores, among=among, start=start)
+            start += scores.numel()
 
     def keys(self) -> Tensor:
         """The keys of all entries."""
@@ -142,7 +150,7 @@ class Block:
         """Which entries compete, as bool; None: all."""
         if self.among is None:
             return None
-        return nonzero(self.among, out=self.buffers.views(self.scores).competes)
+        return compare(self.among, "!=", 0, out=self.buffers.views(self.scores).competes)
 
     def competing_keys(self) -> Tensor:
         """The keys, with the highest for entries that do not compete."""
@@ -187,24 +195,6 @@ class Block:
         """The places of the entries that compete and have this key; for the others, the highest int64."""
         places = self.places()
         return places.masked_fill_(self.competing_keys() != key, torch.iinfo(places.dtype).max)
-
-
-def blocks_of(
-    tensor: int,
-    scores: Tensor,
-    among: Tensor | None,
-    offset: int,
-    buffers: Buffers,
-    layout: Layout | None = None,
-    counts: bool = True,
-) -> Iterator[Block]:
-    """The blocks of one tensor, with the attributes of :class:`Block`."""
-    pieces = split(scores, buffers.size)
-    masks = repeat(None) if among is None else split(among, buffers.size)
-    start = 0
-    for piece, mask in zip(pieces, masks, strict=False):
-        yield Block(tensor, piece, mask, offset, start, buffers, layout, counts)
-        start += piece.numel()
 
 
 def split(tensor: Tensor, size: int) -> list[Tensor]:

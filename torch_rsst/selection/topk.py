@@ -34,7 +34,7 @@ from torch import Tensor
 
 from torch_rsst.distributed.dtensor import Layout, Ranks, local, placed_like, sharded_like
 from torch_rsst.selection.bracket import narrowed
-from torch_rsst.selection.keys import Block, Buffers, KeyType, blocks_of, split
+from torch_rsst.selection.keys import Block, Buffers, KeyType, split
 from torch_rsst.selection.radix_select import Search
 from torch_rsst.utils.bool_ops import compare, numpy_reads
 from torch_rsst.utils.errors import refuse
@@ -118,7 +118,8 @@ class Ranking:
         ):
             own = None if mask is None else local(placed_like(mask, whole))
             layout, counts = Layout.of(whole), ranks.counts(whole)
-            self._blocks += blocks_of(tensor, part, own, offset, buffers, layout, counts)
+            every = Block(tensor, part, own, offset, 0, buffers, layout, counts)
+            self._blocks += every.pieces()
         self._counted = [block for block in self._blocks if block.counts]
 
     @cached_property

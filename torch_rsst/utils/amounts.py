@@ -115,7 +115,12 @@ def decimal(rate: float) -> Fraction:
 
 
 def units_to_keep(
-    amount: Amount | None, units: int, alive_of_size: Mapping[int, int], fillback_rate: float
+    amount: Amount | None,
+    units: int,
+    alive_of_size: Mapping[int, int],
+    fillback_rate: float,
+    *,
+    of: str = "units",
 ) -> int:
     """The budget of one scope: how many of its ``units`` the refill mask keeps.
 
@@ -128,6 +133,7 @@ def units_to_keep(
         units: how many units the scope has.
         alive_of_size: ranked size → alive ranked entries of all the scope's units of that size.
         fillback_rate: the share of what would go that is given back.
+        of: what the units are called in an error.
 
     >>> units_to_keep(None, 3, {64: 140}, fillback_rate=0.0)  # round(140 / 64)
     2
@@ -137,7 +143,7 @@ def units_to_keep(
     if amount is None:
         density = sum((Fraction(alive, size) for size, alive in alive_of_size.items()), Fraction())
         return round(density + decimal(fillback_rate) * (units - density))
-    drop = to_count(amount, units, of="units")
+    drop = to_count(amount, units, of=of)
     return units - drop + round(decimal(fillback_rate) * drop)
 
 

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Comparison = Literal["<=", ">", ">=", "=="]
+Comparison = Literal["<=", ">", ">=", "==", "!="]
 
-_PYTORCH = {"<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq}
+_PYTORCH = {"<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq, "!=": torch.ne}
 _NUMPY = {
     "<=": np.less_equal,
     ">": np.greater,
     ">=": np.greater_equal,
     "==": np.equal,
+    "!=": np.not_equal,
 }
 
 
@@ -45,14 +46,6 @@ def compare(values: Tensor, how: Comparison, bound: float | Tensor, *, out: Tens
         return _PYTORCH[how](values, bound, out=out)
     limit = bound.numpy() if isinstance(bound, Tensor) else bound
     _NUMPY[how](_array(values), limit, out=out.numpy())
-    return out
-
-
-def nonzero(values: Tensor, *, out: Tensor) -> Tensor:
-    """Set ``out``, a bool tensor, to where ``values`` are not 0, and return it."""
-    if not numpy_reads(values):
-        return torch.ne(values, 0, out=out)
-    np.not_equal(_array(values), 0, out=out.numpy())
     return out
 
 

@@ -97,6 +97,20 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 and "\n" not in text else kind
 
 
+def check_type(
+    value: object, kind: type | tuple[type, ...], subject: str, expected: str, remedy: str
+) -> None:
+    """Raise a TypeError unless a value is of a kind."""
+    if not isinstance(value, kind):
+        refuse(TypeError, subject, expected, type(value).__name__, remedy)
+
+
+def missing_package(error: ModuleNotFoundError, subject: str, remedy: str) -> ModuleNotFoundError:
+    """The error for a package that is not there, with what to do about it."""
+    text = message(subject, expected=str(error.name), got="none", remedy=remedy)
+    return ModuleNotFoundError(text, name=error.name)
+
+
 def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:
     """The error text for a name that is not one of ``choices``, with the nearest one suggested.
 
@@ -108,6 +122,15 @@ def unknown_choice(subject: str, got: object, choices: Iterable[str]) -> str:
     remedy = f"Did you mean {near!r}?" if near else "Choose one of these."
     listed = ", ".join(map(repr, names))
     return message(subject, expected=f"one of {listed}", got=shown(got), remedy=remedy)
+
+
+def check_choice(
+    subject: str, got: object, choices: Iterable[str], error: type[Exception] = ValueError
+) -> None:
+    """Raise with the text of :func:`unknown_choice` unless a name is one of ``choices``."""
+    names = list(choices)
+    if not isinstance(got, str) or got not in names:  # arrays compare entry by entry
+        raise error(unknown_choice(subject, got, names))
 
 
 def one_line(error: BaseException) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-_Undo = Callable[[], None]
+from torch_rsst.utils.errors import refuse
+
+_Undo = Callable[[], object]
 _ATOMS = (
     *(int, float, complex, str, bytes, type(None), type, range, slice),
     *(FunctionType, BuiltinFunctionType, MethodType, ModuleType, torch.dtype, torch.device),
@@ -100,8 +103,12 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     Args:
         module: not changed.
         memo: as of :func:`copy.deepcopy`; filled.
+
+    Raises:
+        ValueError: for tensors that a ``__deepcopy__`` shares: what is done to a copy would be done to them.
     """
     memo = {} if memo is None else memo
+    given = {id(value) for value in memo.values()}
     for shared in _sharings(module):
         attempt = memo | shared()
         try:
@@ -111,8 +118,19 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             error = failure
             continue
         memo.update(attempt)
+        _check_apart(module, made, given)
         return made
     raise error
+
+
+def _check_apart(module: nn.Module, made: nn.Module, given: Container[int]) -> None:
+    """Refuse copies that hold tensors of the module, but for those whose ids are given."""
+    own = {id(tensor) for tensor in itertools.chain(made.parameters(), made.buffers())}
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if id(tensor) in own and id(tensor) not in given:
+            got = "one that a __deepcopy__ shares with the copy"
+            remedy = "Let that __deepcopy__ copy its parameters and buffers."
+            refuse(ValueError, name, "a tensor that copy.deepcopy copies", got, remedy)
 
 
 def drop_caches(module: nn.Module) -> None:
@@ -127,15 +145,15 @@ def drop_caches(module: nn.Module) -> None:
         part.training = mode
 
 
-def contents_back(
-    value: dict[Any, Any] | list[Any] | bytearray | set[Any],
-) -> Callable[[], None]:
-    """What puts the contents of a dict, a list or a set back, in place; what has not changed is not written to."""
-    if isinstance(value, set):
-        return partial(_refill, value, list(value))
+def contents_back(value: Any) -> _Undo:
+    """What puts the contents of a container back, in place; what has not changed is not written to.
+
+    Args:
+        value: a dict, list, bytearray, set or deque.
+    """
     if isinstance(value, dict):
         return partial(_refill_dict, value, list(value.items()))
-    return partial(_refill_list, value, value[:])
+    return partial(_refill, value, list(value))
 
 
 def _sharings(module: nn.Module) -> Iterator[Callable[[], dict[int, Any]]]:
@@ -184,12 +202,10 @@ def _snapshot(module: nn.Module, managed: bool) -> list[_Undo]:
         if isinstance(value, Tensor):
             if not is_lazy(value):
                 undo.append(_of_tensor(value))
-        elif isinstance(value, (dict, list, bytearray)):
+        elif isinstance(value, (dict, list, bytearray, set, deque)):
             undo.append(contents_back(value))
-        elif isinstance(value, (set, deque)):
-            undo.append(partial(_refill, value, list(value)))
         elif isinstance(value, torch.Generator):
-            undo.append(partial(_set_state, value, value.get_state()))
+            undo.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
             undo.append(partial(value.setstate, value.getstate()))
         elif numpy is not None and isinstance(value, numpy.ndarray):
@@ -235,10 +251,6 @@ def _slots(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in flat if hasattr(value, name)}
 
 
-def _set_state(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)
-
-
 def _put_slots(value: Any, before: dict[str, Any]) -> None:
     now = _slots(value)
     for name in now.keys() - before.keys():
@@ -282,13 +294,12 @@ def _refill_dict(now: dict[Any, Any], before: list[tuple[Any, Any]]) -> None:
         base.__setitem__(now, key, value)
 
 
-def _refill_list(now: Any, before: Any) -> None:
-    if len(now) != len(before) or any(map(operator.is_not, now, before)):
-        now[:] = before
-
-
 def _refill(now: Any, before: list[Any]) -> None:
-    if len(now) != len(before) or any(map(operator.is_not, now, before)):
+    if len(now) == len(before) and not any(map(operator.is_not, now, before)):
+        return
+    if isinstance(now, (set, deque)):
         now.clear()
         add = now.update if isinstance(now, set) else now.extend
         add(before)
+    else:
+        now[:] = before

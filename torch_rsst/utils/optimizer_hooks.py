@@ -1,11 +1,17 @@
-"""Steps of optimizers, as the hooks see them that PyTorch runs around each."""
+"""What optimizers hold, and their steps, as the hooks see them that PyTorch runs around each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from torch.optim import Optimizer
+
+
+def held_by(*optimizers: Optimizer) -> list[Any]:
+    """The parameters in the groups of optimizers, in the order in which state dicts number them."""
+    return [p for each in optimizers for group in each.param_groups for p in group["params"]]
 
 
 def is_nested(optimizer: Optimizer, step: FrameType) -> bool:

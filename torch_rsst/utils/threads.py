@@ -16,9 +16,8 @@ import torch
 
 T = TypeVar("T")
 
-_ENTRIES_EACH = (
-    1 << 23
-)  # for fewer, a thread is not worth it: each waits for the interpreter at times
+# For fewer, a thread is not worth it: each waits for the interpreter at times.
+_ENTRIES_EACH = 1 << 23
 _MOST = 8  # more threads would wait for the interpreter
 
 # Threads within one_thread(). A lock around it could be left closed by an interrupt.
