@@ -254,7 +254,7 @@ def test_a_penalty_refuses_to_be_copied_in_place_of_losing_its_hooks(what: Any) 
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
     refill = torch_rsst.regroup(model, torch_rsst.find_groups(model), amount=0.5)
     pruner = torch_rsst.RegularizedPruner(model, refill, total_steps=3)
-    text = r"RegularizedPruner: expected to stay with its model, got deepcopy. Copy the model, then"
+    text = r"RegularizedPruner: expected to stay with its model, got a copy or a pickle. Copy the model"
     with pytest.raises(TypeError, match=text):
         copy.deepcopy(what(model, pruner))
     assert torch_rsst.RegularizedPruner.attached_to(model) is pruner

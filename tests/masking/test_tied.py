@@ -479,6 +479,22 @@ def test_weights_that_are_tied_no_more_have_masks_of_their_own_once_one_is_set(
     assert_mask_invariants(model)
 
 
+def test_masks_are_asked_for_other_owners_once_a_call_and_not_once_a_parameter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searches: list[int] = []
+    search = tied.masked_refs
+    monkeypatch.setattr(tied, "masked_refs", lambda of: searches.append(1) or search(of))
+    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    pairs = [(layer, "weight") for layer in layers]
+    for calls in (1, 2, 3):
+        torch_rsst.global_unstructured(pairs, torch_rsst.GlobalL1, amount=calls)
+        layers(torch.ones(1, 4)).sum().backward()
+        assert len(searches) < calls
+    torch_rsst.apply_mask(layers, torch_rsst.extract_mask(layers))
+    assert len(searches) <= 2
+
+
 @pytest.mark.parametrize("kept", ["embed", "head"])
 def test_a_state_dict_may_hold_a_tied_weight_under_any_of_its_names(kept: str) -> None:
     model = made()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
@@ -410,7 +411,7 @@ def test_a_forgotten_pruner_whose_model_went_too_blocks_nothing():
 def test_deepcopy_of_the_pruner_is_refused_and_of_its_model_is_not():
     model = linear()
     pruner = pruner_of(model)
-    with pytest.raises(TypeError, match=r"to stay with its model, got deepcopy\. Copy the model"):
+    with pytest.raises(TypeError, match="to stay with its model, got a copy or a pickle"):
         copy.deepcopy(pruner)
     clone, plain = copy.deepcopy(model), linear()
     for layer in (clone, plain):
@@ -831,10 +832,11 @@ def test_errors_of_attaching_say_it_all():
         "got '0.weight', penalized through another module. "
         "Remove that one, or penalize everything with one."
     )
-    assert said_by(TypeError, lambda: copy.deepcopy(pruner)) == (
-        "RegularizedPruner: expected to stay with its model, got deepcopy. "
-        "Copy the model, then build a new RegularizedPruner for the copy."
-    )
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        assert said_by(TypeError, lambda copied=copied: copied(pruner)) == (
+            "RegularizedPruner: expected to stay with its model, got a copy or a pickle. Copy the model, then "
+            "build a new RegularizedPruner for the copy; of rounds, save state_dict()."
+        )
     pruner.attach(optimizer)
     assert said_by(RuntimeError, lambda: pruner.attach(optimizer)) == (
         "attach: expected one optimizer, once, got a second one. "

@@ -222,6 +222,19 @@ def test_errors_stay_those_of_pytorch() -> None:
         prune.remove(linear(), "weight")
 
 
+@pytest.mark.parametrize("call", [*CALLS, "remove"])
+@pytest.mark.parametrize("name", [None, 3, b"weight"])
+def test_a_name_that_is_no_text_is_told_before_anything_changes(call: str, name: object) -> None:
+    layer = linear()
+    before = layer.weight.clone()
+    with pytest.raises(
+        TypeError, match="^name: expected the name of a parameter, got .* as in 'weight'"
+    ):
+        getattr(prune, call)(layer, name, **CALLS.get(call, {}))
+    assert [key for key, _ in layer.named_parameters()] == ["weight", "bias"]
+    assert torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize("name", [*CALLS, "remove"])
 def test_functions_look_like_the_stock_ones(name: str) -> None:
     ours, theirs = getattr(prune, name), getattr(stock, name)

@@ -7,7 +7,7 @@ This is the only room that touches PyTorch's reparametrization: ``weight`` becom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ from torch_rsst.masking.mask_values import check_binary, is_full
 from torch_rsst.masking.masked_product import is_in_graph
 from torch_rsst.masking.parameter_ref import ParameterRef, check_ref, check_scores
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
-from torch_rsst.masking.tied import by_parameter, masked_with, masks_another, sharing
+from torch_rsst.masking.tied import by_parameter, masked_with, masks_of_several, sharing
 from torch_rsst.utils.errors import refuse
 from torch_rsst.utils.large_pages import with_large_pages
 
@@ -195,7 +195,10 @@ def install(refs: Sequence[ParameterRef], new: NewMasks) -> None:
     refs = [*refs, *(check_ref(ref.module, ref.name) for ref in sharing(refs))]
     # A mask made in inference mode could not be changed outside it.
     with torch.inference_mode(False), torch.no_grad():
-        masks = {id(tied[0].original): _mask_buffer(tied[0]) for tied in by_parameter(refs)}
+        several = masks_of_several(refs)
+        masks = {
+            id(tied[0].original): _mask_buffer(tied[0], several) for tied in by_parameter(refs)
+        }
         changed = [ref for ref in refs if not _holds(ref, masks[id(ref.original)])]
         dense = [ref for ref in changed if not ref.is_masked]
         with AllOrNothing(changed, written=refs) as undo:
@@ -227,8 +230,8 @@ def _holds(ref: ParameterRef, mask: Tensor) -> bool:
     return found is not None and isinstance(found[1], _Masked) and is_live(ref.module, ref.name)
 
 
-def _mask_buffer(ref: ParameterRef) -> Tensor:
-    """The parameter's mask, new where there is none."""
+def _mask_buffer(ref: ParameterRef, several: Container[int]) -> Tensor:
+    """The parameter's mask; a new one where there is none, or where the id of its mask is in ``several``."""
     mask, original = ref.mask, ref.original
     if mask is None:
         return with_large_pages(torch.empty_like(original, requires_grad=False))
@@ -237,7 +240,7 @@ def _mask_buffer(ref: ParameterRef) -> Tensor:
     if not is_writable(mask):
         return mask.clone(memory_format=torch.contiguous_format)
     # A backward pass that is still to come needs the mask of its forward pass.
-    return mask.clone() if is_in_graph(mask) or masks_another(ref) else mask
+    return mask.clone() if is_in_graph(mask) or id(mask) in several else mask
 
 
 def find_hook(ref: ParameterRef) -> tuple[int, BasePruningMethod] | None:

@@ -86,13 +86,19 @@ def _has_shallow_copy(module: nn.Module) -> bool:
     return sys.getrefcount(module._parameters) > 1 + _ARGUMENT
 
 
-def masks_another(ref: ParameterRef) -> bool:
-    """Whether the mask of a parameter is also that of another one: they were tied, and are not any more."""
+def masks_of_several(refs: Iterable[ParameterRef]) -> set[int]:
+    """The ids of masks of ``refs`` that belong to several parameters: they were tied, and are not any more."""
+    if not any(_mask_is_held_elsewhere(ref) for ref in refs):
+        return set()
+    owners: dict[int, set[int]] = {}
+    for each in masked_refs(list(LIVE_MODULES)):
+        owners.setdefault(id(each.mask), set()).add(id(each.original))
+    return {mask for mask, parameters in owners.items() if len(parameters) > 1}
+
+
+def _mask_is_held_elsewhere(ref: ParameterRef) -> bool:
     registry, key = ref.module._buffers, ref.name + MASK
-    if sys.getrefcount(registry[key]) <= 1 + _ARGUMENT:
-        return False
-    own, mask = ref.original, ref.mask
-    return any(o.mask is mask and o.original is not own for o in masked_refs(list(LIVE_MODULES)))
+    return ref.mask is not None and sys.getrefcount(registry[key]) > 1 + _ARGUMENT
 
 
 class _Alone:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -371,10 +371,11 @@ class RegularizedPruner:
         else:  # a warning about the penalty would only hide the error
             self.detach()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RegularizedPruner:
-        remedy = "Copy the model, then build a new RegularizedPruner for the copy."
-        expected = "to stay with its model"
-        refuse(TypeError, "RegularizedPruner", expected, "deepcopy", remedy)
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Copies and pickles would have neither its hooks nor its optimizer."""
+        expected, got = "to stay with its model", "a copy or a pickle"
+        remedy = "Copy the model, then build a new RegularizedPruner for the copy; of rounds, save state_dict()."
+        refuse(TypeError, "RegularizedPruner", expected, got, remedy)
 
     # How it is attached
 

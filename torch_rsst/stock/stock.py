@@ -31,7 +31,12 @@ from torch_rsst.masking.parameter_ref import ParameterRef, check_not_parametrize
 from torch_rsst.masking.removal import what_becomes_of
 from torch_rsst.masking.rollback import AllOrNothing, place_kept
 from torch_rsst.masking.tied import masked_with, sharing
-from torch_rsst.utils.errors import refuse
+from torch_rsst.utils.errors import check_type, refuse
+
+
+def _ref(module: nn.Module, name: object) -> ParameterRef:
+    check_type(name, str, "name", "the name of a parameter", "Pass its name, as in 'weight'.")
+    return ParameterRef(module, str(name))
 
 
 def _without_graph(value: Any) -> Any:
@@ -57,13 +62,13 @@ def _safe(function: Callable[..., Any], *, draws: bool = False) -> Callable[...,
     ) -> Any:
         if not isinstance(module, nn.Module):  # PyTorch's own error
             return function(module, name, *args, **kwargs)
+        ref = _ref(module, name)
         if draws:
             warn_of_draws(function.__name__, process_group)
         check_masks_in_place(function.__name__, [module])
         reshard([module])
         args = tuple(map(_without_graph, args))
         kwargs = {key: _without_graph(value) for key, value in kwargs.items()}
-        ref = ParameterRef(module, name)
         mask, others = ref.mask, sharing([ref]) if ref.held is not None else []
 
         def act() -> Any:
@@ -151,7 +156,7 @@ def remove(module: nn.Module, name: str, *, freeze_zeros: bool | None = None) ->
 
     A hook whose own ``remove`` is not known here may do anything: PyTorch calls it.
     """
-    ref = ParameterRef(module, name) if isinstance(module, nn.Module) else None
+    ref = _ref(module, name) if isinstance(module, nn.Module) else None
     found = find_hook(ref) if ref is not None and ref.is_masked else None
     alive = None if ref is None else ref.alive
     zeros = [] if ref is None or alive is None else [(ref, ~alive)]
