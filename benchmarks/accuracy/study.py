@@ -74,8 +74,11 @@ LEAST_SQUARES = {"reconstruct": "least_squares"}
 DISTILLED = {"distill": True}
 BEST_SCORES = {"importance": "obs", "scope": "size", **LEAST_SQUARES}
 DEFAULT: tuple[str, dict[str, Any]] = ("rsst", {})
-"""``RSST(batches=…)`` with nothing else set, and ``torch-rsst run`` without options."""
+"""``RSST(batches=…)`` with nothing else set."""
+DISTILLED_DEFAULT: tuple[str, dict[str, Any]] = ("rsst", DISTILLED)
+"""``torch-rsst run`` without options."""
 HARD = ("refill", {"importance": "auto", **LEAST_SQUARES})
+DISTILLED_HARD = ("refill", {**HARD[1], **DISTILLED})
 """``torch-rsst run --method refill``."""
 # The arms that matter most: with more seeds, and where little is left.
 KEY_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -84,6 +87,8 @@ KEY_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-shot", BEST_SCORES),
     DEFAULT,
     HARD,
+    DISTILLED_DEFAULT,
+    DISTILLED_HARD,
 )
 # What users would do otherwise, and with the aids one after the other.
 MOST_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -95,7 +100,6 @@ MOST_ARMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one-shot", {**BEST_SCORES, **DISTILLED}),
     ("gradual", {}),
     ("refill", {"importance": "magnitude"}),
-    *((arm, {**options, **DISTILLED}) for arm, options in (DEFAULT, HARD)),
     ("torch-pruning-magnitude", {}),
     ("torch-pruning-growing", {}),
 )
@@ -156,13 +160,14 @@ def _cells() -> Iterator[Run]:
         for arm, options in (("dense", {}), *KEY_ARMS):
             yield Run("main", task, arm, options, amount, 0.25, seed=seed)
     for seed, task in product(REPEATED_SEEDS, TASKS):
-        for arm, options in (("dense", {}), KEY_ARMS[0], DEFAULT):
+        for arm, options in (("dense", {}), KEY_ARMS[0], DEFAULT, DISTILLED_DEFAULT):
             yield Run("repetition", task, arm, options, seed=seed)
 
 
 def quick() -> list[Run]:
     """One cell with one seed: a first look in a few minutes."""
-    return [Run("quick", "signal-transformer", arm, options, seed=0) for arm, options in KEY_ARMS]
+    arms = (*KEY_ARMS[:2], DEFAULT, HARD, DISTILLED_HARD)
+    return [Run("quick", "signal-transformer", arm, options, seed=0) for arm, options in arms]
 
 
 def run(of: Run, folder: Path) -> dict[str, Any]:

@@ -190,8 +190,11 @@ def test_a_run_that_distils_resumes_to_the_same_bits(tmp_path, rsst_run):
 
 
 def test_a_dense_model_near_chance_is_told(tmp_path):
-    with pytest.warns(RSSTWarning, match=r"accuracy is .* %, where chance gives 10\.0 %"):
-        run(quick_config(tmp_path / "run", dense_epochs=0, epochs=1, rounds=1))
+    options = {"dense_epochs": 0, "epochs": 1, "rounds": 1}
+    with pytest.warns(RSSTWarning, match=r"accuracy is .* %, where chance .* pass --distill 0\."):
+        run(quick_config(tmp_path / "run", **options))
+    with pytest.warns(RSSTWarning, match=r"chance gives 10\.0 %.*--learning-rate\.$"):
+        run(quick_config(tmp_path / "alone", distill=0.0, **options))
 
 
 def test_resumed_run_repeats_no_metrics(tmp_path):

@@ -38,7 +38,7 @@ RUN = {
     "shrink_to": (None, "test_every_way_to_prune_runs_to_its_end"),  # not beside strength
     "kept_units": ("sparse", SOFT),
     "reconstruct": ("mean", SOFT),
-    "distill": (0.5, "test_a_run_that_distils_resumes_to_the_same_bits"),
+    "distill": (0.25, "test_a_run_that_distils_resumes_to_the_same_bits"),
     "distill_temperature": (3.0, "test_a_run_that_distils_resumes_to_the_same_bits"),
     "mode": ("coupled", SOFT),
     "fillback_rate": (0.25, MIXED),

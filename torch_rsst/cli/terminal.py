@@ -179,7 +179,7 @@ def print_forecast(found: Any, config: Any) -> None:
     console.print(
         f"Memory of a process: about {decimal(memory.total)} beside PyTorch and the images: weights and masks {decimal(memory.model)}, "
         f"gradients {decimal(memory.gradients)}, optimizer {decimal(memory.optimizer)}, "
-        f"activations of a batch {decimal(memory.activations)}."
+        f"activations of a batch {decimal(memory.activations)}, teacher {decimal(memory.teacher)}."
     )
 
 

@@ -33,18 +33,20 @@ def warn_of_rounding(config: RunConfig, model: nn.Module, groups: Groups) -> Non
         warnings.warn(text, RSSTWarning, stacklevel=2)
 
 
-def warn_near_chance(accuracy: float, classes: int) -> None:
+def warn_near_chance(accuracy: float, classes: int, *, distilled: bool) -> None:
     """Warn where the dense model has learned next to nothing.
 
     Args:
         accuracy: on held-out images, in percent.
         classes: how many there are.
+        distilled: whether its predictions will be in the loss.
     """
     chance = 100.0 / classes
     if accuracy < _NEAR_CHANCE * chance:
         warnings.warn(
             f"The dense model's accuracy is {accuracy:.1f} %, where chance gives {chance:.1f} %: what "
-            "pruning costs cannot be told from it. Train longer (--dense-epochs), or change --learning-rate.",
+            "pruning costs cannot be told from it. Train longer (--dense-epochs), or change --learning-rate."
+            + (" Rounds would learn its predictions, too: pass --distill 0." if distilled else ""),
             RSSTWarning,
             stacklevel=2,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,17 +30,19 @@ class Memory:
         gradients: gradients of all weights.
         optimizer: the state of the optimizer, and the moving average of weights, if there is one.
         activations: activations that are kept for the backward pass of one batch.
+        teacher: weights of the dense model, whose predictions are in the loss.
     """
 
     model: int
     gradients: int
     optimizer: int
     activations: int
+    teacher: int
 
     @property
     def total(self) -> int:
-        """The sum of all four."""
-        return self.model + self.gradients + self.optimizer + self.activations
+        """The sum of all."""
+        return sum(astuple(self))
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def _memory(config: RunConfig, trainer: Trainer, groups: Groups) -> Memory:
         gradients=weights,
         optimizer=state + (weights + 2 * masked if config.ema else 0),
         activations=_activations(config, trainer),
+        teacher=weights if config.distill else 0,
     )
 
 

@@ -174,8 +174,9 @@ class Experiment:
         if self.progress.stage == "dense":
             self._train(self._dense_stage())
             self.progress.dense_accuracy = self.trainer.evaluate()
-            warn_near_chance(self.progress.dense_accuracy, self.trainer.images.classes)
-            if self.config.distill:
+            classes, distilled = self.trainer.images.classes, bool(self.config.distill)
+            warn_near_chance(self.progress.dense_accuracy, classes, distilled=distilled)
+            if distilled:
                 write_teacher(self.folder, self.trainer)
             self.progress.plan = plan_target(self.config, self.trainer, self.groups)
             self.rounds = self._make_rounds()

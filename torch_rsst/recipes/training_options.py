@@ -47,8 +47,8 @@ class TrainingOptions:
     """Learning-rate schedule of each stage; none: constant."""
     warmup_epochs: float = 1.0
     """Epochs of warmup in the dense stage, at most half of its epochs."""
-    distill: float = 0.0
-    """Weight in the loss of what the dense model predicts, from 0 to 1, in rounds and fine-tuning; try 0.5."""
+    distill: float = 0.5
+    """Weight in the loss of what the dense model predicts, from 0 to 1, in rounds and fine-tuning; 0: off."""
     distill_temperature: float = 2.0
     """Temperature of these predictions; higher ones say more about unlikely classes."""
     clip_grad: float | None = None
