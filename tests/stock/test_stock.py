@@ -228,7 +228,7 @@ def test_a_name_that_is_no_text_is_told_before_anything_changes(call: str, name:
     layer = linear()
     before = layer.weight.clone()
     with pytest.raises(
-        TypeError, match="^name: expected the name of a parameter, got .* as in 'weight'"
+        TypeError, match=r"^name: expected the name of a parameter, got .* as in 'weight'"
     ):
         getattr(prune, call)(layer, name, **CALLS.get(call, {}))
     assert [key for key, _ in layer.named_parameters()] == ["weight", "bias"]
