@@ -71,6 +71,29 @@ def test_features_that_depend_on_each_other_have_the_smallest_solution():
     torch.testing.assert_close(solve(sums, free, 0.0)[0, 0], torch.tensor([2.0, 2.0, 0.0]).double())
 
 
+@given(
+    seed=st.integers(0, 9999),
+    rank=st.integers(1, 3),
+    features=st.integers(2, 6),
+    scale=st.sampled_from([1e-3, 1.0, 7.0, 1e3]),
+)
+def test_of_dependent_features_the_solution_is_the_smallest_on_any_processor(
+    seed, rank, features, scale
+):
+    """Factorizations of singular matrices go through or fail, as sums are rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randint(-3, 4, (1, 12, rank), generator=generator)
+    mixing = torch.randint(-2, 3, (1, rank, features), generator=generator)
+    a = scale * (base @ mixing).double()
+    residual = torch.randn(1, 12, 2, generator=generator, dtype=torch.float64)
+    free = torch.ones(1, 2, features + 1, dtype=torch.bool)
+    free[..., -1] = False
+    sums = FitSums.zeros(1, 2, features, torch.device("cpu"))
+    sums.add(a, residual)
+    change, wanted = solve(sums, free, 0.0), by_lstsq(a, residual, free, 0.0)
+    torch.testing.assert_close(change * scale, wanted * scale, rtol=1e-5, atol=1e-6)
+
+
 def test_inputs_that_are_all_zero_change_nothing_but_the_constant():
     sums = FitSums.zeros(1, 1, 2, torch.device("cpu"))
     sums.add(torch.zeros(1, 4, 2).double(), torch.full((1, 4, 1), 3.0).double())
