@@ -94,9 +94,12 @@ def _same_entries(free: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 def _solved(gram: Tensor, cross: Tensor) -> Tensor:
     """The product cross · gram⁻¹; of all solutions the smallest where features are linearly dependent."""
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed) or _has_rounded_pivot(factor, gram):
-        return cross @ torch.linalg.pinv(gram, hermitian=True)
-    return cross @ torch.cholesky_inverse(factor)
+    inverse = (
+        torch.linalg.pinv(gram, hermitian=True)
+        if int(failed) or _has_rounded_pivot(factor, gram)
+        else torch.cholesky_inverse(factor)
+    )
+    return cross @ inverse
 
 
 def _has_rounded_pivot(factor: Tensor, gram: Tensor) -> bool:

@@ -87,6 +87,10 @@ class Trials:
     reasons: dict[str, str] = field(default_factory=dict)
     _made: int = 0
 
+    def are_exact(self, layers: Sequence[GroupLayer]) -> bool:
+        """Whether the layers, each of more units than must stay, can all be cut exactly; notes nothing."""
+        return not layers or (self._becomes_finite() and self._failure(layers) is None)
+
     def exact(self, layers: Sequence[GroupLayer]) -> list[GroupLayer]:
         """Those of the layers that can all be cut exactly; notes why the others cannot.
 
