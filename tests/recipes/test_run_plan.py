@@ -92,7 +92,10 @@ def test_memory_grows_with_the_batch_the_optimizer_and_the_average():
     assert memory(batch_size=8, ema=0.9).optimizer == plain.optimizer + plain.model
     sgd = memory(batch_size=8, optimizer="sgd").optimizer
     assert sgd == weights  # one momentum
-    assert plain.total == sum((plain.model, plain.gradients, plain.optimizer, plain.activations))
+    assert plain.teacher == weights
+    assert memory(batch_size=8, distill=0.0).teacher == 0
+    parts = (plain.model, plain.gradients, plain.optimizer, plain.activations, plain.teacher)
+    assert plain.total == sum(parts)
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["report", "-h"], ["compact", "-h"]])

@@ -127,7 +127,7 @@ def test_a_dry_run_tells_of_target_teacher_and_reconstruction(tmp_path, capsys):
     small = int(re.search(r"parameters │ 114,778 │ ([\d,]+)", out)[1].replace(",", ""))
     assert small <= 0.4 * 114_778
     capsys.readouterr()
-    plain = ["--reconstruct", "none", "--dry-run"]
+    plain = ["--distill", 0, "--reconstruct", "none", "--dry-run"]
     assert exit_code("run", "--output", tmp_path / "run", *plain) == 0
     assert not re.search("Target|istilled|econstructed|Warning", said(capsys))
 
