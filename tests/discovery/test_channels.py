@@ -342,6 +342,25 @@ def test_a_wrong_rule_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
     }
 
 
+class SizeInTraining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(a, b, 3) for a, b in ((3, 8), (8, 8), (8, 8), (8, 6)))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x)
+        return x * len(self.layers[1].weight) if self.training else x
+
+
+def test_channels_that_the_output_in_training_mode_tells_of_are_refused() -> None:
+    differs = "the model's output in training mode differs without some of them"
+    with pytest.warns(UnsupportedModuleWarning, match=f"layers.1 .*: {differs}"):
+        groups = find_groups(SizeInTraining(), example_inputs=torch.randn(2, 3, 12, 12))
+    assert [layer.name for layer in groups.layers] == ["layers.2"]
+
+
 def test_tied_convolutions_are_refused() -> None:
     model = NETS["residual"]()
     model.inner[0] = nn.Conv2d(6, 6, 3, padding=1, bias=False)

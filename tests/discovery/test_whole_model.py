@@ -100,6 +100,10 @@ OUTSIDE: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], 
     "statistics of its weight": (Mlp, lambda m, x: m(x) + m.up.weight.mean()),
     "it is called in two modes": (Moded, in_both_modes),
     "it keeps a mean that is used": (Kept, lambda m, x: m(x) + m.mean),
+    "its size scales what tells rounding": (
+        Mlp,
+        lambda m, x: torch.sin(3000.0 * m(x) / m.up.out_features**0.5),
+    ),
 }
 
 
@@ -143,6 +147,109 @@ def test_units_that_are_joined_in_training_alone_are_refused() -> None:
     with pytest.warns(UnsupportedModuleWarning, match="output in training mode differs without"):
         groups = find_groups(model, example_inputs=X)
     assert [layer.name for layer in groups.layers] == ["behind"]
+
+
+class FixedDropout(Mlp):
+    def inner(self, hidden: Tensor) -> Tensor:
+        kept = F.dropout(torch.ones(32), 0.5, self.training)
+        return F.gelu(hidden) * kept if self.training else F.gelu(hidden)
+
+
+def refusing(part: nn.Module, x: Tensor) -> Tensor:
+    if part.training and part.up.out_features != 32:
+        raise ValueError("wrong size")
+    return part(x)
+
+
+def hinge(part: nn.Module, x: Tensor) -> Tensor:
+    return part(x) + (max(0, 32 - part.up.out_features) if part.training else 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "run"),
+    [
+        (FixedDropout, lambda part, x: part(x)),
+        (Mlp, refusing),
+        (Mlp, hinge),
+    ],
+)
+def test_training_is_tried_where_the_dense_model_puts_out_the_same_in_both_modes(
+    part: type[nn.Module], run: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    with pytest.warns(UnsupportedModuleWarning, match=r"part \(neurons\)"):
+        groups = find_groups(Around(part(), run), example_inputs=X)
+    assert [layer.name for layer in groups.layers] == ["behind"]
+
+
+def scaled_by_size(part: nn.Module, x: Tensor) -> Tensor:
+    return part(x) * part.up.weight.shape[0]
+
+
+class Typed(Around):
+    """Runs with weights of one type alone, or of certain values."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(Mlp(), scaled_by_size)
+        self.kind = kind
+        if kind == "complex":
+            self.filter = nn.Parameter(torch.ones(9, dtype=torch.complex64))
+            self.register_module("last", self._modules.pop("part"))  # not the first parameter
+            self.part = self._modules.pop("last")
+        if kind == "checked":
+            self.share = nn.Parameter(torch.tensor([0.25, 0.75]))
+        self.to({"half": torch.bfloat16, "double": torch.float64}.get(kind, torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "complex":
+            x = torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=16)
+        if self.kind in ("half", "double"):
+            x = x.to(torch.bfloat16 if self.kind == "half" else torch.float64)
+        if self.kind == "checked" and abs(float(self.share.sum()) - 1) > 1e-3:
+            raise ValueError("shares must have the sum 1")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["complex", "half", "double", "checked"])
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_models_that_run_with_few_types_or_values_are_tried_too(kind: str) -> None:
+    with pytest.warns(UnsupportedModuleWarning, match=f"part .*{DIFFERS}"):
+        groups = find_groups(Typed(kind), example_inputs=X)
+    assert [layer.name for layer in groups.layers] == ["behind"]
+
+
+class RatioOfSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Mlp(), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.a(x) + self.b(x)) * (self.a.up.out_features / self.b.up.out_features)
+
+
+class Listed(Mlp):
+    def forward(self, x: Tensor) -> list[float]:
+        return (super().forward(x) * self.up.out_features).flatten().tolist()
+
+
+class InArrays(Mlp):
+    def forward(self, x: Tensor) -> dict[str, object]:
+        out = super().forward(x) * self.up.out_features
+        return {"scores": out.detach().numpy(), "best": out.detach().numpy().max()}
+
+
+@pytest.mark.parametrize("model", [RatioOfSizes, Listed, InArrays])
+def test_ratios_of_sizes_and_numbers_that_are_no_tensors_tell_of_units(
+    model: type[nn.Module],
+) -> None:
+    differs = "output (differs without some of them|without some of its units differs)"
+    with pytest.raises(ValueError, match=f"got none in this model.*{differs}"):
+        find_groups(model(), example_inputs=X)
+
+
+def test_complex_weights_which_cannot_be_masked_are_no_units() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8, dtype=torch.complex64) for _ in range(2)))
+    with pytest.raises(ValueError, match=r"is torch\.complex64, which cannot be masked"):
+        find_groups(model, example_inputs=torch.randn(2, 8, dtype=torch.complex64))
 
 
 def test_a_model_with_dropout_loses_nothing_by_being_tried_in_training() -> None:

@@ -32,6 +32,26 @@ def test_a_fresh_model_is_rebuilt_strictly() -> None:
     assert same(new(tokens(0, 5, 4)), old(tokens(0, 5, 4)))
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("saved", [dict, lambda s: {k: v.clone() for k, v in s.items()}])
+def test_a_module_that_is_registered_twice_is_rebuilt(saved: Any) -> None:
+    old, new = Twice(), Twice()
+    torch_rsst.apply_mask(old, {"b.weight": torch.eye(4).bool()})
+    state = saved(old.state_dict())
+    torch_rsst.prepare_from_state_dict(new, state)
+    new.load_state_dict(state, strict=True)
+    assert same(new(tokens(0, 5, 4)), old(tokens(0, 5, 4)))
+    assert_mask_invariants(new)
+
+
 def test_dense_weights_for_a_masked_parameter_need_a_choice(fingerprint: Fingerprint) -> None:
     model, state = pruned(), mlp().state_dict()
     before = fingerprint(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
@@ -233,6 +234,22 @@ def test_a_resumed_round_is_the_same_round():
     assert found.pruner.start_norm == rnd.pruner.start_norm
     assert found is again.round
     assert extract_mask(model).keys() == rnd.current_mask.keys()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("method", [RSST, Refill])
+def test_an_open_round_is_saved_by_its_state_and_not_copied(method, copied):
+    rounds, model, optimizer = rounds_of(method, rounds=1)
+    copied(rounds)
+    for rnd in rounds:
+        with pytest.raises(
+            TypeError, match=f"^{method.__name__}: .* a pickle of an open round. Save"
+        ):
+            copied(rounds)
+        for step in range(STEPS):
+            gradient_step(model, optimizer, STEPS * rnd.index + step)
+    rounds.finalize()
+    copied(rounds)
 
 
 def test_a_state_is_a_copy():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +130,8 @@ def modes_and_dice(module: Any, x: Tensor) -> None:
     random.seed(3)
     torch.randn(1, generator=module.generator)
     module.dice.random()
+    for dice in module.arrays_dice:
+        dice.normal()
 
 
 HABITS = [
@@ -165,6 +168,7 @@ class Hoarder(nn.Module):
         )
         self.unregistered = [WithScale()]
         self.generator, self.dice = torch.Generator(), random.Random(1)
+        self.arrays_dice = [np.random.default_rng(1), np.random.RandomState(1)]
         self.weight = nn.Parameter(torch.ones(2))
         self.bias = nn.Parameter(torch.ones(2))
         self.inner = nn.Linear(2, 2)
@@ -191,6 +195,9 @@ def picture(value: Any) -> Any:
         return value.get_state().tolist()
     if isinstance(value, random.Random):
         return value.getstate()
+    if isinstance(value, (np.random.Generator, np.random.RandomState)):
+        is_new = isinstance(value, np.random.Generator)
+        return repr(value.bit_generator.state if is_new else value.get_state())
     if isinstance(value, SlottedCache):
         return id(value), picture(value.keys), value.length
     if isinstance(value, (nn.Module, Cache, Outer)):

@@ -25,7 +25,7 @@ from torch_rsst.discovery.whole_model import confirmed
 from torch_rsst.distributed.dtensor import is_sharded
 from torch_rsst.groups.groups import BLOCKS, GroupLayer, Groups
 from torch_rsst.masking.names import named_refs, unwrap, without_wrappers
-from torch_rsst.masking.parameter_ref import ParameterRef
+from torch_rsst.masking.parameter_ref import MASKABLE, ParameterRef
 from torch_rsst.utils.errors import UnsupportedModuleWarning, check_choice, refuse, shown
 from torch_rsst.utils.iterables import iterates
 from torch_rsst.utils.module_state import kept_random_state, kept_state
@@ -215,7 +215,7 @@ def _ask_adapters(model: nn.Module, kinds: Sequence[str], probe: Probe) -> Surve
             answer = _answer(kind, module, probe, alike)
             if isinstance(answer, GroupLayer):
                 found = _relocated(answer, name)
-                reason = _tied(found, refs) or _shared(found, module, refs, paths)
+                reason = _unfit(found, refs) or _shared(found, module, refs, paths)
                 if reason is None:
                     layers.append(found)
                     continue
@@ -263,7 +263,7 @@ def _ask_adapters(model: nn.Module, kinds: Sequence[str], probe: Probe) -> Surve
 
 
 def _checked(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> GroupLayer | Unsupported:
-    reason = _tied(layer, refs)
+    reason = _unfit(layer, refs)
     return layer if reason is None else Unsupported(reason, layer.name, layer.kind)
 
 
@@ -318,11 +318,14 @@ def _relocated(layer: GroupLayer, path: str) -> GroupLayer:
     return replace(layer, name=name, members=members, buffers=buffers)
 
 
-def _tied(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> str | None:
-    """Why a layer whose weights serve another module too cannot be cut, or None if none do."""
+def _unfit(layer: GroupLayer, refs: Mapping[str, list[ParameterRef]]) -> str | None:
+    """Why a layer whose weights serve another module too, or cannot be masked, is no such, or None."""
     for member in layer.members:
-        if len(refs.get(member.parameter, ())) != 1:
+        places = refs.get(member.parameter, ())
+        if len(places) != 1:
             return f"its {member.parameter} is tied to a parameter of another module"
+        if (dtype := places[0].original.dtype) not in MASKABLE:
+            return f"its {member.parameter} is {dtype}, which cannot be masked"
     return None
 
 

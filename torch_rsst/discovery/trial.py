@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -24,8 +25,8 @@ _NOISE = 65_537
 """Random numbers that noise repeats: drawing takes long. A prime, so that no two rows of a weight are alike."""
 
 
-def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
-    """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
+def dense_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode, without masks."""
     module = deep_copy(module)
     module.eval()  # which returns nothing in some classes
     refs = masked_refs(module.modules())
@@ -33,6 +34,12 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
         assert ref.mask is not None, "masked_refs() lists masked refs"
         ref.mask.copy_(ref.mask != 0)
     restore(refs)
+    return module
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A dense copy in eval mode whose parameters and statistics are away from where they begin."""
+    module = dense_copy(module)
     if any(is_half(p) for p in module.parameters()):
         module.float()
     generator = torch.Generator().manual_seed(seed)
@@ -213,8 +220,11 @@ def _is_open(value: Any) -> bool:
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """Copies of all tensors in what a module puts out."""
-    return [tensor.detach().clone() for tensor in tensors_in(outputs)]
+    """Copies of all tensors in what a module puts out, with its numbers and arrays of numbers as tensors."""
+    leaves = tree_leaves(outputs)
+    numbers = [np.asarray(x) for x in leaves if isinstance(x, (float, np.ndarray, np.generic))]
+    others = [torch.from_numpy(x.copy()) for x in numbers if np.issubdtype(x.dtype, np.floating)]
+    return [tensor.detach().clone() for tensor in tensors_in(outputs)] + others
 
 
 def agree(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float = 1e-4) -> bool:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from torch_rsst.discovery.channels.base import Survey
 from torch_rsst.discovery.channels.runs import Run, copies, like
 from torch_rsst.discovery.channels.verify import Trials, trials_of
-from torch_rsst.discovery.trial import randomized, tensors_of
+from torch_rsst.discovery.trial import dense_copy, randomized
 from torch_rsst.groups.groups import GroupLayer
 
 _IN_DOUBLE = 1e-4
@@ -38,34 +37,42 @@ def confirmed(
         the layers that are left, and what is said of the others.
     """
     tried = [layer for layer in layers if not layer.fixed and trials_of(layer)]
-    runs = _runs(model, example_inputs)
-    first = next(runs, None)
-    if first is None or first.are_exact(tried):
+    quick = _trials(model, example_inputs, _in_single)
+    if quick is not None and quick.are_exact(tried):
         return list(layers), Survey()
-    trials = next(runs, first)
+    trials = _trials(model, example_inputs, copies) or _trials(model, example_inputs, _with_own)
+    if trials is None:
+        return list(layers), Survey()
     exact = trials.exact(tried)
     left = [layer for layer in layers if layer not in tried or layer in exact]
     return left, Survey(refused=tuple(trials.refused), reasons=trials.reasons)
 
 
-def _runs(model: nn.Module, example_inputs: Any) -> Iterator[Trials]:
-    """Trials on copies that run: in single precision, which is fast, then in double, which tells more."""
+def _in_single(model: nn.Module) -> Iterator[nn.Module]:
+    """In single precision, which is fast: differences that it leaves open are looked at in double."""
+    yield randomized(model).float()
+
+
+def _with_own(model: nn.Module) -> Iterator[nn.Module]:
+    """With weights and types of the model's own, for models that run with no others."""
+    yield dense_copy(model)
+
+
+def _trials(
+    model: nn.Module, example_inputs: Any, made: Callable[[nn.Module], Iterator[nn.Module]]
+) -> Trials | None:
+    """Of the first copy that runs; None where none does."""
     with suppress(Exception):  # of what cannot be copied
-        for copy in chain([randomized(model).float()], copies(model)):
+        for copy in made(model):
             for module in copy.modules():
                 if isinstance(module, _DropoutNd):
                     module.p = 0.0
-            run = Run(copy, like(example_inputs, copy))
+            run = Run(copy, example_inputs if made is _with_own else like(example_inputs, copy))
             with torch.no_grad():
-                in_training = tensors_of(run.training())
+                run.training()
             with suppress(Exception):
                 with torch.no_grad():
-                    outputs = tensors_of(run.evaluating())
+                    run.evaluating()
                 run.settle()
-                # What puts out the same bits in both modes computes the same.
-                trains = run.trains and not _are_equal(in_training, outputs)
-                yield Trials(copy, model, run.call, trains, True, _IN_DOUBLE)
-
-
-def _are_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(map(torch.equal, one, other))
+                return Trials(copy, model, run.call, run.trains, True, _IN_DOUBLE)
+    return None

@@ -71,8 +71,10 @@ def places_of(model: nn.Module) -> dict[str, list[ParameterRef]]:
     return refs
 
 
-def _every_place(model: nn.Module) -> Iterator[tuple[str, ParameterRef]]:
-    for path, module in unwrap(model).named_modules():
+def _every_place(
+    model: nn.Module, *, under_all_names: bool = False
+) -> Iterator[tuple[str, ParameterRef]]:
+    for path, module in unwrap(model).named_modules(remove_duplicate=not under_all_names):
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 own = dense_name(module, key)
@@ -102,7 +104,8 @@ def named_buffers(model: nn.Module) -> dict[str, BufferPlace]:
 def first_names(model: nn.Module) -> dict[str, str]:
     """Every dense name of every parameter → its first one; tied parameters have several."""
     first: dict[int, str] = {}
-    return {full: first.setdefault(id(ref.original), full) for full, ref in _every_place(model)}
+    places = _every_place(model, under_all_names=True)  # modules may be registered twice
+    return {full: first.setdefault(id(ref.original), full) for full, ref in places}
 
 
 def all_places(*models: nn.Module) -> list[ParameterRef]:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -371,8 +371,10 @@ class RegularizedPruner:
         else:  # a warning about the penalty would only hide the error
             self.detach()
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles would have neither its hooks nor its optimizer."""
+        if self not in _ATTACHED:
+            return super().__reduce_ex__(protocol)
         expected, got = "to stay with its model", "a copy or a pickle"
         remedy = "Copy the model, then build a new RegularizedPruner for the copy; of rounds, save state_dict()."
         refuse(TypeError, "RegularizedPruner", expected, got, remedy)

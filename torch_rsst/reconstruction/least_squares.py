@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
+_ROUNDING = 1e-12
+"""What rounding in single precision makes of 0, as a share of sums of squares: features are computed there."""
+
 
 @dataclass(frozen=True, eq=False)
 class FitSums:
@@ -95,7 +98,7 @@ def _solved(gram: Tensor, cross: Tensor) -> Tensor:
     """The product cross · gram⁻¹; of all solutions the smallest where features are linearly dependent."""
     factor, failed = torch.linalg.cholesky_ex(gram)
     inverse = (
-        torch.linalg.pinv(gram, hermitian=True)
+        torch.linalg.pinv(gram, hermitian=True, rtol=_ROUNDING)
         if int(failed) or _has_rounded_pivot(factor, gram)
         else torch.cholesky_inverse(factor)
     )
@@ -107,5 +110,4 @@ def _has_rounded_pivot(factor: Tensor, gram: Tensor) -> bool:
 
     A factorization of linearly dependent features fails, or goes through with such a pivot: that depends on the processor.
     """
-    least = 2 * len(gram) * torch.finfo(gram.dtype).eps
-    return bool((factor.diagonal().square() <= least * gram.diagonal()).any())
+    return bool((factor.diagonal().square() <= _ROUNDING * gram.diagonal()).any())

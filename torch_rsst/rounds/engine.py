@@ -378,6 +378,14 @@ class Rounds(ABC):
 
     # State
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles of an open round would have neither its hooks nor its optimizer."""
+        if self._round is not None:
+            name, got = type(self).__name__, "a copy or a pickle of an open round"
+            remedy = "Save its state_dict(), or close the round first."
+            refuse(TypeError, name, "rounds that are closed", got, remedy)
+        return super().__reduce_ex__(protocol)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs, as plain Python and tensors (copies).
 

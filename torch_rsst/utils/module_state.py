@@ -210,6 +210,10 @@ def _snapshot(module: nn.Module, managed: bool) -> list[_Undo]:
             undo.append(partial(value.setstate, value.getstate()))
         elif numpy is not None and isinstance(value, numpy.ndarray):
             undo.append(partial(numpy.copyto, value, value.copy()))
+        elif numpy is not None and isinstance(value, numpy.random.RandomState):
+            undo.append(partial(value.set_state, value.get_state()))
+        elif numpy is not None and isinstance(value, numpy.random.Generator):
+            undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
         elif slots := _slots(value):
             undo.append(partial(_put_slots, value, slots))
     return undo

@@ -138,7 +138,7 @@ def _traced(model: nn.Module, example_inputs: Any) -> tuple[Ledger, Trials] | st
                 error = error if trials else one_line(failure)
                 continue
             run.settle()
-            trials = trials or Trials(copy, model, run.call, run.trains)
+            trials = trials or Trials(copy, model, run.call, run.trains, True)
             if run.trains or not ledger.unseen:
                 return ledger, trials
             error = f"in training mode, where alone some of it is used: {run.error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
@@ -27,14 +28,12 @@ def copies(model: nn.Module) -> Iterator[nn.Module]:
 
 def like(example: Any, model: nn.Module) -> Any:
     """Example inputs, copied, in the precision of a model."""
-    parameter = next(model.parameters())
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
     def converted(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return (
-            value.detach().clone().to(parameter.dtype if value.is_floating_point() else value.dtype)
-        )
+        return value.detach().clone().to(kind if value.is_floating_point() else value.dtype)
 
     return tree_map(converted, example)
 

@@ -88,8 +88,10 @@ class Trials:
     _made: int = 0
 
     def are_exact(self, layers: Sequence[GroupLayer]) -> bool:
-        """Whether the layers, each of more units than must stay, can all be cut exactly; notes nothing."""
-        return not layers or (self._becomes_finite() and self._failure(layers) is None)
+        """Whether the layers, each of more units than must stay, can all be cut exactly beyond doubt; notes nothing."""
+        return not layers or (
+            self._becomes_finite() and self._failure(layers, plainly=True) is None
+        )
 
     def exact(self, layers: Sequence[GroupLayer]) -> list[GroupLayer]:
         """Those of the layers that can all be cut exactly; notes why the others cannot.
@@ -157,8 +159,13 @@ class Trials:
         self.reasons.update((member.parameter, failure.reason) for member in own)
         return []
 
-    def _failure(self, layers: Sequence[GroupLayer]) -> Failure | None:
-        """Why the layers cannot be cut exactly, or None where they can."""
+    def _failure(self, layers: Sequence[GroupLayer], *, plainly: bool = False) -> Failure | None:
+        """Why the layers cannot be cut exactly, or None where they can.
+
+        Args:
+            layers: to cut all at once.
+            plainly: whether outputs must be finite and agree, whatever rounding may have decided.
+        """
         self._made += 1
         for trains, removals in zip((self.trains, False), _removals(layers), strict=True):
             small = deep_copy(self.whole)
@@ -176,7 +183,11 @@ class Trials:
             masked = deep_copy(self.whole)
             silence(masked, removals)
             expected = self._outputs(masked)
+            if plainly and not are_finite([*got, *got_in_training]):
+                return Failure(DIFFERS)
             if not agree(expected, got, self._tolerance()):
+                if plainly:
+                    return Failure(DIFFERS)
                 return self._why_different(layers, removals, masked, expected)
             if trains and self.compares_training:
                 before = torch.get_rng_state()
@@ -225,8 +236,11 @@ class Trials:
         return are_finite(self._outputs(deep_copy(self.whole)))
 
     def _tolerance(self) -> float:
-        double = all(p.dtype != torch.float32 for p in self.whole.parameters())
-        return self.in_double if double else 1e-4
+        kinds = {p.dtype for p in self.whole.parameters() if p.is_floating_point()}
+        coarsest = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+        if coarsest > torch.finfo(torch.float32).eps:
+            return 16.0 * coarsest
+        return 1e-4 if torch.float32 in kinds else self.in_double
 
 
 def _consumers(layer: GroupLayer) -> set[str]:
@@ -263,6 +277,7 @@ def trials_of(layer: GroupLayer) -> list[Tensor]:
 
 
 def _removals(layers: Sequence[GroupLayer]) -> Iterator[list[Removal]]:
-    """Some of the units of every layer, then as many of each as may go."""
-    for which in (0, -1):
-        yield [Removal(layer, trials_of(layer)[which]) for layer in layers]
+    """Some of the units of every layer, of every other one a unit more, then as many of each as may go."""
+    trials = [(layer, trials_of(layer)) for layer in layers]
+    yield [Removal(x, going[min(i % 2, len(going) - 1)]) for i, (x, going) in enumerate(trials)]
+    yield [Removal(layer, going[-1]) for layer, going in trials]
