@@ -212,6 +212,7 @@ class Typed(Around):
 @pytest.mark.parametrize("kind", ["complex", "half", "double", "checked"])
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
 def test_models_that_run_with_few_types_or_values_are_tried_too(kind: str) -> None:
+    torch.manual_seed(0)  # half precision may leave it open, and refuse more
     with pytest.warns(UnsupportedModuleWarning, match=f"part .*{DIFFERS}"):
         groups = find_groups(Typed(kind), example_inputs=X)
     assert [layer.name for layer in groups.layers] == ["behind"]
