@@ -117,7 +117,7 @@ def test_masks_of_single_weights_are_made_permanent_and_counted(run, capsys, mon
     assert exit_code("compact", run) == 0
     out = said(capsys)
     assert re.search(
-        r"Warning: compact: \d[\d,]* masked weights of units that stay are ordinary", out
+        r"Warning: compact: \d[\d,]* masked weights that were not cut out are ordinary", out
     )
     assert "save_compact" not in out
     assert "after: masks made permanent." in out

@@ -234,7 +234,7 @@ def test_masks_are_saved_and_loaded_where_they_are_asked_for(tmp_path: Path) -> 
     assert loaded.tied.weight_orig is loaded.head.weight_orig
 
 
-ZEROS = r": 16 masked weights of units that stay are ordinary zeros now.*Pass keep_masks=True"
+ZEROS = r": 16 masked weights that were not cut out are ordinary zeros now.*Pass keep_masks=True"
 
 
 def test_what_is_saved_and_loaded_is_plain_and_as_small_as_can_be(tmp_path: Path) -> None:

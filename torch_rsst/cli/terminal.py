@@ -198,6 +198,7 @@ def print_summary(path: Path, results: dict[str, Any], config: Any, *, offer: bo
 
     table = Table(title=f"{results['method']}: {results['seconds']:.0f} s", show_header=False)
     rows = {
+        "chance": results.get("chance"),  # reports of earlier versions have none
         "accuracy, dense": results["dense_accuracy"],
         "accuracy when penalized weights first fell below 1 %": results["accuracy_first_zero"],
         "accuracy before the cut": results["accuracy_before_cut"],
@@ -243,6 +244,9 @@ def print_savings(receipt: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
 
     images, timed = receipt["images"], receipt["timed"]
+    states = f"before: {timed['before']}; after: {timed['after']}"
+    if timed["before"] == timed["after"]:
+        states = timed["before"]
     one = "image" if images == 1 else "images"
     rows: dict[str, tuple[Any, Callable[[Any], str]]] = {
         "accuracy": (receipt["accuracy"], "{:.2f} %".format),
@@ -261,7 +265,7 @@ def print_savings(receipt: dict[str, Any], folder: Path) -> None:
     console.print(table)
     console.print(
         f"Outputs for {images} held-out {one} differ by at most {receipt['max_error']:.1e}. "
-        f"Times are medians of runs in turns; before: {timed['before']}; after: {timed['after']}."
+        f"Times are medians of runs in turns ({states})."
     )
     for name, error in receipt.get("exported", {}).items():
         console.print(f"{name}: without masks, outputs differ by at most {error:.1e}.")

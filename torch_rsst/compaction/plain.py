@@ -38,7 +38,7 @@ def warn_of_zeros(subject: str, zeros: int, *, stacklevel: int = 3) -> None:
     """Warn that so many masked weights are ordinary zeros from now on."""
     if zeros:
         text = (
-            f"{subject}: {zeros:,} masked weights of units that stay are ordinary zeros now, and can "
+            f"{subject}: {zeros:,} masked weights that were not cut out are ordinary zeros now, and can "
             "become nonzero if you train on. Pass keep_masks=True to keep their masks, or "
             "keep_masks=False if you do not train on."
         )

@@ -299,6 +299,7 @@ class Experiment:
             "build": self.trainer.build,
             "input_size": list(self.trainer.example.shape[1:]),
             "classes": self.trainer.images.labels,
+            "chance": 100.0 / self.trainer.images.classes,
             "dense_accuracy": self.progress.dense_accuracy,
             "accuracy_before_cut": self.progress.accuracy_before_cut,
             "accuracy_after_cut": self.progress.accuracy_after_cut,

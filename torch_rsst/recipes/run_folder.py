@@ -296,7 +296,7 @@ class RunFolder:
                 str(self.checkpoint),
                 expected="the checkpoint of this run",
                 got=f"{type(error).__name__}: {reason}" if reason else type(error).__name__,
-                remedy="Delete it to start this run from its beginning.",
+                remedy=f"Delete {self.checkpoint.name} to start this run from its beginning.",
             )
         )
 

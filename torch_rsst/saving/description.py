@@ -123,8 +123,11 @@ def _where_else(folder: Path) -> str:
     inside = sorted(folder.glob(f"*/{INDEX}"))
     if inside:
         return f"Pass {inside[0].parent}."
-    if (folder / "config.yaml").is_file():
-        return f"It is the folder of a run: torch-rsst compact {folder} makes the smaller model."
+    for run in (folder, folder.parent):
+        if (run / "config.yaml").is_file():
+            return (
+                f"{run} is the folder of a run: torch-rsst compact {run} makes the smaller model."
+            )
     return "Save a compacted model there: save_compact(small, folder)."
 
 
