@@ -110,3 +110,19 @@ def test_gains_are_differences_on_the_same_seeds() -> None:
     assert table.loc["RSST", "gain"] == pytest.approx(0.35)
     assert table.loc["RSST", "error"] == pytest.approx(0.15)
     assert list(itertools.chain(table["seeds"])) == [2, 2]
+
+
+def test_short_tables_show_gains_in_bold_where_they_exceed_twice_their_error() -> None:
+    tables = pytest.importorskip("benchmarks.accuracy.tables", exc_type=ImportError)
+    pandas = pytest.importorskip("pandas")
+    cell = {"amount": 0.875, "budget": 0.06, "seeds": 3}
+    rows = [
+        {**cell, "task": "language", "label": "RSST", "gain": 0.0201, "error": 0.01},
+        {**cell, "task": "signal-resnet", "label": "RSST", "gain": -0.5, "error": 0.01},
+        {**cell, "task": "language", "label": "of no interest", "gain": 9.0, "error": 0.01},
+    ]
+    lines = tables.summary(pandas.DataFrame(rows)).splitlines()
+    assert lines[0] == "### 87.5% of the units gone, 6% of the steps"
+    assert lines[4:] == [
+        "| RSST without: `RSST(batches=…)` | **0.020 ± 0.010** | – | −0.50 ± 0.01 | 3 |"
+    ]

@@ -21,6 +21,26 @@ TASK_NAMES = {
     "signal-resnet": "MNIST-1D, residual network, accuracy in %",
 }
 
+SHORT_NAMES = {
+    "language": "language model, bits per character",
+    "signal-transformer": "MNIST-1D, transformer, points",
+    "signal-resnet": "MNIST-1D, residual network, points",
+}
+SUMMARY = {
+    "RSST + distillation": "RSST with distillation: `torch-rsst run`",
+    "RSST": "RSST without: `RSST(batches=…)`",
+    "Refill auto + least squares + distillation": "Refill, the same scores, least squares, distillation: `torch-rsst run --method refill`",
+    "Refill auto + least squares": "Refill without distillation",
+    "one-shot obs + least squares + scope=size": 'one-shot, the same scores, `scope="size"`, least squares',
+    "one-shot variance + least squares": "one-shot variance, least squares",
+    "RSST + scope=layer": 'RSST without distillation, `scope="layer"`',
+    "gradual": "gradual magnitude",
+    "torch-pruning-magnitude": "Torch-Pruning, magnitude",
+    "random": "random units",
+    "dense": "dense, nothing removed",
+}
+"""Arms of the short tables, by their labels."""
+
 
 def label(arm: str, options: str) -> str:
     """How tables call an arm with its options.
@@ -95,6 +115,38 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
+def summary(table: pd.DataFrame) -> str:
+    """Short tables: a row for each of the :data:`SUMMARY`, a column for each task; gains over ``BASE``.
+
+    Bold are gains of more than twice their standard error.
+    """
+    parts = []
+    for (budget, amount), cell in table.groupby(["budget", "amount"]):
+        parts += [
+            f"### {amount:.1%} of the units gone, {budget:.0%} of the steps".replace(".0%", "%"),
+            "",
+            f"| | {' | '.join(SHORT_NAMES.values())} | seeds |",
+            "|---|" + "---|" * (len(SHORT_NAMES) + 1),
+        ]
+        for name, text in SUMMARY.items():
+            rows = cell[cell["label"] == name].set_index("task")
+            if len(rows):
+                seeds = ", ".join(map(str, dict.fromkeys(rows["seeds"])))
+                gains = " | ".join(_gain(rows, task) for task in SHORT_NAMES)
+                parts.append(f"| {text} | {gains} | {seeds} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _gain(rows: pd.DataFrame, task: str) -> str:
+    if task not in rows.index or pd.isna(rows.loc[task, "error"]):
+        return "–"
+    digits = 3 if task == "language" else 2
+    gain, error = rows.loc[task, ["gain", "error"]]
+    text = f"{gain:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
+    return f"**{text}**" if gain > 2 * error else text
+
+
 def draw(table: pd.DataFrame, path: Path) -> None:
     """For each task, what each arm loses against the dense model at half of the units and the small budget."""
     import matplotlib.pyplot as plt
@@ -115,7 +167,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def write(results: Path) -> str:
-    """Write ``results.md`` and ``results.png`` beside the CSV file; returns what to tell the user."""
+    """Write tables, ``results.md`` and ``summary.md``, and ``results.png`` beside the CSV file; returns what to tell the user."""
     if not results.exists():
         return f"{results} does not exist: nothing was run"
     runs = read(results)
@@ -129,5 +181,7 @@ def write(results: Path) -> str:
     path.write_text("# Results of the study\n\n" + "\n".join(parts), encoding="utf-8")
     main = runs[runs["part"].isin(["main", "quick"])]
     if len(main):
+        text = f"# Gains over {BASE}\n\n{summary(compared(main))}"
+        results.with_name("summary.md").write_text(text, encoding="utf-8")
         draw(compared(main), results.with_suffix(".png"))
     return f"tables are in {path}"
