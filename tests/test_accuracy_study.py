@@ -124,5 +124,5 @@ def test_short_tables_show_gains_in_bold_where_they_exceed_twice_their_error() -
     lines = tables.summary(pandas.DataFrame(rows)).splitlines()
     assert lines[0] == "### 87.5% of the units gone, 6% of the steps"
     assert lines[4:] == [
-        "| RSST without: `RSST(batches=…)` | **0.020 ± 0.010** | – | −0.50 ± 0.01 | 3 |"
+        "| RSST without: `RSST(batches=…)` | **0.020 ± 0.010** |  | \u22120.50 ± 0.01 | 3 |"
     ]

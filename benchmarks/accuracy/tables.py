@@ -140,10 +140,10 @@ def summary(table: pd.DataFrame) -> str:
 
 def _gain(rows: pd.DataFrame, task: str) -> str:
     if task not in rows.index or pd.isna(rows.loc[task, "error"]):
-        return "–"
+        return ""
     digits = 3 if task == "language" else 2
     gain, error = rows.loc[task, ["gain", "error"]]
-    text = f"{gain:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
+    text = f"{gain:.{digits}f} ± {error:.{digits}f}".replace("-", "\u2212")
     return f"**{text}**" if gain > 2 * error else text
 
 
