@@ -165,6 +165,36 @@ def hinge(part: nn.Module, x: Tensor) -> Tensor:
     return part(x) + (max(0, 32 - part.up.out_features) if part.training else 0)
 
 
+class Attended(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, dropout=0.1, batch_first=True)
+        self.path = DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.path(self.attention(x, x, x, need_weights=False)[0])
+        return x + super().forward(x) * (self.up.out_features if self.training else 1)
+
+
+class DropPath(nn.Module):
+    drop_prob: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_prob = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.drop_prob:
+            return x
+        return x * (torch.rand(len(x), 1, 1) > self.drop_prob)
+
+
+def test_what_is_dropped_at_random_hides_nothing_in_training_mode() -> None:
+    with pytest.warns(UnsupportedModuleWarning, match="output in training mode differs without"):
+        groups = find_groups(Attended(), example_inputs=X)
+    assert [layer.name for layer in groups.layers] == ["attention"]
+
+
 @pytest.mark.parametrize(
     ("part", "run"),
     [

@@ -64,9 +64,7 @@ def _trials(
     """Of the first copy that runs; None where none does."""
     with suppress(Exception):  # of what cannot be copied
         for copy in made(model):
-            for module in copy.modules():
-                if isinstance(module, _DropoutNd):
-                    module.p = 0.0
+            _without_dropout(copy)
             run = Run(copy, example_inputs if made is _with_own else like(example_inputs, copy))
             with torch.no_grad():
                 run.training()
@@ -76,3 +74,15 @@ def _trials(
                 run.settle()
                 return Trials(copy, model, run.call, run.trains, True, _IN_DOUBLE)
     return None
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Let nothing be dropped in training mode, in place: what is random cannot be compared."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(
+                value, float
+            ):  # of attentions, recurrent layers, paths
+                vars(module)[name] = 0.0
