@@ -78,7 +78,7 @@ def test_compact_prints_before_and_after_and_report_repeats_it(run, capsys):
     assert "│ multiply-adds per image │ 566,112 │ 284,832 │" in out
     time = receipt["latency_ms"]
     assert f"│ time for 450 images │ {time['before']:.2f} ms │ {time['after']:.2f} ms │" in out
-    assert "before: masks made permanent; after: masks made permanent." in out
+    assert "medians of runs in turns (masks made permanent)." in out
     assert f'torch_rsst.load_compact("{run / "compact"}")' in out
     assert not any("mask" in name for name in saved(run))
     page = (run / "report.html").read_text()
@@ -120,7 +120,7 @@ def test_masks_of_single_weights_are_made_permanent_and_counted(run, capsys, mon
         r"Warning: compact: \d[\d,]* masked weights that were not cut out are ordinary", out
     )
     assert "save_compact" not in out
-    assert "after: masks made permanent." in out
+    assert "(masks made permanent)." in out
     assert not any("mask" in name for name in saved(run))
     assert saved(run)["head.weight"][0, :5].tolist() == [0.0] * 5
     assert exit_code("compact", run, "--keep-masks") == 0

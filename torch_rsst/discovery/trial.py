@@ -9,7 +9,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -221,10 +220,16 @@ def _is_open(value: Any) -> bool:
 
 def tensors_of(outputs: Any) -> list[Tensor]:
     """Copies of all tensors in what a module puts out, with its numbers and arrays of numbers as tensors."""
-    leaves = tree_leaves(outputs)
-    numbers = [np.asarray(x) for x in leaves if isinstance(x, (float, np.ndarray, np.generic))]
-    others = [torch.from_numpy(x.copy()) for x in numbers if np.issubdtype(x.dtype, np.floating)]
-    return [tensor.detach().clone() for tensor in tensors_in(outputs)] + others
+    tensors = [tensor.detach().clone() for tensor in tensors_in(outputs)]
+    return [*tensors, *_numbers_in(outputs)]
+
+
+def _numbers_in(outputs: Any) -> Iterator[Tensor]:
+    for value in tree_leaves(outputs):
+        if isinstance(value, float):
+            yield torch.tensor(value, dtype=torch.float64)
+        elif getattr(getattr(value, "dtype", None), "kind", "") == "f":  # of NumPy
+            yield torch.as_tensor(value.astype("float64"))
 
 
 def agree(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float = 1e-4) -> bool:
