@@ -126,7 +126,7 @@ def test_masks_of_single_weights_are_made_permanent_and_counted(run, capsys, mon
     assert exit_code("compact", run, "--keep-masks") == 0
     out = said(capsys)
     assert "Warning" not in out
-    assert "after: masks applied in each forward pass." in out
+    assert "after: masks applied in each forward pass)." in out
     assert saved(run)["head.weight_mask"][0, :5].tolist() == [0.0] * 5
 
 

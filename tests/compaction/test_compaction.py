@@ -106,7 +106,9 @@ def with_element_masks() -> tuple[nn.Module, Groups]:
 def test_the_result_has_plain_parameters_and_a_warning_counts_the_zeros() -> None:
     model, groups = with_element_masks()
     before = copy.deepcopy(model.state_dict())
-    with pytest.warns(torch_rsst.UnfrozenZerosWarning, match="^compact: 3 masked weights that were not"):
+    with pytest.warns(
+        torch_rsst.UnfrozenZerosWarning, match="^compact: 3 masked weights that were not"
+    ):
         small = compact(model, groups, example_inputs=tokens())
     assert list(dict(small.named_parameters())) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert not list(small.buffers())

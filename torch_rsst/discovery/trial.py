@@ -228,7 +228,7 @@ def _numbers_in(outputs: Any) -> Iterator[Tensor]:
     for value in tree_leaves(outputs):
         if isinstance(value, float):
             yield torch.tensor(value, dtype=torch.float64)
-        elif getattr(getattr(value, "dtype", None), "kind", "") == "f":  # of NumPy
+        elif type(value).__module__ == "numpy" and value.dtype.kind == "f":
             yield torch.as_tensor(value.astype("float64"))
 
 
